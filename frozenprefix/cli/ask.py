@@ -1,0 +1,23 @@
+"""`frozenprefix ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frozenprefix.errors import DataError
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture file.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.", show_default=False)],
+) -> None:
+    """Answer a question about a picture."""
+    from frozenprefix.inference import Captioner
+
+    if not image.is_file():
+        raise DataError(f"IMAGE: got '{image}', expected a picture file that exists")
+    typer.echo(Captioner.from_pretrained(checkpoint).answer(image, question))

@@ -1,0 +1,61 @@
+"""`frozenprefix caption`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frozenprefix.errors import DataError
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Pictures, and folders of them.", show_default=False)
+    ],
+    beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 30,
+    prompt: Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
+) -> None:
+    """Write a caption for every picture."""
+    from frozenprefix.inference import Captioner
+
+    pictures = find_pictures(paths)
+    captioner = Captioner.from_pretrained(checkpoint)
+    captions = captioner.caption(pictures, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
+    if out is None:
+        for caption in captions:
+            typer.echo(f"{caption.path}\t{caption.text}")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for caption in captions:
+            row = {"image": str(caption.path), "caption": caption.text, "score": caption.score}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    typer.echo(f"{len(pictures)} captions in {out}", err=True)
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them, however deep; each picture once.
+
+    Raises:
+        DataError: naming every path that is not there.
+    """
+    from frozenprefix.data.sources import load_source
+
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"PATH: got {', '.join(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist")
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            samples = load_source({"type": "image_folder", "path": str(path)})
+            found.update(dict.fromkeys(sample.images[0] for sample in samples))
+        else:
+            found[path] = None
+    return list(found)

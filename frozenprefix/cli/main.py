@@ -1,0 +1,73 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from frozenprefix import __version__
+from frozenprefix.cli import ask, caption, data, evaluate, train
+from frozenprefix.errors import ConfigError, FrozenPrefixError
+
+
+class _Group(TyperGroup):
+    """Shows the package's own errors as a message; all other errors are bugs and keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FrozenPrefixError as error:
+            if os.environ.get("FROZENPREFIX_DEBUG") == "1":
+                raise
+            typer.secho(_message(error), fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Give a frozen language model eyes: train a mapper, caption pictures, answer questions about them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.command)
+app.command("caption")(caption.command)
+app.command("ask")(ask.command)
+app.command("evaluate")(evaluate.command)
+app.add_typer(data.app, name="data")
+
+
+def _message(error: FrozenPrefixError) -> str:
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        return "\n  ".join([f"Error: {len(error.problems)} problems", *error.problems])
+    return f"Error: {error}"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"frozenprefix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    import logging
+
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("frozenprefix").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,32 @@
+"""`frozenprefix train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it: training.learning_rate=1e-4", show_default=False),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Go on from the run's last state, start anew, or a folder.")
+    ] = "auto",
+) -> None:
+    """Train the mapper of a recipe."""
+    from frozenprefix.training.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])  # first: the loop takes seconds to import
+    from frozenprefix.training.loop import train
+
+    result = train(loaded, resume=resume)
+    if int(os.environ.get("RANK", "0")) == 0:  # as accelerate and torchrun number processes
+        value = "" if result.best_value is None else f", validation loss {result.best_value:.4f}"
+        typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")
+        typer.echo(f"best checkpoint: {result.best}{value}")

@@ -1,0 +1,244 @@
+"""How a feature cache lies on disk.
+
+    manifest.json                     fingerprint, storage dtype, shape
+    features-r00-000001.tar           WebDataset shard: KEY.features.npy (and KEY.scale.npy for int8)
+    features-r00-000001.index.json    where each picture's bytes are in that shard, and their CRC-32
+    picture-keys-r00.jsonl            path, size, time of change → key, to spare hashing (see `cache_keys`)
+
+A shard is written under a `.tmp` name, renamed when complete, and then gets its index: what has both, counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+
+from frozenprefix.errors import CacheError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FEATURES = "features.npy"
+SCALE = "scale.npy"
+
+StorageDType = Literal["float16", "bfloat16", "int8"]
+Fingerprint = dict[str, Any]
+
+# NumPy has no bfloat16: its bits are stored as uint16, and the manifest says so.
+STORED_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
+SCALE_DTYPE = np.dtype("<f4")
+_GREATEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "int8": 3.4028234663852886e38}
+
+_REBUILD = "run frozenprefix.data.cache.rebuild_index(folder), then encode again what is missing"
+
+
+class Entry(NamedTuple):
+    """Where one picture's features are in a shard, in bytes; `scale_offset` is 0 where there is no scale."""
+
+    offset: int
+    length: int
+    crc32: int
+    scale_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the whole cache has in common: `tokens` x `dim` features a picture, stored as `dtype`."""
+
+    fingerprint: Fingerprint
+    dtype: StorageDType
+    tokens: int
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens, self.dim
+
+    @property
+    def features_header(self) -> bytes:
+        return npy_header(self.shape, STORED_AS[self.dtype])
+
+    @property
+    def scale_header(self) -> bytes:
+        return npy_header((self.tokens, 1), SCALE_DTYPE)
+
+    @property
+    def features_length(self) -> int:
+        return len(self.features_header) + self.tokens * self.dim * STORED_AS[self.dtype].itemsize
+
+    @property
+    def scale_length(self) -> int:
+        return len(self.scale_header) + self.tokens * SCALE_DTYPE.itemsize
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=2))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`, or raise `CacheError` saying what is wrong with it."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise CacheError(
+                f"{path}: format: got {values['format']}, expected {FORMAT}; encode again into a new folder"
+            )
+        if values["dtype"] not in get_args(StorageDType):
+            raise CacheError(f"{path}: dtype: got {values['dtype']!r}, expected one of {get_args(StorageDType)}")
+        return Manifest(dict(values["fingerprint"]), values["dtype"], int(values["tokens"]), int(values["dim"]))
+    except FileNotFoundError as error:
+        raise CacheError(
+            f"{folder}: not a feature cache, manifest.json is missing; encode the pictures first"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path}: damaged ({error!r}); delete the cache folder and encode again") from error
+
+
+def plain_fingerprint(fingerprint: Fingerprint) -> Fingerprint:
+    """The fingerprint as it reads back from JSON, so that both sides of a comparison have the same types."""
+    try:
+        return cast(Fingerprint, json.loads(json.dumps(fingerprint)))
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"fingerprint: expected texts, numbers and lists of them ({error})") from error
+
+
+def check_fingerprint(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:
+    """Raise `CacheError` for the first field of `wanted`, then of `stored`, that differs."""
+    wanted = plain_fingerprint(wanted)
+    for field in {**wanted, **stored}:
+        if field not in stored or field not in wanted or stored[field] != wanted[field]:
+            has = repr(stored[field]) if field in stored else "nothing"
+            needs = repr(wanted[field]) if field in wanted else "nothing"
+            raise CacheError(
+                f"{folder}: fingerprint field '{field}' differs: the cache has {has}, expected {needs}; "
+                "encode into another folder, or delete this one"
+            )
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The first bytes of a .npy file (format 1.0) that holds an array of this shape and dtype."""
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
+
+
+def to_storage(features: np.ndarray, dtype: StorageDType, key: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Turn float[N, D] into its stored array and, for int8, its scale float32[N, 1].
+
+    int8 is symmetric, with one scale a row: `features ≈ stored * scale`. bfloat16 is rounded to the nearest even.
+
+    Raises:
+        CacheError: for values that are not finite, or beyond what the dtype holds.
+    """
+    wide = features.astype(np.float32)
+    greatest = float(np.abs(wide).max(initial=0.0))
+    limit = _GREATEST[dtype]
+    if not greatest <= limit:
+        fix = "check the encoder" if not np.isfinite(greatest) else "use storage dtype 'bfloat16'"
+        raise CacheError(
+            f"features of {key}: got a value of {greatest:g}, expected at most {limit:g} for {dtype}; {fix}"
+        )
+    if dtype == "float16":
+        return wide.astype(STORED_AS[dtype]), None
+    if dtype == "bfloat16":
+        bits = wide.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(STORED_AS[dtype]), None
+    scale = np.abs(wide).max(axis=1, keepdims=True) / 127.0
+    scale[scale == 0] = 1.0
+    return np.rint(wide / scale).astype(STORED_AS[dtype]), scale.astype(SCALE_DTYPE)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.json")
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("features-*.tar"))
+
+
+def save_index(shard: Path, entries: dict[str, Entry]) -> None:
+    values = {"shard": shard.name, "bytes": shard.stat().st_size, "entries": entries}
+    write_atomically(index_path(shard), json.dumps(values))
+
+
+def load_index(shard: Path) -> dict[str, Entry]:
+    """Read a shard's index and check that the shard is as long as it says."""
+    path = index_path(shard)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        expected = int(values["bytes"])
+        entries = {key: Entry(*map(int, entry)) for key, entry in values["entries"].items()}
+    except FileNotFoundError as error:
+        raise CacheError(f"{shard}: its index {path.name} is missing; {_REBUILD}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{path}: damaged index ({error!r}); {_REBUILD}") from error
+    try:
+        size = shard.stat().st_size
+    except FileNotFoundError as error:
+        raise CacheError(f"{shard}: missing, though its index is there; {_REBUILD}") from error
+    if size != expected:
+        raise CacheError(f"{shard}: truncated or overwritten: got {size} bytes, expected {expected}; {_REBUILD}")
+    return entries
+
+
+def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
+    """Find every picture of a shard by reading the tar itself; `CacheError` when it is damaged."""
+    found: dict[str, dict[str, tuple[int, bytes]]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                stream = tar.extractfile(member)
+                if stream is None:
+                    raise CacheError(f"{shard}: {member.name} is not a plain file; {_REBUILD}")
+                data = stream.read()
+                found.setdefault(key, {})[suffix] = (member.offset_data, data)
+                expected = {FEATURES: manifest.features_header, SCALE: manifest.scale_header}.get(suffix, b"")
+                if not data.startswith(expected) or len(data) != member.size:
+                    raise CacheError(f"{shard}: {member.name} is damaged; {_REBUILD}")
+        complete = _ends_in_zeros(shard)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise CacheError(f"{shard}: damaged tar file ({error}); {_REBUILD}") from error
+    if not complete:
+        raise CacheError(f"{shard}: truncated, the end of the tar file is missing; {_REBUILD}")
+    return {key: _entry(shard, key, parts, manifest) for key, parts in found.items()}
+
+
+def _entry(shard: Path, key: str, parts: dict[str, tuple[int, bytes]], manifest: Manifest) -> Entry:
+    needed = {FEATURES: manifest.features_length}
+    if manifest.dtype == "int8":
+        needed[SCALE] = manifest.scale_length
+    for suffix, length in needed.items():
+        if suffix not in parts or len(parts[suffix][1]) != length:
+            raise CacheError(f"{shard}: {key}.{suffix} is missing or not {length} bytes long; {_REBUILD}")
+    offset, data = parts[FEATURES]
+    scale_offset, scale = parts[SCALE] if manifest.dtype == "int8" else (0, b"")
+    return Entry(offset, len(data), zlib.crc32(scale, zlib.crc32(data)), scale_offset)
+
+
+def _ends_in_zeros(shard: Path) -> bool:
+    with shard.open("rb") as stream:
+        stream.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
+        return not stream.read().strip(b"\0")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all, also after a crash."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

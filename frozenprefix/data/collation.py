@@ -1,0 +1,141 @@
+"""From pictures and their samples to model inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.images import load_image
+from frozenprefix.data.samplers import PictureStream, choose_targets
+from frozenprefix.data.samples import PictureGroup, Sample
+from frozenprefix.models.packing import Packing, Target, pack
+from frozenprefix.models.processing import FrozenPrefixProcessor
+
+logger = logging.getLogger(__name__)
+
+
+class Collator:
+    """Turns groups of samples that share pictures into `{"packed": …, "image_features" or "pixel_values": …}`.
+
+    Args:
+        processor: tokenizer, image processor and prompts.
+        features: features made earlier; pictures are decoded when there are none.
+        packing: see `models.packing.pack`; tokens_per_row: as there.
+        max_target_tokens: longer targets are cut (and still closed by the end token), and counted.
+    """
+
+    def __init__(
+        self,
+        processor: FrozenPrefixProcessor,
+        features: FeatureCache | None = None,
+        *,
+        packing: Packing = "trie",
+        tokens_per_row: int | None = None,
+        max_target_tokens: int | None = None,
+    ):
+        self.processor = processor
+        self.features = features
+        self.packing = packing
+        self.tokens_per_row = tokens_per_row
+        self.max_target_tokens = max_target_tokens
+        self.num_truncated = 0
+        self._prompt_ids: dict[str, list[int]] = {}
+        self._target_ids: dict[tuple[str, str], list[int]] = {}
+
+    def __call__(
+        self, groups: Sequence[PictureGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]
+    ) -> dict[str, Any]:
+        """Collate pictures with the (sample, target) pairs chosen for each."""
+        batch: dict[str, Any] = self.pictures([path for group in groups for path in group.images])
+        batch["packed"] = pack(
+            [[self.target(sample, text) for sample, text in pairs] for pairs in chosen],
+            image_token_id=self.processor.image_token_id,
+            prefix_length=self.processor.prefix_length,
+            images_per_group=[len(group.images) for group in groups],
+            packing=self.packing,
+            tokens_per_row=self.tokens_per_row,
+        )
+        return batch
+
+    def pictures(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+        """Model inputs of pictures: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""
+        if self.features is not None:
+            keys = [self.features.key_of(path) for path in paths]
+            return {"image_features": torch.from_numpy(self.features.get(keys)).float()}
+        return dict(self.processor.image_processor([load_image(path) for path in paths], return_tensors="pt"))
+
+    def target(self, sample: Sample, text: str) -> Target:
+        """Token ids of one prompt and target."""
+        prompt = prompt_of(sample, self.processor)
+        if prompt not in self._prompt_ids:
+            self._prompt_ids[prompt] = self.processor.encode_prompt(prompt)
+        if (prompt, text) not in self._target_ids:
+            ids = self.processor.encode_target(prompt, text)
+            if self.max_target_tokens is not None and len(ids) > self.max_target_tokens:
+                self._count_truncated(text)
+                ids = self.processor.encode_target(prompt, text, self.max_target_tokens)
+            self._target_ids[prompt, text] = ids
+        context = self._prompt_ids[prompt]
+        return Target([*context, *self._target_ids[prompt, text]], len(context))
+
+    def _count_truncated(self, text: str) -> None:
+        self.num_truncated += 1
+        if self.num_truncated == 1:
+            logger.warning(
+                "a target is longer than max_target_tokens=%d and is cut: %r", self.max_target_tokens, text[:80]
+            )
+
+
+def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:
+    """The text in front of a sample's target, with its pictures' `<image>` marks."""
+    if sample.prompt is not None:
+        return processor.with_image(sample.prompt, len(sample.images))
+    return processor.prompt_for(sample.task, sample.question)
+
+
+class StepDataset(Dataset):
+    """Micro-batch number i of this process, collated: the same whatever was asked for before.
+
+    Args:
+        groups: training pictures with their samples.
+        stream: which pictures each optimizer step takes.
+        collator: makes the batch.
+        targets_per_picture: how many of a picture's targets a step takes; None takes all.
+        num_parts: micro-batches that a step is divided into, over all processes; part: those of this process.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PictureGroup],
+        stream: PictureStream,
+        collator: Collator,
+        *,
+        num_steps: int,
+        targets_per_picture: int | None = None,
+        num_parts: int = 1,
+        parts: Sequence[int] = (0,),
+    ):
+        self.groups, self.stream, self.collator = groups, stream, collator
+        self.num_steps, self.targets_per_picture = num_steps, targets_per_picture
+        self.num_parts, self.parts = num_parts, list(parts)
+
+    def __len__(self) -> int:
+        return self.num_steps * len(self.parts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, micro = divmod(index, len(self.parts))
+        # part k of n takes every n-th picture
+        pictures = self.stream.step(step)[self.parts[micro] :: self.num_parts]
+        chosen = []
+        for epoch, picture in pictures:
+            pairs = [(sample, text) for sample in self.groups[picture].samples for text in sample.targets]
+            seed = self.stream.seed
+            chosen.append(choose_targets(pairs, self.targets_per_picture, seed=seed, picture=picture, epoch=epoch))
+        return self.collator([self.groups[picture] for _, picture in pictures], chosen)

@@ -1,0 +1,67 @@
+"""One training or evaluation example, whatever file format it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Pictures, what is asked about them, and what is to be learned.
+
+    Args:
+        id: unique within a list of samples.
+        images: picture files, in the order in which the prompt names them.
+        targets: texts to learn, each on its own; empty where only a prediction is wanted.
+        prompt: prompt template; None takes the task's default one.
+        question: what is asked, for task "vqa".
+        split: "train", "val", "test", or whatever name the source gives.
+        task: "caption" or "vqa".
+        metadata: what the source knows beyond that. For "vqa", `answers` holds every human answer.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    targets: tuple[str, ...]
+    prompt: str | None = None
+    question: str | None = None
+    split: str | None = None
+    task: str = "caption"
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureGroup:
+    """The samples that show exactly the same pictures in the same order."""
+
+    images: tuple[Path, ...]
+    samples: tuple[Sample, ...]
+
+
+def group_by_pictures(samples: Iterable[Sample]) -> list[PictureGroup]:
+    """Group samples by their pictures. Groups, and samples within one, keep the order in which they are first seen."""
+    groups: dict[tuple[Path, ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.images, []).append(sample)
+    return [PictureGroup(images, tuple(members)) for images, members in groups.items()]
+
+
+def check_unique_ids(samples: Iterable[Sample]) -> None:
+    """Raise `DataError` when two samples share an id: predictions are matched to references by it."""
+    seen: set[str] = set()
+    repeated: dict[str, None] = {}
+    for sample in samples:
+        if sample.id in seen:
+            repeated[sample.id] = None
+        seen.add(sample.id)
+    if repeated:
+        shown = ", ".join(repr(name) for name in list(repeated)[:3])
+        raise DataError(
+            f"sample id: {len(repeated)} ids occur more than once ({shown}), expected unique ids; "
+            "give joined sources different `name`s"
+        )

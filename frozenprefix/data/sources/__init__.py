@@ -1,0 +1,112 @@
+"""Data sources: each reads one file format into a list of samples.
+
+    load_source({"type": "captions", "path": "data/flickr8k", "split": "train"})
+
+A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from frozenprefix.assets import resolve
+from frozenprefix.data.samples import Sample, check_unique_ids
+from frozenprefix.data.sources.base import Holdout, SourceConfig
+from frozenprefix.data.sources.selection import check_pictures_exist, first_pictures, hold_out, of_split
+from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.registry import Registry
+
+__all__ = ["SOURCES", "Holdout", "SourceConfig", "load_source", "load_sources", "parse_source"]
+
+log = logging.getLogger(__name__)
+
+_HERE = "frozenprefix.data.sources"
+SOURCES: Registry[type[SourceConfig]] = Registry(
+    "data source",
+    {
+        "captions": f"{_HERE}.captions:CaptionsSource",
+        "coco": f"{_HERE}.coco:CocoSource",
+        "easy_vqa": f"{_HERE}.easy_vqa:EasyVqaSource",
+        "flickr_tokens": f"{_HERE}.flickr_tokens:FlickrTokensSource",
+        "image_folder": f"{_HERE}.image_folder:ImageFolderSource",
+        "karpathy": f"{_HERE}.karpathy:KarpathySource",
+        "qa": f"{_HERE}.qa:QaSource",
+        "vqa_v2": f"{_HERE}.vqa_v2:VqaV2Source",
+    },
+)
+
+
+def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:
+    """Turn a dict with a `type` into that source's typed config.
+
+    Raises:
+        ConfigError: for an unknown type, and for all unknown keys and wrong values at once.
+    """
+    if isinstance(config, SourceConfig):
+        return config
+    if "type" not in config:
+        raise ConfigError(f"data source: field 'type' is missing, expected one of {', '.join(SOURCES.names())}")
+    source = SOURCES.get(config["type"])
+    try:
+        return source.model_validate(config)
+    except ValidationError as error:
+        raise ConfigError([_problem(source, config["type"], item) for item in error.errors()]) from error
+
+
+def load_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = None) -> list[Sample]:
+    """Read one source: all its samples, of the wanted splits, held-out part and first pictures, in file order.
+
+    Args:
+        config: a typed source config, or the dict of one.
+        base: folder against which a relative `path` is taken; the working directory when not given.
+
+    Raises:
+        ConfigError: for a wrong config.
+        AssetError: when `path` cannot be found or fetched.
+        DataError: for a malformed row, naming file, line and field; a split that is not there; repeated ids; and when
+            not one of the pictures exists. Single missing pictures are left to be counted by their readers.
+    """
+    source = parse_source(config)
+    root = resolve(source.path, base=base)
+    samples = of_split(source.read(root), source.split, where=source.path)
+    if source.holdout is not None:
+        samples = hold_out(samples, source.holdout, root)
+    samples = first_pictures(samples, source.limit)
+    check_pictures_exist(samples, where=source.path)
+    samples = [_labelled(sample, source) for sample in samples]
+    check_unique_ids(samples)
+    log.info("%s %s: %d samples", source.type, source.path, len(samples))
+    return samples
+
+
+def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path | None = None) -> list[Sample]:
+    """Read several sources, one after the other, into one list with unique ids."""
+    samples = [sample for config in configs for sample in load_source(config, base=base)]
+    check_unique_ids(samples)
+    return samples
+
+
+def _labelled(sample: Sample, source: SourceConfig) -> Sample:
+    changes: dict[str, Any] = {}
+    if source.name is not None:
+        changes["id"] = f"{source.name}:{sample.id}"
+    if source.prompt is not None:
+        changes["prompt"] = source.prompt
+    return replace(sample, **changes) if changes else sample
+
+
+def _problem(source: type[SourceConfig], type_name: str, item: Any) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = source.model_fields
+        return (
+            f"data source '{type_name}': unknown field '{field}'{did_you_mean(field, known)}; known: {', '.join(known)}"
+        )
+    got = "" if item["type"] == "missing" else f", got {item['input']!r}"
+    return f"data source '{type_name}': field '{field}': {item['msg']}{got}"

@@ -1,0 +1,39 @@
+"""What every source's config has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from frozenprefix.data.samples import Sample
+
+
+class Holdout(BaseModel):
+    """Split off a validation part by picture. The part of a picture depends on its name and the seed alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fraction: float = Field(0.1, gt=0, lt=1, description="share of the pictures in the validation part")
+    seed: int = 0
+    part: Literal["train", "val"] = Field(description="the part to return")
+
+
+class SourceConfig(BaseModel, ABC):
+    """Where data of one format lies and which of it is wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str
+    path: str = Field(min_length=1, description="folder: local, or a pypi:// reference")
+    split: str | list[str] | None = Field(None, description="name(s) of the split(s) to return; all when not given")
+    holdout: Holdout | None = Field(None, description="return only one part of a split by picture")
+    limit: int | None = Field(None, ge=1, description="return only the samples of the first N pictures")
+    prompt: str | None = Field(None, description="prompt template of these samples; the task's own when not given")
+    name: str | None = Field(None, description="put before every id as 'name:', to join sources that share ids")
+
+    @abstractmethod
+    def read(self, root: Path) -> list[Sample]:
+        """Read all samples under the resolved `path`. Malformed rows raise `DataError`."""

@@ -1,0 +1,48 @@
+"""COCO captions as published: `captions_train2017.json` and a folder of pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.rows import read_json_object
+from frozenprefix.errors import DataError
+
+
+class CocoSource(SourceConfig):
+    """One sample a picture, with all its captions. The split is read from the file name (`_train`, `_val`, `_test`)."""
+
+    type: Literal["coco"] = "coco"
+    annotations: str = Field(description="file under `path`, e.g. annotations/captions_val2017.json")
+    images: str = Field(description="folder of the pictures under `path`, e.g. val2017")
+
+    def read(self, root: Path) -> list[Sample]:
+        file = read_json_object(root / self.annotations)
+        names = {row.identifier("id"): row.text("file_name") for row in file.rows("images")}
+        captions: dict[str, list[str]] = {image_id: [] for image_id in names}
+        for row in file.rows("annotations") if "annotations" in file else []:
+            image_id = row.identifier("image_id")
+            if image_id not in captions:
+                raise DataError(f"{row.where}: field 'image_id': got {image_id}, expected the id of one of `images`")
+            captions[image_id].extend(text.strip() for text in row.texts("caption"))
+        split = _split(self.annotations)
+        return [
+            Sample(
+                id=image_id,
+                images=(root / self.images / name,),
+                targets=tuple(captions[image_id]),
+                split=split,
+                metadata={"image_id": image_id},
+            )
+            for image_id, name in names.items()
+        ]
+
+
+def _split(file_name: str) -> str | None:
+    found = re.search(r"_(train|val|test)(?![a-z])", Path(file_name).name)
+    return found.group(1) if found else None

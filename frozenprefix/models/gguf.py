@@ -1,0 +1,97 @@
+"""GGUF files → folders that `from_pretrained` reads, converted once per file with transformers' own GGUF support."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from frozenprefix.assets import build_once, file_sha256, user_cache
+from frozenprefix.errors import AssetError
+
+logger = logging.getLogger(__name__)
+
+# Part of the folder's name: raise it when a change here makes folders that older versions wrote wrong.
+CONVERSION_VERSION = 1
+
+# Values of `tokenizer.ggml.pre` for which llama.cpp splits at each digit and then as GPT-2 does (llama-vocab.cpp).
+_SINGLE_DIGIT_PRE_TOKENIZERS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+
+def gguf_to_pretrained(gguf_path: Path) -> Path:
+    """Return a folder with the config, weights (safetensors), generation config and tokenizer of a GGUF file.
+
+    Converted at the first call, into `user_cache()/gguf/`, under a name made of the file's SHA-256. The weights are
+    the dequantised values themselves, in the narrowest of float16, bfloat16 and float32 that holds all of them
+    exactly; for quantised files that is float32.
+
+    Raises:
+        AssetError: there is no such file, the `gguf` package is missing, or the file is damaged or of a kind that
+            transformers does not read.
+    """
+    gguf_path = Path(gguf_path)
+    if not gguf_path.is_file():
+        raise AssetError(f"GGUF file '{gguf_path}' does not exist")
+    folder = user_cache() / "gguf" / f"{file_sha256(gguf_path)[:16]}-v{CONVERSION_VERSION}"
+    return build_once(folder, lambda target: _convert(gguf_path, target))
+
+
+def _convert(gguf_path: Path, target: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError(
+            f"reading the GGUF file '{gguf_path}' needs the gguf package: run `pip install frozenprefix[gguf]`"
+        )
+    logger.info("converting %s, once", gguf_path)
+    try:
+        model, tokenizer = _load(gguf_path)
+    except Exception as error:
+        # A damaged file shows itself as whatever error its bytes happen to provoke in the reader.
+        raise AssetError(
+            f"GGUF file '{gguf_path}' ({gguf_path.stat().st_size} bytes) cannot be read: {type(error).__name__}: "
+            f"{error}. It is damaged, cut short, or of an architecture that transformers {transformers.__version__} "
+            "does not read; fetch it again, or give a folder in the format of transformers"
+        ) from error
+    model.to(_narrowest_exact_dtype(model))  # type: ignore[arg-type]
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _load(gguf_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder, name = str(gguf_path.parent), gguf_path.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    _split_digits(gguf_path, tokenizer)
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Without it, the versions that have it refuse to save what they have loaded.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, **options)
+    return model, tokenizer
+
+
+def _split_digits(gguf_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Cut text at every digit before byte-level BPE if the file names a pre-tokenizer that does so.
+
+    transformers does not know these names and falls back to GPT-2's pre-tokenizer, which groups white space before a
+    digit ("a  2", "\\n\\n1.") differently from what the model was trained on.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf_path).fields.get("tokenizer.ggml.pre")
+    if field is not None and bytes(field.parts[field.data[0]]).decode() in _SINGLE_DIGIT_PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+
+
+def _narrowest_exact_dtype(model: PreTrainedModel) -> torch.dtype:
+    weights = [weight for weight in model.state_dict().values() if weight.is_floating_point()]
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return torch.float32

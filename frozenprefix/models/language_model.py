@@ -1,0 +1,150 @@
+"""The frozen language model: where it comes from, and the three things that this package needs of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from frozenprefix.assets import file_sha256, is_pypi, resolve, tree_sha256
+from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.models.configuration import LanguageModelConfig
+
+logger = logging.getLogger(__name__)
+WEIGHTS = ("*.safetensors", "config.json")
+
+
+@dataclass(frozen=True)
+class ResolvedLanguageModel:
+    """Where a language model lies on this machine, and what exactly it is."""
+
+    location: str  # folder or Hub id
+    identity: dict[str, str]
+    revision: str | None = None
+
+
+def resolve_language_model(config: LanguageModelConfig) -> ResolvedLanguageModel:
+    """Turn `config.path` into a folder or a Hub id.
+
+    A GGUF file is unpacked once into the user's cache. A string that is no local path and no `pypi://` reference is a
+    Hub id, whose identity is the commit that was loaded.
+    """
+    path = config.path
+    if not is_pypi(path) and not Path(path).expanduser().exists() and not path.endswith(".gguf"):
+        return ResolvedLanguageModel(path, {"path": path}, config.revision)
+    if config.revision is not None:
+        raise ConfigError(f"model.language_model.revision has no effect on the local path '{path}'; remove it")
+    local = resolve(path)
+    if local.is_dir():
+        return ResolvedLanguageModel(str(local), {"path": local.name, "sha256": tree_sha256(local, WEIGHTS)})
+    if local.suffix == ".gguf":
+        from frozenprefix.models.gguf import gguf_to_pretrained
+
+        identity = {"path": path if is_pypi(path) else local.name, "sha256": file_sha256(local)}
+        return ResolvedLanguageModel(str(gguf_to_pretrained(local)), identity)
+    raise ConfigError(f"model.language_model.path: expected a folder, a .gguf file or a Hub id, got '{path}'")
+
+
+def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, dict[str, str]]:
+    """Load the LM in its compute dtype, with its identity.
+
+    Raises:
+        AssetError: when the Hub id cannot be reached or the folder holds no causal LM.
+    """
+    found = resolve_language_model(config)
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                found.location,
+                revision=found.revision or "main",
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attn_implementation,
+            )
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"model.language_model.path: '{config.path}' is neither a local folder nor a causal LM that the Hub gives "
+            f"({str(error).splitlines()[0]}); give a local folder, a .gguf file or a pypi:// reference"
+        ) from error
+    identity = dict(found.identity)
+    if "sha256" not in identity:
+        identity["revision"] = str(getattr(model.config, "_commit_hash", None))
+    return model, identity
+
+
+def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
+    """Load the LM's tokenizer; one without a padding token pads with its end token (masks are always explicit)."""
+    found = resolve_language_model(config)
+    tokenizer = AutoTokenizer.from_pretrained(found.location, revision=found.revision or "main")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.language_model.path: the tokenizer of '{config.path}' has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class quiet_transformers:
+    """Hold back transformers' loading bars: they would run through the trainer's own."""
+
+    def __enter__(self) -> None:
+        self.shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.shown:
+            transformers_logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def embedding_rms(language_model: PreTrainedModel) -> float:
+    """Root mean square of the word embeddings as the LM's own embedding layer gives them."""
+    embeddings = language_model.get_input_embeddings()
+    ids = torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)[:: max(1, len(embeddings.weight) // 8192)]
+    return float(embeddings(ids).float().pow(2).mean().sqrt())
+
+
+def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Module, float | None]:
+    """Split a causal LM into its decoder (embeddings → last hidden states), its head, and its logit cap.
+
+    With them logits are computed only where there is a label. The split is checked on three tokens against the whole.
+
+    Raises:
+        ConfigError: when the parts do not give the LM's own logits.
+    """
+    decoder, head = language_model.base_model, language_model.get_output_embeddings()
+    softcap = getattr(language_model.config.get_text_config(), "final_logit_softcapping", None)
+    embeddings = language_model.get_input_embeddings()(torch.arange(3, device=language_model.device)[None])
+    with torch.no_grad():
+        whole = language_model(inputs_embeds=embeddings).logits.float()
+        logits = head(decoder(inputs_embeds=embeddings).last_hidden_state).float()
+        parts = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f"model.language_model: {type(language_model).__name__} changes its logits behind the output layer in a way "
+            "that this package does not know; it cannot be trained through"
+        )
+    return decoder, head, softcap
+
+
+def check_packable(language_model: PreTrainedModel) -> str | None:
+    """Say in one line why rows of several targets cannot be given to this LM, or None when they can.
+
+    Needs attention that takes a mask of its own (no state-space layers) and positions that can be given (no ALiBi).
+    """
+    config = language_model.config.get_text_config()
+    name = type(language_model).__name__
+    if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
+        return f"{name} derives positions from the mask (ALiBi): targets cannot share a row; set training.packing=none"
+    if any(hasattr(config, field) for field in ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_value_heads")):
+        return f"{name} has recurrent layers, which see a row from left to right; set training.packing=none"
+    return None
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """int64[B, T]: 0, 1, 2, … over the real tokens of each row, 0 on padding."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

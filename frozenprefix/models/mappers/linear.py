@@ -1,0 +1,30 @@
+"""Linear mapper: Frozen (Tsimpoukelli et al. 2021, section 3.1) and LiMBeR (Merullo et al. 2023, section 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from frozenprefix.models.mappers.blocks import pool_tokens
+
+
+class LinearMapper(nn.Module):
+    """One linear layer. A pooled feature becomes all P embeddings at once (Frozen); of a patch grid each token becomes
+    one embedding (LiMBeR), the grid being averaged down in raster order when it has more tokens than the prefix.
+
+    Args:
+        input_norm: layer norm on the features, for encoders whose features are not normalised.
+    """
+
+    def __init__(self, *, encoder_dim: int, num_tokens: int, lm_dim: int, prefix_length: int, input_norm: bool = False):
+        super().__init__()
+        self.prefix_length = prefix_length
+        self.tokens_out = prefix_length if num_tokens == 1 else 1
+        self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
+        self.project = nn.Linear(encoder_dim, self.tokens_out * lm_dim)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        # [B, N, D_enc] -> [B, N or P, D_enc]
+        tokens = self.input_norm(image_features)
+        tokens = tokens if self.tokens_out > 1 else pool_tokens(tokens, self.prefix_length)
+        # -> [B, P, D_lm]
+        return self.project(tokens).flatten(1).unflatten(1, (self.prefix_length, -1))

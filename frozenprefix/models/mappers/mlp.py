@@ -1,0 +1,62 @@
+"""MLP mapper: ClipCap (Mokady et al. 2021, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.mappers.blocks import pool_tokens
+
+ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class MLPMapper(nn.Module):
+    """Linear layers with an activation between them. A pooled feature becomes all P embeddings at once.
+
+    Args:
+        hidden_dim: width between the layers; None is ClipCap's `lm_dim * prefix_length / 2`.
+        num_layers: linear layers.
+        tokens: what to do with a patch grid: "per_token" maps each token to one embedding (the grid is averaged down,
+            in raster order, when it has more tokens than the prefix); "flatten" maps all tokens together.
+        input_norm: layer norm on the features, for encoders whose features are not normalised.
+        dropout: on the hidden layers, while training.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_dim: int,
+        num_tokens: int,
+        lm_dim: int,
+        prefix_length: int,
+        hidden_dim: int | None = None,
+        num_layers: int = 2,
+        activation: Literal["tanh", "gelu", "relu"] = "tanh",
+        tokens: Literal["per_token", "flatten"] = "per_token",
+        input_norm: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if tokens == "flatten" and num_tokens == 1:
+            raise ConfigError("model.mapper.tokens: 'flatten' has no effect on a pooled feature; remove it")
+        self.prefix_length = prefix_length
+        self.together = num_tokens == 1 or tokens == "flatten"
+        width_in = encoder_dim * num_tokens if self.together else encoder_dim
+        width_out = lm_dim * prefix_length if self.together else lm_dim
+        hidden_dim = hidden_dim or max(lm_dim, width_out // 2)
+        self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
+        layers: list[nn.Module] = []
+        for _ in range(num_layers - 1):
+            layers += [nn.Linear(width_in, hidden_dim), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+            width_in = hidden_dim
+        self.layers = nn.Sequential(*layers, nn.Linear(width_in, width_out))
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        # [B, N, D_enc]
+        tokens = self.input_norm(image_features)
+        # -> [B, N * D_enc] or [B, P, D_enc]
+        tokens = tokens.flatten(1) if self.together else pool_tokens(tokens, self.prefix_length)
+        # -> [B, P, D_lm]
+        return self.layers(tokens).flatten(1).unflatten(1, (self.prefix_length, -1))

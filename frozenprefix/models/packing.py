@@ -1,0 +1,245 @@
+"""Shared-prefix packing: all targets of a picture in one row, as a token trie.
+
+Pure functions from lists of token ids to index tensors. A picture's targets (prompt + answer + end token) are merged
+into a trie, so that the picture's prefix, and every first words that targets share, are computed once:
+
+    a man runs          p p p a ┬ man ┬ runs ┬ eos
+    a man sits     ->           │     └ sits ─ eos
+    a dog                       └ dog ─ eos
+
+Nodes are laid out depth first; a node sees its ancestors only, and its position is its depth. Node j is an ancestor of
+i (or i itself) exactly when `j <= i < subtree_end[j]`, so one vector describes the mask. Loss and gradient equal those
+of the targets computed one by one. Shape letters: R rows, T row length, K predicting nodes, E distinct (node, next
+token) edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frozenprefix.errors import TrainingError
+
+Packing = Literal["trie", "flat", "none"]
+
+
+class Target(NamedTuple):
+    """One text to learn: ids with the picture's placeholders in place, the first `num_context` of them only given."""
+
+    input_ids: Sequence[int]
+    num_context: int
+
+
+@dataclass
+class PackedBatch:
+    """Rows of tries, and which node has to predict what.
+
+    Attributes:
+        input_ids: int64[R, T], padded with 0.
+        position_ids: int64[R, T], the depth of each node.
+        subtree_end: int64[R, T], one behind the last descendant of each node, within its row.
+        prefix_index: int64[R, T], index into the flattened prefix embeddings [pictures * P], -1 for text.
+        predict_index: int64[K], nodes that predict something, as indices into [R * T].
+        edge_source: int64[E], index into the K nodes; edge_label: int64[E], the next token;
+        edge_weight: float32[E], how many targets take that step.
+        num_targets, num_tokens: targets, and trained tokens, before any sharing.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    subtree_end: Tensor
+    prefix_index: Tensor
+    predict_index: Tensor
+    edge_source: Tensor
+    edge_label: Tensor
+    edge_weight: Tensor
+    num_targets: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PackedBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass
+class _Trie:
+    """One picture's targets, depth first. Lists run over nodes."""
+
+    ids: list[int]
+    depth: list[int]
+    end: list[int]
+    prefix: list[int]  # index within the pictures of this trie, or -1
+    edges: dict[tuple[int, int], int]  # (node, next token) -> count
+
+
+def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = True) -> _Trie:
+    """Merge targets into a trie. With `share=False` only the common start up to the first free token is shared.
+
+    Raises:
+        TrainingError: when a target has no token to learn.
+    """
+    children: list[dict[int, int]] = [{}]  # nodes in creation order; 0 is a root above the first token
+    token: list[int] = [-1]
+    edges: dict[tuple[int, int], int] = {}
+    branch_from = _common_context(targets, image_token_id) if not share else 0
+    for target in targets:
+        if target.num_context >= len(target.input_ids):
+            raise TrainingError("a target has no token left to learn; raise max_target_tokens or drop empty targets")
+        node = 0
+        for place, token_id in enumerate(target.input_ids):
+            if place >= target.num_context:
+                edges[node, token_id] = edges.get((node, token_id), 0) + 1
+            if place == len(target.input_ids) - 1:
+                break  # the last token is only predicted, it never has to be read
+            key = token_id if share or place < branch_from else -len(token)
+            if key not in children[node]:
+                children[node][key] = len(token)
+                children.append({})
+                token.append(token_id)
+            node = children[node][key]
+    return _depth_first(children, token, edges, image_token_id)
+
+
+def _common_context(targets: Sequence[Target], image_token_id: int) -> int:
+    """Length of the start that all targets share and none has to learn."""
+    shortest = min(target.num_context for target in targets)
+    length = 0
+    while length < shortest and len({target.input_ids[length] for target in targets}) == 1:
+        length += 1
+    return length
+
+
+def _depth_first(
+    children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], int], image_token_id: int
+) -> _Trie:
+    trie = _Trie([], [], [], [], {})
+    place_of: dict[int, int] = {0: -1}
+    # (node, depth, pictures' placeholders above it); a node is met again, negated, when its subtree is complete
+    stack = [(child, 0, 0) for child in reversed(children[0].values())]
+    while stack:
+        node, depth, seen = stack.pop()
+        if node < 0:
+            trie.end[place_of[-node]] = len(trie.ids)
+            continue
+        place_of[node] = len(trie.ids)
+        is_image = token[node] == image_token_id
+        trie.ids.append(token[node])
+        trie.depth.append(depth)
+        trie.end.append(0)
+        trie.prefix.append(seen if is_image else -1)
+        stack.append((-node, 0, 0))
+        stack += [(child, depth + 1, seen + is_image) for child in reversed(children[node].values())]
+    for (node, label), count in edges.items():
+        if node == 0:
+            raise TrainingError("the first token of a text cannot be learned: nothing stands before it")
+        trie.edges[place_of[node], label] = count
+    return trie
+
+
+def pack(
+    pictures: Sequence[Sequence[Target]],
+    *,
+    image_token_id: int,
+    prefix_length: int,
+    images_per_group: Sequence[int] | None = None,
+    packing: Packing = "trie",
+    tokens_per_row: int | None = None,
+) -> PackedBatch:
+    """Pack the targets of several pictures into rows.
+
+    Args:
+        pictures: for each picture (or group of pictures shown together) its targets.
+        prefix_length: placeholders per picture.
+        images_per_group: pictures shown in each group; 1 each when not given.
+        packing: "trie" shares the prefix and all common first tokens, "flat" the prefix and the prompt, "none"
+            repeats everything for every target (one target a row, the plain batch).
+        tokens_per_row: rows are filled up to this many tokens; the longest trie sets it when not given.
+
+    Raises:
+        TrainingError: when nothing is left to learn, or a target lacks its picture's placeholders.
+    """
+    counts = list(images_per_group or [1] * len(pictures))
+    starts = [sum(counts[:i]) * prefix_length for i in range(len(counts))]
+    tries: list[tuple[_Trie, int]] = []
+    for targets, start, count in zip(pictures, starts, counts, strict=True):
+        for target in targets:
+            held = sum(token_id == image_token_id for token_id in target.input_ids)
+            if held != count * prefix_length:
+                raise TrainingError(f"a target holds {held} picture placeholders, expected {count * prefix_length}")
+        groups = [[target] for target in targets] if packing == "none" else [list(targets)]
+        tries += [(build_trie(group, image_token_id, share=packing == "trie"), start) for group in groups if group]
+    if not tries:
+        raise TrainingError("a batch without any target to learn")
+    rows = _fill_rows([len(trie.ids) for trie, _ in tries], tokens_per_row if packing != "none" else 0)
+    batch = _lay_out(tries, rows)
+    batch.num_targets = sum(len(targets) for targets in pictures)
+    batch.num_tokens = sum(len(t.input_ids) - t.num_context for targets in pictures for t in targets)
+    return batch
+
+
+def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
+    """First-fit decreasing: which tries share a row of at most `budget` tokens (0: one each)."""
+    budget = max(lengths) if budget is None else budget
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row, free in enumerate(room):
+            if lengths[index] <= free:
+                rows[row].append(index)
+                room[row] -= lengths[index]
+                break
+        else:
+            rows.append([index])
+            room.append(budget - lengths[index])
+    return rows
+
+
+def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBatch:
+    width = max(sum(len(tries[i][0].ids) for i in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    prefix_index = torch.full(shape, -1)
+    subtree_end = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
+    source_of: dict[int, int] = {}
+    edge_source, edge_label, edge_weight = [], [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            trie, start = tries[i]
+            span = slice(at, at + len(trie.ids))
+            prefix = torch.tensor(trie.prefix)
+            input_ids[r, span] = torch.tensor(trie.ids)
+            position_ids[r, span] = torch.tensor(trie.depth)
+            subtree_end[r, span] = torch.tensor(trie.end) + at
+            prefix_index[r, span] = torch.where(prefix >= 0, prefix + start, -1)
+            for (node, label), count in trie.edges.items():
+                place = r * width + at + node
+                edge_source.append(source_of.setdefault(place, len(source_of)))
+                edge_label.append(label)
+                edge_weight.append(float(count))
+            at += len(trie.ids)
+    return PackedBatch(
+        input_ids,
+        position_ids,
+        subtree_end,
+        prefix_index,
+        predict_index=torch.tensor(list(source_of)),
+        edge_source=torch.tensor(edge_source),
+        edge_label=torch.tensor(edge_label),
+        edge_weight=torch.tensor(edge_weight),
+        num_targets=0,
+        num_tokens=0,
+    )
+
+
+def ancestor_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask float[R, 1, T, T]: 0 where a node may look (its ancestors and itself), else the lowest."""
+    place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    # query i sees key j when j <= i < end[j]
+    visible = (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])
+    mask = torch.zeros(visible.shape, dtype=dtype, device=subtree_end.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)

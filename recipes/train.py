@@ -1,0 +1,10 @@
+"""What `frozenprefix train` does, as a file: `accelerate launch recipes/train.py RECIPE.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from frozenprefix.cli.main import app
+
+if __name__ == "__main__":
+    app(["train", *sys.argv[1:]])
