@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from frozenprefix.errors import TrainingError
+from frozenprefix.models.attention import attention_for_rows
 from frozenprefix.models.fusion import fuse_prefix
 from frozenprefix.models.language_model import decoder_and_head
 from frozenprefix.models.losses import next_token_loss
@@ -112,12 +113,13 @@ def packed_loss(lm, batch, prefix_embeds):
     decoder, head, softcap = decoder_and_head(lm)
     mask = ancestor_mask(batch.subtree_end, torch.float32)
     kinds = set(getattr(lm.config, "layer_types", None) or ())
-    hidden = decoder(
-        inputs_embeds=fuse_prefix(lm.get_input_embeddings(), batch.input_ids, batch.prefix_index, prefix_embeds),
-        attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state.flatten(0, 1)[batch.predict_index]
+    with attention_for_rows(lm):
+        hidden = decoder(
+            inputs_embeds=fuse_prefix(lm.get_input_embeddings(), batch.input_ids, batch.prefix_index, prefix_embeds),
+            attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[batch.predict_index]
     total = next_token_loss(hidden, head, batch.edge_source, batch.edge_label, batch.edge_weight, softcap)
     return total / batch.num_tokens
 

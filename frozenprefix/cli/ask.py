@@ -16,8 +16,8 @@ def command(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.", show_default=False)],
 ) -> None:
     """Answer a question about a picture."""
-    from frozenprefix.inference import Captioner
-
     if not image.is_file():
         raise DataError(f"IMAGE: got '{image}', expected a picture file that exists")
+    from frozenprefix.inference import Captioner
+
     typer.echo(Captioner.from_pretrained(checkpoint).answer(image, question))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.errors import DataError
+from frozenprefix.errors import BadImageError, DataError
+
+if TYPE_CHECKING:
+    from frozenprefix.data.images import BadPictures
+    from frozenprefix.inference import Caption
 
 
 def command(
@@ -21,23 +26,47 @@ def command(
     prompt: Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
 ) -> None:
-    """Write a caption for every picture."""
+    """Write a caption for every picture. Exit code 1 when some could not be read."""
+    pictures = find_pictures(paths)  # first: the model takes seconds to import
+    from frozenprefix.data.images import BadPictures
     from frozenprefix.inference import Captioner
 
-    pictures = find_pictures(paths)
     captioner = Captioner.from_pretrained(checkpoint)
-    captions = captioner.caption(pictures, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
+    bad = BadPictures()
+    captions = captioner.caption(readable(pictures, bad), prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
     if out is None:
         for caption in captions:
             typer.echo(f"{caption.path}\t{caption.text}")
-        return
+    else:
+        write_jsonl(captions, out)
+        typer.echo(f"{len(pictures) - len(bad)} captions in {out}", err=True)
+    for _, error in bad:
+        typer.secho(f"skipped, {error.reason}: {error}", fg=typer.colors.RED, err=True)
+    if len(bad):
+        raise typer.Exit(1)
+
+
+def readable(pictures: Iterable[Path], bad: BadPictures) -> Iterator[Path]:
+    """The pictures that can be read; the others go to `bad`, so that one broken file does not end a long run."""
+    from frozenprefix.data.images import load_image
+
+    for path in pictures:
+        try:
+            load_image(path)
+        except BadImageError as error:
+            bad.record(path, error)
+        else:
+            yield path
+
+
+def write_jsonl(captions: Iterable[Caption], out: Path) -> None:
+    """One object a line, written as soon as it is there: `image`, `caption`, `score`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for caption in captions:
             row = {"image": str(caption.path), "caption": caption.text, "score": caption.score}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-    typer.echo(f"{len(pictures)} captions in {out}", err=True)
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:

@@ -8,12 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from frozenprefix.errors import DataError
-
 app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
-
-#: File that marks a folder → the source that reads it.
-_MARKS = {"captions.jsonl": "captions", "qa.jsonl": "qa", "qa.json": "qa"}
 
 
 @app.callback()
@@ -23,7 +18,7 @@ def _group() -> None:
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the data.", show_default=False)],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the data.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole report to.")] = None,
 ) -> None:
     """Read every picture once; report what is broken, and what is in two splits. Exit code 1 when there is any."""
@@ -31,7 +26,7 @@ def check(
     from rich.progress import Progress
 
     from frozenprefix.data.check import check_samples
-    from frozenprefix.data.sources import load_sources
+    from frozenprefix.data.sources import detect_sources, load_sources
 
     samples = load_sources(detect_sources(folder))
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -46,18 +41,6 @@ def check(
             typer.echo(line)
     if report.bad_pictures or report.leaks:
         raise typer.Exit(1)
-
-
-def detect_sources(folder: Path) -> list[dict[str, Any]]:
-    """Source configs for a folder: by the files that lie in it, else as a folder of pictures.
-
-    Raises:
-        DataError: when there is no such folder.
-    """
-    if not folder.is_dir():
-        raise DataError(f"DIR: got '{folder}', expected a folder that exists")
-    types = list(dict.fromkeys(kind for mark, kind in _MARKS.items() if (folder / mark).is_file())) or ["image_folder"]
-    return [{"type": kind, "path": str(folder), "name": kind if len(types) > 1 else None} for kind in types]
 
 
 def _lines(name: str, value: Any) -> list[str]:

@@ -23,13 +23,28 @@ def command(
     data: Annotated[str, typer.Option(help="Folder of the data.", show_default=False)],
     split: Annotated[str | None, typer.Option(help="Split to take; all when not given.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N pictures.")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5 for captions and 1 for answers when not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
 ) -> None:
     """Measure a checkpoint, beside what it scores without the picture and with a wrong one."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from frozenprefix.evaluation import evaluate_checkpoint
 
-    result = evaluate_checkpoint(checkpoint, task=task.value, data=data, split=split, limit=limit, num_beams=beams)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task("predicting", total=None)
+        result = evaluate_checkpoint(
+            checkpoint,
+            task=task.value,
+            data=data,
+            split=split,
+            limit=limit,
+            num_beams=beams,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

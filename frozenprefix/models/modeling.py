@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.models.attention import attention_for_rows
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
     LanguageModelConfig,
@@ -206,12 +207,13 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decoder, head, softcap = self._decoder_and_head
         # [R, T] -> [R, T, D_lm]
         inputs_embeds = fuse_prefix(self.get_input_embeddings(), packed.input_ids, packed.prefix_index, prefix_embeds)
-        hidden = decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._row_mask(packed, inputs_embeds.dtype),
-            position_ids=packed.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        with attention_for_rows(self.language_model):
+            hidden = decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=self._row_mask(packed, inputs_embeds.dtype),
+                position_ids=packed.position_ids,
+                use_cache=False,
+            ).last_hidden_state
         # only the nodes that predict something: -> [K, D_lm] -> scalar
         hidden = hidden.flatten(0, 1)[packed.predict_index]
         total = next_token_loss(

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError
 
 IMAGE_TOKEN = "<image>"

@@ -72,19 +72,11 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _check_validation_is_there(self) -> Recipe:
-        training = self.training
-        if not self.data.validation:
-            options = {"early_stopping_patience": None, "monitor": "validation_loss"}
-            raise_clash(
-                [
-                    Problem(
-                        (f"training.{key}", "data.validation"),
-                        f"training.{key}: got {getattr(training, key)!r}, which has no effect without data.validation",
-                    )
-                    for key, default in options.items()
-                    if getattr(training, key) != default
-                ]
-            )
+        patience = self.training.early_stopping_patience
+        if not self.data.validation and patience is not None:
+            key = "training.early_stopping_patience"
+            line = f"{key}: got {patience!r}, which has no effect without data.validation"
+            raise_clash([Problem((key, "data.validation"), line)])
         return self
 
     @classmethod

@@ -110,9 +110,7 @@ class TrainingSection(RecipeSection):
     validate_every: int = Field(200, ge=1, description="steps")
     validation_pictures: int | None = Field(256, ge=2, description="pictures per validation; null for all")
     save_every: int = Field(200, ge=1, description="steps")
-    keep_last: int = Field(1, ge=1, description="training states kept")
-    early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better `monitor`")
-    monitor: str = Field("validation_loss", min_length=1)
+    early_stopping_patience: int | None = Field(None, ge=1, description="validations without a lower loss")
 
     @field_validator("betas")
     @classmethod

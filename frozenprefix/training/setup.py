@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from frozenprefix.assets import user_cache
-from frozenprefix.data.cache import FeatureCache, encode_pictures, fingerprint_id
+from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.cache_encode import encode_pictures
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.samples import PictureGroup, Sample, check_unique_ids, group_by_pictures
 from frozenprefix.data.sources import load_source
@@ -27,15 +28,11 @@ from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
-    """Build model and processor. Frozen parts take the dtype of `training.precision` unless their section names one."""
-    sections = recipe.model.model_copy(deep=True)
-    for part in (sections.vision_encoder, sections.language_model):
-        if "dtype" not in part.model_fields_set:
-            part.dtype = DTYPES[recipe.training.precision]  # type: ignore[assignment]
+    """Build the model of a recipe, and its processor."""
+    sections = recipe.model
     encoder = build_vision_encoder(sections.vision_encoder)
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
@@ -80,6 +77,11 @@ def feature_fingerprint(
     }
 
 
+def fingerprint_id(fingerprint: dict[str, str | int]) -> str:
+    """A short name for a fingerprint, for folders."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass
 class PreparedPictures:
     """Groups whose pictures can be read, the features of their pictures when cached, and what could not be read."""
@@ -119,28 +121,28 @@ def prepare_pictures(
     if feature_cache == "auto":
         folder = user_cache() / "features" / fingerprint_id(fingerprint)
     bad = BadPictures()
-    features = encode_pictures(
-        paths,
-        lambda images: encode_images(model, processor, images),
-        folder,
-        fingerprint,
-        batch_size=batch_size,
-        workers=workers,
-        bad=bad,
-        progress=progress,
-    )
-    if bad_list is not None and len(bad):
-        bad.write(bad_list)
-    bad.check(len(paths), max_bad_share)
-    unusable = set(bad.paths)
+    try:
+        features = encode_pictures(
+            paths,
+            lambda pictures: encode_pixels(model, pictures),
+            folder,
+            fingerprint,
+            transform=lambda image: processor.image_processor(image, return_tensors="pt")["pixel_values"],
+            batch_size=batch_size,
+            workers=max(1, workers),
+            bad=bad,
+            max_bad_share=max_bad_share,
+            progress=progress,
+        )
+    finally:
+        if bad_list is not None and len(bad):
+            bad.write(bad_list)
+    unusable = {Path(path) for path, _ in bad}
     kept = {part: [g for g in listed if not unusable & set(g.images)] for part, listed in groups.items()}
     return PreparedPictures(kept, features)
 
 
 @torch.inference_mode()
-def encode_images(
-    model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor, images: list[Image.Image]
-) -> np.ndarray:
-    """Pictures -> float32[n, N, D_enc]."""
-    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-    return model.encode(pixel_values).float().cpu().numpy()
+def encode_pixels(model: FrozenPrefixForConditionalGeneration, pixel_values: list[torch.Tensor]) -> np.ndarray:
+    """Preprocessed pictures, float[1, 3, H, W] each -> float32[n, N, D_enc]."""
+    return model.encode(torch.cat(pixel_values).to(model.device)).float().cpu().numpy()

@@ -19,10 +19,10 @@ from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.data.sources.base import Holdout, SourceConfig
 from frozenprefix.data.sources.selection import check_pictures_exist, first_pictures, hold_out, of_split
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.registry import Registry
 
-__all__ = ["SOURCES", "Holdout", "SourceConfig", "load_source", "load_sources", "parse_source"]
+__all__ = ["SOURCES", "Holdout", "SourceConfig", "detect_sources", "load_source", "load_sources", "parse_source"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,24 @@ def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path
     samples = [sample for config in configs for sample in load_source(config, base=base)]
     check_unique_ids(samples)
     return samples
+
+
+#: File that marks a folder → the source that reads it.
+MARKS = {
+    "captions.jsonl": "captions",
+    "qa.jsonl": "qa",
+    "qa.json": "qa",
+    "train/questions.json": "easy_vqa",
+}
+
+
+def detect_sources(path: str | Path) -> list[dict[str, Any]]:
+    """Source configs for a folder (or a reference to one): by the files that lie in it, else as a folder of pictures."""
+    root = resolve(str(path))
+    if not root.is_dir():
+        raise DataError(f"data folder: got '{path}', expected a folder that exists")
+    types = list(dict.fromkeys(kind for mark, kind in MARKS.items() if (root / mark).is_file())) or ["image_folder"]
+    return [{"type": kind, "path": str(path), "name": kind if len(types) > 1 else None} for kind in types]
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:

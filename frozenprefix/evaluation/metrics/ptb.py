@@ -16,7 +16,7 @@ from functools import cache
 from frozenprefix.evaluation.metrics.ptb_rules import SPLIT_WORDS, build_rules
 
 # The bracket names that pycocoevalcap also lists are upper case there and so never match: "-lrb-" stays a token.
-PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", ";", "-", "--", "..."))
 
 _PLAIN_WORD = re.compile(r"[A-Za-z]+(?=\s)")
 _SPACE = re.compile(r"[\s\u0085\u200b\ufeff]+")
@@ -29,7 +29,9 @@ _SPELLED = {
     **dict.fromkeys("\u0092\u2019\u203a", "'"),
     **dict.fromkeys('"\u0093\u201c\u00ab', "``"),
     **dict.fromkeys("\u0094\u201d\u00bb", "''"),
-    **dict.fromkeys(["\u0096", "\u0097", "\u2013", "\u2014", "\u2015", "---", "----", "&md;", "&mdash;", "&ndash;"], "--"),
+    **dict.fromkeys(
+        ["\u0096", "\u0097", "\u2013", "\u2014", "\u2015", "---", "----", "&md;", "&mdash;", "&ndash;"], "--"
+    ),
     **dict.fromkeys("\u0080\u00a4\u20a0\u20ac", "$"),
     **{"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"},
     **{"\u00a2": "cents", "\u00a3": "#", "\u2026": "...", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'"},
@@ -43,8 +45,7 @@ def ptb_tokenize(text: str) -> list[str]:
     Equal to pycocoevalcap's `PTBTokenizer` on ordinary English; see the module's text for the one exception. A few
     tokens contain a no-break space, as there: "3 1/2", "(555) 555-1234".
     """
-    tokens = (token for chunk in [text.replace("\n", " ") + "\n\n"] for token in _lex(chunk))
-    return [token for token in tokens if token and token not in PUNCTUATION]
+    return [token for token in _lex(text.replace("\n", " ") + "\n\n") if token and token not in PUNCTUATION]
 
 
 def _lex(text: str) -> list[str]:

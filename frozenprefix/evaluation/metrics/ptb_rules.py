@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
 
 _SPLIT_WORDS = (("can", "not"), ("gon", "na"), ("got", "ta"), ("wan", "na"), ("lem", "me"), ("gim", "me"))
 
@@ -19,23 +18,23 @@ _LOOSE_ABBREVIATIONS = (
     "al co ct ga jr ky md mo rd rt sq sr va vt ala apr aug bhd cos dak dec esq est etc ext feb fla fri inc ind jan jul "
     "jun kan ltd mar mon neb nev nov oct plc sep seq sys tel thu tue wed wis wyo ariz assn bldg blvd bros colo conn "
     "corp intl kans mich minn mont okla penn sept tenn tues univ wisc calif thurs bancorp ph.d ed.d"
-).split()
+)
 _ABBREVIATIONS = (
     "cf dr ft lt mr ms mt ph st vs wm adj adm adv ave cie col cpl det drs ens gen gov hon jos maj mme mrs pfc pvt rep "
     "rev sen sfc sgt spc ste alex asst atty brig capt cmdr dept elec govs insp invt mlle msgr natl pres prof reps sens "
     "supt assoc attys comdr lieut profs supts treas messrs"
-).split()
-_LOOSE_CAPITALISED = "Az La Pa Ark Del Ill Mass Miss Ore Tex Wash".split()
-_NUMBER_ABBREVIATIONS = "ca no op pp art fig nos figs prop".split()  # "no. 8", but "he said no."
+)
+_LOOSE_CAPITALISED = "Az La Pa Ark Del Ill Mass Miss Ore Tex Wash"
+_NUMBER_ABBREVIATIONS = "ca no op pp art fig nos figs prop"  # "no. 8", but "he said no."
 # After a single letter with a period: "by J. The dog" ends a sentence, "by J. Smith" does not.
 _SENTENCE_STARTS = (
     "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms. Now "
     "Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
-).split()
+)
 _FILE_ENDINGS = (
-    "c h x gz pl ps py bat bmp cgi cpp dll doc exe gif htm jar jpg mov pdf php png ppt sql tar txt wav xml zip docx html "
-    "java jpeg"
-).split()
+    "c h x gz pl ps py bat bmp cgi cpp dll doc exe gif htm jar jpg mov pdf php png ppt sql tar txt wav xml zip docx "
+    "html java jpeg"
+)
 
 # Combining marks and the like that continue a word although Unicode does not call them letters.
 _MARKS = (
@@ -68,8 +67,8 @@ def _letters() -> str:
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in ranges)
 
 
-def _any_of(words: Iterable[str]) -> str:
-    return f"(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})"
+def _any_of(words: str) -> str:
+    return f"(?:{'|'.join(re.escape(word) for word in sorted(words.split(), key=len, reverse=True))})"
 
 
 _PLAIN = _letters()
@@ -106,7 +105,10 @@ def _word_rules() -> list[tuple[str, str]]:
         (_ENDING, "[^A-Za-z]"),
         (f"[yY]{a}", _LETTER),
         (f"(?i:{a}n{a}?|[ldj]{a}|{a}[2-9]0s|{a}(?:till?|em|cause)|(?:ol|dunkin|somethin){a})", ""),
-        (f"(?i:d{a}ye|nor{a}easter|c{a}mon|c{a}est|cap{a}n|ev{a}ry|li{a}l|nat{a}l|o{a}clock|e{a}er|s{a}mores|o{a}o)", ""),
+        (
+            f"(?i:d{a}ye|nor{a}easter|c{a}mon|c{a}est|cap{a}n|ev{a}ry|li{a}l|nat{a}l|o{a}clock|e{a}er|s{a}mores|o{a}o)",
+            "",
+        ),
         (f"{_LETTER}+[aeiouyAEIOUY]{_QUOTE}[aeiouA-Z]{_LETTER}*", ""),
         (f"{a}\\d\\d", r"\s"),
         ("[`'\u2018]", r"[A-Za-z][^ \t\n\r\u00a0]"),
@@ -118,14 +120,13 @@ def _word_rules() -> list[tuple[str, str]]:
         (_CHAIN, ""),
         (_INITIALS, ""),
         (f"(?:{_CHAIN}|{_COMPOUND}|{_WORD}|{_INITIALS})\\.", "[,;:]"),
-        (f"{_ALNUM}+(?:\\.{_ALNUM}+)*\\.(?i:{_any_of(_FILE_ENDINGS)})", ""),
         (rf"{slashed}(?:\\?/{slashed}){{1,2}}", ""),
         (r"(?i:pro-|anti-)|C\.D\.s|S(?:&|&amp;)(?:P-500|Ls)|(?i:-[LR][RCS]B-)|[CcFf]#|[Cc]\+\+", ""),
     ]
 
 
 def _abbreviation_rules() -> list[tuple[str, str]]:
-    starts = "|".join(f"{re.escape(word[0])}(?i:{re.escape(word[1:])})" for word in _SENTENCE_STARTS)
+    starts = "|".join(f"{re.escape(word[0])}(?i:{re.escape(word[1:])})" for word in _SENTENCE_STARTS.split())
     return [
         (f"(?:(?i:{_any_of(_ABBREVIATIONS)})|[Mm]fg|[Mm]tg)\\.", ""),
         (f"(?i:{_any_of(_NUMBER_ABBREVIATIONS)})\\.", r" ?\d"),
@@ -152,6 +153,7 @@ def _number_rules() -> list[tuple[str, str]]:
 
 
 def _web_rules() -> list[tuple[str, str]]:
+    """Web addresses, mail, file names (behind acronyms: "D.C." is no C file), markup."""
     end = r"""[^ \t\n\f\r"<>|.!?(){},-]"""
     path = rf"""(?:/[^ \t\n\f\r"<>|()]+{end})?"""
     mail_char = r"""[^ \t\n\f\r"<>|()\u00a0{}]"""
@@ -162,6 +164,7 @@ def _web_rules() -> list[tuple[str, str]]:
         (rf"""www\.(?:[^ \t\n\f\r"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{path}""", ""),
         (rf"(?:<|&lt;)?[a-zA-Z0-9]{mail_char}*@(?:{host_char}+\.)*{host_char}+(?:>|&gt;)?", ""),
         (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_LETTER}+", ""),
+        (f"{_ALNUM}+(?:\\.{_ALNUM}+)*\\.(?i:{_any_of(_FILE_ENDINGS)})", r"[\s!,.?]"),
         (_TAG, ""),
         ("&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+|amp|lt|gt|nbsp|quot|apos|MD|mdash|ndash);", ""),
     ]

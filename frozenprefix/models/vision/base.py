@@ -6,6 +6,8 @@ Shape letters: B pictures, H and W of the picture or of the feature map, N token
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -98,16 +100,8 @@ class VisionEncoder(nn.Module, ABC):
         Raises:
             ConfigError: if the network does not take pictures of `image_size`, or its maps do not fit together.
         """
-        parameter = next(self.parameters())
-        picture = torch.zeros(1, 3, self.image_size, self.image_size, dtype=parameter.dtype, device=parameter.device)
-        with torch.no_grad():
-            try:
-                maps = [self.pool(picture)[..., None, None]] if self.pooled else self.maps(picture)
-            except ConfigError:
-                raise
-            except (AssertionError, RuntimeError, ValueError) as error:
-                message = f"'{self.name}' does not take pictures of image_size {self.image_size}: {error}"
-                raise ConfigError(message) from error
+        with picture_probe(self, self.name, self.image_size) as picture:
+            maps = [self.pool(picture)[..., None, None]] if self.pooled else self.maps(picture)
         sizes = [tuple(one.shape[-2:]) for one in maps]
         self._check_sizes(sizes)
         self.encoder_dim = sum(one.shape[1] for one in maps)
@@ -126,6 +120,24 @@ class VisionEncoder(nn.Module, ABC):
                 f"the layers {self.layers} of '{self.name}' have grids of different sizes ({listed}); "
                 f"set grid (at most {smallest}) to bring them to one size"
             )
+
+
+@contextmanager
+def picture_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tensor]:
+    """Give a black picture, float[1, 3, image_size, image_size], to look at the outputs of `module`.
+
+    Raises:
+        ConfigError: if the network fails on it.
+    """
+    module.eval()  # or the picture would move the running statistics of batch norms
+    weight = next(module.parameters())
+    try:
+        with torch.no_grad():
+            yield torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
+    except ConfigError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"'{name}' does not take pictures of image_size {image_size}: {error}") from error
 
 
 def check_options(config: VisionEncoderConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def _create_visual(name: str, pretrained: str | None, given: str | None, image_s
                 require_pretrained=":" in name,
                 weights_only=True,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         if given is not None and is_weights_file(given):
             raise AssetError(
                 f"the weights '{given}' do not fit open_clip's '{name}': {error}; give the whole model's weights, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from frozenprefix.models.vision.base import (
     BuiltEncoder,
     VisionEncoder,
     layer_list,
+    picture_probe,
     resolve_layers,
     tokens_to_map,
 )
@@ -119,10 +119,8 @@ def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: st
         return layers
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"layer must be -1 for '{name}', of which timm gives no inner layers, got {layers}")
-    weight = next(model.parameters())
-    with torch.no_grad():
-        picture = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
-        count = len(model.eval().forward_intermediates(picture, intermediates_only=True))
+    with picture_probe(model, name, image_size) as picture:
+        count = len(model.forward_intermediates(picture, intermediates_only=True))
     return resolve_layers(layers, count, name)
 
 

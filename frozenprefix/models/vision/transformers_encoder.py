@@ -20,6 +20,7 @@ from frozenprefix.models.vision.base import (
     BuiltEncoder,
     VisionEncoder,
     layer_list,
+    picture_probe,
     resolve_layers,
 )
 from frozenprefix.models.vision.weights import state_sha256
@@ -95,10 +96,8 @@ class TransformersEncoder(VisionEncoder):
         return height, width, before
 
     def _count_hidden_states(self) -> int:
-        weight = next(self.model.parameters())
-        picture = torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype, device=weight.device)
-        with torch.no_grad():
-            return len(self.model.eval()(picture, output_hidden_states=True, **self._options).hidden_states)
+        with picture_probe(self.model, self.name, self.image_size) as picture:
+            return len(self.model(picture, output_hidden_states=True, **self._options).hidden_states)
 
 
 def build(config: VisionEncoderConfig) -> BuiltEncoder:

@@ -1,0 +1,151 @@
+"""BLEU, ROUGE-L and CIDEr-D of captions, equal to pycocoevalcap, without Java.
+
+BLEU: Papineni et al. 2002, over the whole corpus, closest reference length. ROUGE-L: Lin 2004, beta 1.2, best precision
+and best recall over the references. CIDEr-D: Vedantam et al. 2015, section 6, n = 4, sigma = 6, times 10.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from frozenprefix.errors import DataError
+from frozenprefix.evaluation.metrics.ids import check_same_ids
+from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, TfIdf
+
+ROUGE_BETA = 1.2
+CIDER_SIGMA = 6.0
+# pycocoevalcap's guards against a division by zero; they show in the scores of very short captions.
+_TINY, _SMALL = 1e-15, 1e-9
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of one prediction set.
+
+    `corpus` has bleu_1 to bleu_4, rouge_l, cider_d, and of the predictions themselves: distinct_captions (how many
+    different ones), most_common_share (of the pictures, in [0, 1]) and mean_length (words). `per_image` has the first
+    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over pictures.
+    """
+
+    corpus: dict[str, float]
+    per_image: dict[str, dict[str, float]]
+
+
+def caption_metrics(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]] | CaptionReferences
+) -> CaptionScores:
+    """Score one caption per picture against its references.
+
+    Args:
+        predictions: picture id → caption as plain text; it may be empty.
+        references: picture id → captions, or a `CaptionReferences` to score several prediction sets with.
+
+    Raises:
+        DataError: an id is missing or unexpected, or a prediction is not a string.
+    """
+    if not isinstance(references, CaptionReferences):
+        references = CaptionReferences(references)
+    check_same_ids(predictions, references.captions, "references")
+    captions = {key: _candidate(key, predictions[key]) for key in references.captions}
+    statistics = {key: _bleu_statistics(caption, references, key) for key, caption in captions.items()}
+    per_image = {
+        key: {
+            **_bleu(statistics[key]),
+            "rouge_l": _rouge_l(caption, references.captions[key]),
+            "cider_d": _cider_d(references.weigh(caption.counts), references.tf_idf[key]),
+        }
+        for key, caption in captions.items()
+    }
+    total = [sum(column) for column in zip(*statistics.values(), strict=True)]
+    means = {name: _mean([scores[name] for scores in per_image.values()]) for name in ("rouge_l", "cider_d")}
+    return CaptionScores({**_bleu(total), **means, **_diversity(list(captions.values()))}, per_image)
+
+
+def _candidate(key: str, text: object) -> Caption:
+    if not isinstance(text, str):
+        raise DataError(f"predictions[{key!r}] must be one caption as a string, got {type(text).__name__}: {text!r}")
+    return Caption.from_text(text)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _bleu_statistics(caption: Caption, references: CaptionReferences, key: str) -> list[int]:
+    """Return [words, closest reference length, n-grams for n = 1..4, of these in a reference for n = 1..4]."""
+    words = len(caption.words)
+    closest = min((abs(len(each.words) - words), len(each.words)) for each in references.captions[key])[1]
+    found = [0] * MAX_N
+    most = references.max_counts[key]
+    for ngram, count in caption.counts.items():
+        found[len(ngram) - 1] += min(count, most.get(ngram, 0))
+    return [words, closest, *(max(0, words - n) for n in range(MAX_N)), *found]
+
+
+def _bleu(statistics: Sequence[int]) -> dict[str, float]:
+    words, closest = statistics[:2]
+    possible, found = statistics[2 : 2 + MAX_N], statistics[2 + MAX_N :]
+    ratio = (words + _TINY) / (closest + _SMALL)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, {}
+    for n in range(MAX_N):
+        product *= (found[n] + _TINY) / (possible[n] + _SMALL)
+        scores[f"bleu_{n + 1}"] = product ** (1 / (n + 1)) * brevity
+    return scores
+
+
+def _rouge_l(caption: Caption, references: Sequence[Caption]) -> float:
+    # An empty caption counts as one empty token, as splitting "" at spaces gives.
+    candidate = caption.tokens or [""]
+    precision = recall = 0.0
+    for reference in references:
+        tokens = reference.tokens or [""]
+        common = _longest_common_subsequence(candidate, tokens)
+        precision = max(precision, common / len(candidate))
+        recall = max(recall, common / len(tokens))
+    if not precision or not recall:
+        return 0.0
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+
+
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, one addition per token of `second` (Hyyrö 2004)."""
+    positions: dict[str, int] = {}
+    for index, token in enumerate(first):
+        positions[token] = positions.get(token, 0) | 1 << index
+    everything = (1 << len(first)) - 1
+    row = everything
+    for token in second:
+        matches = row & positions.get(token, 0)
+        row = (row + matches | row - matches) & everything
+    return len(first) - bin(row).count("1")
+
+
+def _cider_d(candidate: TfIdf, references: Sequence[TfIdf]) -> float:
+    """Return 10 times the clipped, length-damped tf-idf cosine, averaged over n = 1..4 and the references."""
+    total = 0.0
+    for reference in references:
+        overlap = [0.0] * MAX_N
+        weights = reference.weights
+        for ngram, weight in candidate.weights.items():
+            other = weights.get(ngram)
+            if other is not None:
+                overlap[len(ngram) - 1] += min(weight, other) * other
+        similarity = sum(
+            dot / (norm * other_norm) if norm and other_norm else dot
+            for dot, norm, other_norm in zip(overlap, candidate.norms, reference.norms, strict=True)
+        )
+        total += similarity * math.exp(-((candidate.length - reference.length) ** 2) / (2 * CIDER_SIGMA**2))
+    return 10.0 * total / MAX_N / len(references)
+
+
+def _diversity(captions: Sequence[Caption]) -> dict[str, float]:
+    commonest = Counter(tuple(caption.words) for caption in captions)
+    return {
+        "distinct_captions": float(len(commonest)),
+        "most_common_share": max(commonest.values()) / len(captions),
+        "mean_length": _mean([len(caption.words) for caption in captions]),
+    }

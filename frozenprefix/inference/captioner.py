@@ -1,0 +1,150 @@
+"""Captions and answers: pictures in, text out, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from frozenprefix.data.images import load_image
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and the mean log-probability of its tokens (None for sampling)."""
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture's caption, with its score as in `Generation`."""
+
+    path: Path
+    text: str
+    score: float | None = None
+
+
+class Captioner:
+    """Writes captions and answers questions with a trained model.
+
+    Args:
+        model, processor: as saved together in a checkpoint.
+        batch_size: prompts generated for at once.
+    """
+
+    def __init__(
+        self, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor, *, batch_size: int = 32
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
+        """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
+        model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint)
+        processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, processor, batch_size=batch_size)
+
+    def caption(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        prompt: str | None = None,
+        num_beams: int = 5,
+        max_new_tokens: int = 30,
+        **generate: Any,
+    ) -> Iterator[Caption]:
+        """Caption picture files, in order.
+
+        Args:
+            prompt: text before the caption; the prompt of the training when not given.
+            generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9, num_beams=1`.
+
+        Raises:
+            BadImageError: for a picture that cannot be read.
+        """
+        text = self.processor.prompt_for("caption") if prompt is None else self.processor.with_image(prompt)
+        for batch in batched(paths, self.batch_size):
+            images = [load_image(path) for path in batch]
+            texts = self.generate(
+                [text] * len(images), images, num_beams=num_beams, max_new_tokens=max_new_tokens, **generate
+            )
+            for path, made in zip(batch, texts, strict=True):
+                yield Caption(Path(path), made.text, made.score)
+
+    def answer(self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any) -> str:
+        """Answer a question about one picture, greedily unless `generate` says otherwise."""
+        picture = image if isinstance(image, Image.Image) else load_image(image)
+        prompt = self.processor.prompt_for("vqa", question)
+        return self.generate([prompt], [picture], max_new_tokens=max_new_tokens, **{"num_beams": 1, **generate})[0].text
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        *,
+        image_features: Tensor | None = None,
+        **generate: Any,
+    ) -> list[Generation]:
+        """Continue one batch of prompts.
+
+        Args:
+            prompts: texts with an `<image>` for every picture; without pictures the LM continues them blind.
+            images: pictures in reading order, or `image_features` float[n, N, D_enc] made of them earlier.
+            generate: options of transformers' `generate`.
+        """
+        if images is None and image_features is None:
+            prompts = [self.blind_prompt(prompt) for prompt in prompts]
+        inputs = self.processor(text=list(prompts), return_tensors="pt")
+        if images is not None:
+            inputs |= self.processor.image_processor(list(images), return_tensors="pt")
+        elif image_features is not None:
+            inputs["image_features"] = image_features
+        output = self.model.generate(
+            **{name: torch.as_tensor(value).to(self.model.device) for name, value in inputs.items()},
+            return_dict_in_generate=True,
+            output_scores=True,
+            **{"do_sample": False, **generate},
+        )
+        scores = self._scores(output)
+        return [
+            Generation(text, score)
+            for text, score in zip(self.processor.batch_decode(output.sequences), scores, strict=True)
+        ]
+
+    def blind_prompt(self, prompt: str) -> str:
+        """The prompt without its pictures; an empty one starts with the LM's first token."""
+        tokenizer = self.processor.tokenizer
+        return prompt.replace(IMAGE_TOKEN, "").strip() or tokenizer.bos_token or tokenizer.eos_token
+
+    def _scores(self, output: Any) -> list[float | None]:
+        if getattr(output, "sequences_scores", None) is not None:
+            return output.sequences_scores.tolist()
+        if output.scores is None:
+            return [None] * len(output.sequences)
+        steps = self.model.language_model.compute_transition_scores(
+            output.sequences, output.scores, normalize_logits=True
+        )
+        real = torch.isfinite(steps) & (output.sequences != self.processor.tokenizer.pad_token_id)
+        return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)).tolist()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
