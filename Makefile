@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCHMARKS := training_step attention generation cache scaling plan_check
 # Tests and recipes must not reach for a model hub.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -32,7 +33,7 @@ test-slow: install ## the tests with real weights
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10
 
 bench: install ## run every benchmark
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 lint: install ## formatting, lint, types and layers
 	$(BIN)/ruff check .

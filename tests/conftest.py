@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +22,44 @@ def tiny_lm_config(family: str, vocab_size: int = 300):
     import transformers as t
 
     h, n, a, p = TINY["hidden"], TINY["layers"], TINY["heads"], TINY["positions"]
-    llama_like = dict(
-        vocab_size=vocab_size, hidden_size=h, intermediate_size=2 * h, num_hidden_layers=n, num_attention_heads=a,
-        num_key_value_heads=2, max_position_embeddings=p, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+    llama_like = {
+        "vocab_size": vocab_size,
+        "hidden_size": h,
+        "intermediate_size": 2 * h,
+        "num_hidden_layers": n,
+        "num_attention_heads": a,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": p,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
     builders = {
-        "gpt2": lambda: t.GPT2Config(vocab_size=vocab_size, n_embd=h, n_layer=n, n_head=a, n_positions=p, bos_token_id=1, eos_token_id=2),
-        "opt": lambda: t.OPTConfig(vocab_size=vocab_size, hidden_size=h, num_hidden_layers=n, num_attention_heads=a, ffn_dim=2 * h, max_position_embeddings=p, word_embed_proj_dim=h, bos_token_id=1, eos_token_id=2, pad_token_id=2),
-        "gpt_neox": lambda: t.GPTNeoXConfig(vocab_size=vocab_size, hidden_size=h, num_hidden_layers=n, num_attention_heads=a, intermediate_size=2 * h, max_position_embeddings=p, bos_token_id=1, eos_token_id=2),
+        "gpt2": lambda: t.GPT2Config(
+            vocab_size=vocab_size, n_embd=h, n_layer=n, n_head=a, n_positions=p, bos_token_id=1, eos_token_id=2
+        ),
+        "opt": lambda: t.OPTConfig(
+            vocab_size=vocab_size,
+            hidden_size=h,
+            num_hidden_layers=n,
+            num_attention_heads=a,
+            ffn_dim=2 * h,
+            max_position_embeddings=p,
+            word_embed_proj_dim=h,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        ),
+        "gpt_neox": lambda: t.GPTNeoXConfig(
+            vocab_size=vocab_size,
+            hidden_size=h,
+            num_hidden_layers=n,
+            num_attention_heads=a,
+            intermediate_size=2 * h,
+            max_position_embeddings=p,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "llama": lambda: t.LlamaConfig(**llama_like, tie_word_embeddings=True),
         "qwen2": lambda: t.Qwen2Config(**llama_like),
         "qwen3": lambda: t.Qwen3Config(**llama_like, head_dim=8),
@@ -34,7 +67,7 @@ def tiny_lm_config(family: str, vocab_size: int = 300):
         "gemma": lambda: t.GemmaConfig(**llama_like, head_dim=8),
         "gemma2": lambda: t.Gemma2Config(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
         "gemma3": lambda: t.Gemma3TextConfig(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
-    }  # fmt: skip
+    }
     return builders[family]()
 
 
@@ -56,12 +89,18 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def save_tiny_lm(folder: Path, family: str) -> Path:
+def save_tiny_lm(folder: Path, family: str, sharpness: float = 1.0) -> Path:
+    """Save a random LM and the tokenizer. A `sharpness` over 1 makes its words depend on more than the last token."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_lm_config(family)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(tiny_lm_config(family))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= sharpness
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -93,3 +132,107 @@ def own_cache(tmp_path_factory):
     """Fast tests never read or write the user's cache of features and converted models."""
     if "FROZENPREFIX_HOME" not in os.environ:
         os.environ["FROZENPREFIX_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square", "triangle", "cross")
+
+
+def draw_shape(colour: str, shape: str):
+    """A 48 x 48 picture of one coloured shape on white."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (48, 48), "white")
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((8, 8, 40, 40), fill=colour)
+    elif shape == "square":
+        draw.rectangle((8, 8, 40, 40), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(24, 6), (42, 42), (6, 42)], fill=colour)
+    else:
+        draw.line((8, 8, 40, 40), fill=colour, width=8)
+        draw.line((40, 8, 8, 40), fill=colour, width=8)
+    return image
+
+
+def write_shapes(folder: Path) -> Path:
+    """12 drawings with captions.jsonl and qa.jsonl: 8 in split train, 4 (one of each shape) in split val."""
+    (folder / "images").mkdir(parents=True)
+    captions, questions = [], []
+    for number, (colour, shape) in enumerate((colour, shape) for shape in SHAPES for colour in COLOURS):
+        name, split = f"images/{colour}_{shape}.png", "val" if number % 3 == 2 else "train"
+        draw_shape(colour, shape).save(folder / name)
+        texts = [f"a {colour} {shape}", f"a {shape} in {colour}", f"the {shape} is {colour}"]
+        captions.append({"image": name, "captions": texts, "split": split})
+        for kind, answer in (("color", colour), ("shape", shape)):
+            question = f"what {kind} is this?"
+            questions.append({"image": name, "question": question, "answer": answer, "type": kind, "split": split})
+    for name, rows in (("captions.jsonl", captions), ("qa.jsonl", questions)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Folder of drawings; not to be written to. `write_shapes` makes another one."""
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def tiny_recipe_dict(lm: Path, data: Path, output_dir: Path) -> dict[str, Any]:
+    """A run of 6 steps that takes a second or two."""
+    return {
+        "name": "tiny",
+        "output_dir": str(output_dir),
+        "model": {
+            "vision_encoder": {"source": "timm", "name": "test_vit", "weights": "random", "image_size": 32},
+            "mapper": {"type": "mlp", "prefix_length": 2, "hidden_dim": 32, "tokens": "flatten"},
+            "language_model": {"path": str(lm)},
+        },
+        "data": {
+            "train": [
+                {"type": "captions", "path": str(data), "split": "train", "name": "captions"},
+                {"type": "qa", "path": str(data), "split": "train", "name": "qa"},
+            ],
+            "validation": [{"type": "captions", "path": str(data), "split": "val"}],
+            "workers": 0,
+        },
+        "training": {
+            "max_steps": 6,
+            "warmup_steps": 0,
+            "pictures_per_step": 4,
+            "targets_per_picture": 2,
+            "learning_rate": 0.01,
+            "log_every": 1,
+            "validate_every": 3,
+            "save_every": 3,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_lm, shapes) -> Callable[..., Any]:
+    """`tiny_recipe(output_dir, "training.max_steps=3", lm=…, data=…)` -> `Recipe`."""
+    from frozenprefix.training.recipe import Recipe
+
+    def make(output_dir: Path, *overrides: str, lm: Path | None = None, data: Path | None = None) -> Recipe:
+        return Recipe.from_dict(tiny_recipe_dict(lm or tiny_lm("llama"), data or shapes, output_dir), overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sharp_lm(tmp_path_factory) -> Path:
+    """Folder of a tiny LLaMA that a prefix can move: its words depend on all before them."""
+    return save_tiny_lm(tmp_path_factory.mktemp("sharp"), "llama", sharpness=6.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
+    """Folder of an untrained checkpoint: `sharp_lm`, tiny ViT at 32 pixels, MLP of prefix length 2."""
+    from frozenprefix.training.setup import build_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, processor = build_model(tiny_recipe(folder, lm=sharp_lm))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

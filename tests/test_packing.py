@@ -17,8 +17,8 @@ from .conftest import TINY
 
 IMAGE = 999
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3"]
-# two placeholders, then "5 6 7 2", "5 6 8 2", "9 2"
-CAPTIONS = [Target([IMAGE, IMAGE, 5, 6, 7, 2], 2), Target([IMAGE, IMAGE, 5, 6, 8, 2], 2), Target([IMAGE, IMAGE, 9, 2], 2)]
+# two placeholders, then the words
+CAPTIONS = [Target([IMAGE, IMAGE, *words, 2], 2) for words in ([5, 6, 7], [5, 6, 8], [9])]
 
 
 def test_trie_by_hand():
@@ -102,7 +102,9 @@ def plain_loss(lm, pictures, prefix_embeds):
         for target in targets:
             ids = torch.tensor(target.input_ids)
             prefix_index = torch.where(ids == IMAGE, (ids == IMAGE).cumsum(0) - 1, -1)
-            embeds = fuse_prefix(lm.get_input_embeddings(), ids[None], prefix_index[None], prefix_embeds[picture : picture + 1])
+            embeds = fuse_prefix(
+                lm.get_input_embeddings(), ids[None], prefix_index[None], prefix_embeds[picture : picture + 1]
+            )
             logits = lm(inputs_embeds=embeds).logits[0, target.num_context - 1 : -1].float()
             total = total + torch.nn.functional.cross_entropy(logits, ids[target.num_context :], reduction="sum")
             tokens += len(ids) - target.num_context

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from frozenprefix import __version__
-from frozenprefix.cli import ask, caption, data, evaluate, train
+from frozenprefix.cli import ask, cache, caption, data, evaluate, plan, train
 from frozenprefix.errors import ConfigError, FrozenPrefixError
 
 
@@ -35,6 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.command)
+app.command("cache")(cache.command)
+app.command("plan")(plan.command)
 app.command("caption")(caption.command)
 app.command("ask")(ask.command)
 app.command("evaluate")(evaluate.command)

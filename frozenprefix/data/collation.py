@@ -95,9 +95,7 @@ class Collator:
 
 def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:
     """The text in front of a sample's target, with its pictures' `<image>` marks."""
-    if sample.prompt is not None:
-        return processor.with_image(sample.prompt, len(sample.images))
-    return processor.prompt_for(sample.task, sample.question)
+    return processor.prompt_for(sample.task, sample.question, template=sample.prompt, pictures=len(sample.images))
 
 
 class StepDataset(Dataset):

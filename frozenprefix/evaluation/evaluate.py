@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.images import BadPictures, load_image
-from frozenprefix.data.samples import Sample
+from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.data.sources import detect_sources, load_source
 from frozenprefix.errors import BadImageError, ConfigError, DataError
+from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.scoring import SCORERS, Scores
 from frozenprefix.inference.captioner import Captioner, batched
 
@@ -44,12 +46,10 @@ def evaluate_checkpoint(
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
 
     Returns:
-        `{"task", "metrics", "baselines": {"blind", "shuffled"}, "n", "groups", "bad_pictures", "settings"}`.
+        `{"task", "metrics", "baselines", "n", "groups", "bad_pictures", "settings", "predictions"}`. Baselines are
+        "blind" and "shuffled", and for captions "consensus", where the folder has a train split too.
     """
-    sources = [{**source, "split": split, "limit": limit} for source in detect_sources(data)]
-    if task == "caption":
-        sources = [{**source, "captions": True} if source["type"] == "easy_vqa" else source for source in sources]
-    samples = [sample for source in sources for sample in load_source(source) if sample.task == task]
+    samples = folder_samples(data, task, split=split, limit=limit)
     if not samples:
         raise DataError(f"--data: {data} holds no {task} samples in split {split!r}; check --task and --split")
     captioner = Captioner.from_pretrained(checkpoint)
@@ -59,9 +59,25 @@ def evaluate_checkpoint(
         samples,
         num_beams=num_beams,
         predictions=predictions,
+        train_samples=training_samples(data, task, split),
         max_bad_share=max_bad_share,
         progress=progress,
     )
+
+
+def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
+    """The samples of one task in a folder; `options` are those of its data source."""
+    sources = [{**source, **options} for source in detect_sources(data)]
+    if task == "caption":
+        sources = [{**source, "captions": True} if source["type"] == "easy_vqa" else source for source in sources]
+    return [sample for source in sources for sample in load_source(source) if sample.task == task]
+
+
+def training_samples(data: str | Path, task: str, split: str | None) -> list[Sample]:
+    """The folder's own training split, for the consensus baseline; nothing when that is what is evaluated."""
+    if task != "caption" or split in (None, "train"):
+        return []
+    return [sample for sample in folder_samples(data, task) if sample.split == "train"]
 
 
 def evaluate_samples(
@@ -71,16 +87,19 @@ def evaluate_samples(
     predictions: Path,
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
+    train_samples: Sequence[Sample] = (),
     max_bad_share: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate samples of one task, whose targets are the references; see `evaluate_checkpoint`.
 
-    Shuffled pictures: sample i gets the pictures of a sample half the list away, never its own.
+    Shuffled pictures: sample i gets the pictures of a sample half the list away, never its own. Captions are also
+    compared with the consensus caption of the nearest of `train_samples`, where there are any.
     """
     tasks = {sample.task for sample in samples}
     if len(tasks) != 1 or not tasks <= DEFAULTS.keys():
         raise ConfigError(f"evaluate one task at a time ({', '.join(DEFAULTS)}), got {', '.join(sorted(tasks))}")
+    check_unique_ids(samples)
     task = tasks.pop()
     settings = dict(DEFAULTS[task])
     settings |= {"num_beams": num_beams} if num_beams else {}
@@ -88,29 +107,65 @@ def evaluate_samples(
     features, bad = encode_samples(captioner, samples)
     bad.check(len({p for s in samples for p in s.images}), max_bad_share)
     samples = [s for s in samples if all(path in features for path in s.images)]
-    runs = {"model": samples, "blind": None, "shuffled": shuffled(samples)}
-    done, total = 0, len(runs) * len(samples)
-    texts: dict[str, dict[str, str]] = {}
-    for name, shown in runs.items():
-        texts[name] = {}
-        for batch in by_prompt_length(captioner, samples, shown):
-            texts[name] |= _predict(captioner, batch, features, settings)
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
+    texts = predict_runs(captioner, samples, features, settings, progress)
+    if train_samples and task == "caption":
+        texts["consensus"] = consensus(captioner, samples, features, train_samples)
     write_predictions(predictions, samples, texts)
     scorer = SCORERS[task](samples)
-    scored: dict[str, Scores] = {name: scorer(texts[name]) for name in runs}
+    scored: dict[str, Scores] = {name: scorer(made) for name, made in texts.items()}
     return {
         "task": task,
         "metrics": scored["model"].metrics,
-        "baselines": {name: scored[name].metrics for name in ("blind", "shuffled")},
+        "baselines": {name: result.metrics for name, result in scored.items() if name != "model"},
         "n": len(samples),
         "groups": {name: result.groups for name, result in scored.items() if result.groups},
         "bad_pictures": bad.counts,
         "settings": settings,
         "predictions": str(predictions),
     }
+
+
+def predict_runs(
+    captioner: Captioner,
+    samples: list[Sample],
+    features: dict[Path, Tensor],
+    settings: dict[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, str]]:
+    """Texts by sample id: of the model, of the blind LM, and of the model with shuffled pictures."""
+    prompts = {sample.id: prompt_of(sample, captioner.processor) for sample in samples}
+    # without a picture, equal prompts get equal texts: each is asked once
+    first = {prompts[sample.id]: sample for sample in reversed(samples)}
+    runs: dict[str, tuple[list[Sample], list[Sample] | None]] = {
+        "model": (samples, samples),
+        "blind": (list(first.values()), None),
+        "shuffled": (samples, shuffled(samples)),
+    }
+    done, total = 0, sum(len(asked) for asked, _ in runs.values())
+    texts: dict[str, dict[str, str]] = {}
+    for name, (asked, shown) in runs.items():
+        texts[name] = {}
+        for batch in by_prompt_length(captioner, asked, shown):
+            texts[name] |= _predict(captioner, batch, features, settings)
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    texts["blind"] = {sample.id: texts["blind"][first[prompts[sample.id]].id] for sample in samples}
+    return texts
+
+
+def consensus(
+    captioner: Captioner, samples: Sequence[Sample], features: dict[Path, Tensor], train_samples: Sequence[Sample]
+) -> dict[str, str]:
+    """The caption of the nearest training pictures that agrees best with their others: what no training reaches."""
+    known, _ = encode_samples(captioner, train_samples)
+    train = [sample for sample in train_samples if all(path in known for path in sample.images)]
+
+    def pooled(listed: Sequence[Sample], encoded: dict[Path, Tensor]) -> np.ndarray:
+        return torch.stack([encoded[sample.images[0]].mean(dim=0) for sample in listed]).numpy()
+
+    texts = consensus_captions(pooled(samples, features), pooled(train, known), [list(s.targets) for s in train])
+    return {sample.id: text for sample, text in zip(samples, texts, strict=True)}
 
 
 @torch.inference_mode()
@@ -147,7 +202,8 @@ def by_prompt_length(
     captioner: Captioner, samples: Sequence[Sample], shown: Sequence[Sample] | None
 ) -> Iterable[list[tuple[Sample, Sample | None]]]:
     """Batches of (sample, sample whose pictures are shown), prompts of like length together to save padding."""
-    pairs = list(zip(samples, shown or [None] * len(samples), strict=True))
+    others: Sequence[Sample | None] = shown or [None] * len(samples)
+    pairs = list(zip(samples, others, strict=True))
     return batched(sorted(pairs, key=lambda pair: len(pair[0].question or "")), captioner.batch_size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frozenprefix.data.samples import Sample
@@ -40,7 +40,7 @@ def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
     return score
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
 

@@ -54,9 +54,9 @@ class Captioner:
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
-        model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
         processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, processor, batch_size=batch_size)
 
     def caption(
@@ -86,7 +86,9 @@ class Captioner:
             for path, made in zip(batch, texts, strict=True):
                 yield Caption(Path(path), made.text, made.score)
 
-    def answer(self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any) -> str:
+    def answer(
+        self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any
+    ) -> str:
         """Answer a question about one picture, greedily unless `generate` says otherwise."""
         picture = image if isinstance(image, Image.Image) else load_image(image)
         prompt = self.processor.prompt_for("vqa", question)
@@ -114,13 +116,20 @@ class Captioner:
             inputs |= self.processor.image_processor(list(images), return_tensors="pt")
         elif image_features is not None:
             inputs["image_features"] = image_features
+        tokenizer = self.processor.tokenizer
+        settings = {
+            "do_sample": False,
+            "eos_token_id": self.end_tokens(),
+            "pad_token_id": tokenizer.pad_token_id,
+            **generate,
+        }
         output = self.model.generate(
             **{name: torch.as_tensor(value).to(self.model.device) for name, value in inputs.items()},
             return_dict_in_generate=True,
             output_scores=True,
-            **{"do_sample": False, **generate},
+            **settings,
         )
-        scores = self._scores(output)
+        scores = [None] * len(output.sequences) if settings["do_sample"] else self._scores(output)
         return [
             Generation(text, score)
             for text, score in zip(self.processor.batch_decode(output.sequences), scores, strict=True)
@@ -128,19 +137,27 @@ class Captioner:
 
     def blind_prompt(self, prompt: str) -> str:
         """The prompt without its pictures; an empty one starts with the LM's first token."""
-        tokenizer = self.processor.tokenizer
-        return prompt.replace(IMAGE_TOKEN, "").strip() or tokenizer.bos_token or tokenizer.eos_token
+        text = prompt.replace(IMAGE_TOKEN, "").strip()
+        if text or self.processor.encode_prompt(""):
+            return text
+        return self.processor.tokenizer.bos_token or self.processor.tokenizer.eos_token
 
-    def _scores(self, output: Any) -> list[float | None]:
+    def end_tokens(self) -> list[int]:
+        """Ids that end a text: the tokenizer's, which the training has put there, and the LM's own."""
+        own = self.model.generation_config.eos_token_id
+        own = [] if own is None else [own] if isinstance(own, int) else own
+        return sorted({self.processor.tokenizer.eos_token_id, *own})
+
+    def _scores(self, output: Any) -> list[float]:
         if getattr(output, "sequences_scores", None) is not None:
             return output.sequences_scores.tolist()
-        if output.scores is None:
-            return [None] * len(output.sequences)
         steps = self.model.language_model.compute_transition_scores(
             output.sequences, output.scores, normalize_logits=True
         )
-        real = torch.isfinite(steps) & (output.sequences != self.processor.tokenizer.pad_token_id)
-        return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)).tolist()
+        # up to the first end token and with it: what follows is padding
+        ends = torch.isin(output.sequences, torch.tensor(self.end_tokens(), device=steps.device))
+        real = ends.cumsum(-1) - ends.long() == 0
+        return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1)).tolist()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

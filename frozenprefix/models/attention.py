@@ -1,8 +1,8 @@
 """Attention for packed rows on the CPU.
 
 Rows are short (tens to hundreds of tokens) and masked in their own way. torch's CPU kernel for
-`scaled_dot_product_attention` walks such rows slowly, backwards most of all: at 12 rows of 80 tokens in bfloat16 the plain
-matrix products here took a fifth of its time (`benchmarks/attention.py`). On other devices SDPA is used.
+`scaled_dot_product_attention` walks such rows slowly, backwards most of all: at 12 rows of 80 tokens in bfloat16 the
+plain matrix products here took a fifth of its time (`benchmarks/attention.py`). On other devices SDPA is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "frozenprefix_packed"
 
@@ -32,24 +32,24 @@ def packed_attention(
     """Attention as plain matrix products, without copies of keys and values for query heads that share them.
 
     Args:
-        query: float[R, H, T, D]; key, value: float[R, G, T, D] with G a divisor of H.
-        attention_mask: additive float[R, 1, T, T].
+        query: float[R, H, T, D]; key, value: float[R, G, S, D] with G a divisor of H.
+        attention_mask: additive float[R, 1, T, S].
         scaling: 1 / sqrt(D) when not given; softcap: Gemma 2's cap on scores.
 
     Returns:
         float[R, T, H, D], and no weights, as transformers' attention functions do.
     """
     rows, heads, length, dim = query.shape
-    groups = key.shape[1]
+    groups, keys = key.shape[1:3]
     per_group = heads // groups
     # query heads of a group become more rows of one product: [R, G, H/G * T, D]
     query = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, groups, per_group * length, dim)
-    scores = (query @ key.transpose(-1, -2)).view(rows, groups, per_group, length, length)
+    scores = (query @ key.transpose(-1, -2)).view(rows, groups, per_group, length, keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = (scores + attention_mask.unsqueeze(2)).softmax(dim=-1)
-    # [R, G, H/G * T, T] @ [R, G, T, D]
-    mixed = weights.view(rows, groups, per_group * length, length) @ value
+    # [R, G, H/G * T, S] @ [R, G, S, D]
+    mixed = weights.view(rows, groups, per_group * length, keys) @ value
     return mixed.view(rows, heads, length, dim).transpose(1, 2), None
 
 
@@ -69,3 +69,15 @@ def attention_for_rows(language_model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = own
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool[R, T, S] -> float[R, 1, T, S]: 0 where query t sees key s, else the lowest number."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def mask_per_kind(config: PreTrainedConfig, mask: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask as the decoder wants it: models with several kinds of layers take one per kind."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask

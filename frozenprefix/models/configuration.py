@@ -31,6 +31,10 @@ class VisionEncoderConfig(Section):
     layer: int | list[int] = Field(-1, description="hidden layer(s) to read; several are concatenated")
     grid: int | None = Field(None, ge=1, description="average the patch grid down to grid x grid tokens")
     image_size: int | None = Field(None, ge=8, description="pixels; the encoder's own size when not given")
+    resize: Literal["squash"] | None = Field(
+        None,
+        description="'squash' shows the whole picture, its sides made equal; the encoder's own crop when not given",
+    )
     dtype: DType = "float32"
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def freeze(module: nn.Module) -> nn.Module:
+
+def freeze(module: Module) -> Module:
     """Take `module` out of training: no parameter needs a gradient, dropout and batch-norm statistics stand still."""
     module.requires_grad_(False)
     return module.eval()

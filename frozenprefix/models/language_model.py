@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,17 @@ class quiet_transformers:
             transformers_logging.enable_progress_bar()
 
 
+def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:
+    """The LM's input embedding layer."""
+    return cast(nn.Embedding, language_model.get_input_embeddings())
+
+
 @torch.no_grad()
 def embedding_rms(language_model: PreTrainedModel) -> float:
     """Root mean square of the word embeddings as the LM's own embedding layer gives them."""
-    embeddings = language_model.get_input_embeddings()
-    ids = torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)[:: max(1, len(embeddings.weight) // 8192)]
+    embeddings = word_embeddings(language_model)
+    words = len(embeddings.weight)
+    ids = torch.arange(words, device=embeddings.weight.device)[:: max(1, words // 8192)]
     return float(embeddings(ids).float().pow(2).mean().sqrt())
 
 
@@ -125,8 +131,8 @@ def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Mod
         parts = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ConfigError(
-            f"model.language_model: {type(language_model).__name__} changes its logits behind the output layer in a way "
-            "that this package does not know; it cannot be trained through"
+            f"model.language_model: {type(language_model).__name__} changes its logits behind the output layer in a "
+            "way that this package does not know; it cannot be trained through"
         )
     return decoder, head, softcap
 
@@ -140,7 +146,9 @@ def check_packable(language_model: PreTrainedModel) -> str | None:
     name = type(language_model).__name__
     if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
         return f"{name} derives positions from the mask (ALiBi): targets cannot share a row; set training.packing=none"
-    if any(hasattr(config, field) for field in ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_value_heads")):
+    if any(
+        hasattr(config, field) for field in ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_value_heads")
+    ):
         return f"{name} has recurrent layers, which see a row from left to right; set training.packing=none"
     return None
 

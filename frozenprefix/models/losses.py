@@ -14,7 +14,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """Sum of weighted cross-entropies through a head that is not trained.
 
     The gradient of the hidden states is computed in the forward pass, chunk by chunk, while the logits are there; the
-    backward pass scales it. The head itself gets no gradient.
+    backward pass scales it. The head itself gets no gradient. Logits and probabilities stay in the head's dtype and in
+    memory that all chunks share: passes over them cost as much as the matrix products.
     """
 
     @staticmethod
@@ -23,22 +24,30 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         order = torch.argsort(source, stable=True)
         source, label, count = source[order], label[order], count[order]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        per_row = torch.zeros(len(hidden), device=hidden.device).index_add_(0, source, count)
+        wanted = torch.empty_like(count)  # logits of the labels
+        normaliser = torch.empty_like(per_row)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), CHUNK):
-            rows = hidden[start : start + CHUNK]
-            low, high = torch.searchsorted(source, torch.tensor([start, start + len(rows)], device=source.device)).tolist()
-            at, wanted, times = source[low:high] - start, label[low:high], count[low:high]
-            logits = nn.functional.linear(rows, weight, bias).float()
-            normaliser = logits.logsumexp(dim=-1)
-            loss += (times * (normaliser[at] - logits[at, wanted])).sum()
+        memory = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
+        starts = list(range(0, len(hidden), CHUNK))
+        ends = torch.searchsorted(source, torch.tensor(starts[1:], device=source.device)).tolist()
+        for start, low, high in zip(starts, [0, *ends], [*ends, len(source)], strict=True):
+            rows = slice(start, start + CHUNK)
+            at, words = source[low:high] - start, label[low:high]
+            logits = torch.mm(hidden[rows], weight.t(), out=memory[: len(hidden[rows])])
+            if bias is not None:
+                logits += bias
+            wanted[low:high] = logits[at, words].float()
+            highest = logits.amax(dim=-1).float()
+            probabilities = torch.softmax(logits, dim=-1, out=logits)
+            # the largest probability is exp(highest - normaliser)
+            normaliser[rows] = highest - probabilities.amax(dim=-1).float().log()
             if gradient is not None:
-                per_row = torch.zeros_like(normaliser).index_add_(0, at, times)
-                logits.sub_(normaliser[:, None]).exp_().mul_(per_row[:, None])
-                logits.index_put_((at, wanted), -times, accumulate=True)
-                gradient[start : start + CHUNK] = logits.to(weight.dtype) @ weight
+                expected = (probabilities @ weight).float() * per_row[rows, None]
+                taken = weight[words].float() * count[low:high, None]
+                gradient[rows] = expected.index_add_(0, at, taken, alpha=-1)
         ctx.save_for_backward(gradient)
-        return loss
+        return (count * (normaliser[source] - wanted)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.generation import GenerateBeamDecoderOnlyOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
-from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.attention import attention_for_rows
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.models.attention import attention_for_rows, mask_per_kind
+from frozenprefix.models.beam_search import BeamSearch, beam_options
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
     LanguageModelConfig,
@@ -27,11 +31,12 @@ from frozenprefix.models.language_model import (
     embedding_rms,
     load_language_model,
     positions_from_mask,
+    word_embeddings,
 )
 from frozenprefix.models.losses import next_token_loss
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch, ancestor_mask
-from frozenprefix.models.vision import build_vision_encoder
+from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
 
@@ -65,16 +70,20 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = FrozenPrefixConfig
     config: FrozenPrefixConfig
+    vision_encoder: VisionEncoder
+    language_model: PreTrainedModel
+    mapper: nn.Module
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
+    # transformers' checkpointing does nothing in evaluation mode, in which the frozen LM always is
+    supports_gradient_checkpointing = False
     _supports_sdpa = True
     _supports_flash_attn = True
 
     def __init__(
         self,
         config: FrozenPrefixConfig,
-        vision_encoder: nn.Module | None = None,
+        vision_encoder: VisionEncoder | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
@@ -94,10 +103,10 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             MapperConfig.model_validate(config.mapper),
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
-            lm_dim=language_model.get_input_embeddings().weight.shape[1],
+            lm_dim=word_embeddings(language_model).weight.shape[1],
             embedding_rms=embedding_rms(language_model),
         )
-        self._decoder_and_head = None
+        self._decoder_and_head: tuple[nn.Module, nn.Module, float | None] | None = None
         self.generation_config = language_model.generation_config
         self.post_init()
 
@@ -134,7 +143,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
         if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
             raise ConfigError(
-                f"image_features: got shape {tuple(image_features.shape)}, expected (pictures, {expected[0]}, {expected[1]})"
+                f"image_features: got shape {tuple(image_features.shape)}, "
+                f"expected (pictures, {expected[0]}, {expected[1]})"
             )
         half = self.compute_dtype != torch.float32
         with torch.autocast(image_features.device.type, dtype=self.compute_dtype if half else None, enabled=half):
@@ -177,7 +187,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if packed is not None:
             return FrozenPrefixOutput(loss=self.packed_loss(packed, prefix_embeds), prefix_embeds=prefix_embeds)
         # [B, T] -> [B, T, D_lm]
-        inputs_embeds = self.embed(input_ids, prefix_embeds)
+        inputs_embeds = self.embed(input_ids, prefix_embeds, attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = positions_from_mask(attention_mask)
         # -> [B, T, V]
@@ -194,17 +204,30 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
         return FrozenPrefixOutput(loss, outputs.logits, outputs.past_key_values, prefix_embeds)
 
-    def embed(self, input_ids: Tensor, prefix_embeds: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Word and prefix embeddings in one sequence: int64[B, T] -> float[B, T, D_lm]."""
+        image_token_id = self.config.image_token_id
+        if input_ids is None or image_token_id is None:
+            missing = "input_ids" if input_ids is None else "config.image_token_id"
+            raise DataError(f"{missing}: got None; the processor gives input_ids, and knows the id of <image>")
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # a padding token may have been added to the tokenizer alone, behind the LM's vocabulary
+            input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
         available = 0 if prefix_embeds is None else prefix_embeds.shape[0] * prefix_embeds.shape[1]
-        prefix_index = index_placeholders(input_ids, self.config.image_token_id, available)
+        prefix_index = index_placeholders(input_ids, image_token_id, available)
         return fuse_prefix(self.get_input_embeddings(), input_ids, prefix_index, prefix_embeds)
+
+    def _parts(self) -> tuple[nn.Module, nn.Module, float | None]:
+        """Decoder, head and logit cap of the LM, checked at the first call."""
+        if self._decoder_and_head is None:
+            self._decoder_and_head = decoder_and_head(self.language_model)
+        return self._decoder_and_head
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
-        if self._decoder_and_head is None:
-            self._decoder_and_head = decoder_and_head(self.language_model)
-        decoder, head, softcap = self._decoder_and_head
+        decoder, head, softcap = self._parts()
         # [R, T] -> [R, T, D_lm]
         inputs_embeds = fuse_prefix(self.get_input_embeddings(), packed.input_ids, packed.prefix_index, prefix_embeds)
         with attention_for_rows(self.language_model):
@@ -231,12 +254,13 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"a packed text of {int(packed.position_ids.max()) + 1} tokens is longer than the LM's sliding window "
                 f"({window}); shorten max_target_tokens or set training.packing=none"
             )
-        kinds = set(getattr(config, "layer_types", None) or ())
-        return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
+        return mask_per_kind(config, mask)
 
     @torch.no_grad()
     def generate(
         self,
+        inputs: Tensor | None = None,
+        *args: Any,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -246,39 +270,72 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Continue texts with pictures in them. Pad `input_ids` on the left.
 
         Args:
-            input_ids: int64[B, T], attention_mask: int64[B, T], as the processor gives them.
+            input_ids: int64[B, T], also as first argument; attention_mask: int64[B, T]; as the processor gives them.
             pixel_values or image_features: the pictures, in reading order; encoded and mapped once each, not per beam.
-            kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
+            args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
 
         Returns:
-            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`.
+            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`. Plain beam search is
+            this package's own (`beam_search`), with the same texts and `sequences_scores` but no `scores` of every
+            step; ask for `output_logits` to have transformers' search, which also serves all other options.
         """
         if "max_length" in kwargs:
             raise ConfigError("max_length counts the picture's prefix for some models; give max_new_tokens instead")
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
+        input_ids = inputs if input_ids is None else input_ids
+        inputs_embeds = self.embed(input_ids, self.prefix(pixel_values, image_features), attention_mask)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        inputs_embeds = self.embed(input_ids, self.prefix(pixel_values, image_features))
-        return self.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        options = None if args else beam_options(self.language_model, inputs_embeds.shape[1], kwargs)
+        if options is not None:
+            sequences, scores = BeamSearch(self.language_model, self._parts(), options)(inputs_embeds, attention_mask)
+            made = GenerateBeamDecoderOnlyOutput(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, scores))
+            return made if options.as_dict else sequences
+        language_model = cast(Any, self.language_model)
+        return language_model.generate(
+            None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What training changes: every parameter that needs a gradient."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write config.json (with the frozen parts' identity) and model.safetensors (trainable tensors only)."""
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[Any],
+        is_main_process: bool = True,
+        state_dict: dict[Any, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json (with the frozen parts' identity) and model.safetensors (trainable tensors only).
+
+        Args:
+            is_main_process: False writes nothing.
+            state_dict: values to write in place of the model's own; those of frozen parts are left out.
+
+        Raises:
+            ConfigError: for other arguments of transformers' `save_pretrained`, which have no effect here.
+        """
         if kwargs.pop("push_to_hub", False):
             raise ConfigError("push_to_hub: save first, then upload the folder with huggingface_hub.upload_folder")
+        if args or kwargs:
+            given = ", ".join([*map(repr, args), *kwargs])
+            raise ConfigError(f"save_pretrained: got {given}, which has no effect on a checkpoint of one small file")
+        if not is_main_process:
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trainable_state().items()}
+        own = self.trainable_state()
+        state = own if state_dict is None else {name: state_dict[name] for name in own}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         self.config.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
     ) -> FrozenPrefixForConditionalGeneration:
         """Load a checkpoint folder or Hub id; frozen parts come from where the config says, and must be the same ones.
 
@@ -287,19 +344,23 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 and the Hub's `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
-            CheckpointError: for missing or unexpected keys, wrong shapes, or a frozen part that is not the one the
-                mapper was trained with.
+            CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part
+                that is not the one the mapper was trained with.
         """
+        source = str(pretrained_model_name_or_path)
         hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         config = kwargs.pop("config", None)
         if not isinstance(config, FrozenPrefixConfig):
-            config = FrozenPrefixConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = FrozenPrefixConfig.from_pretrained(source, **hub)
         parts = {name: kwargs.pop(name) for name in FROZEN_PARTS if name in kwargs}
-        weights = cached_file(str(pretrained_model_name_or_path), SAFE_WEIGHTS_NAME, **hub)
-        if weights is None:
-            raise CheckpointError(f"{pretrained_model_name_or_path} holds no {SAFE_WEIGHTS_NAME}")
+        try:
+            tensors = load_file(str(cached_file(source, SAFE_WEIGHTS_NAME, **hub)))
+        except SafetensorError as error:
+            raise CheckpointError(f"{source}: {SAFE_WEIGHTS_NAME} is damaged ({error})") from error
+        except OSError as error:
+            raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
         model = cls(config, **parts)
-        model.load_trainable(load_file(weights), source=str(pretrained_model_name_or_path))
+        model.load_trainable(tensors, source=source)
         device = kwargs.pop("device_map", None)
         return model.to(device).eval() if device not in (None, "auto") else model.eval()
 

@@ -15,15 +15,18 @@ token) edges.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from frozenprefix.errors import TrainingError
 
+TRIES_PER_ROW = (1, 2, 3, 4, 6, 8)  # divisions that are tried when no row length is given
+ATTENTION_LENGTH = 1024  # tokens in a row at which attention takes as long as the rest (`benchmarks/training_step.py`)
 Packing = Literal["trie", "flat", "none"]
 
 
@@ -61,8 +64,10 @@ class PackedBatch:
     num_tokens: int
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return PackedBatch(**values)
 
 
 @dataclass
@@ -157,7 +162,7 @@ def pack(
         images_per_group: pictures shown in each group; 1 each when not given.
         packing: "trie" shares the prefix and all common first tokens, "flat" the prefix and the prompt, "none"
             repeats everything for every target (one target a row, the plain batch).
-        tokens_per_row: rows are filled up to this many tokens; the longest trie sets it when not given.
+        tokens_per_row: rows are filled up to this many tokens; when not given, the row length that costs least.
 
     Raises:
         TrainingError: when nothing is left to learn, or a target lacks its picture's placeholders.
@@ -182,8 +187,11 @@ def pack(
 
 
 def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
-    """First-fit decreasing: which tries share a row of at most `budget` tokens (0: one each)."""
-    budget = max(lengths) if budget is None else budget
+    """Which tries share a row of at most `budget` tokens (0: one each). Without a budget the cheapest division."""
+    if budget is None:
+        divisions = [_balance(lengths, -(-len(lengths) // share)) for share in TRIES_PER_ROW]
+        return min(divisions, key=lambda rows: _cost(lengths, rows))
+    # first-fit decreasing
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -196,6 +204,23 @@ def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
             rows.append([index])
             room.append(budget - lengths[index])
     return rows
+
+
+def _balance(lengths: list[int], count: int) -> list[list[int]]:
+    """`count` rows that are about equally long: the longest trie left goes to the shortest row."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, row) for row in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        filled, row = heapq.heappop(heap)
+        rows[row].append(index)
+        heapq.heappush(heap, (filled + lengths[index], row))
+    return rows
+
+
+def _cost(lengths: list[int], rows: list[list[int]]) -> float:
+    """Time of a division, in tokens: padding costs as much as text, and attention grows with the row."""
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    return len(rows) * width * (1 + width / ATTENTION_LENGTH)
 
 
 def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBatch:
@@ -237,7 +262,7 @@ def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBat
 
 
 def ancestor_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask float[R, 1, T, T]: 0 where a node may look (its ancestors and itself), else the lowest."""
+    """Additive attention mask float[R, 1, T, T]: 0 where a node may look (its ancestors, itself), else the lowest."""
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     # query i sees key j when j <= i < end[j]
     visible = (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])

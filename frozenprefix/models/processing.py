@@ -40,29 +40,34 @@ class FrozenPrefixProcessor(ProcessorMixin):
         self.prefix_length = prefix_length
         self.prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
         self.image_token = IMAGE_TOKEN
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id: int = tokenizer.get_vocab()[IMAGE_TOKEN]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def prompt_for(self, task: str, question: str | None = None) -> str:
-        """The prompt of a task, question filled in; a prompt without `<image>` gets one in front.
+    def prompt_for(
+        self, task: str, question: str | None = None, *, template: str | None = None, pictures: int = 1
+    ) -> str:
+        """The prompt of a task, question filled in; a prompt without `<image>` gets one in front for every picture.
+
+        Args:
+            template: the prompt's template, in place of the task's own.
 
         Raises:
             ConfigError: for a task without a prompt, or a question that the prompt has no place for.
         """
-        if task not in self.prompts:
+        if template is None and task not in self.prompts:
             raise ConfigError(f"no prompt for task '{task}'; known: {', '.join(sorted(self.prompts))}")
-        template = self.prompts[task]
+        template = self.prompts[task] if template is None else template
         if ("{question}" in template) != (question is not None):
             got = "no question" if question is None else f"the question {question!r}"
             raise ConfigError(f"prompt of task '{task}' is {template!r}, but got {got}")
-        return self.with_image(template.replace("{question}", question or ""))
+        return self.with_image(template.replace("{question}", question or ""), pictures)
 
     @staticmethod
     def with_image(prompt: str, count: int = 1) -> str:
         return prompt if IMAGE_TOKEN in prompt else IMAGE_TOKEN * count + prompt
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, each `<image>` as `prefix_length` placeholders, with the tokenizer's own start token."""
+        """Token ids of a prompt, with the tokenizer's own start token; an `<image>` is `prefix_length` placeholders."""
         ids = self.tokenizer(prompt)["input_ids"]
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(self.tokenizer.eos_token):
@@ -87,7 +92,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [*ids, self.tokenizer.eos_token_id]
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str | None = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare pictures and prompts.
 

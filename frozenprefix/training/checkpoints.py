@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -31,6 +32,7 @@ class Progress:
     best_value: float | None = None
     best_step: int = 0
     bad_validations: int = 0
+    validated_step: int = -1
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,7 +79,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFE_WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); take another checkpoint") from error
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
@@ -89,9 +94,13 @@ def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerpr
     try:
         progress = Progress(**json.loads((folder / STATE_FILE).read_text()))
         tensors = load_file(folder / OPTIMIZER_FILE)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no training state that can be read ({error}); use --resume never") from error
-    differs = [k for k in fingerprint.keys() | progress.fingerprint.keys() if fingerprint.get(k) != progress.fingerprint.get(k)]
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no training state that can be read ({error}); use --resume never"
+        ) from error
+    differs = [
+        k for k in fingerprint.keys() | progress.fingerprint.keys() if fingerprint.get(k) != progress.fingerprint.get(k)
+    ]
     if differs:
         key = sorted(differs)[0]
         raise CheckpointError(

@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.samplers import PictureStream
-from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.data.samples import PictureGroup
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.language_model import check_packable
 from frozenprefix.training import checkpoints
 from frozenprefix.training.guards import check_finite, looks_blind
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.schedule import learning_rate_factor
-from frozenprefix.training.setup import build_model, load_samples, prepare_pictures
+from frozenprefix.training.setup import PictureEncoder, Processes, build_model, load_parts, prepare_pictures
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.training.validation import validation_losses
 
@@ -66,9 +68,13 @@ class Trainer:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.settings = recipe, recipe.training
-        self.accelerator = Accelerator(mixed_precision="fp16" if self.settings.precision == "fp16" else "no")
-        if self.settings.precision == "fp16" and self.accelerator.device.type == "cpu":
+        on_cpu = not torch.accelerator.is_available()
+        if self.settings.precision == "fp16" and on_cpu:
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        self.accelerator = Accelerator(
+            mixed_precision="fp16" if self.settings.precision == "fp16" else "no",
+            cpu=on_cpu,  # or several processes without a GPU would not know of each other
+        )
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
         self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
@@ -85,6 +91,8 @@ class Trainer:
 
     def run(self, resume: str) -> TrainingResult:
         """Set up, train, and leave the best checkpoint behind."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         with self.bar:
             self._build()
             self._prepare_data()
@@ -112,8 +120,6 @@ class Trainer:
     # ── set-up ──
 
     def _build(self) -> None:
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
         refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
@@ -122,28 +128,26 @@ class Trainer:
         logger.info("%s", count_parameters(self.model))
 
     def _prepare_data(self) -> None:
-        data = self.recipe.data
-        samples = {"train": load_samples(data.train, "train")}
-        if data.validation:
-            samples["validation"] = load_samples(data.validation, "validation")
         task = self.bar.add_task("encoding pictures", total=None, note="")
-        with self.accelerator.main_process_first():
-            prepared = prepare_pictures(
-                self.model,
-                self.processor,
-                samples,
-                feature_cache=data.feature_cache,
-                max_bad_share=data.max_bad_share,
-                workers=data.workers,
-                bad_list=self.output_dir / "bad_pictures.jsonl",
-                progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-            )
+        prepared = prepare_pictures(
+            PictureEncoder.of(self.model, self.processor),
+            load_parts(self.recipe.data),
+            self.recipe.data,
+            processes=Processes.of(self.accelerator),
+            bad_list=self.output_dir / "bad_pictures.jsonl" if self.accelerator.is_main_process else None,
+            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
+        )
         self.bar.remove_task(task)
-        self.train_groups = prepared.groups["train"]
-        self.validation_groups = prepared.groups.get("validation", [])[: self.settings.validation_pictures]
+        self._use_data(prepared.groups, prepared.features)
+
+    def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
+        self.train_groups = groups["train"]
+        if not self.train_groups:
+            raise DataError("data.train: not one picture can be read; bad_pictures.jsonl in the output folder says why")
+        self.validation_groups = groups.get("validation", [])[: self.settings.validation_pictures]
         self.collator = Collator(
             self.processor,
-            prepared.features,
+            features,
             packing=self.settings.packing,
             tokens_per_row=self.settings.tokens_per_row,
             max_target_tokens=self.settings.max_target_tokens,
@@ -156,7 +160,9 @@ class Trainer:
                 f"{self.num_parts}, got {per_step}"
             )
         self.stream = PictureStream(len(self.train_groups), per_step, self.recipe.seed)
-        self.total_steps = self.settings.max_steps or -(-self.settings.epochs * len(self.train_groups) // per_step)
+        self.total_steps = self.settings.max_steps or -(
+            -(self.settings.epochs or 1) * len(self.train_groups) // per_step
+        )
 
     def _prepare_optimizer(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -205,7 +211,7 @@ class Trainer:
             if step % self.settings.save_every == 0:
                 self._save_last()
         self.bar.update(task, total=self.progress.step)
-        if self.progress.step % self.settings.validate_every:
+        if self.progress.validated_step != self.progress.step:
             self._validate()
         self._save_last()
 
@@ -222,11 +228,15 @@ class Trainer:
         )
         remaining = range(self.progress.step * accumulation, len(dataset))
         workers = 0 if self.collator.features is not None else self.recipe.data.workers
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers))
+        # a generator of its own: the loader would draw from the global one, and shift what a resumed run draws next
+        own = torch.Generator()
+        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=own))
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step over all its micro-batches; the loss is the mean over all their trained tokens."""
-        parts = [to_device(next(batches), self.accelerator.device) for _ in range(self.settings.gradient_accumulation_steps)]
+        parts = [
+            to_device(next(batches), self.accelerator.device) for _ in range(self.settings.gradient_accumulation_steps)
+        ]
         counts = torch.tensor([sum(p["packed"].num_tokens for p in parts), sum(p["packed"].num_targets for p in parts)])
         tokens, targets = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
         learning_rate = self._set_learning_rate()
@@ -240,9 +250,13 @@ class Trainer:
                 # DDP averages gradients over processes; the shares already add up to one
                 self.accelerator.backward(part_loss * self.accelerator.num_processes)
             loss += part_loss.detach()
-        norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf")))
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
+        )
         loss_value = float(self.accelerator.reduce(loss, "sum"))
-        check_finite(self.progress.step + 1, loss_value, norm, learning_rate)
+        # with loss scaling an infinite gradient is how the scale is found: the scaler skips that step by itself
+        checked = norm if self.accelerator.scaler is None else 0.0
+        check_finite(self.progress.step + 1, loss_value, checked, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -252,17 +266,21 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         step, settings = self.progress.step, self.settings
-        done = step / self.total_steps
-        if settings.max_minutes:
-            done = max(done, (time.monotonic() - self.started) / (60 * settings.max_minutes))
+        done = max(step / self.total_steps, self._share_of_time())
         rate = settings.learning_rate * learning_rate_factor(settings.schedule, step, settings.warmup_steps, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
+    def _share_of_time(self) -> float:
+        """Share of max_minutes that is over, by the main process's clock: all processes have to act on one value."""
+        if self.settings.max_minutes is None:
+            return 0.0
+        seconds = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
+        return float(broadcast(seconds)) / (60 * self.settings.max_minutes)
+
     def _out_of_time(self) -> bool:
-        limit = self.settings.max_minutes
-        return bool(limit) and time.monotonic() - self.started > 60 * limit
+        return self._share_of_time() > 1
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience
@@ -272,16 +290,22 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measure the loss with right and with shuffled pictures; keep the best checkpoint."""
+        self.progress.validated_step = self.progress.step
         if not self.validation_groups:
             self._save_best()
             return
         with torch.no_grad():
-            losses = validation_losses(self.model, self.collator, self.validation_groups, self.settings.pictures_per_step)
+            losses = validation_losses(
+                self.model, self.collator, self.validation_groups, self.settings.pictures_per_step
+            )
         self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in losses.items()})
         if 3 * self.progress.step > self.total_steps and looks_blind(losses["loss"], losses["shuffled_loss"]):
             logger.warning(
                 "step %d: validation loss is %.3f with the right picture and %.3f with a wrong one: the model does not "
-                "look at the picture", self.progress.step, losses["loss"], losses["shuffled_loss"],
+                "look at the picture",
+                self.progress.step,
+                losses["loss"],
+                losses["shuffled_loss"],
             )
         if self.progress.step == 0:
             return

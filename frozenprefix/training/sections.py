@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig, VisionEncoderConfig
@@ -45,6 +46,7 @@ class DataSection(RecipeSection):
     validation: list[dict[str, Any]] = Field([], description="a list of sources; none means no validation")
     prompts: dict[str, str] = Field(DEFAULT_PROMPTS, description="prompt template per task")
     feature_cache: str = Field("auto", min_length=1, description="'auto', 'off' or a folder")
+    feature_dtype: StorageDType = Field("float16", description="how cached features are stored")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of bad pictures from which the run stops")
     workers: int = Field(2, ge=0, description="processes that decode pictures")
 
@@ -81,6 +83,14 @@ class DataSection(RecipeSection):
             line = f"{key}: got {value!r}, expected 'auto', 'off' or a folder (a folder of that name: './{value}')"
             raise_clash([Problem((key,), line)])
         return value
+
+    @model_validator(mode="after")
+    def _check_dtype_has_effect(self) -> DataSection:
+        if self.feature_cache == "off" and self.feature_dtype != "float16":
+            key = "data.feature_dtype"
+            line = f"{key}: got '{self.feature_dtype}', which has no effect with feature_cache 'off'; remove it"
+            raise_clash([Problem((key, "data.feature_cache"), line)])
+        return self
 
 
 class TrainingSection(RecipeSection):

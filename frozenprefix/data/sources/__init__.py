@@ -102,7 +102,7 @@ MARKS = {
 
 
 def detect_sources(path: str | Path) -> list[dict[str, Any]]:
-    """Source configs for a folder (or a reference to one): by the files that lie in it, else as a folder of pictures."""
+    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of pictures."""
     root = resolve(str(path))
     if not root.is_dir():
         raise DataError(f"data folder: got '{path}', expected a folder that exists")

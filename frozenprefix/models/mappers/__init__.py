@@ -74,7 +74,7 @@ def validate_mapper(config: MapperConfig) -> list[str]:
         mapper = MAPPERS.get(config.type)
     except ConfigError as error:
         return [f"model.mapper.type: {problem}" for problem in error.problems]
-    hints = get_type_hints(mapper.__init__)
+    hints = get_type_hints(mapper.__init__, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], parameter.default)
         for name, parameter in inspect.signature(mapper.__init__).parameters.items()
@@ -86,7 +86,7 @@ def validate_mapper(config: MapperConfig) -> list[str]:
         for name in config.options
         if name not in fields
     ]
-    schema = create_model("Options", __config__=ConfigDict(strict=False), **fields)
+    schema = create_model("Options", __config__=ConfigDict(strict=True), **fields)
     try:
         schema.model_validate({name: value for name, value in config.options.items() if name in fields})
     except ValidationError as error:

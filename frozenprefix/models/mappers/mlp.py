@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import pool_tokens
+from frozenprefix.models.mappers.blocks import Count, Dropout, pool_tokens
 
 ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -16,7 +16,7 @@ class MLPMapper(nn.Module):
     """Linear layers with an activation between them. A pooled feature becomes all P embeddings at once.
 
     Args:
-        hidden_dim: width between the layers; None is ClipCap's `lm_dim * prefix_length / 2`.
+        hidden_dim: width between the layers; None is ClipCap's `lm_dim * prefix_length / 2`, but at least `lm_dim`.
         num_layers: linear layers.
         tokens: what to do with a patch grid: "per_token" maps each token to one embedding (the grid is averaged down,
             in raster order, when it has more tokens than the prefix); "flatten" maps all tokens together.
@@ -31,16 +31,21 @@ class MLPMapper(nn.Module):
         num_tokens: int,
         lm_dim: int,
         prefix_length: int,
-        hidden_dim: int | None = None,
-        num_layers: int = 2,
+        hidden_dim: Count | None = None,
+        num_layers: Count = 2,
         activation: Literal["tanh", "gelu", "relu"] = "tanh",
         tokens: Literal["per_token", "flatten"] = "per_token",
         input_norm: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ):
         super().__init__()
         if tokens == "flatten" and num_tokens == 1:
             raise ConfigError("model.mapper.tokens: 'flatten' has no effect on a pooled feature; remove it")
+        if num_layers == 1 and (hidden_dim is not None or activation != "tanh" or dropout):
+            raise ConfigError(
+                "model.mapper.num_layers: with 1 there is no hidden layer, and hidden_dim, activation and dropout have "
+                "no effect; remove them, or set num_layers to 2"
+            )
         self.prefix_length = prefix_length
         self.together = num_tokens == 1 or tokens == "flatten"
         width_in = encoder_dim * num_tokens if self.together else encoder_dim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.models.mappers.blocks import Attention, feed_forward, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, Count, Ratio, feed_forward, learned_tokens
 
 
 class ResamplerLayer(nn.Module):
@@ -40,10 +40,10 @@ class PerceiverMapper(nn.Module):
         num_tokens: int,
         lm_dim: int,
         prefix_length: int,
-        hidden_dim: int | None = None,
-        num_layers: int = 6,
-        num_heads: int = 8,
-        ratio: float = 4.0,
+        hidden_dim: Count | None = None,
+        num_layers: Count = 6,
+        num_heads: Count = 8,
+        ratio: Ratio = 4.0,
     ):
         super().__init__()
         dim = hidden_dim or lm_dim

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import Attention, feed_forward, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, Count, Dropout, Ratio, feed_forward, learned_tokens
 
 
 class TransformerLayer(nn.Module):
@@ -40,12 +40,12 @@ class TransformerMapper(nn.Module):
         num_tokens: int,
         lm_dim: int,
         prefix_length: int,
-        hidden_dim: int | None = None,
-        num_layers: int = 8,
-        num_heads: int = 8,
-        ratio: float = 2.0,
-        visual_length: int | None = None,
-        dropout: float = 0.0,
+        hidden_dim: Count | None = None,
+        num_layers: Count = 8,
+        num_heads: Count = 8,
+        ratio: Ratio = 2.0,
+        visual_length: Count | None = None,
+        dropout: Dropout = 0.0,
     ):
         super().__init__()
         if visual_length is not None and num_tokens > 1:

@@ -8,7 +8,7 @@ import torch
 
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision.base import BuiltEncoder, VisionEncoder, check_options
-from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
+from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor, show_whole_picture
 from frozenprefix.registry import Registry
 
 __all__ = ["VISION_SOURCES", "BuiltEncoder", "FrozenPrefixImageProcessor", "VisionEncoder", "build_vision_encoder"]
@@ -38,5 +38,7 @@ def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
     # A surrounding meta device, as transformers sets one in from_pretrained, must not swallow the weights.
     with torch.device("cpu"):
         built = VISION_SOURCES.get(config.source)(config)
+    if config.resize == "squash":
+        show_whole_picture(built.image_processor, built.module.image_size)
     built.module.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
     return built

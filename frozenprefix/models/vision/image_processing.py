@@ -85,3 +85,10 @@ def make_image_processor(
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def show_whole_picture(processor: Any, image_size: int) -> None:
+    """Make an image processor squash pictures to a square instead of cropping them."""
+    processor.size = type(processor.size)(height=image_size, width=image_size)
+    processor.default_to_square = True
+    processor.do_center_crop = False

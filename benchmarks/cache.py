@@ -1,0 +1,122 @@
+"""Pictures per second into the feature cache, against the bare encoder; training steps with and without the cache.
+
+python benchmarks/cache.py [--quick] [--json report.json]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.plan_check import TimedTrainer, small_llama
+from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
+from frozenprefix.data.images import load_image
+from frozenprefix.training.caching import fill_cache
+from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.setup import PictureEncoder, load_parts
+
+STEPS, SETTLING = 9, 5  # without a cache the first batches are prepared while the model is being built
+
+
+def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
+    """The recipe of Flickr8k in small, or a tiny one; and what the pictures are."""
+    training = {"max_steps": STEPS, "targets_per_picture": 4, "pictures_per_step": 12}
+    if quick:
+        model = {
+            "vision_encoder": {"source": "timm", "name": "test_vit", "weights": "random", "image_size": 32},
+            "mapper": {"type": "mlp", "prefix_length": 4},
+            "language_model": {"path": str(save_random_lm(folder / "lm", small_llama(48, 2)))},
+        }
+        source, name = synthetic_photos(folder / "photos", 48, (64, 64)), "synthetic pictures of 64 x 64"
+        return make_recipe(folder, "cache", source, model=model, training=training), name
+    source, name = photos(folder / "photos", 320)
+    model = {
+        "vision_encoder": {
+            "source": "timm", "name": "tf_efficientnet_lite0", "weights": LITE0, "output": "pooled", "resize": "squash",
+        },
+        "mapper": {"type": "mlp", "prefix_length": 10, "hidden_dim": 1024, "input_norm": True},
+        "language_model": {"path": SMOLLM2},
+    }  # fmt: skip
+    return make_recipe(folder, "cache", source, model=model, training={**training, "precision": "bf16"}), name
+
+
+def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
+    """Bare encoder on pixels that are ready, decoding on one core, and the command from files to shards."""
+    encoder = PictureEncoder.build(recipe.model.vision_encoder)
+    paths = [path for sample in load_parts(recipe.data)["train"] for path in sample.images]
+    before = time.perf_counter()
+    pixels = [encoder.pixels(load_image(path)) for path in paths[: encoder.batch_size]]
+    decoding = len(pixels) / (time.perf_counter() - before)
+    batches = len(paths) // encoder.batch_size
+    bare, command = [], []
+
+    def encode_all() -> None:
+        for _ in range(batches):
+            encoder.encode(pixels)
+
+    encode_all()
+    for number in range(rounds):  # in turns, so that a slow minute hits both
+        before = time.perf_counter()
+        encode_all()
+        bare.append(batches * len(pixels) / (time.perf_counter() - before))
+        data = recipe.data.model_copy(update={"feature_cache": str(folder / f"round-{number}")})
+        filled = fill_cache(recipe.model_copy(update={"data": data}))
+        command.append(filled.encoded / filled.seconds)
+    again = fill_cache(recipe.model_copy(update={"data": data}))
+    return {
+        "pictures": len(paths),
+        "bare_encoder_per_s": statistics.median(bare),
+        "decode_per_s_per_core": decoding,
+        "cache_per_s": statistics.median(command),
+        "share_of_bare_encoder": statistics.median(c / b for c, b in zip(command, bare, strict=True)),
+        "cached_already_per_s": len(paths) / again.seconds,
+        "bytes_per_picture": filled.bytes / filled.features,
+    }
+
+
+def training(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Targets per second of the same steps, from the cache and from picture files."""
+    report = {}
+    for name, cache in (("with_cache", str(folder / "round-0")), ("without_cache", "off")):
+        data = recipe.data.model_copy(update={"feature_cache": cache})
+        trainer = TimedTrainer(recipe.model_copy(update={"data": data, "output_dir": folder / name}))
+        trainer.run("never")
+        settled = trainer.step_seconds[SETTLING:]
+        targets = (recipe.training.targets_per_picture or 0) * recipe.training.pictures_per_step
+        report[f"{name}_targets_per_s"] = targets * len(settled) / sum(settled)
+    report["speed_up"] = report["with_cache_targets_per_s"] / report["without_cache_targets_per_s"]
+    return report
+
+
+def main() -> None:
+    arguments = common.parser(__doc__).parse_args()
+    common.start_logging()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe, pictures = make(folder, arguments.quick)
+        found = encoding(recipe, folder, 1 if arguments.quick else 3)
+        steps = training(recipe, folder)
+    rows = [
+        ["encoder alone, on pixels that are ready", "pictures/s", found["bare_encoder_per_s"]],
+        ["decoding and resizing, one core", "pictures/s", found["decode_per_s_per_core"]],
+        ["`frozenprefix cache`, from files to shards", "pictures/s", found["cache_per_s"]],
+        ["share of the encoder alone", "", found["share_of_bare_encoder"]],
+        ["pictures that are in the cache already", "pictures/s", found["cached_already_per_s"]],
+        ["training with the cache", "targets/s", steps["with_cache_targets_per_s"]],
+        ["training from picture files", "targets/s", steps["without_cache_targets_per_s"]],
+    ]
+    report = {"benchmark": "cache", "data": pictures, **found, **steps}
+    title = f"EfficientNet-Lite0 at 224 pixels in bf16, {found['pictures']} {pictures}; SmolLM2-135M in training.\n\n"
+    common.finish(report, arguments, "cache", title + common.table(["", "", ""], rows))
+
+
+if __name__ == "__main__":
+    main()

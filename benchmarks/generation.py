@@ -1,0 +1,143 @@
+"""Pictures captioned per second with beam search, against ClipCap's script.
+
+    python benchmarks/generation.py [--quick] [--json report.json]
+
+The language model has GPT-2 small's size and random weights. No text ends before its last word, so that every method
+writes the same number of words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.baselines import clipcap_beam_search
+from benchmarks.workloads import PREFIX, features_of, our_model, shapes
+
+BEAMS = 5
+FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def ours(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
+    """Captions of features float[n, 1, 512] as one batch, through `model.generate`."""
+    ids = torch.full((len(features), PREFIX), model.config.image_token_id)
+    made = model.generate(
+        input_ids=ids, image_features=features, num_beams=BEAMS, max_new_tokens=new_tokens, eos_token_id=None,
+        pad_token_id=0, do_sample=False,
+    )  # fmt: skip
+    return made.tolist()
+
+
+def transformers_search(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
+    """The same through transformers' own beam search, batched and cached."""
+    embeds = model.map_features(features).to(model.compute_dtype)
+    made = model.language_model.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), num_beams=BEAMS,
+        max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, do_sample=False,
+    )  # fmt: skip
+    return made.tolist()
+
+
+@torch.no_grad()
+def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -> dict[str, Any]:
+    """Rates of all arms at one length.
+
+    Args:
+        batch: pictures generated for at once; alone: pictures for the method that takes one at a time, and for the
+            check that a batch writes what single pictures get.
+    """
+    config = shapes(quick)["gpt2"].config
+    models = {dtype: our_model(config, FLOAT[dtype]).eval() for dtype in FLOAT}
+    features = features_of(batch)
+    prefix = models["fp32"].map_features(features[:alone])
+
+    def clipcap() -> None:
+        for picture in prefix:
+            clipcap_beam_search(
+                models["fp32"].language_model, picture[None], num_beams=BEAMS, new_tokens=new_tokens, end=None
+            )
+
+    arms: dict[str, Any] = {
+        f"ours_{dtype}": lambda model=model: ours(model, features, new_tokens) for dtype, model in models.items()
+    }
+    arms["transformers_bf16"] = lambda: transformers_search(models["bf16"], features, new_tokens)
+    seconds = common.timed_rounds({"clipcap": clipcap} | arms, rounds)
+    counts = dict.fromkeys(arms, batch) | {"clipcap": len(prefix)}
+    each = {name: [second / counts[name] for second in times] for name, times in seconds.items()}
+    report: dict[str, Any] = {"images_per_s": {name: 1 / statistics.median(times) for name, times in each.items()}}
+    report["ratio"] = common.median_ratio(each["clipcap"], each["ours_bf16"])
+    report["ratio_fp32"] = common.median_ratio(each["clipcap"], each["ours_fp32"])
+    report["ratio_transformers_bf16"] = common.median_ratio(each["clipcap"], each["transformers_bf16"])
+    report["same_captions"] = {
+        dtype: same_captions(model, features, new_tokens, alone) for dtype, model in models.items()
+    }
+    return report
+
+
+def same_captions(model: Any, features: Tensor, new_tokens: int, alone: int) -> float:
+    """Share of captions that a picture gets alone as it gets in the batch."""
+    together = ours(model, features, new_tokens)
+    singles = [ours(model, features[i : i + 1], new_tokens)[0] for i in range(alone)]
+    return sum(a == b for a, b in zip(singles, together, strict=False)) / alone
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.quick:
+        lengths = {6: measure(True, 6, 3, 1, 2)}
+    else:
+        lengths = {
+            tokens: measure(False, tokens, arguments.batch, arguments.rounds, arguments.alone) for tokens in (30, 12)
+        }
+    first = next(iter(lengths.values()))
+    keys = ("images_per_s", "ratio", "ratio_fp32", "ratio_transformers_bf16", "same_captions")
+    return {"batch": arguments.batch, "new_tokens": lengths} | {key: first[key] for key in keys}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lengths: dict[int, Any] = report["new_tokens"]
+    rows: list[list[Any]] = []
+    names = {
+        "clipcap": "pictures/s, ClipCap's script (fp32, one at a time, no cache)",
+        "transformers_bf16": "pictures/s, transformers' `generate`, bf16",
+        "ours_fp32": "pictures/s, ours fp32",
+        "ours_bf16": "pictures/s, ours bf16",
+    }
+    for name, label in names.items():
+        rows.append([label, *(made["images_per_s"][name] for made in lengths.values()), ""])
+    for key, label, target in (
+        ("ratio", "ours bf16 / ClipCap", "≥ 30"),
+        ("ratio_fp32", "ours fp32 / ClipCap", ""),
+        ("ratio_transformers_bf16", "transformers bf16 / ClipCap", ""),
+    ):
+        rows.append([label, *(made[key] for made in lengths.values()), target])
+    for dtype, target in (("fp32", "1"), ("bf16", "")):
+        shares = [made["same_captions"][dtype] for made in lengths.values()]
+        rows.append([f"captions that a batch does not change, {dtype}", *shares, target])
+    head = ["", *(f"{tokens} words" for tokens in lengths), "target"]
+    return f"Beam search with {BEAMS} beams, {report['batch']} pictures in a batch.\n\n" + common.table(head, rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=4, help="pictures for the method that takes one at a time")
+    arguments = parser.parse_args(argv)
+    common.start_logging()
+    report = run(arguments)
+    common.finish(report, arguments, "generation", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()

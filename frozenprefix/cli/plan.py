@@ -1,0 +1,118 @@
+"""`frozenprefix plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from frozenprefix.training.plan import Plan
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it: training.packing=flat", show_default=False),
+    ] = None,
+    hardware: Annotated[str, typer.Option(metavar="NAME,…", help="Machines to plan for.")] = "h100,a100,rtx4090,cpu",
+    calibrate: Annotated[float, typer.Option(min=0, help="Seconds of real steps on this machine; 0 for none.")] = 4.0,
+    out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
+) -> None:
+    """Work out what a recipe costs: parameters, memory, cache, and time here and on other machines."""
+    from frozenprefix.training.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])  # first: the rest takes seconds to import
+    from rich.console import Console
+
+    from frozenprefix.training.plan import plan
+
+    names = [name.strip() for name in hardware.split(",") if name.strip()]
+    result = plan(loaded, names, calibrate=calibrate)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    for table in (_parameters(result), _memory(result), _step(result), _machines(result), _scale(result)):
+        console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(columns[0], title_justify="left")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parameters(plan: Plan) -> Table:
+    table = _table("parameters", "")
+    for name, count in plan.parameters.items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    table = _table("memory at the peak of a step", "MB")
+    for name, size in {**plan.memory, "all": sum(plan.memory.values())}.items():
+        table.add_row(name, f"{size / 1e6:,.0f}")
+    return table
+
+
+def _step(plan: Plan) -> Table:
+    step, cache = plan.step, plan.cache_bytes
+    table = _table("one step", "")
+    table.add_row("pictures, targets", f"{plan.pictures_per_step}, {step.targets:.0f}")
+    table.add_row("tokens learned, read after sharing", f"{step.tokens:.0f}, {step.nodes:.0f}")
+    table.add_row("padding", f"{1 - step.nodes / step.cells:.0%}")
+    for name, flops in {**plan.flops, "all": sum(plan.flops.values())}.items():
+        table.add_row(f"GFLOP, {name}", f"{flops / 1e9:,.1f}")
+    table.add_row("GB moved", f"{sum(plan.bytes.values()) / 1e9:,.2f}")
+    table.add_row("GFLOP to encode a picture", f"{plan.encoder_flops / 1e9:,.2f}")
+    table.add_row("feature cache", f"{cache / 1e6:,.1f} MB, {plan.pictures['all']:,} pictures")
+    table.add_row("pictures in it already", f"{plan.pictures['cached']:,}")
+    return table
+
+
+def _machines(plan: Plan) -> Table:
+    table = _table("machine", "s/step", "pictures/s", "encode", "train", "steps", "fits")
+    for machine in plan.machines.values():
+        table.add_row(
+            machine.label,
+            f"{machine.seconds_per_step:.3g}",
+            f"{machine.encode_per_second:,.0f}",
+            duration(machine.seconds_to_encode),
+            duration(machine.seconds_to_train),
+            f"{machine.steps:,}",
+            {None: "", True: "yes", False: "no"}[machine.fits],
+        )
+    return table
+
+
+def _scale(plan: Plan) -> Table:
+    table = _table("at scale", *(f"{row['pictures'] / 1e6:,.0f} M pictures" for row in plan.scale))
+    table.add_row("cache", *(f"{row['cache_bytes'] / 1e9:,.0f} GB" for row in plan.scale))
+    for name, machine in plan.machines.items():
+        figures = [row["machines"][name] for row in plan.scale]
+        table.add_row(
+            f"{machine.label}: encode, one epoch",
+            *(f"{duration(3600 * f['encode_hours'])}, {duration(3600 * f['epoch_hours'])}" for f in figures),
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 12 min, 5.5 h, 31 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 360_000:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:,.0f} days"

@@ -1,0 +1,91 @@
+"""Filling the feature cache of a recipe ahead of its training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from frozenprefix.data.images import BadPictures
+from frozenprefix.errors import ConfigError
+from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.setup import PictureEncoder, Processes, feature_folder, load_parts, prepare_pictures
+
+
+@dataclass(frozen=True)
+class FilledCache:
+    """A feature cache that holds every picture of a recipe.
+
+    Attributes:
+        pictures: picture files of the recipe; bad: those that cannot be read, listed in `bad_list`.
+        features: what the folder holds, in all; encoded: what was added now, in `seconds`.
+        bytes: size of the folder; shape: (N, D_enc) of a picture's features, stored as `dtype`.
+        is_main: whether this is the process that should say so.
+    """
+
+    folder: Path
+    pictures: int
+    bad: BadPictures
+    bad_list: Path
+    features: int
+    encoded: int
+    seconds: float
+    bytes: int
+    shape: tuple[int, int]
+    dtype: str
+    is_main: bool
+
+
+def fill_cache(recipe: Recipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
+    """Encode every picture of a recipe's sources that is not in its feature cache yet.
+
+    Under `accelerate launch` the processes share the pictures. A run that was killed goes on where it was.
+
+    Args:
+        progress: called with (pictures done, pictures in all) of this process.
+
+    Raises:
+        ConfigError: when the recipe uses no cache.
+        DataError, CacheError: as `prepare_pictures`.
+    """
+    if recipe.data.feature_cache == "off":
+        raise ConfigError("data.feature_cache: got 'off', expected 'auto' or a folder to encode into")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
+    encoder = PictureEncoder.build(recipe.model.vision_encoder)
+    encoder.module.to(accelerator.device)
+    folder = feature_folder(recipe.data, encoder.fingerprint)
+    bad_list = folder / "bad_pictures.jsonl"
+    started = time.monotonic()
+    prepared = prepare_pictures(
+        encoder,
+        samples,
+        recipe.data,
+        processes=Processes.of(accelerator),
+        bad_list=bad_list if accelerator.is_main_process else None,
+        progress=progress,
+    )
+    features = prepared.features
+    assert features is not None  # the cache is not off
+    return FilledCache(
+        folder=folder,
+        pictures=prepared.pictures,
+        bad=prepared.bad,
+        bad_list=bad_list,
+        features=len(features),
+        encoded=prepared.encoded,
+        seconds=time.monotonic() - started,
+        bytes=folder_bytes(folder),
+        shape=features.manifest.shape,
+        dtype=features.manifest.dtype,
+        is_main=accelerator.is_main_process,
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

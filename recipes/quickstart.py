@@ -1,0 +1,181 @@
+"""All that the toolkit does, once, in a few minutes: train, evaluate, look at the answers.
+
+    python recipes/quickstart.py [KEY=VALUE ...]
+
+The data are drawings of one coloured shape, their captions and questions about them; these, the image encoder and the
+language model come from PyPI. KEY=VALUE changes the recipe as in `frozenprefix train`. A run that was stopped goes on;
+one that is complete is evaluated again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from frozenprefix import Captioner, Recipe, train
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources import load_source
+from frozenprefix.errors import FrozenPrefixError
+from frozenprefix.evaluation import evaluate_samples
+from frozenprefix.evaluation.metrics.vqa import exact_match
+from frozenprefix.interpret.report import write_report
+from frozenprefix.training.tracking import read_log
+
+RECIPE = Path(__file__).with_name("quickstart.yaml")
+# Test pictures, with 1,470 questions, unless evaluation.limit says otherwise.
+PICTURES = 150
+# Answers are one word and captions three, so greedy and short loses nothing.
+GENERATION = {"vqa": {"num_beams": 1, "max_new_tokens": 4}, "caption": {"num_beams": 1, "max_new_tokens": 10}}
+RUNS = ("model", "blind", "shuffled")
+ROWS = {
+    "accuracy_shape_color": "shape and color together",
+    "accuracy_shape": "what shape?",
+    "accuracy_color": "what color?",
+    "accuracy_yes_no": "yes or no?",
+    "accuracy": "all questions",
+}
+CAPTION_ROWS = {
+    "exact_match": "caption is exactly right",
+    "cider_d": "caption CIDEr-D",
+    "bleu_2": "caption BLEU-2",
+    "distinct_captions": "distinct captions",
+}
+
+
+def main(overrides: list[str]) -> None:
+    started = time.monotonic()
+    console = Console()
+    recipe = Recipe.load(RECIPE, overrides)
+    trained = train(recipe, resume="auto")
+
+    evaluation_started = time.monotonic()
+    test = {**recipe.data.train[0], "split": "test", "limit": recipe.evaluation.limit or PICTURES}
+    samples = load_source(test)
+    captioner = Captioner.from_pretrained(trained.best, batch_size=recipe.evaluation.batch_size)
+    vqa, answers = evaluate_task(captioner, samples, "vqa", trained.output_dir, console)
+    caption, captions = evaluate_task(captioner, samples, "caption", trained.output_dir, console)
+    vqa = with_question_types(vqa, Counter(str(sample.metadata.get("question_type")) for sample in samples))
+    caption = with_exact_match(caption, captions)
+
+    report = write_report(
+        trained.output_dir / "report.html",
+        title="Quickstart: one coloured shape",
+        results={"vqa": vqa, "caption": caption},
+        predictions=[*captions, *answers],
+        log=read_log(trained.output_dir),
+        recipe_yaml=recipe.to_yaml(),
+    )
+    ended = time.monotonic()
+    seconds = {
+        "training": round(trained.seconds, 1),
+        "evaluation": round(ended - evaluation_started, 1),
+        "total": round(ended - started, 1),
+    }
+    results = {**vqa, "caption": caption, "seconds": seconds, "steps": trained.steps, "targets": trained.targets_seen}
+    results_file = trained.output_dir / "results.json"
+    results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    console.print(
+        table_of(vqa, ROWS, f"{vqa['n']} questions"), table_of(caption, CAPTION_ROWS, f"{caption['n']} pictures")
+    )
+    console.print("blind: the language model without the picture; shuffled: the model shown another picture")
+    console.print(
+        f"{trained.targets_seen} targets in {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
+    )
+    picture, checkpoint = shlex.quote(str(samples[0].images[0])), shlex.quote(str(trained.best))
+    for line in (
+        f"\nlook at      {report}",
+        f"scores       {results_file}",
+        f"checkpoint   {trained.best}",
+        "\ntry",
+        f"  frozenprefix caption {checkpoint} {picture}",
+        f"  frozenprefix ask {checkpoint} {picture} 'what color is the shape?'",
+    ):
+        # whole lines, so that they can be copied
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def evaluate_task(
+    captioner: Captioner, samples: list[Sample], task: str, output_dir: Path, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the scores of one task, and the predictions that were written before."""
+    predictions = output_dir / f"predictions_{task}.jsonl"
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        line = bar.add_task(f"evaluating {task}", total=None)
+        result = evaluate_samples(
+            captioner,
+            [sample for sample in samples if sample.task == task],
+            predictions=predictions,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            **GENERATION[task],
+        )
+    return result, [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+
+
+def with_question_types(result: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
+    """Put the accuracy by question type among the metrics; shape and color together are those that need the picture."""
+
+    def flat(metrics: dict[str, float], by_type: dict[str, float]) -> dict[str, float]:
+        named = {f"accuracy_{kind.replace('-', '_')}": value for kind, value in by_type.items()}
+        seeing = {kind: counts[kind] for kind in ("shape", "color")}
+        together = sum(by_type[kind] * count for kind, count in seeing.items()) / sum(seeing.values())
+        return {**metrics, **named, "accuracy_shape_color": together}
+
+    groups = {name: result["groups"][name]["accuracy"] for name in RUNS}
+    return {
+        **{key: value for key, value in result.items() if key != "groups"},
+        "metrics": flat(result["metrics"], groups["model"]),
+        "baselines": {name: flat(metrics, groups[name]) for name, metrics in result["baselines"].items()},
+    }
+
+
+def with_exact_match(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add the share of captions that are the reference: the data have one right caption a picture."""
+    references = {row["id"]: row["references"] for row in rows}
+    exact = {}
+    for name in RUNS:
+        scores = exact_match({row["id"]: row[name] for row in rows}, references)
+        exact[name] = sum(scores.values()) / len(scores)
+    return {
+        **result,
+        "metrics": {**result["metrics"], "exact_match": exact["model"]},
+        "baselines": {k: {**metrics, "exact_match": exact[k]} for k, metrics in result["baselines"].items()},
+    }
+
+
+def table_of(result: dict[str, Any], rows: dict[str, str], title: str) -> Table:
+    """The chosen metrics of the model and of its baselines."""
+    table = Table(title, *RUNS, title_justify="left")
+    columns = {"model": result["metrics"], **result["baselines"]}
+    for key, label in rows.items():
+        values = [columns[name][key] for name in RUNS]
+        table.add_row(label, *(f"{value:.0f}" if key == "distinct_captions" else f"{value:.3f}" for value in values))
+    return table
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.getLogger("frozenprefix").setLevel(logging.INFO)
+    try:
+        main(sys.argv[1:])
+    except FrozenPrefixError as error:
+        sys.exit(f"Error: {error}")

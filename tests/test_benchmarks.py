@@ -1,0 +1,106 @@
+"""Every benchmark in its tiny mode, and the pieces that their figures rest on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from benchmarks import attention, common, generation, training_step
+from benchmarks.baselines import clipcap_beam_search
+from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
+from frozenprefix.models.packing import build_trie
+
+
+def test_attention_runs_and_is_exact(tmp_path):
+    report = attention.main(["--quick", "--json", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text()) == report
+    assert all(case["max_difference_fp32"] < 1e-5 for case in report["cases"])
+    assert report["machine"]["torch"] == torch.__version__
+    assert attention.markdown(report).count("\n| tiny, ") == 2
+
+
+def test_generation_runs(tmp_path):
+    report = generation.main(["--quick"])
+    assert report["same_captions"] == {"fp32": 1.0, "bf16": report["same_captions"]["bf16"]}
+    assert set(report["images_per_s"]) == {"clipcap", "transformers_bf16", "ours_fp32", "ours_bf16"}
+    assert "| ours bf16 / ClipCap |" in generation.markdown(report)
+
+
+def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):
+    monkeypatch.setattr(training_step, "peak_memory", lambda arm, *_: {"clipcap": 400.0, "ours_bf16": 100.0}[arm])
+    report = training_step.main(["--quick"])
+    assert set(report["shapes"]) == {"gpt2", "llama"}
+    assert report["max_rel_grad_error"] < 1e-5
+    assert report["peak_rss_ratio"] == 0.25
+    assert set(report["shapes"]["llama"]["captions_per_s"]) == {
+        "clipcap", "ours_fp32", "ours_bf16", "llava_fp32", "llava_bf16",
+    }  # fmt: skip
+    assert report["ratio_bf16"] == min(made["ratio_bf16"] for made in report["shapes"].values())
+    assert "| ours bf16 / ClipCap |" in training_step.markdown(report)
+
+
+def test_clipcap_leaves_gradients_on_the_language_model():
+    """What this toolkit saves must be there to be saved."""
+    shape = shapes(quick=True)["gpt2"]
+    captions = synthetic_captions(20, shape.config.vocab_size)
+    step = training_step.make_arm("clipcap", shape, captions)
+    before = {name: p.detach().clone() for name, p in step.mapper.named_parameters()}
+    step(features_of(2), captions[:2])
+    assert all(p.grad is not None for p in step.language_model.parameters())
+    assert all(p.grad is None for p in step.mapper.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in step.mapper.named_parameters())
+
+
+def test_useful_flops_by_hand():
+    """Four operations per weight and token, for forward and back, and the head where something is predicted."""
+    shape = shapes(quick=True)["gpt2"]
+    ours = training_step.OurStep(shape, torch.float32)
+    captions = [[[40, 41], [40, 42]]]
+    packed = ours.pack(captions)
+    tokens = training_step.PREFIX + 3
+    assert (packed.input_ids.numel(), len(packed.predict_index)) == (tokens, 4)
+    linear = 4 * 2 * (48 * 144 + 48 * 48 + 2 * 48 * 192) * tokens
+    seen = sum(range(1, 12)) + 2 * 12  # the prefix and the first word in a line, then two words behind them
+    pairs = 12 * 48 * seen * 2
+    head = 4 * 48 * 500 * 4
+    mapper = 6 * sum(p.numel() for p in ours.model.mapper.parameters() if p.ndim == 2)
+    assert training_step.useful_flops(ours, captions) == linear + pairs + head + mapper
+
+
+def test_captions_are_as_long_and_as_alike_as_real_ones():
+    captions = synthetic_captions(1000, 50257)
+    lengths = [len(words) for texts in captions for words in texts]
+    assert 11 < statistics.mean(lengths) < 12
+    assert 2.3 < statistics.pstdev(lengths) < 3
+    assert min(lengths) == 7
+    image = 60000
+    nodes = sum(len(build_trie(group, image).ids) for group in training_step.targets_of(captions, image))
+    shared = 1 - (nodes - 1000 * training_step.PREFIX) / sum(lengths)
+    assert 0.07 < shared < 0.11
+
+
+def test_clipcaps_search_finds_the_best_text_when_all_are_kept():
+    """With as many beams as first words it is an exhaustive search over two words."""
+    model = our_model(shapes(quick=True)["gpt2"].config, torch.float32).eval().language_model
+    prefix = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
+    found = clipcap_beam_search(model, prefix, num_beams=500, new_tokens=2, end=None).tolist()
+    with torch.no_grad():
+        first = model(inputs_embeds=prefix).logits[0, -1].log_softmax(-1)
+        words = model.get_input_embeddings()(torch.arange(500))[:, None]
+        second = model(inputs_embeds=torch.cat([prefix.expand(500, -1, -1), words], 1)).logits[:, -1].log_softmax(-1)
+    best = int((first[:, None] + second).argmax())
+    assert found == [best // 500, best % 500]
+
+
+def test_a_table_lands_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
+    common.write_section(page, "a", common.table(["x", "y"], [["one", 0.5], ["two", 12345.6]]))
+    assert page.read_text() == (
+        "before\n<!-- a:begin -->\n| x | y |\n| --- | --- |\n| one | 0.5 |\n| two | 12,346 |\n<!-- a:end -->\nafter\n"
+    )
+    with pytest.raises(SystemExit, match="no section between"):
+        common.write_section(page, "b", "")

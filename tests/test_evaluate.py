@@ -1,0 +1,234 @@
+"""Evaluation of a tiny checkpoint: predictions first, honest baselines, bad pictures counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources import load_source
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation import evaluate, evaluate_checkpoint, evaluate_samples
+from frozenprefix.evaluation.scoring import Scores, vqa_scorer
+from frozenprefix.inference import Captioner
+
+from .conftest import write_shapes
+
+KEYS = {"task", "metrics", "baselines", "n", "groups", "bad_pictures", "settings", "predictions"}
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_checkpoint):
+    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
+
+
+def samples_of(folder: Path, kind: str, **options) -> list[Sample]:
+    return load_source({"type": kind, "path": str(folder), **options})
+
+
+@pytest.fixture(scope="module")
+def captions(shapes):
+    return samples_of(shapes, "captions", split="val")
+
+
+@pytest.fixture(scope="module")
+def questions(shapes):
+    return samples_of(shapes, "qa", split="val")
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_captions(captioner, captions, tmp_path):
+    path = tmp_path / "made" / "predictions.jsonl"
+    steps = []
+    progress = lambda done, total: steps.append((done, total))  # noqa: E731
+    result = evaluate_samples(captioner, captions, predictions=path, num_beams=2, max_new_tokens=5, progress=progress)
+    assert result.keys() == KEYS
+    assert json.loads(json.dumps(result)) == result, "plain JSON"
+    assert (result["task"], result["n"], result["bad_pictures"]) == ("caption", 4, {})
+    assert result["settings"] == {"num_beams": 2, "max_new_tokens": 5}
+    assert result["baselines"].keys() == {"blind", "shuffled"}
+    assert result["baselines"]["blind"].keys() == result["baselines"]["shuffled"].keys() == result["metrics"].keys()
+    assert steps[-1] == (4 + 1 + 4, 4 + 1 + 4), "blind, the one prompt is asked once"
+    rows = rows_of(path)
+    assert [row["id"] for row in rows] == [sample.id for sample in captions]
+    assert all(row["references"] == list(s.targets) for row, s in zip(rows, captions, strict=True))
+    by_hand = captioner.caption([s.images[0] for s in captions], num_beams=2, max_new_tokens=5)
+    assert [row["model"] for row in rows] == [caption.text for caption in by_hand]
+    assert len({row["blind"] for row in rows}) == 1, "without a picture every caption is the same"
+
+
+def test_questions(captioner, questions, tmp_path):
+    result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl", max_new_tokens=3)
+    assert (result["task"], result["n"]) == ("vqa", 8)
+    assert result["settings"] == {"num_beams": 1, "max_new_tokens": 3}
+    assert result["groups"]["model"]["accuracy"].keys() == {"color", "shape"}
+    rows = rows_of(tmp_path / "p.jsonl")
+    assert [row["question"] for row in rows] == [sample.question for sample in questions]
+    answers = [captioner.answer(s.images[0], s.question, max_new_tokens=3) for s in questions]
+    assert [row["model"] for row in rows] == answers
+    blind = {(row["question"], row["blind"]) for row in rows}
+    assert len(blind) == 2, "one blind answer to each of the two questions"
+    for question, text in blind:
+        prompt = f"Question: {question} Answer:"
+        assert captioner.generate([prompt], max_new_tokens=3)[0].text == text
+
+
+def test_scores_are_of_the_predictions(captioner, questions, tmp_path, monkeypatch):
+    """A model that always says "red", whatever it is shown."""
+    monkeypatch.setattr(evaluate, "_predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
+    result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
+    answers = [sample.targets[0] for sample in questions]
+    share = answers.count("red") / len(answers)
+    assert result["metrics"]["accuracy"] == result["baselines"]["blind"]["accuracy"] == pytest.approx(share)
+
+
+def test_vqa_scorer_by_hand():
+    def sample(name, answers, kind):
+        return Sample(name, (), answers[:1], task="vqa", metadata={"answers": answers, "question_type": kind})
+
+    score = vqa_scorer(
+        [sample("1", ("red",), "color"), sample("2", ("two",), "number"), sample("3", ("blue",), "color")]
+    )
+    scores = score({"1": "red", "2": "3", "3": "green"})
+    assert scores.metrics["accuracy"] == pytest.approx(1 / 3)
+    assert scores.groups["accuracy"] == {"color": 0.5, "number": 0.0}
+
+
+def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp_path, monkeypatch):
+    def broken(samples):
+        def score(texts):
+            raise RuntimeError("the scorer fell over")
+
+        return score
+
+    monkeypatch.setitem(evaluate.SCORERS, "caption", broken)
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(RuntimeError, match="the scorer fell over"):
+        evaluate_samples(captioner, captions, predictions=path, num_beams=1, max_new_tokens=2)
+    assert [row.keys() for row in rows_of(path)] == [
+        {"id", "images", "question", "references", "model", "blind", "shuffled"}
+    ] * 4
+
+
+# ── baselines ──
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_shuffled_never_gives_the_own_picture(count):
+    """Some pictures have several samples, and samples of one picture do not stand together."""
+    samples = [Sample(str(i), (Path(f"{i % count}.png"),), ()) for i in range(3 * count)]
+    others = evaluate.shuffled(samples)
+    assert len(others) == len(samples)
+    assert all(sample.images != other.images for sample, other in zip(samples, others, strict=True))
+    assert {other.images for other in others} == {sample.images for sample in samples}, "every picture is shown"
+
+
+def test_shuffled_needs_two_pictures():
+    with pytest.raises(DataError, match="at least 2 different pictures"):
+        evaluate.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])
+
+
+def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
+    features, _ = evaluate.encode_samples(captioner, captions)
+    own = {sample.id: features[sample.images[0]] for sample in captions}
+    predict, seen = evaluate._predict, []
+
+    def spy(captioner, batch, features, settings):
+        seen.extend(batch)
+        return predict(captioner, batch, features, settings)
+
+    given = []
+    generate = Captioner.generate
+    monkeypatch.setattr(evaluate, "_predict", spy)
+    monkeypatch.setattr(
+        Captioner,
+        "generate",
+        lambda self, prompts, **options: (given.append(options["image_features"]), generate(self, prompts, **options))[
+            1
+        ],
+    )
+    evaluate_samples(captioner, captions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=2)
+    shown = [part for part in given if part is not None]
+    assert [part is None for part in given] == [False, False, True, False, False], "model, blind, shuffled"
+    right, wrong = torch.cat(shown[:2]), torch.cat(shown[2:])
+    expected = torch.stack([own[sample.id] for sample, _ in seen[:4]])
+    assert torch.equal(right, expected)
+    for (sample, _), picture in zip(seen[5:], wrong, strict=True):
+        assert not torch.equal(picture, own[sample.id])
+
+
+def test_a_wrong_picture_changes_the_captions(captioner, shapes, tmp_path):
+    samples = samples_of(shapes, "captions")
+    evaluate_samples(captioner, samples, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=8)
+    assert any(row["model"] != row["shuffled"] for row in rows_of(tmp_path / "p.jsonl"))
+
+
+# ── bad data ──
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    folder = write_shapes(tmp_path / "shapes")
+    (folder / "images/red_circle.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_bad_pictures_are_counted_and_left_out(captioner, spoiled, tmp_path):
+    samples = samples_of(spoiled, "qa")
+    result = evaluate_samples(captioner, samples, predictions=tmp_path / "p.jsonl", max_new_tokens=2, max_bad_share=0.1)
+    assert result["bad_pictures"] == {"not_an_image": 1}
+    assert result["n"] == len(samples) - 2 == 22
+    assert not any("red_circle" in row["id"] for row in rows_of(tmp_path / "p.jsonl"))
+
+
+def test_too_many_bad_pictures_are_an_error(captioner, spoiled, tmp_path):
+    with pytest.raises(DataError, match=r"1 of 12 pictures are bad \(1 not_an_image\)"):
+        evaluate_samples(captioner, samples_of(spoiled, "captions"), predictions=tmp_path / "p.jsonl")
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_samples_of_one_id_are_refused(captioner, captions, tmp_path):
+    with pytest.raises(DataError, match="1 ids occur more than once"):
+        evaluate_samples(captioner, [*captions, captions[0]], predictions=tmp_path / "p.jsonl")
+
+
+def test_one_task_at_a_time(captioner, captions, questions, tmp_path):
+    with pytest.raises(ConfigError, match=r"one task at a time \(caption, vqa\), got caption, vqa"):
+        evaluate_samples(captioner, [*captions, *questions], predictions=tmp_path / "p.jsonl")
+
+
+# ── from a checkpoint folder ──
+
+
+@pytest.mark.parametrize(("task", "n"), [("caption", 2), ("vqa", 4)])
+def test_a_checkpoint_on_a_folder(tiny_checkpoint, shapes, tmp_path, task, n):
+    result = evaluate_checkpoint(
+        tiny_checkpoint, task=task, data=shapes, split="val", limit=2, num_beams=1, predictions=tmp_path / "p.jsonl"
+    )
+    assert (result["task"], result["n"], result["settings"]["num_beams"]) == (task, n, 1)
+    assert all(
+        row["id"].startswith("captions:" if task == "caption" else "qa:") for row in rows_of(tmp_path / "p.jsonl")
+    )
+
+
+def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
+    monkeypatch.setitem(evaluate.SCORERS, "vqa", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
+    result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
+    path = tiny_checkpoint / "predictions_vqa_val.jsonl"
+    assert result["predictions"] == str(path)
+    assert len(rows_of(path)) == 8
+    path.unlink()
+
+
+def test_a_folder_without_the_task_is_an_error(tiny_checkpoint, tmp_path):
+    folder = write_shapes(tmp_path / "shapes")
+    (folder / "qa.jsonl").unlink()
+    with pytest.raises(DataError, match="holds no vqa samples in split None"):
+        evaluate_checkpoint(tiny_checkpoint, task="vqa", data=folder)

@@ -1,0 +1,59 @@
+"""Notebooks run, are the same as their .py files, hold no outputs and define no classes."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.test_quickstart import draw_easy_vqa
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+SCRIPTS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.py"))
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_every_notebook_has_its_script():
+    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SCRIPTS] != []
+
+
+@every_notebook
+def test_script_says_the_same(path):
+    notebook, script = nbformat.read(path, as_version=4), jupytext.read(path.with_suffix(".py"))
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells
+    ], "run: jupytext --sync notebooks/*.ipynb"
+
+
+@every_notebook
+def test_outputs_are_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+
+
+@every_notebook
+def test_no_classes(path):
+    tree = ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))
+    assert not [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+@every_notebook
+def test_runs_from_top_to_bottom(path, tiny_lm, tmp_path, monkeypatch):
+    draw_easy_vqa(tmp_path / "easy_vqa", 20)
+    shutil.copytree(tiny_lm(), tmp_path / "lm")
+    monkeypatch.setenv("FROZENPREFIX_SMOKE", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [output.output_type for cell in code for output in cell.outputs if output.output_type != "stream"]
+    assert shown.count("display_data") >= 2
+    assert code[-1].outputs[-1].output_type == "execute_result"
