@@ -47,7 +47,7 @@ class OurStep:
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.model = our_model(shape.config, dtype)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-3)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-3, fused=True)
 
     def pack(self, captions: list[list[list[int]]]) -> PackedBatch:
         image = self.model.config.image_token_id

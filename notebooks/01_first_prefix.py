@@ -84,7 +84,7 @@ count_parameters(model)
 # ## Train the mapper
 #
 # The loss is the language model's own: how surprised it is by each word of the true caption, given the prefix. Its
-# gradient flows back through the frozen language model into the prefix, and from there into the mapper. It takes about two
+# gradient flows back through the frozen language model into the prefix, and from there into the mapper. About two
 # minutes on two cores.
 
 # %%
@@ -149,7 +149,7 @@ with torch.no_grad():
 # The prefix lies in the space of the word vectors, so each of its four positions has nearest words, by the cosine of
 # the angle between them; 1 would be the word itself. Before reading a meaning into them, look at the last row: random
 # vectors have nearest words too. When this was written, the prefix came no closer to a word than they do, and the words
-# were nearly the same under every picture, right as the captions are. The mapper was asked to make the caption likely,
+# were nearly the same under every picture, though the captions were right. The mapper was asked to make the caption likely,
 # not to speak in words, and it has found its own code.
 
 # %%

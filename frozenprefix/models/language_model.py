@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from frozenprefix.assets import file_sha256, is_pypi, resolve, tree_sha256
@@ -103,6 +104,15 @@ class quiet_transformers:
 def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:
     """The LM's input embedding layer."""
     return cast(nn.Embedding, language_model.get_input_embeddings())
+
+
+def fuse_activations(language_model: PreTrainedModel) -> PreTrainedModel:
+    """Put torch's one-pass GELU where transformers composes the same tanh formula of six operations (GPT-2)."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return language_model
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from frozenprefix.models.fusion import fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import (
     decoder_and_head,
     embedding_rms,
+    fuse_activations,
     load_language_model,
     positions_from_mask,
     word_embeddings,
@@ -98,7 +99,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.identity = {**config.identity, **identity}
 
         self.vision_encoder = freeze(vision_encoder)
-        self.language_model = freeze(language_model)
+        self.language_model = freeze(fuse_activations(language_model))
         self.mapper = build_mapper(
             MapperConfig.model_validate(config.mapper),
             encoder_dim=vision_encoder.encoder_dim,
