@@ -27,7 +27,7 @@ quickstart: install ## train, caption and evaluate on small data
 	$(BIN)/python recipes/quickstart.py
 
 test: install lint ## lint, then the fast tests with coverage
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: install ## the tests with real weights
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10

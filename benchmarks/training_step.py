@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {}
     common.start_logging()
     report = run(arguments)
-    arguments.quick = arguments.quick or bool(arguments.shape)  # the table wants both
-    common.finish(report, arguments, "training", markdown(report))
+    # one table per language model, so that they can be measured one by one
+    for name, made in report["shapes"].items():
+        common.finish(report, arguments, f"training-{name}", markdown({"shapes": {name: made}}))
     return report
 
 

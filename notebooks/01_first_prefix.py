@@ -149,8 +149,8 @@ with torch.no_grad():
 # The prefix lies in the space of the word vectors, so each of its four positions has nearest words, by the cosine of
 # the angle between them; 1 would be the word itself. Before reading a meaning into them, look at the last row: random
 # vectors have nearest words too. When this was written, the prefix came no closer to a word than they do, and the words
-# were nearly the same under every picture, though the captions were right. The mapper was asked to make the caption likely,
-# not to speak in words, and it has found its own code.
+# were nearly the same under every picture, though the captions were right. The mapper was asked to make the caption
+# likely, not to speak in words, and it has found its own code.
 
 # %%
 random_vectors = torch.randn(1, *prefix_embeds.shape[1:])

@@ -135,8 +135,8 @@ class PictureEncoder:
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at once. On CPUs few, so that a layer's output stays in the caches until the next reads it:
-        EfficientNet-Lite0 in bfloat16 made 230 pictures/s in eights and 150 in batches of 32."""
+        """Pictures to encode at once. On CPUs few: a layer's output then stays in the caches until the next reads it
+        (EfficientNet-Lite0 in bfloat16 made 230 pictures/s in eights and 150 in batches of 32)."""
         return 8 if next(self.module.parameters()).device.type == "cpu" else 64
 
     @torch.inference_mode()
