@@ -150,7 +150,7 @@ def check(recipe: Recipe, calibrate: float) -> dict[str, Any]:
 
 
 def memory_in_own_process(recipe: Recipe) -> float:
-    """MiB that training takes beyond Python and its libraries, in a process that does nothing else."""
+    """MiB that training takes beyond what a tiny run takes, in a process of its own."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(recipe.model_copy(update={"output_dir": Path(file.name).with_suffix("")}).to_yaml())
         file.flush()
@@ -160,6 +160,9 @@ def memory_in_own_process(recipe: Recipe) -> float:
 
 
 def memory_of(recipe: Recipe) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        for tiny in quick_recipes(Path(folder)):  # whatever is loaded at first use is loaded then
+            Trainer(tiny).run("never")
     libraries = common.peak_rss_mib()
     Trainer(recipe).run("never")
     return common.peak_rss_mib() - libraries

@@ -28,6 +28,7 @@ class LanguageModelShape:
     """What of a causal LM decides the cost of a step.
 
     Attributes:
+        gated: whether the feed-forward has a gate beside its activation, as LLaMA's.
         matrix_weights: weights that every cell is multiplied with: all matrices but embeddings and head.
         parameters: all weights; item_bytes: bytes of one.
     """
@@ -38,6 +39,7 @@ class LanguageModelShape:
     kv_heads: int
     head_dim: int
     inner: int
+    gated: bool
     vocabulary: int
     matrix_weights: int
     parameters: int
@@ -59,6 +61,7 @@ class LanguageModelShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
             inner=next((size for size in named if size), 4 * hidden),
+            gated=any("gate" in name.rpartition(".")[2] for name, _ in decoder.named_modules()),
             vocabulary=language_model.get_output_embeddings().weight.shape[0],
             matrix_weights=sum(p.numel() for p in decoder.parameters() if p.ndim == 2 and id(p) not in embeddings),
             parameters=sum(p.numel() for p in language_model.parameters()),
@@ -132,20 +135,24 @@ def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) ->
     """What a forward pass keeps for the backward pass, while no weight of the LM gets a gradient.
 
     A layer keeps, for each cell, the inputs of its two norms (in float32), the query, key and value, the attention
-    weights of all heads, and three vectors of the inner width. A linear layer with frozen weights keeps nothing.
+    weights of all heads, and of the inner width the activation's input, or that, its output and what they are
+    multiplied with when there is a gate. A linear layer with frozen weights keeps nothing.
     """
     attention = lm.head_dim * (lm.heads + 2 * lm.kv_heads) + lm.heads * row_length
-    per_cell = 2 * 4 * lm.hidden + lm.item_bytes * (attention + 3 * lm.inner)
+    per_cell = 2 * 4 * lm.hidden + lm.item_bytes * (attention + (3 if lm.gated else 1) * lm.inner)
     return lm.layers * cells * per_cell
 
 
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
+    activations = activation_bytes(lm, step.part_cells, step.row_length)
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
-        "activations": activation_bytes(lm, step.part_cells, step.row_length),
+        "activations": activations,
+        # what a layer computes and drops again, and in the backward pass the gradients of what it kept
+        "layer at work": 2 * activations / lm.layers,
         # one chunk of logits in float32, as the head gives it, and once more while it is worked on
         "logits": CHUNK * lm.vocabulary * (8 + lm.item_bytes),
     }
