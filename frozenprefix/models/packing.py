@@ -26,7 +26,7 @@ from torch import Tensor
 from frozenprefix.errors import TrainingError
 
 TRIES_PER_ROW = (1, 2, 3, 4, 6, 8)  # divisions that are tried when no row length is given
-ATTENTION_LENGTH = 1024  # tokens in a row at which attention takes as long as the rest (`benchmarks/training_step.py`)
+ATTENTION_LENGTH = 1024  # tokens in a row at which attention is taken to cost as much as the rest; an estimate
 Packing = Literal["trie", "flat", "none"]
 
 
