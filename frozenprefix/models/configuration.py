@@ -60,10 +60,16 @@ class LanguageModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager"] | None = Field(None, description="the LM's own choice when not given")
 
 
-class FusionConfig(Section):
-    """How the picture enters the language model."""
+class FusionConfig(BaseModel):
+    """How the picture enters the language model. Further keys are the fusion's own options, as with mappers."""
 
-    type: Literal["prefix"] = "prefix"
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    type: str = "prefix"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class FrozenPrefixConfig(PreTrainedConfig):

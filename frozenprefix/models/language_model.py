@@ -106,6 +106,22 @@ def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, language_model.get_input_embeddings())
 
 
+def start_token(language_model: PreTrainedModel) -> int:
+    """Id of the LM's start token, or of its end token where it has none (GPT-2 uses one for both).
+
+    Raises:
+        ConfigError: when the LM's config names neither.
+    """
+    config = language_model.config.get_text_config()
+    for token in (config.bos_token_id, config.eos_token_id):
+        if isinstance(token, int) and token < config.vocab_size:
+            return token
+    raise ConfigError(
+        f"model.language_model: {type(language_model).__name__} names neither bos_token_id nor eos_token_id in its "
+        "config; this fusion puts one where a picture is shown: set one, or use fusion 'prefix'"
+    )
+
+
 def fuse_activations(language_model: PreTrainedModel) -> PreTrainedModel:
     """Put torch's one-pass GELU where transformers composes the same tanh formula of six operations (GPT-2)."""
     for module in language_model.modules():

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation import GenerateBeamDecoderOnlyOutput
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.attention import attention_for_rows, mask_per_kind
-from frozenprefix.models.beam_search import BeamSearch, beam_options
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
+    FusionConfig,
     LanguageModelConfig,
     MapperConfig,
     VisionEncoderConfig,
 )
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.fusion import fuse_prefix, index_placeholders
+from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
+from frozenprefix.models.generation import PictureGeneration
 from frozenprefix.models.language_model import (
     decoder_and_head,
     embedding_rms,
     fuse_activations,
     load_language_model,
     positions_from_mask,
+    start_token,
     word_embeddings,
 )
 from frozenprefix.models.losses import next_token_loss
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch, ancestor_mask
+from frozenprefix.models.saving import FROZEN_PARTS, TrainableCheckpoint, check_identity
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
-
-FROZEN_PARTS = ("vision_encoder", "language_model")
 
 
 @dataclass
@@ -59,8 +55,8 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A frozen vision encoder, a trainable mapper, and a frozen causal LM that reads the mapper's output.
+class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneration, PreTrainedModel):
+    """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
     Args:
         config: what to build. Frozen parts are loaded from where the config says.
@@ -107,6 +103,10 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             lm_dim=word_embeddings(language_model).weight.shape[1],
             embedding_rms=embedding_rms(language_model),
         )
+        self.fusion = build_fusion(
+            FusionConfig.model_validate(config.fusion), language_model, word_embeddings(language_model).weight.shape[1]
+        )
+        self._start_token = None if self.fusion.is_prefix else start_token(language_model)
         self._decoder_and_head: tuple[nn.Module, nn.Module, float | None] | None = None
         self.generation_config = language_model.generation_config
         self.post_init()
@@ -188,18 +188,19 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if packed is not None:
             return FrozenPrefixOutput(loss=self.packed_loss(packed, prefix_embeds), prefix_embeds=prefix_embeds)
         # [B, T] -> [B, T, D_lm]
-        inputs_embeds = self.embed(input_ids, prefix_embeds, attention_mask)
+        inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = positions_from_mask(attention_mask)
         # -> [B, T, V]
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with self.fusion.showing(shown):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
         loss = None
         if labels is not None:
             loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
@@ -209,6 +210,12 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Word and prefix embeddings in one sequence: int64[B, T] -> float[B, T, D_lm]."""
+        return self.embed_shown(input_ids, prefix_embeds, attention_mask)[0]
+
+    def embed_shown(
+        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Shown | None]:
+        """As `embed`, with what `fusion.showing` needs to know while the LM reads the embeddings."""
         image_token_id = self.config.image_token_id
         if input_ids is None or image_token_id is None:
             missing = "input_ids" if input_ids is None else "config.image_token_id"
@@ -216,11 +223,27 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.ndim == 2:
             # a padding token may have been added to the tokenizer alone, behind the LM's vocabulary
             input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
-        available = 0 if prefix_embeds is None else prefix_embeds.shape[0] * prefix_embeds.shape[1]
-        prefix_index = index_placeholders(input_ids, image_token_id, available)
-        return fuse_prefix(self.get_input_embeddings(), input_ids, prefix_index, prefix_embeds)
+        per_picture = self.placeholders_per_picture
+        pictures = 0 if prefix_embeds is None else len(prefix_embeds)
+        prefix_index = index_placeholders(input_ids, image_token_id, pictures * per_picture)
+        inputs_embeds = self._fuse(input_ids, prefix_index, prefix_embeds)
+        if prefix_embeds is None:
+            return inputs_embeds, None
+        latest = prefix_index.cummax(dim=1).values
+        return inputs_embeds, Shown(prefix_embeds, prefix_index, latest.div(per_picture, rounding_mode="floor"))
 
-    def _parts(self) -> tuple[nn.Module, nn.Module, float | None]:
+    @property
+    def placeholders_per_picture(self) -> int:
+        """Places that a picture takes in the text."""
+        return self.fusion.placeholders(self.config.prefix_length)
+
+    def _fuse(self, input_ids: Tensor, prefix_index: Tensor, prefix_embeds: Tensor | None) -> Tensor:
+        embeddings = self.get_input_embeddings()
+        if self._start_token is None:
+            return fuse_prefix(embeddings, input_ids, prefix_index, prefix_embeds)
+        return embeddings(input_ids.masked_fill(prefix_index >= 0, self._start_token))
+
+    def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
         """Decoder, head and logit cap of the LM, checked at the first call."""
         if self._decoder_and_head is None:
             self._decoder_and_head = decoder_and_head(self.language_model)
@@ -228,10 +251,14 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
-        decoder, head, softcap = self._parts()
+        decoder, head, softcap = self.parts()
         # [R, T] -> [R, T, D_lm]
-        inputs_embeds = fuse_prefix(self.get_input_embeddings(), packed.input_ids, packed.prefix_index, prefix_embeds)
-        with attention_for_rows(self.language_model):
+        inputs_embeds = self._fuse(packed.input_ids, packed.prefix_index, prefix_embeds)
+        shown = None
+        if prefix_embeds is not None:
+            picture = packed.shown_index.div(self.placeholders_per_picture, rounding_mode="floor")
+            shown = Shown(prefix_embeds, packed.prefix_index, picture)
+        with self.fusion.showing(shown), attention_for_rows(self.language_model):
             hidden = decoder(
                 inputs_embeds=inputs_embeds,
                 attention_mask=self._row_mask(packed, inputs_embeds.dtype),
@@ -256,139 +283,3 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"({window}); shorten max_target_tokens or set training.packing=none"
             )
         return mask_per_kind(config, mask)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Continue texts with pictures in them. Pad `input_ids` on the left.
-
-        Args:
-            input_ids: int64[B, T], also as first argument; attention_mask: int64[B, T]; as the processor gives them.
-            pixel_values or image_features: the pictures, in reading order; encoded and mapped once each, not per beam.
-            args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
-
-        Returns:
-            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`. Plain beam search is
-            this package's own (`beam_search`), with the same texts and `sequences_scores` but no `scores` of every
-            step; ask for `output_logits` to have transformers' search, which also serves all other options.
-        """
-        if "max_length" in kwargs:
-            raise ConfigError("max_length counts the picture's prefix for some models; give max_new_tokens instead")
-        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
-        input_ids = inputs if input_ids is None else input_ids
-        inputs_embeds = self.embed(input_ids, self.prefix(pixel_values, image_features), attention_mask)
-        if attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        options = None if args else beam_options(self.language_model, inputs_embeds.shape[1], kwargs)
-        if options is not None:
-            sequences, scores = BeamSearch(self.language_model, self._parts(), options)(inputs_embeds, attention_mask)
-            made = GenerateBeamDecoderOnlyOutput(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, scores))
-            return made if options.as_dict else sequences
-        language_model = cast(Any, self.language_model)
-        return language_model.generate(
-            None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-        )
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: every parameter that needs a gradient."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def save_pretrained(
-        self,
-        save_directory: str | PathLike[Any],
-        is_main_process: bool = True,
-        state_dict: dict[Any, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Write config.json (with the frozen parts' identity) and model.safetensors (trainable tensors only).
-
-        Args:
-            is_main_process: False writes nothing.
-            state_dict: values to write in place of the model's own; those of frozen parts are left out.
-
-        Raises:
-            ConfigError: for other arguments of transformers' `save_pretrained`, which have no effect here.
-        """
-        if kwargs.pop("push_to_hub", False):
-            raise ConfigError("push_to_hub: save first, then upload the folder with huggingface_hub.upload_folder")
-        if args or kwargs:
-            given = ", ".join([*map(repr, args), *kwargs])
-            raise ConfigError(f"save_pretrained: got {given}, which has no effect on a checkpoint of one small file")
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        own = self.trainable_state()
-        state = own if state_dict is None else {name: state_dict[name] for name in own}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        self.config.save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
-    ) -> FrozenPrefixForConditionalGeneration:
-        """Load a checkpoint folder or Hub id; frozen parts come from where the config says, and must be the same ones.
-
-        Args:
-            kwargs: `config`, `vision_encoder`, `language_model` (ready-made parts), `device_map` ("cpu", "cuda", …),
-                and the Hub's `revision`, `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part
-                that is not the one the mapper was trained with.
-        """
-        source = str(pretrained_model_name_or_path)
-        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
-        config = kwargs.pop("config", None)
-        if not isinstance(config, FrozenPrefixConfig):
-            config = FrozenPrefixConfig.from_pretrained(source, **hub)
-        parts = {name: kwargs.pop(name) for name in FROZEN_PARTS if name in kwargs}
-        try:
-            tensors = load_file(str(cached_file(source, SAFE_WEIGHTS_NAME, **hub)))
-        except SafetensorError as error:
-            raise CheckpointError(f"{source}: {SAFE_WEIGHTS_NAME} is damaged ({error})") from error
-        except OSError as error:
-            raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
-        model = cls(config, **parts)
-        model.load_trainable(tensors, source=source)
-        device = kwargs.pop("device_map", None)
-        return model.to(device).eval() if device not in (None, "auto") else model.eval()
-
-    def load_trainable(self, tensors: dict[str, Tensor], *, source: str = "state") -> None:
-        """Copy `tensors` into the trainable parameters; the key sets and shapes must be equal."""
-        own = self.trainable_state()
-        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-        problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-        problems += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if tensors[name].shape != own[name].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
-
-
-def check_identity(saved: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> None:
-    """Refuse frozen parts other than those a checkpoint was trained with, naming what differs."""
-    for part, fields in found.items():
-        for field in sorted(saved.get(part, {}).keys() | fields.keys()) if part in saved else ():
-            before, now = saved[part].get(field), fields.get(field)
-            if before != now:
-                raise CheckpointError(
-                    f"{part}: this checkpoint was trained with {field}={before!r}, but found {field}={now!r}; "
-                    "give the original part, or train a new mapper"
-                )

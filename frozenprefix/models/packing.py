@@ -45,7 +45,8 @@ class PackedBatch:
         input_ids: int64[R, T], padded with 0.
         position_ids: int64[R, T], the depth of each node.
         subtree_end: int64[R, T], one behind the last descendant of each node, within its row.
-        prefix_index: int64[R, T], index into the flattened prefix embeddings [pictures * P], -1 for text.
+        prefix_index: int64[R, T], index of each placeholder among those of all pictures, -1 for text.
+        shown_index: int64[R, T], index of the latest placeholder before or at each token in its own text, -1 for none.
         predict_index: int64[K], nodes that predict something, as indices into [R * T].
         edge_source: int64[E], index into the K nodes; edge_label: int64[E], the next token;
         edge_weight: float32[E], how many targets take that step.
@@ -56,6 +57,7 @@ class PackedBatch:
     position_ids: Tensor
     subtree_end: Tensor
     prefix_index: Tensor
+    shown_index: Tensor
     predict_index: Tensor
     edge_source: Tensor
     edge_label: Tensor
@@ -77,7 +79,8 @@ class _Trie:
     ids: list[int]
     depth: list[int]
     end: list[int]
-    prefix: list[int]  # index within the pictures of this trie, or -1
+    prefix: list[int]  # number of the placeholder within this trie, or -1
+    shown: list[int]  # number of the latest placeholder so far, or -1
     edges: dict[tuple[int, int], int]  # (node, next token) -> count
 
 
@@ -121,7 +124,7 @@ def _common_context(targets: Sequence[Target], image_token_id: int) -> int:
 def _depth_first(
     children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], int], image_token_id: int
 ) -> _Trie:
-    trie = _Trie([], [], [], [], {})
+    trie = _Trie([], [], [], [], [], {})
     place_of: dict[int, int] = {0: -1}
     # (node, depth, pictures' placeholders above it); a node is met again, negated, when its subtree is complete
     stack = [(child, 0, 0) for child in reversed(children[0].values())]
@@ -136,6 +139,7 @@ def _depth_first(
         trie.depth.append(depth)
         trie.end.append(0)
         trie.prefix.append(seen if is_image else -1)
+        trie.shown.append(seen + is_image - 1)
         stack.append((-node, 0, 0))
         stack += [(child, depth + 1, seen + is_image) for child in reversed(children[node].values())]
     for (node, label), count in edges.items():
@@ -227,7 +231,7 @@ def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBat
     width = max(sum(len(tries[i][0].ids) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    prefix_index = torch.full(shape, -1)
+    prefix_index, shown_index = torch.full(shape, -1), torch.full(shape, -1)
     subtree_end = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
     source_of: dict[int, int] = {}
     edge_source, edge_label, edge_weight = [], [], []
@@ -236,11 +240,12 @@ def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBat
         for i in row:
             trie, start = tries[i]
             span = slice(at, at + len(trie.ids))
-            prefix = torch.tensor(trie.prefix)
+            prefix, shown = torch.tensor(trie.prefix), torch.tensor(trie.shown)
             input_ids[r, span] = torch.tensor(trie.ids)
             position_ids[r, span] = torch.tensor(trie.depth)
             subtree_end[r, span] = torch.tensor(trie.end) + at
             prefix_index[r, span] = torch.where(prefix >= 0, prefix + start, -1)
+            shown_index[r, span] = torch.where(shown >= 0, shown + start, -1)
             for (node, label), count in trie.edges.items():
                 place = r * width + at + node
                 edge_source.append(source_of.setdefault(place, len(source_of)))
@@ -252,6 +257,7 @@ def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBat
         position_ids,
         subtree_end,
         prefix_index,
+        shown_index,
         predict_index=torch.tensor(list(source_of)),
         edge_source=torch.tensor(edge_source),
         edge_label=torch.tensor(edge_label),

@@ -20,6 +20,7 @@ from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, group_by_pictures
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
+from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model import load_tokenizer, resolve_language_model
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.processing import FrozenPrefixProcessor
@@ -177,7 +178,7 @@ def sample_steps(recipe: Recipe, groups: Sequence[PictureGroup], encoder: Pictur
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
         load_tokenizer(recipe.model.language_model),
-        prefix_length=recipe.model.mapper.prefix_length,
+        prefix_length=FUSIONS.get(recipe.model.fusion.type).placeholders(recipe.model.mapper.prefix_length),
         prompts=recipe.data.prompts,
     )
     collator = Collator(

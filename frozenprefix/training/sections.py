@@ -38,6 +38,14 @@ class ModelSection(RecipeSection):
         raise_clash([Problem((line.partition(": ")[0],), line) for line in validate_mapper(mapper)])
         return mapper
 
+    @field_validator("fusion")
+    @classmethod
+    def _check_fusion(cls, fusion: FusionConfig) -> FusionConfig:
+        from frozenprefix.models.fusion import validate_fusion
+
+        raise_clash([Problem((line.partition(": ")[0],), line) for line in validate_fusion(fusion)])
+        return fusion
+
 
 class DataSection(RecipeSection):
     """Where samples come from."""

@@ -25,6 +25,7 @@ from frozenprefix.data.samples import PictureGroup, Sample, check_unique_ids, gr
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import FrozenPrefixConfig, VisionEncoderConfig
+from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
@@ -42,7 +43,7 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
         load_tokenizer(sections.language_model),
-        prefix_length=sections.mapper.prefix_length,
+        prefix_length=FUSIONS.get(sections.fusion.type).placeholders(sections.mapper.prefix_length),
         prompts=recipe.data.prompts,
     )
     config = FrozenPrefixConfig(

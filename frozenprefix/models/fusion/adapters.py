@@ -1,0 +1,84 @@
+"""Bottleneck adapters inside the frozen LM, beside a prefix: MAGMA (Eichenberg et al. 2022, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.fusion.base import Fusion, compute_in
+from frozenprefix.models.options import Count
+
+FEED_FORWARD = ("mlp", "feed_forward", "fc2")
+ATTENTION = ("self_attn", "attn", "attention")
+
+
+class Bottleneck(nn.Module):
+    """`x + up(relu(down(x)))`, which starts as `x`."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.down = nn.Linear(dim, hidden_dim)
+        self.up = nn.Linear(hidden_dim, dim)
+        self.activation = nn.ReLU()
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with compute_in(hidden):
+            return hidden + self.up(self.activation(self.down(hidden))).to(hidden.dtype)
+
+
+class AdapterFusion(Fusion):
+    """A prefix, and a bottleneck behind the feed-forward part of every layer (and behind its attention if asked).
+
+    Args:
+        reduction: the LM's width over the bottleneck's; MAGMA has 4 with adapters behind the feed-forward part and 8
+            with both.
+        placement: where they stand.
+    """
+
+    changes_text = True
+
+    def __init__(
+        self,
+        *,
+        lm_dim: int,
+        num_layers: int,
+        reduction: Count = 4,
+        placement: Literal["feed_forward", "feed_forward_and_attention"] = "feed_forward",
+    ):
+        super().__init__()
+        self.places = [FEED_FORWARD] if placement == "feed_forward" else [FEED_FORWARD, ATTENTION]
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(Bottleneck(lm_dim, max(1, lm_dim // reduction)) for _ in self.places)
+            for _ in range(num_layers)
+        )
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        for number, layer in enumerate(layers):
+            for place, names in enumerate(self.places):
+                adapter = self.adapters.get_submodule(f"{number}.{place}")
+                part_of(layer, names).register_forward_hook(behind(adapter))
+
+
+def behind(adapter: nn.Module) -> Callable[..., Any]:
+    """A hook that sends a module's output, or the first of its outputs, through `adapter`."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+    return after
+
+
+def part_of(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The part of a transformer layer that LM families give one of `names`."""
+    for name in names:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return getattr(layer, name)
+    raise ConfigError(
+        f"model.fusion: adapters need a layer with one of {', '.join(names)}, got {type(layer).__name__} with "
+        f"{', '.join(name for name, _ in layer.named_children())}"
+    )

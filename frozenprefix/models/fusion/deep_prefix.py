@@ -1,0 +1,49 @@
+"""A prefix in every layer: keys and values that depend on the picture, all the way up.
+
+Prefix tuning (Li & Liang 2021) and P-Tuning v2 (Liu et al. 2022) give every layer free vectors to attend to, VPT-deep
+(Jia et al. 2022) puts them into the layers' inputs. Here they are made of the picture's own prefix embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from frozenprefix.models.fusion.base import Fusion
+from frozenprefix.models.options import Count
+
+
+class DeepPrefixFusion(Fusion):
+    """Prefix embeddings as words, and before every further layer a learned function of them added in their places.
+
+    The layer's own frozen projections turn it into keys and values. The added parts start at zero: the first step is
+    that of the plain prefix.
+
+    Args:
+        rank: width of the bottleneck between the prefix embeddings and what is added.
+    """
+
+    def __init__(self, *, lm_dim: int, num_layers: int, rank: Count = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(lm_dim)
+        self.down = nn.Linear(lm_dim, rank)
+        up = [nn.Linear(rank, lm_dim, bias=False) for _ in range(num_layers - 1)]
+        for layer in up:
+            nn.init.zeros_(layer.weight)
+        self.up = nn.ModuleList(up)
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        self.hook_inputs(layers, range(1, len(layers)), self.update)
+
+    def update(self, layer: int, hidden: Tensor) -> Tensor:
+        """float[B, T, D]: what is added at the placeholders before `layer`, 0 elsewhere."""
+        assert self.shown is not None
+        added = torch.zeros_like(hidden)
+        if not self.shown.is_first(layer):
+            return added
+        copies = len(hidden) // len(self.shown.prefix_index)
+        index = self.shown.prefix_index.repeat_interleave(copies, dim=0)
+        # [pictures, P, D] -> [pictures * P, D]
+        deep = self.up[layer - 1](torch.tanh(self.down(self.norm(self.shown.prefix_embeds.float())))).flatten(0, 1)
+        is_image = index >= 0
+        return added.index_put((is_image,), deep[index[is_image]].to(hidden.dtype))

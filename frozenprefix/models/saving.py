@@ -1,0 +1,119 @@
+"""Checkpoints of a model: the trainable tensors, the config, and the identity of every frozen part."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.models.configuration import FrozenPrefixConfig
+
+FROZEN_PARTS = ("vision_encoder", "language_model")
+
+
+class TrainableCheckpoint(nn.Module):
+    """Saving and loading for a model whose frozen parts are kept elsewhere. A mixin for transformers models."""
+
+    config: FrozenPrefixConfig
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes: every parameter that needs a gradient."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[Any],
+        is_main_process: bool = True,
+        state_dict: dict[Any, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json (with the frozen parts' identity) and model.safetensors (trainable tensors only).
+
+        Args:
+            is_main_process: False writes nothing.
+            state_dict: values to write in place of the model's own; those of frozen parts are left out.
+
+        Raises:
+            ConfigError: for other arguments of transformers' `save_pretrained`, which have no effect here.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ConfigError("push_to_hub: save first, then upload the folder with huggingface_hub.upload_folder")
+        if args or kwargs:
+            given = ", ".join([*map(repr, args), *kwargs])
+            raise ConfigError(f"save_pretrained: got {given}, which has no effect on a checkpoint of one small file")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = self.trainable_state()
+        state = own if state_dict is None else {name: state_dict[name] for name in own}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        self.config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint folder or Hub id; frozen parts come from where the config says, and must be the same ones.
+
+        Args:
+            kwargs: `config`, `vision_encoder`, `language_model` (ready-made parts), `device_map` ("cpu", "cuda", …),
+                and the Hub's `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part
+                that is not the one the mapper was trained with.
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        config = kwargs.pop("config", None)
+        if not isinstance(config, FrozenPrefixConfig):
+            config = FrozenPrefixConfig.from_pretrained(source, **hub)
+        parts = {name: kwargs.pop(name) for name in FROZEN_PARTS if name in kwargs}
+        try:
+            tensors = load_file(str(cached_file(source, SAFE_WEIGHTS_NAME, **hub)))
+        except SafetensorError as error:
+            raise CheckpointError(f"{source}: {SAFE_WEIGHTS_NAME} is damaged ({error})") from error
+        except OSError as error:
+            raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
+        model = cls(config, **parts)
+        model.load_trainable(tensors, source=source)
+        device = kwargs.pop("device_map", None)
+        return model.to(device).eval() if device not in (None, "auto") else model.eval()
+
+    def load_trainable(self, tensors: dict[str, Tensor], *, source: str = "state") -> None:
+        """Copy `tensors` into the trainable parameters; the key sets and shapes must be equal."""
+        own = self.trainable_state()
+        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+        problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+        problems += [
+            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own.keys() & tensors.keys()
+            if tensors[name].shape != own[name].shape
+        ]
+        if problems:
+            raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+
+def check_identity(saved: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> None:
+    """Refuse frozen parts other than those a checkpoint was trained with, naming what differs."""
+    for part, fields in found.items():
+        for field in sorted(saved.get(part, {}).keys() | fields.keys()) if part in saved else ():
+            before, now = saved[part].get(field), fields.get(field)
+            if before != now:
+                raise CheckpointError(
+                    f"{part}: this checkpoint was trained with {field}={before!r}, but found {field}={now!r}; "
+                    "give the original part, or train a new mapper"
+                )
