@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from frozenprefix.errors import ConfigError
@@ -14,7 +14,7 @@ from frozenprefix.models.beam_search import BeamSearch, beam_options
 from frozenprefix.models.fusion import Fusion, Shown
 
 
-class PictureGeneration(GenerationMixin):
+class PictureGeneration:
     """`generate` for a model that puts pictures into the input of a language model. A mixin over its other methods."""
 
     language_model: PreTrainedModel
@@ -63,6 +63,7 @@ class PictureGeneration(GenerationMixin):
         inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        self.parts()  # checked at the first call, by a pass that must not meet these pictures
         with self.fusion.showing(shown):
             return self._generate(inputs_embeds, attention_mask, args, kwargs)
 

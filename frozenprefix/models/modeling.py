@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneration, PreTrainedModel):
+class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneration, PreTrainedModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
     Args:
