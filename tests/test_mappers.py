@@ -11,7 +11,15 @@ from frozenprefix.models.mappers import MAPPERS, build_mapper, validate_mapper
 from frozenprefix.models.mappers.blocks import pool_tokens
 
 D_ENC, D_LM = 24, 16
-SMALL = {"transformer": {"num_layers": 2, "num_heads": 4}, "perceiver": {"num_layers": 2, "num_heads": 4}}
+SMALL = {
+    "transformer": {"num_layers": 2, "num_heads": 4},
+    "perceiver": {"num_layers": 2, "num_heads": 4},
+    "q_former": {"hidden_dim": 16, "num_layers": 2, "num_heads": 4},
+    "mapl": {"hidden_dim": 16, "num_layers": 2, "num_heads": 4},
+    "attention_pool": {"num_heads": 4},
+}
+# those that take any number of image tokens, and any prefix length
+FREE = ["linear", "mapl", "mlp", "perceiver", "q_former", "transformer"]
 
 
 def build(kind: str, num_tokens: int = 1, prefix_length: int = 4, rms: float = 0.05, **options):
@@ -25,14 +33,18 @@ def size_of(module: torch.nn.Module) -> int:
 
 
 def test_these_are_all_mappers():
-    assert MAPPERS.names() == ["linear", "mlp", "perceiver", "transformer"]
+    assert MAPPERS.names() == sorted([*FREE, "attention_pool", "pixel_shuffle"])
 
 
-@pytest.mark.parametrize("prefix_length", [1, 4])
-@pytest.mark.parametrize("num_tokens", [1, 9])
-@pytest.mark.parametrize("kind", ["linear", "mlp", "perceiver", "transformer"])
-def test_shape_size_and_gradient(kind, num_tokens, prefix_length):
-    mapper = build(kind, num_tokens, prefix_length, rms=0.037)
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "prefix_length", "options"),
+    [(kind, num_tokens, length, {}) for kind in FREE for num_tokens in (1, 9) for length in (1, 4)]
+    + [("attention_pool", 9, 1, {}), ("attention_pool", 9, 4, {})]
+    + [("pixel_shuffle", 1, 1, {}), ("pixel_shuffle", 6, 6, {}), ("pixel_shuffle", 16, 4, {"shuffle": 2})]
+    + [("q_former", 9, 4, {"input_norm": True}), ("pixel_shuffle", 4, 4, {"input_norm": True})],
+)
+def test_shape_size_and_gradient(kind, num_tokens, prefix_length, options):
+    mapper = build(kind, num_tokens, prefix_length, rms=0.037, **options)
     features = torch.randn(3, num_tokens, D_ENC) * 2 + 1
     prefix_embeds = mapper(features)
     assert prefix_embeds.shape == (3, prefix_length, D_LM)

@@ -24,6 +24,10 @@ MAPPERS: Registry[type[nn.Module]] = Registry(
         "mlp": "frozenprefix.models.mappers.mlp:MLPMapper",
         "transformer": "frozenprefix.models.mappers.transformer:TransformerMapper",
         "perceiver": "frozenprefix.models.mappers.perceiver:PerceiverMapper",
+        "q_former": "frozenprefix.models.mappers.q_former:QFormerMapper",
+        "pixel_shuffle": "frozenprefix.models.mappers.pixel_shuffle:PixelShuffleMapper",
+        "mapl": "frozenprefix.models.mappers.mapl:MAPLMapper",
+        "attention_pool": "frozenprefix.models.mappers.attention_pool:AttentionPoolMapper",
     },
 )
 STRUCTURAL = {"self", "encoder_dim", "num_tokens", "lm_dim", "prefix_length"}

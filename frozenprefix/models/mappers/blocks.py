@@ -18,16 +18,30 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` over `context` (over themselves when no context is given)."""
+    """Multi-head attention of `queries` over `context` (over themselves when no context is given).
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+    Args:
+        dim: width of the queries and of the result.
+        context_dim: width of the context; None is `dim`.
+        bias: whether queries, keys and values have one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        *,
+        context_dim: int | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"mapper: width {dim} must be a multiple of num_heads, got num_heads={num_heads}")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_kv = nn.Linear(context_dim or dim, 2 * dim, bias=bias)
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:

@@ -1,0 +1,53 @@
+"""MAPL: a small transformer through a bottleneck (Mañas et al. 2022, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from frozenprefix.models.mappers.blocks import Count, Dropout, Ratio, learned_tokens
+from frozenprefix.models.mappers.transformer import TransformerLayer
+
+
+class MAPLMapper(nn.Module):
+    """Image tokens are projected down, learned queries appended; a transformer mixes them, and what becomes of the
+    queries is projected up to the LM.
+
+    With CLIP ViT-L/14, GPT-J and 32 queries this has the paper's 3.4M parameters, but for 0.1%: query, key and value
+    projections have no bias here. The queries start at a standard deviation of 0.02 instead of 1. Image tokens get no
+    positions, as in MAPL: the encoder's own must do.
+
+    Args:
+        hidden_dim, num_layers, num_heads, ratio: of the transformer, as in MAPL (256, 4, 8, 2.0).
+        dropout: in attention and feed-forward, while training; MAPL has none.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_dim: int,
+        num_tokens: int,
+        lm_dim: int,
+        prefix_length: int,
+        hidden_dim: Count = 256,
+        num_layers: Count = 4,
+        num_heads: Count = 8,
+        ratio: Ratio = 2.0,
+        dropout: Dropout = 0.0,
+    ):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.project_in = nn.Linear(encoder_dim, hidden_dim)
+        self.queries = learned_tokens(prefix_length, hidden_dim)
+        self.layers = nn.ModuleList(TransformerLayer(hidden_dim, num_heads, ratio, dropout) for _ in range(num_layers))
+        self.project_out = nn.Linear(hidden_dim, lm_dim)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        # [B, N, D_enc] -> [B, N, D]
+        visual = self.project_in(image_features)
+        # [B, N + P, D]
+        tokens = torch.cat([visual, self.queries.expand(len(visual), -1, -1).to(visual.dtype)], dim=1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        # the last P -> [B, P, D_lm]
+        return self.project_out(tokens[:, self.num_tokens :])
