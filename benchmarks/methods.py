@@ -1,0 +1,170 @@
+"""Every method of the line on the same photos: one recipe each, the same frozen parts, the same number of targets.
+
+python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--steps 80]
+
+Each method is a recipe in `recipes/`, trained for the same steps by a process of its own, then asked for captions of
+validation photos, with the right pictures, with shuffled ones, and with none. What one run has measured is kept in
+`--json`, and is not measured again; methods that are done stay when others are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.recipes import photos
+from frozenprefix.data.sources import load_source
+from frozenprefix.evaluation.evaluate import evaluate_samples
+from frozenprefix.evaluation.text_ability import text_ability
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models.freezing import count_parameters
+from frozenprefix.training.loop import Trainer
+from frozenprefix.training.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# recipe -> what it is, in the table
+METHODS = {
+    "clipcap_mlp": "ClipCap, MLP",
+    "clipcap_transformer": "ClipCap, transformer",
+    "limber": "LiMBeR (linear)",
+    "frozen": "Frozen (encoder trained)",
+    "mapl": "MAPL",
+    "magma": "MAGMA (adapters)",
+    "flamingo": "Flamingo (gated cross-attention)",
+    "blip2": "BLIP-2 (Q-Former)",
+    "llava": "LLaVA (MLP per patch)",
+    "fromage": "FROMAGe (linear, contrastive)",
+    "deep_prefix": "deep prefix",
+    "residual": "gated residual",
+    "lora": "MLP and LoRA",
+    "adalora": "MLP and AdaLoRA",
+    "prefix_tuning": "MLP and prefix tuning",
+    "flickr8k": "this toolkit's own MLP",
+}
+TEXT = " ".join(pydoc_data.topics.topics[topic] for topic in ("classes", "imports", "with"))
+VALIDATION, CAPTIONED = 64, 200  # photos whose loss is taken; photos that are captioned
+
+
+def recipe_of(name: str, folder: Path, steps: int, quick: bool) -> Recipe:
+    """The recipe as it stands, but for its length, its data's place and its output."""
+    source, _ = photos(folder / "photos", 24 if quick else 6000, (64, 64))
+    validation = {**source, "split": "val"} if "limit" in source else dict(source)
+    source.pop("limit", None)
+    changes = [
+        f"output_dir={folder / 'run'}",
+        f"data.train=[{json.dumps(source)}]",
+        f"data.validation=[{json.dumps(validation | {'limit': VALIDATION})}]",
+        "training.epochs=null",
+        "training.max_minutes=null",
+        f"training.max_steps={steps}",
+        f"training.warmup_steps={steps // 10}",
+        f"training.validate_every={steps}",
+        f"training.save_every={steps}",
+    ]
+    return Recipe.load(RECIPES / f"{name}.yaml", changes)
+
+
+def measure(name: str, steps: int, quick: bool) -> dict[str, Any]:
+    """Train one method and ask it for captions. For a process of its own: the peak memory is the process's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe = recipe_of(name, folder, steps, quick)
+        trainer = Trainer(recipe)
+        result = trainer.run("never")
+        lines = [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
+        memory = common.peak_rss_mib()
+        tokenizer = trainer.processor.tokenizer
+        before = text_ability(trainer.model, tokenizer, TEXT, adapted=False)
+        after = text_ability(trainer.model, tokenizer, TEXT)
+        sources = [load_source(source) for source in recipe.data.validation]
+        samples = [sample for source in sources for sample in source][: 4 if quick else CAPTIONED]
+        scores = evaluate_samples(
+            Captioner(trainer.model, trainer.processor), samples, predictions=folder / "captions.jsonl", num_beams=1
+        )
+        return {
+            "trainable": count_parameters(trainer.model).trainable,
+            "targets": result.targets_seen,
+            "targets_per_s": max(line["targets_per_s"] for line in lines if "targets_per_s" in line),
+            "peak_rss_mib": memory,
+            "validation_loss": lines[-1]["validation/loss"],
+            "shuffled_loss": lines[-1]["validation/shuffled_loss"],
+            "metrics": scores["metrics"],
+            "baselines": scores["baselines"],
+            "perplexity": [before.perplexity, after.perplexity],
+            "text_is_unchanged": before.logits_sha256 == after.logits_sha256,
+        }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is not in the report yet, one process per method."""
+    report: dict[str, Any] = {"steps": arguments.steps, "methods": {}}
+    if arguments.json and arguments.json.is_file():
+        found = json.loads(arguments.json.read_text())
+        if found.get("steps") == arguments.steps:
+            report["methods"] = found["methods"]
+    for name in arguments.only.split(",") if arguments.only else METHODS:
+        if name in report["methods"]:
+            continue
+        command = [sys.executable, __file__, "--measure", name, "--steps", str(arguments.steps)]
+        done = subprocess.run(command + ["--quick"] * arguments.quick, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed; what it wrote stands above")
+        report["methods"][name] = json.loads(done.stdout.splitlines()[-1])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for name, made in sorted(report["methods"].items(), key=lambda item: item[1]["validation_loss"]):
+        before, after = made["perplexity"]
+        rows.append(
+            [
+                f"[{METHODS[name]}](../recipes/{name}.yaml)",
+                f"{made['trainable'] / 1e6:.1f} M",
+                made["targets_per_s"],
+                f"{made['peak_rss_mib'] / 1024:.1f}",
+                f"{made['validation_loss']:.3f}",
+                f"{made['shuffled_loss']:.3f}",
+                f"{made['metrics']['CIDEr-D']:.3f}",
+                f"{made['baselines']['shuffled']['CIDEr-D']:.3f}",
+                f"{made['baselines']['blind']['CIDEr-D']:.3f}",
+                "0, to the bit" if made["text_is_unchanged"] else f"{100 * (after / before - 1):+.1f} %",
+            ]
+        )
+    header = [
+        "method", "trained", "targets/s", "GiB", "loss", "shuffled", "CIDEr-D", "shuffled", "blind", "text perplexity",
+    ]  # fmt: skip
+    return common.table(header, rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__)
+    parser.add_argument("--only", help="recipes, with commas between them")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every method; 80, or 2 with --quick")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.steps = arguments.steps or (2 if arguments.quick else 80)
+    common.start_logging()
+    if arguments.measure:
+        report = measure(arguments.measure, arguments.steps, arguments.quick)
+        sys.stdout.write(json.dumps(report) + "\n")
+        return report
+    report = run(arguments)
+    common.finish(report, arguments, "methods", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
