@@ -19,14 +19,12 @@ def command(
         str, typer.Option(metavar="auto|never|PATH", help="Go on from the run's last state, start anew, or a folder.")
     ] = "auto",
 ) -> None:
-    """Train the mapper of a recipe."""
-    from frozenprefix.training.recipe import Recipe
+    """Train the mapper of a recipe. With `kind: contrastive` it is a text tower that meets a locked image encoder."""
+    from frozenprefix.training.kinds import load_recipe, train_recipe
 
-    loaded = Recipe.load(recipe, overrides or [])  # first: the loop takes seconds to import
-    from frozenprefix.training.loop import train
-
-    result = train(loaded, resume=resume)
+    kind, loaded = load_recipe(recipe, overrides or [])  # first: the loop takes seconds to import
+    result = train_recipe(kind, loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:  # as accelerate and torchrun number processes
-        value = "" if result.best_value is None else f", validation loss {result.best_value:.4f}"
+        value = "" if result.best_value is None else f", {kind.measure} {result.best_value:.4f}"
         typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")
         typer.echo(f"best checkpoint: {result.best}{value}")

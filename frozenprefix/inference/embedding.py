@@ -1,0 +1,151 @@
+"""Pictures and texts -> unit vectors, with any model that has both in one space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from frozenprefix.data.images import BadPictures, load_image
+from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.inference.captioner import batched
+from frozenprefix.models.freezing import hash_tensors
+from frozenprefix.registry import Registry
+
+
+class EmbeddingModel(Protocol):
+    """A model with pictures and texts in one space. Vectors have length 1."""
+
+    config: Any
+
+    @property
+    def device(self) -> Any:
+        """Where the inputs have to be."""
+
+    def eval(self) -> Any:
+        """Leave training mode."""
+
+    def encode_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """float[P, 3, H, W], or features float[P, N, D_enc] -> float[P, D]."""
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64[T, L], int64[T, L] -> float[T, D]."""
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """The trained tensors, which tell one model from another together with `config.identity`."""
+
+
+class EmbeddingProcessor(Protocol):
+    """What prepares pictures and texts for an `EmbeddingModel`."""
+
+    image_processor: Any
+
+    def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts -> the keyword arguments of `encode_text`."""
+
+
+def _load_locked(checkpoint: str, device: str) -> tuple[EmbeddingModel, EmbeddingProcessor]:
+    from frozenprefix.models.contrastive import LockedImageTextModel, load_processor
+
+    model = LockedImageTextModel.from_pretrained(checkpoint, device_map=device)
+    return model, load_processor(checkpoint, model.config)
+
+
+def _load_prefix(checkpoint: str, device: str) -> tuple[EmbeddingModel, EmbeddingProcessor]:
+    from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+    from frozenprefix.models.processing import FrozenPrefixProcessor
+
+    model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
+    return model, FrozenPrefixProcessor.from_pretrained(checkpoint)
+
+
+LOADERS: Registry[Any] = Registry("kind of model for retrieval")
+LOADERS.register("locked_image_text")(_load_locked)
+LOADERS.register("frozenprefix")(_load_prefix)
+
+
+class Embedder:
+    """Embeds picture files and texts in batches.
+
+    Args:
+        model, processor: as saved together in a checkpoint.
+        batch_size: pictures or texts embedded at once.
+    """
+
+    def __init__(self, model: EmbeddingModel, processor: EmbeddingProcessor, *, batch_size: int = 32):
+        self.model = model
+        self.model.eval()
+        self.processor = processor
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Embedder:
+        """Load a checkpoint folder or Hub id of any model in `LOADERS` onto `device` (a GPU when there is one)."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = PreTrainedConfig.get_config_dict(str(checkpoint))[0].get("model_type", "")
+        return cls(*LOADERS.get(kind)(str(checkpoint), device), batch_size=batch_size)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the trained tensors, the identity of the frozen parts, and the preprocessing of pictures."""
+        parts = [
+            hash_tensors(self.model.trainable_state()),
+            json.dumps(self.model.config.identity, sort_keys=True),
+            self.processor.image_processor.to_json_string(),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @torch.inference_mode()
+    def embed_pictures(
+        self, paths: Iterable[str | Path], bad: BadPictures | None = None
+    ) -> tuple[list[Path], np.ndarray]:
+        """Embed picture files.
+
+        Args:
+            bad: takes the pictures that cannot be read, which are left out; without it the first one raises.
+
+        Returns:
+            The paths that could be read, and float32[n, D].
+        """
+        kept: list[Path] = []
+        vectors: list[np.ndarray] = []
+        for batch in batched(paths, self.batch_size):
+            images = {}
+            for path in map(Path, batch):
+                try:
+                    images[path] = load_image(path)
+                except BadImageError as error:
+                    if bad is None:
+                        raise
+                    bad.record(path, error)
+            if images:
+                pixels = self.processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
+                vectors.append(_array(self.model.encode_image(pixel_values=pixels.to(self.model.device))))
+                kept += images
+        return kept, np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts, those of like length together: float32[n, D] in the order given."""
+        if not texts:
+            raise ConfigError("texts: got none, expected at least one")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        vectors = []
+        for places in batched(order, self.batch_size):
+            inputs = self.processor.prepare_texts([texts[i] for i in places])
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            vectors.append(_array(self.model.encode_text(**inputs)))
+        joined = np.concatenate(vectors)
+        out = np.empty_like(joined)
+        out[order] = joined
+        return out
+
+
+def _array(embeds: Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()

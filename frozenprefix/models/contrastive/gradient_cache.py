@@ -1,0 +1,66 @@
+"""Gradient caching (Gao et al. 2021, arXiv 2101.06983): the exact gradient of batches larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Chunk = TypeVar("Chunk")
+
+
+def cached_contrastive_step(
+    encode_pictures: Callable[[Chunk], Tensor],
+    picture_chunks: Sequence[Chunk],
+    encode_texts: Callable[[Chunk], Tensor],
+    text_chunks: Sequence[Chunk],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Accumulate the gradient of a contrastive loss over the whole batch, with the activations of one chunk at a time.
+
+    All chunks are encoded without a graph; the loss gives the gradient of every embedding; each chunk is then encoded
+    again, with the same random numbers, to carry its part further. Costs one more forward pass.
+
+    Args:
+        encode_pictures, encode_texts: one chunk -> float[n, D].
+        picture_chunks, text_chunks: the batch.
+        loss: (float[P, D], float[T, D]) -> scalar. Parameters within it get their gradient too.
+
+    Returns:
+        The loss, detached.
+    """
+    parts = [(encode_pictures, chunk) for chunk in picture_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
+    states, embeds = [], []
+    for encode, chunk in parts:
+        states.append(_random_state())
+        with torch.no_grad():
+            embeds.append(encode(chunk))
+    pictures = torch.cat(embeds[: len(picture_chunks)]).requires_grad_()
+    texts = torch.cat(embeds[len(picture_chunks) :]).requires_grad_()
+    value = loss(pictures, texts)
+    value.backward()
+    gradients = torch.cat([_gradient(pictures), _gradient(texts)]).split([len(part) for part in embeds])
+    after = _random_state()
+    for (encode, chunk), state, gradient in zip(parts, states, gradients, strict=True):
+        _restore(state)
+        again = encode(chunk)
+        if again.requires_grad:
+            again.backward(gradient.to(again.dtype))
+    _restore(after)
+    return value.detach()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,195 @@
+"""A locked image encoder and a text tower that learns to meet it (LiT, Zhai et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.contrastive.checkpoint import TrainedTensors, read_checkpoint
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
+from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
+from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
+from frozenprefix.models.freezing import freeze
+from frozenprefix.models.saving import check_identity
+from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
+
+
+@dataclass
+class LockedImageTextOutput(ModelOutput):
+    """Output of the model.
+
+    Attributes:
+        loss: float32 scalar.
+        picture_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
+    """
+
+    loss: Tensor | None = None
+    picture_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class LockedImageTextModel(TrainedTensors, PreTrainedModel):  # type: ignore[misc]
+    """A locked vision encoder, a text tower, and projections of both into one space.
+
+    Args:
+        config: what to build. Frozen parts are loaded from where the config says.
+        vision_encoder, text_tower: ready-made parts instead.
+
+    What is trained stays float32; run it under autocast for speed. The encoder runs in its section's dtype.
+    """
+
+    config_class = LockedImageTextConfig
+    config: LockedImageTextConfig
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
+    supports_gradient_checkpointing = False
+
+    def __init__(
+        self,
+        config: LockedImageTextConfig,
+        vision_encoder: VisionEncoder | None = None,
+        text_tower: TextTower | None = None,
+    ):
+        super().__init__(config)
+        identity = {}
+        if vision_encoder is None:
+            built = build_vision_encoder(VisionEncoderConfig.model_validate(config.vision_encoder))
+            vision_encoder, identity["vision_encoder"] = built.module, built.identity
+        if text_tower is None:
+            text = build_text_tower(TextTowerConfig.model_validate(config.text_tower))
+            text_tower, identity["text_tower"] = text.module, text.identity
+        check_identity(config.identity, identity)
+        config.identity = {**config.identity, **identity}
+
+        self.vision_encoder = freeze(vision_encoder)
+        self.text_tower = text_tower
+        size = config.projection_dim
+        image_projection = ProjectionConfig.model_validate(config.image_projection)
+        text_projection = ProjectionConfig.model_validate(config.text_projection)
+        self.image_projection = build_projection(image_projection, vision_encoder.encoder_dim, size, "image_projection")
+        self.text_projection = build_projection(text_projection, text_tower.output_dim, size, "text_projection")
+        self.logit_scale = LogitScale(config.objective)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Parts arrive with their weights; transformers' own initialisation must not touch them."""
+
+    def train(self, mode: bool = True) -> LockedImageTextModel:
+        """Set the mode of what is trained; frozen parts, frozen text layers too, stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """float[P, 3, H, W] -> image_features: float[P, N, D_enc]."""
+        with torch.no_grad():
+            return self.vision_encoder(pixel_values)
+
+    def encode_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """Pictures, float[P, 3, H, W], or their features, float[P, N, D_enc] -> unit vectors float32[P, D]."""
+        if (pixel_values is None) == (image_features is None):
+            raise ConfigError("encode_image: give pixel_values or image_features, one of the two")
+        if pixel_values is not None:
+            image_features = self.encode(pixel_values)
+        assert image_features is not None
+        expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
+        if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
+            raise ConfigError(
+                f"image_features: got shape {tuple(image_features.shape)}, expected (pictures, {expected[0]}, "
+                f"{expected[1]})"
+            )
+        # [P, N, D_enc] -> [P, D]
+        return F.normalize(self.image_projection(image_features.float().mean(dim=1)).float(), dim=-1)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64[T, L] and int64[T, L], 0 on padding -> unit vectors float32[T, D]."""
+        return F.normalize(self.text_projection(self.text_tower(input_ids, attention_mask)).float(), dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        text_picture: Tensor | None = None,
+    ) -> LockedImageTextOutput:
+        """Embed pictures and texts, and compare them.
+
+        Args:
+            text_picture: int64[T], the place in the batch of the picture that each text describes; text i describes
+                picture i when not given and there are as many of both.
+        """
+        pictures = self.encode_image(pixel_values, image_features)
+        texts = self.encode_text(input_ids, attention_mask)
+        places = torch.arange(len(pictures), device=pictures.device)
+        if text_picture is None and len(texts) != len(pictures):
+            raise ConfigError(f"text_picture: got none for {len(pictures)} pictures and {len(texts)} texts")
+        loss = self.loss(pictures, texts, places, places if text_picture is None else text_picture)
+        return LockedImageTextOutput(loss, pictures, texts)
+
+    def loss(self, pictures: Tensor, texts: Tensor, picture_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Contrastive loss over unit vectors of all processes; see `contrastive_loss`."""
+        return contrastive_loss(self.config.objective, self.logit_scale, pictures, texts, picture_ids, text_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
+    ) -> LockedImageTextModel:
+        """Load a checkpoint folder or Hub id; see `FrozenPrefixForConditionalGeneration.from_pretrained`.
+
+        Args:
+            kwargs: `vision_encoder`, `text_tower` (ready-made parts), `device_map`, and the Hub's `revision`, `token`,
+                `cache_dir`, `local_files_only`.
+
+        Raises:
+            CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part
+                that is not the one trained with.
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        config = LockedImageTextConfig.from_pretrained(source, **hub)
+        parts = {name: kwargs.pop(name) for name in ("vision_encoder", "text_tower") if name in kwargs}
+        section = TextTowerConfig.model_validate(config.text_tower)
+        if section.trained_layers == "all" and config.text_config is not None:
+            parts.setdefault("text_tower", text_tower_from_architecture(section, config.text_config))
+        tensors = read_checkpoint(source, **hub)
+        model = cls(config, **parts)
+        model.load_trainable(tensors, source=source)
+        device = kwargs.pop("device_map", None)
+        return model.to(device).eval() if device not in (None, "auto") else model.eval()
+
+
+def build_projection(config: ProjectionConfig, input_dim: int, output_dim: int, name: str) -> nn.Module:
+    """float[n, input_dim] -> float[n, output_dim].
+
+    Raises:
+        ConfigError: for options without effect, or no projection between sizes that differ.
+    """
+    if config.type == "none":
+        if config.input_norm or config.dropout or config.hidden_dim:
+            raise ConfigError(f"{name}: its other options have no effect with type 'none'; remove them")
+        if input_dim != output_dim:
+            raise ConfigError(
+                f"{name}: type 'none' needs projection_dim {input_dim}, the tower's own size; got {output_dim}"
+            )
+        return nn.Identity()
+    if config.type == "linear" and config.hidden_dim is not None:
+        raise ConfigError(f"{name}: hidden_dim {config.hidden_dim} has no effect with type 'linear'; remove it")
+    hidden = config.hidden_dim or 2 * output_dim
+    layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if config.input_norm else []
+    layers += [nn.Dropout(config.dropout)] if config.dropout else []
+    if config.type == "linear":
+        return nn.Sequential(*layers, nn.Linear(input_dim, output_dim, bias=False))
+    return nn.Sequential(*layers, nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, output_dim, bias=False))

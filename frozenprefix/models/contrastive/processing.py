@@ -1,0 +1,88 @@
+"""Pictures and texts -> inputs of a locked-image text model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
+
+
+class _ImageTextProcessor(ProcessorMixin):
+    def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts -> `input_ids` and `attention_mask`, int64[T, L]; a longer text is cut before its end token."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare pictures, texts or both: `pixel_values` float[P, 3, H, W], `input_ids`, `attention_mask`."""
+        data: dict[str, Any] = {}
+        if text is not None:
+            data |= self.prepare_texts([text] if isinstance(text, str) else text)
+        if images is not None:
+            data |= self.image_processor(images, return_tensors=return_tensors)
+        return BatchFeature(data)
+
+
+class LockedImageTextProcessor(_ImageTextProcessor):
+    """Image processor and tokenizer of a transformers text tower, whose `model_max_length` is where texts are cut."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        if tokenizer is None:
+            raise ConfigError("LockedImageTextProcessor: got no tokenizer; give the text tower's")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+class OpenClipProcessor(_ImageTextProcessor):
+    """Image processor, and the tokenizer that open_clip has for one of its models.
+
+    Args:
+        open_clip_name: the model's name, as `open_clip.get_tokenizer` takes it.
+    """
+
+    def __init__(
+        self, image_processor: Any = None, open_clip_name: str = "", chat_template: str | None = None, **kwargs: Any
+    ):
+        self.open_clip_name = open_clip_name
+        self._tokenize: Any = None
+        super().__init__(image_processor, chat_template=chat_template)
+
+    def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if self._tokenize is None:
+            import open_clip
+
+            self._tokenize = open_clip.get_tokenizer(self.open_clip_name)
+        ids = self._tokenize(list(texts))  # padded to the tower's full length, which its causal mask has
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name != "_tokenize"}
+
+
+def load_processor(
+    checkpoint: str, config: LockedImageTextConfig, **hub: Any
+) -> LockedImageTextProcessor | OpenClipProcessor:
+    """The processor that a checkpoint of `config` was saved with."""
+    from_open_clip = (config.text_tower or {}).get("source") == "open_clip"
+    return (OpenClipProcessor if from_open_clip else LockedImageTextProcessor).from_pretrained(checkpoint, **hub)

@@ -1,0 +1,185 @@
+"""Text towers: texts -> one vector each, from any encoder of transformers or from open_clip."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from frozenprefix.assets import is_pypi, resolve, tree_sha256
+from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.models.contrastive.configuration import TextTowerConfig
+from frozenprefix.models.language_model import quiet_transformers
+from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json")
+
+
+class TextTower(nn.Module):
+    """Texts -> one vector each.
+
+    Args:
+        model: an encoder of transformers, or the text tower of an open_clip model, which pools and projects itself.
+        config: its section.
+        output_dim: size of the vectors.
+    """
+
+    def __init__(self, model: nn.Module, config: TextTowerConfig, output_dim: int):
+        super().__init__()
+        self.model = model
+        self.pooling = None if config.source == "open_clip" else config.pooling
+        self.output_dim = output_dim
+        _freeze_below(model, config.trained_layers, config.path)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64[T, L] and int64[T, L] (0 on padding, either side) -> float[T, output_dim]."""
+        if self.pooling is None:
+            return self.model(input_ids)
+        # [T, L] -> [T, L, D]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.to(hidden.dtype)
+        if self.pooling == "mean":
+            return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        weight = attention_mask.bool()
+        if self.pooling == "cls":
+            place = positions.masked_fill(~weight, hidden.shape[1]).amin(dim=1)
+        else:
+            place = positions.masked_fill(~weight, -1).amax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), place]
+
+
+@dataclass(frozen=True)
+class BuiltTextTower:
+    """A text tower, its tokenizer, the identity of its weights, and the architecture of a transformers model.
+
+    Attributes:
+        tokenizer: a transformers tokenizer, or None for open_clip, which knows it by the tower's name.
+        scale, bias: log of the logit scale, and the logit bias, of an open_clip model.
+    """
+
+    module: TextTower
+    tokenizer: PreTrainedTokenizerBase | None
+    identity: dict[str, str]
+    text_config: dict[str, Any] | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def build_text_tower(config: TextTowerConfig) -> BuiltTextTower:
+    """Build the tower that `config` describes, in float32 on the CPU, its lower layers frozen as asked for.
+
+    Raises:
+        ConfigError: for options that have no effect or do not fit the tower.
+        AssetError: for weights that cannot be had.
+    """
+    problems = []
+    if config.source == "transformers" and config.weights is not None:
+        problems.append(f"text_tower.weights: '{config.weights}' has no effect with source 'transformers'; remove it")
+    if config.source == "open_clip" and config.revision is not None:
+        problems.append(f"text_tower.revision: '{config.revision}' has no effect with source 'open_clip'; remove it")
+    if config.source == "open_clip" and "pooling" in config.model_fields_set and config.pooling != "mean":
+        problems.append(f"text_tower.pooling: '{config.pooling}' has no effect on open_clip's towers; remove it")
+    if problems:
+        raise ConfigError(problems)
+    with torch.device("cpu"):
+        return _build_open_clip(config) if config.source == "open_clip" else _build_transformers(config)
+
+
+def text_tower_from_architecture(config: TextTowerConfig, text_config: dict[str, Any]) -> TextTower:
+    """The tower of a transformers model with random weights, for a checkpoint that holds all of them."""
+    settings = AutoConfig.for_model(**text_config)
+    with torch.device("cpu"):
+        return TextTower(_encoder(AutoModel.from_config(settings)), config, int(settings.hidden_size))
+
+
+def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
+    place = str(resolve(config.path)) if is_pypi(config.path) else str(Path(config.path).expanduser())
+    try:
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(place, revision=config.revision, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"text_tower.path: '{config.path}' is neither a local folder nor an encoder that the Hub gives "
+            f"({str(error).splitlines()[0]}); give a Hub id, a folder or a pypi:// reference"
+        ) from error
+    hidden = getattr(model.config, "hidden_size", None)
+    if hidden is None:
+        raise ConfigError(f"text_tower.path: '{config.path}' ({model.config.model_type}) is no plain text encoder")
+    identity = {"source": "transformers", "path": config.path if is_pypi(config.path) else Path(place).name}
+    if Path(place).is_dir():
+        identity["sha256"] = tree_sha256(Path(place), _WEIGHTS)
+    else:
+        identity |= {"path": config.path, "revision": str(getattr(model.config, "_commit_hash", None))}
+    _limit_length(tokenizer, model, config)
+    tower = TextTower(_encoder(model), config, int(hidden))
+    return BuiltTextTower(tower, tokenizer, identity, model.config.to_diff_dict())
+
+
+def _encoder(model: Any) -> Any:
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # not read, and often without trained weights
+    return model
+
+
+def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any, config: TextTowerConfig) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise ConfigError(
+            f"text_tower.max_tokens: got {config.max_tokens}, expected at most the {positions} positions of "
+            f"'{config.path}'"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = config.max_tokens
+
+
+def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
+    import open_clip
+
+    from frozenprefix.models.vision.open_clip_encoder import _find_weights, _public_name
+
+    weights, identity = _find_weights(config.path, config.weights)
+    try:
+        with seeded():
+            whole = open_clip.create_model(
+                config.path, pretrained=weights, force_custom_text=True, pretrained_text=False, weights_only=True
+            )
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise network_error("open_clip", config.path, error) from error
+    model: Any = whole
+    identity.setdefault("sha256", state_sha256(model.text))
+    model.text.output_tokens = False
+    tower = TextTower(model.text, config, int(model.text.output_dim))
+    identity = {"source": "open_clip", "path": _public_name(config.path), **identity}
+    bias = None if model.logit_bias is None else model.logit_bias.detach()
+    return BuiltTextTower(tower, None, identity, scale=model.logit_scale.detach(), bias=bias)
+
+
+def _freeze_below(model: nn.Module, trained: int | str, name: str) -> None:
+    """Freeze all but the last `trained` layers and what comes after them."""
+    if trained == "all":
+        return
+    model.requires_grad_(False)
+    if trained == 0:
+        return
+    lists = {key: module for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    path = max(lists, key=lambda key: len(lists[key]), default=None)
+    count = 0 if path is None else len(lists[path])
+    if path is None or int(trained) > count:
+        raise ConfigError(f"text_tower.trained_layers: got {trained}, but '{name}' has {count} layers; expected fewer")
+    for layer in lists[path][count - int(trained) :]:
+        layer.requires_grad_(True)
+    names = [key for key, _ in model.named_modules()]
+    last = max(i for i, key in enumerate(names) if key == path or key.startswith(f"{path}."))
+    for key in names[last + 1 :]:  # the final norm, and a projection
+        model.get_submodule(key).requires_grad_(True)
+    projection = getattr(model, "text_projection", None)
+    if isinstance(projection, nn.Parameter):
+        projection.requires_grad_(True)

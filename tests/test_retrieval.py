@@ -1,0 +1,289 @@
+"""Recall by hand, the picture index on disk, and searching by text."""
+
+from __future__ import annotations
+
+import os
+from math import comb
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from frozenprefix.data.images import BadPictures
+from frozenprefix.data.samples import Sample
+from frozenprefix.errors import BadImageError, CacheError, ConfigError, DataError
+from frozenprefix.evaluation.retrieval import chance_metrics, evaluate_retrieval, first_ranks, retrieval_metrics
+from frozenprefix.inference.embedding import Embedder
+from frozenprefix.inference.retrieval import PictureIndex, open_index
+from frozenprefix.inference.zero_shot import ZeroShotClassifier
+
+from .conftest import COLOURS, draw_shape
+
+EYE = np.eye(4, dtype=np.float32)
+
+
+class ColourModel:
+    """Sees the mean colour of a picture; knows red, green and blue by name. Counts the pictures that it sees."""
+
+    def __init__(self, name: str = "one"):
+        self.config = SimpleNamespace(identity={"vision_encoder": {"name": name}})
+        self.device = torch.device("cpu")
+        self.seen = 0
+
+    def eval(self):
+        return self
+
+    def trainable_state(self):
+        return {"weight": torch.ones(1)}
+
+    def encode_image(self, pixel_values=None, image_features=None):
+        self.seen += len(pixel_values)
+        ink = 1 - pixel_values.mean(dim=(2, 3))  # white paper takes no part
+        return torch.nn.functional.normalize(ink.max(dim=1, keepdim=True).values - ink, dim=-1)
+
+    def encode_text(self, input_ids, attention_mask):
+        return torch.nn.functional.normalize(input_ids.float(), dim=-1)
+
+
+class ColourProcessor:
+    """The picture's pixels as they are, and a text as which colours it names."""
+
+    class image_processor:
+        def __call__(self, images, return_tensors):
+            pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
+            return {"pixel_values": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
+
+        def to_json_string(self):
+            return "{}"
+
+    def __init__(self):
+        self.image_processor = self.image_processor()
+
+    def prepare_texts(self, texts):
+        ids = torch.tensor([[int(c in text) for c in COLOURS] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.fixture
+def embedder():
+    return Embedder(ColourModel(), ColourProcessor(), batch_size=4)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for colour in COLOURS:
+        draw_shape(colour, "square").save(folder / f"{colour}.png")
+    return folder
+
+
+# ── metrics ──
+
+
+def test_ranks_by_hand():
+    queries = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    items = np.array([[0.9, 0.1], [1.0, 0.0], [0.5, 0.5]], np.float32)
+    # query 0 owns item 0, behind item 1; query 1 owns items 1 (last) and 2 (first)
+    assert first_ranks(queries, items, np.array([0, 1]), np.array([0, 1, 1])).tolist() == [2, 1]
+
+
+def test_equal_vectors_are_not_found():
+    """A model that gives the same vector for everything is never right, not always."""
+    same = np.ones((4, 2), np.float32)
+    metrics = retrieval_metrics(same, np.repeat(same, 5, axis=0), np.repeat(np.arange(4), 5))
+    assert metrics["text_to_picture_recall@1"] == 0.0
+    assert metrics["picture_to_text_recall@10"] == 0.0
+    assert (metrics["text_to_picture_median_rank"], metrics["picture_to_text_median_rank"]) == (4.0, 16.0)
+
+
+def test_recall_and_median_rank_by_hand():
+    texts = EYE[[0, 1, 3, 2]]  # the last two have each other's vector
+    metrics = retrieval_metrics(EYE, texts, np.arange(4), (1, 5))
+    assert metrics["text_to_picture_recall@1"] == 0.5
+    assert metrics["text_to_picture_recall@5"] == 1.0
+    assert metrics["picture_to_text_median_rank"] == 2.5  # ranks 1, 1, 4, 4: ties stand in front
+
+
+def test_chance_is_what_drawing_at_random_gives():
+    metrics = chance_metrics(np.repeat(np.arange(1000), 5), 1000)
+    assert metrics["text_to_picture_recall@10"] == pytest.approx(0.01)
+    assert metrics["text_to_picture_median_rank"] == 500
+    assert metrics["picture_to_text_recall@10"] == pytest.approx(1 - comb(4995, 10) / comb(5000, 10))
+    rank = int(metrics["picture_to_text_median_rank"])
+    assert 1 - comb(4995, rank) / comb(5000, rank) >= 0.5 > 1 - comb(4995, rank - 1) / comb(5000, rank - 1)
+    few = chance_metrics(np.array([0, 0, 1]), 2, (1, 3))
+    assert few["picture_to_text_recall@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert few["picture_to_text_recall@3"] == 1.0
+
+
+def test_random_vectors_score_as_chance_says():
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(200), 5)
+    metrics = retrieval_metrics(rng.normal(size=(200, 16)), rng.normal(size=(1000, 16)), owner)
+    chance = chance_metrics(owner, 200)
+    for name in ("text_to_picture_recall@10", "picture_to_text_recall@10"):
+        assert metrics[name] == pytest.approx(chance[name], abs=0.04)
+
+
+def test_evaluate_retrieval(embedder, pictures):
+    samples = [Sample(c, (pictures / f"{c}.png",), (f"a {c} square", f"{c} paint")) for c in COLOURS]
+    result = evaluate_retrieval(embedder, samples)
+    assert (result["task"], result["n"], result["settings"]["texts"]) == ("retrieval", 3, 6)
+    assert result["metrics"]["text_to_picture_recall@1"] == 1.0
+    assert result["metrics"]["picture_to_text_recall@1"] == 1.0
+    assert result["baselines"]["shuffled"]["text_to_picture_recall@1"] == 0.0
+    assert result["baselines"]["chance"]["text_to_picture_recall@1"] == pytest.approx(1 / 3)
+
+
+def test_evaluate_retrieval_refuses_what_it_cannot_compare(embedder, pictures):
+    one = Sample("a", (pictures / "red.png",), ("red",))
+    with pytest.raises(DataError, match="got 1 pictures with texts"):
+        evaluate_retrieval(embedder, [one])
+    with pytest.raises(DataError, match="several pictures"):
+        evaluate_retrieval(embedder, [Sample("b", (*one.images, pictures / "blue.png"), ("x",)), one])
+
+
+# ── the index ──
+
+
+def test_search_finds_the_named_colour(embedder, pictures):
+    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+    for colour in COLOURS:
+        hits = index.search(embedder.embed_texts([f"something {colour}"]), k=3)[0]
+        assert hits[0].path.stem == colour
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert len(index.search(EYE[:1, :3], k=99)[0]) == 3
+    with pytest.raises(ConfigError, match="got k=5 and queries of 4 numbers"):
+        index.search(EYE)
+
+
+def test_numpy_search_sorts_as_a_full_sort_does():
+    rng = np.random.default_rng(1)
+    embeds = rng.normal(size=(50, 6)).astype(np.float32)
+    index = PictureIndex([Path(f"{i}") for i in range(50)], embeds, [(0, 0)] * 50, "x")
+    queries = rng.normal(size=(4, 6)).astype(np.float32)
+    for hits, scores in zip(index.search(queries, k=7), queries @ embeds.T, strict=True):
+        assert [int(hit.path.name) for hit in hits] == np.argsort(-scores)[:7].tolist()
+
+
+def test_an_index_is_read_back_whole(embedder, pictures, tmp_path):
+    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+    index.save(tmp_path / "index")
+    again = PictureIndex.load(tmp_path / "index", embedder.fingerprint())
+    assert (again.paths, again.stamps) == (index.paths, index.stamps)
+    assert np.array_equal(again.embeds, index.embeds)
+    index.save(tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2, "older vectors are removed"
+
+
+def test_an_index_of_another_model_is_refused(embedder, pictures, tmp_path):
+    PictureIndex.build(embedder, sorted(pictures.iterdir())).save(tmp_path / "index")
+    other = Embedder(ColourModel("two"), ColourProcessor())
+    with pytest.raises(CacheError, match="was made with model"):
+        open_index(other, sorted(pictures.iterdir()), tmp_path / "index")
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"pictures": []}'])
+def test_a_damaged_index_says_so(broken, tmp_path):
+    (tmp_path / "index.json").write_text(broken)
+    with pytest.raises(CacheError, match="no index that can be read"):
+        PictureIndex.load(tmp_path)
+
+
+def test_only_what_changed_is_embedded_again(embedder, pictures, tmp_path):
+    folder = tmp_path / "index"
+    files = lambda: sorted(pictures.iterdir())  # noqa: E731
+    open_index(embedder, files(), folder)
+    assert embedder.model.seen == 3
+    open_index(embedder, files(), folder)
+    assert embedder.model.seen == 3
+    draw_shape("blue", "cross").save(pictures / "red.png")  # no longer red
+    (pictures / "green.png").unlink()
+    draw_shape("green", "circle").save(pictures / "new.png")
+    index = open_index(embedder, files(), folder)
+    assert embedder.model.seen == 5
+    assert [path.name for path in index.paths] == ["blue.png", "new.png", "red.png"]
+    assert index.search(embedder.embed_texts(["green"]), k=1)[0][0].path.name == "new.png"
+    assert PictureIndex.load(folder).paths == index.paths
+
+
+def test_a_touched_file_counts_as_changed(embedder, pictures, tmp_path):
+    files = sorted(pictures.iterdir())
+    open_index(embedder, files, tmp_path / "index")
+    os.utime(files[0], ns=(1, 1))
+    open_index(embedder, files, tmp_path / "index")
+    assert embedder.model.seen == 4
+
+
+def test_pictures_that_cannot_be_read(embedder, pictures):
+    (pictures / "broken.png").write_bytes(b"no picture")
+    files = sorted(pictures.iterdir())
+    with pytest.raises(BadImageError):
+        PictureIndex.build(embedder, files)
+    bad = BadPictures()
+    assert len(PictureIndex.build(embedder, files, bad=bad)) == 3
+    assert bad.counts == {"not_an_image": 1}
+
+
+def test_without_faiss_the_error_says_so(embedder, pictures):
+    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install faiss-cpu"):
+            index.search(EYE[:1, :3], faiss=True)
+    else:
+        query = EYE[:1, :3]
+        assert index.search(query, faiss=True)[0][0].path == index.search(query)[0][0].path
+
+
+# ── zero-shot classification ──
+
+
+def test_labels_are_the_mean_of_their_templates(embedder, pictures):
+    classifier = ZeroShotClassifier(embedder, COLOURS, ["{}", "some {} paint"])
+    named = classifier.classify(sorted(pictures.iterdir()))
+    assert [item.label for item in named] == ["blue", "green", "red"]
+    assert sum(named[0].probabilities.values()) == pytest.approx(1)
+    assert classifier.label_embeds == pytest.approx(EYE[:3, :3])
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        (["red"], ["{}"], "at least two"),
+        (["red", "red"], ["{}"], "all different"),
+        (["red", "blue"], ["a colour"], "with a place"),
+    ],
+)
+def test_wrong_labels_and_templates(embedder, labels, templates, message):
+    with pytest.raises(ConfigError, match=message):
+        ZeroShotClassifier(embedder, labels, templates)
+
+
+# ── the command ──
+
+
+def test_search_command(embedder, pictures, tmp_path, monkeypatch):
+    from frozenprefix.cli.search import command
+
+    monkeypatch.setattr(Embedder, "from_pretrained", classmethod(lambda cls, checkpoint: embedder))
+    import typer
+
+    app = typer.Typer()
+    app.command()(command)
+    arguments = ["checkpoint", str(pictures), "the blue one", "-k", "2", "--index", str(tmp_path / "kept")]
+    for _ in range(2):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.strip().splitlines()
+        assert len(lines) == 2
+        score, path = lines[0].split("\t")
+        assert (float(score), Path(path).name) == (pytest.approx(1.0), "blue.png")
+    assert embedder.model.seen == 3
+    missing = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "nowhere"), "x"])
+    assert isinstance(missing.exception, DataError)
