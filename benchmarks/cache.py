@@ -18,11 +18,12 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
+from frozenprefix.data.features import PictureEncoder
 from frozenprefix.data.images import load_image
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.loop import Trainer
 from frozenprefix.training.recipe import Recipe
-from frozenprefix.training.setup import PictureEncoder, load_parts
+from frozenprefix.training.setup import load_parts
 
 
 def make(folder: Path, quick: bool) -> tuple[Recipe, str]:

@@ -1,17 +1,19 @@
 """Every method of the line on the same photos: one recipe each, the same frozen parts, the same number of targets.
 
-python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--steps 80]
+python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--targets 3840]
 
-Each method is a recipe in `recipes/`, trained for the same steps by a process of its own, then asked for captions of
-validation photos, with the right pictures, with shuffled ones, and with none. What one run has measured is kept in
-`--json`, and is not measured again; methods that are done stay when others are added.
+Each method is a recipe in `recipes/`, trained on the same number of captions by a process of its own, then asked for
+captions of validation photos, with the right pictures, with shuffled ones, and with none. What one run has measured is
+kept in `--json`, and is not measured again; methods that are done stay when others are added.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pydoc_data.topics
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.recipes import photos
+from benchmarks.recipes import photos, small_parts
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation.evaluate import evaluate_samples
 from frozenprefix.evaluation.text_ability import text_ability
@@ -51,53 +53,63 @@ METHODS = {
     "prefix_tuning": "MLP and prefix tuning",
     "flickr8k": "this toolkit's own MLP",
 }
-TEXT = " ".join(pydoc_data.topics.topics[topic] for topic in ("classes", "imports", "with"))
-VALIDATION, CAPTIONED = 64, 200  # photos whose loss is taken; photos that are captioned
+TEXT = " ".join(pydoc_data.topics.topics[topic] for topic in ("class", "import", "exceptions"))
+LOSS_OF, CAPTIONED = 64, 200  # photos whose loss is taken; photos that are captioned
 
 
-def recipe_of(name: str, folder: Path, steps: int, quick: bool) -> Recipe:
-    """The recipe as it stands, but for its length, its data's place and its output."""
-    source, _ = photos(folder / "photos", 24 if quick else 6000, (64, 64))
-    validation = {**source, "split": "val"} if "limit" in source else dict(source)
-    source.pop("limit", None)
-    changes = [
-        f"output_dir={folder / 'run'}",
-        f"data.train=[{json.dumps(source)}]",
-        f"data.validation=[{json.dumps(validation | {'limit': VALIDATION})}]",
+def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
+    """The recipe as it stands, but for its length, its data's place and its output; with `quick` in small."""
+    path = RECIPES / f"{name}.yaml"
+    settings = Recipe.load(path).training
+    steps = math.ceil(targets / settings.pictures_per_step / (settings.targets_per_picture or 1))
+    length = [
         "training.epochs=null",
         "training.max_minutes=null",
         f"training.max_steps={steps}",
         f"training.warmup_steps={steps // 10}",
+        f"training.log_every={max(1, steps // 8)}",
         f"training.validate_every={steps}",
         f"training.save_every={steps}",
+        f"training.validation_pictures={LOSS_OF}",
+        f"output_dir={folder / 'run'}",
     ]
-    return Recipe.load(RECIPES / f"{name}.yaml", changes)
+    if name == "adalora":  # the ranks' schedule belongs to the run's length
+        length += [f"model.language_model.peft.{key}={steps // part}" for key, part in (("tinit", 10), ("tfinal", 5))]
+        length.append(f"model.language_model.peft.deltaT={max(1, steps // 150)}")
+    if quick:
+        return Recipe.load(path, [*small_parts(path, folder), *length])
+    source, _ = photos(folder / "photos", 6000)
+    validation = {**source, "split": "val", "limit": CAPTIONED}
+    del source["limit"]
+    data = [f"data.train=[{json.dumps(source)}]", f"data.validation=[{json.dumps(validation)}]"]
+    return Recipe.load(path, [*data, *length])
 
 
-def measure(name: str, steps: int, quick: bool) -> dict[str, Any]:
+def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:
     """Train one method and ask it for captions. For a process of its own: the peak memory is the process's."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        recipe = recipe_of(name, folder, steps, quick)
+        recipe = recipe_of(name, folder, targets, quick)
         trainer = Trainer(recipe)
         result = trainer.run("never")
-        lines = [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
+        log = (result.output_dir / "log.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in log]
+        losses = next(line for line in reversed(lines) if "validation/loss" in line)
         memory = common.peak_rss_mib()
         tokenizer = trainer.processor.tokenizer
         before = text_ability(trainer.model, tokenizer, TEXT, adapted=False)
         after = text_ability(trainer.model, tokenizer, TEXT)
-        sources = [load_source(source) for source in recipe.data.validation]
-        samples = [sample for source in sources for sample in source][: 4 if quick else CAPTIONED]
+        samples = [sample for source in recipe.data.validation for sample in load_source(source)]
         scores = evaluate_samples(
             Captioner(trainer.model, trainer.processor), samples, predictions=folder / "captions.jsonl", num_beams=1
         )
         return {
             "trainable": count_parameters(trainer.model).trainable,
             "targets": result.targets_seen,
-            "targets_per_s": max(line["targets_per_s"] for line in lines if "targets_per_s" in line),
+            "targets_per_s": statistics.median(line["targets_per_s"] for line in lines if "targets_per_s" in line),
             "peak_rss_mib": memory,
-            "validation_loss": lines[-1]["validation/loss"],
-            "shuffled_loss": lines[-1]["validation/shuffled_loss"],
+            "validation_loss": losses["validation/loss"],
+            "shuffled_loss": losses["validation/shuffled_loss"],
             "metrics": scores["metrics"],
             "baselines": scores["baselines"],
             "perplexity": [before.perplexity, after.perplexity],
@@ -107,15 +119,15 @@ def measure(name: str, steps: int, quick: bool) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what is not in the report yet, one process per method."""
-    report: dict[str, Any] = {"steps": arguments.steps, "methods": {}}
+    report: dict[str, Any] = {"targets": arguments.targets, "methods": {}}
     if arguments.json and arguments.json.is_file():
         found = json.loads(arguments.json.read_text())
-        if found.get("steps") == arguments.steps:
+        if found.get("targets") == arguments.targets:
             report["methods"] = found["methods"]
     for name in arguments.only.split(",") if arguments.only else METHODS:
         if name in report["methods"]:
             continue
-        command = [sys.executable, __file__, "--measure", name, "--steps", str(arguments.steps)]
+        command = [sys.executable, __file__, "--measure", name, "--targets", str(arguments.targets)]
         done = subprocess.run(command + ["--quick"] * arguments.quick, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed; what it wrote stands above")
@@ -152,13 +164,13 @@ def markdown(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--only", help="recipes, with commas between them")
-    parser.add_argument("--steps", type=int, help="optimizer steps of every method; 80, or 2 with --quick")
+    parser.add_argument("--targets", type=int, help="captions that every method learns from; 3840, or 96 with --quick")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    arguments.steps = arguments.steps or (2 if arguments.quick else 80)
+    arguments.targets = arguments.targets or (96 if arguments.quick else 3840)
     common.start_logging()
     if arguments.measure:
-        report = measure(arguments.measure, arguments.steps, arguments.quick)
+        report = measure(arguments.measure, arguments.targets, arguments.quick)
         sys.stdout.write(json.dumps(report) + "\n")
         return report
     report = run(arguments)

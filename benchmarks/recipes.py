@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks.workloads import random_lm
 from frozenprefix.training.recipe import Recipe
@@ -76,3 +77,22 @@ def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any
             "training": {"save_every": 10**6, "log_every": 10**6, "warmup_steps": 0, **sections["training"]},
         }
     )
+
+
+def small_parts(path: Path, folder: Path) -> list[str]:
+    """Overrides that make any recipe of `recipes/` run in seconds: its own shapes of encoder, mapper and fusion, with
+    random weights, a random LM of 6 narrow layers, and 12 small drawings."""
+    data = yaml.safe_load(path.read_text())
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    source = synthetic_photos(folder / "photos", 12, (64, 64))
+    listed = json.dumps([source])
+    changes = [f"data.train={listed}", f"data.validation={listed}", "data.workers=0", "training.pictures_per_step=4"]
+    changes.append("model.vision_encoder.weights=random")
+    if "language_model" in data["model"]:
+        changes.append(f"model.language_model.path={save_random_lm(folder / 'lm', config)}")
+    if data.get("data", {}).get("feature_cache") != "off":
+        changes.append(f"data.feature_cache={folder / 'features'}")
+    return changes

@@ -13,8 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from frozenprefix.data.images import load_image
+from frozenprefix.data.retrieval import CaptionRetriever, picture_keys
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.vision.given_features import given_table
 
 T = TypeVar("T")
 
@@ -42,14 +44,21 @@ class Captioner:
     Args:
         model, processor: as saved together in a checkpoint.
         batch_size: prompts generated for at once.
+        retriever: finds the captions of similar pictures that caption prompts were trained with.
     """
 
     def __init__(
-        self, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor, *, batch_size: int = 32
+        self,
+        model: FrozenPrefixForConditionalGeneration,
+        processor: FrozenPrefixProcessor,
+        *,
+        batch_size: int = 32,
+        retriever: CaptionRetriever | None = None,
     ):
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
+        self.retriever = retriever
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
@@ -57,7 +66,7 @@ class Captioner:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
         processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
-        return cls(model, processor, batch_size=batch_size)
+        return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
 
     def caption(
         self,
@@ -71,7 +80,8 @@ class Captioner:
         """Caption picture files, in order.
 
         Args:
-            prompt: text before the caption; the prompt of the training when not given.
+            prompt: text before the caption; the prompt of the training when not given. Retrieved captions, if the
+                model was trained with them, stand in front of it.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9, num_beams=1`.
 
         Raises:
@@ -79,9 +89,17 @@ class Captioner:
         """
         text = self.processor.prompt_for("caption") if prompt is None else self.processor.with_image(prompt)
         for batch in batched(paths, self.batch_size):
-            images = [load_image(path) for path in batch]
+            prompts, pictures = [text] * len(batch), self._pictures(batch)
+            if self.retriever is not None:
+                features = self._features(pictures)
+                keys = picture_keys(self.model.vision_encoder, batch)
+                prompts, pictures = self.retriever.prompts(prompts, features, keys), {"image_features": features}
             texts = self.generate(
-                [text] * len(images), images, num_beams=num_beams, max_new_tokens=max_new_tokens, **generate
+                prompts,
+                **pictures,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                **generate,
             )
             for path, made in zip(batch, texts, strict=True):
                 yield Caption(Path(path), made.text, made.score)
@@ -90,9 +108,25 @@ class Captioner:
         self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any
     ) -> str:
         """Answer a question about one picture, greedily unless `generate` says otherwise."""
-        picture = image if isinstance(image, Image.Image) else load_image(image)
+        picture = {"images": [image]} if isinstance(image, Image.Image) else self._pictures([image])
         prompt = self.processor.prompt_for("vqa", question)
-        return self.generate([prompt], [picture], max_new_tokens=max_new_tokens, **{"num_beams": 1, **generate})[0].text
+        options = {"max_new_tokens": max_new_tokens, "num_beams": 1, **generate}
+        return self.generate([prompt], **picture, **options)[0].text
+
+    def _pictures(self, paths: Sequence[str | Path]) -> dict[str, Any]:
+        """The argument of `generate` that shows picture files: decoded, or features that are given for them."""
+        given = given_table(self.model.vision_encoder)
+        if given is not None:
+            return {"image_features": given.features(paths)}
+        return {"images": [load_image(path) for path in paths]}
+
+    @torch.inference_mode()
+    def _features(self, pictures: dict[str, Any]) -> Tensor:
+        """image_features float32[n, N, D_enc] of what `_pictures` gives."""
+        if "image_features" in pictures:
+            return pictures["image_features"]
+        pixel_values = self.processor.image_processor(pictures["images"], return_tensors="pt")["pixel_values"]
+        return self.model.encode(pixel_values.to(self.model.device)).float().cpu()
 
     def generate(
         self,

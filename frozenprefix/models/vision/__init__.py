@@ -1,4 +1,4 @@
-"""Vision encoders: pictures → image features, from timm, open_clip or transformers."""
+"""Vision encoders: pictures → image features, from timm, open_clip or transformers, or given as files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ VISION_SOURCES: Registry[Callable[[VisionEncoderConfig], BuiltEncoder]] = Regist
         "timm": "frozenprefix.models.vision.timm_encoder:build",
         "open_clip": "frozenprefix.models.vision.open_clip_encoder:build",
         "transformers": "frozenprefix.models.vision.transformers_encoder:build",
+        "fused": "frozenprefix.models.vision.fused_encoder:build",
+        "features": "frozenprefix.models.vision.given_features:build",
     },
 )
 
@@ -38,7 +40,9 @@ def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
     # A surrounding meta device, as transformers sets one in from_pretrained, must not swallow the weights.
     with torch.device("cpu"):
         built = VISION_SOURCES.get(config.source)(config)
-    if config.resize == "squash":
+    if config.resize == "squash" and config.source != "fused":  # whose parts have done so
         show_whole_picture(built.image_processor, built.module.image_size)
-    built.module.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    # A trained encoder keeps every bit of its weights: it computes in the shorter type by autocast.
+    dtype = torch.float32 if config.trainable != "none" else getattr(torch, config.dtype)
+    built.module.to(dtype).eval().requires_grad_(False)
     return built

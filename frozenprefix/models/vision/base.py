@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.encoder_options import encoder_problems
 
 FINAL = -1
 """The layer that stands for the library's own final tokens, norm or head convolution included."""
@@ -35,7 +36,7 @@ class BuiltEncoder:
 class VisionEncoder(nn.Module, ABC):
     """Pictures → image features.
 
-    Subclasses give `maps` and `pool`, and call `measure()` when they are complete.
+    Subclasses give `maps`, `pool` and `blocks`, and call `measure()` when they are complete.
 
     Args:
         name: the architecture, as error messages should say it.
@@ -65,6 +66,7 @@ class VisionEncoder(nn.Module, ABC):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.encoder_dim = 0
         self.num_tokens = 0
+        self.autocast_dtype: torch.dtype | None = None  # set for encoders that are trained from float32 weights
 
     @abstractmethod
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
@@ -74,6 +76,22 @@ class VisionEncoder(nn.Module, ABC):
     def pool(self, pixel_values: Tensor) -> Tensor:
         """Return the library's own pooled features, float[B, D_enc]."""
 
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks or stages, in the order in which they are computed: `trainable: 2` means the last two.
+
+        Raises:
+            ConfigError: for a network whose blocks are not known.
+        """
+        raise ConfigError(f"model.vision_encoder.trainable: the blocks of '{self.name}' are not known; use 'all'")
+
+    def late_parameters(self) -> list[nn.Parameter]:
+        """Parameters that work behind the last block, but are registered before it."""
+        return []
+
+    def parts(self) -> list[VisionEncoder]:
+        """The networks that it is made of: itself, unless it is several."""
+        return [self]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode pictures.
 
@@ -81,11 +99,18 @@ class VisionEncoder(nn.Module, ABC):
             pixel_values: float[B, 3, H, W] from the encoder's image processor, in any float dtype.
 
         Returns:
-            image_features: float[B, N, D_enc] in the encoder's dtype; row-major patches, or N = 1 when pooled.
+            image_features: float[B, N, D_enc] in the encoder's dtype; row-major patches, or N = 1 when pooled. With
+            `autocast_dtype`, in that or in float32, whatever the last operation gives.
         """
         parameter = next(self.parameters())
         # [B, 3, H, W]
         pixel_values = pixel_values.to(dtype=parameter.dtype, memory_format=self.memory_format)
+        half = self.autocast_dtype
+        with torch.autocast(pixel_values.device.type, dtype=half, enabled=half is not None):
+            return self.features(pixel_values)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """As `forward`, for pixels in the encoder's dtype and memory format."""
         if self.pooled:
             return self.pool(pixel_values).unsqueeze(1)  # [B, 1, D_enc]
         maps = self.maps(pixel_values)
@@ -141,27 +166,8 @@ def picture_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Ten
 
 
 def check_options(config: VisionEncoderConfig) -> None:
-    """Refuse options that are missing, contradict each other, or could have no effect.
-
-    Raises:
-        ConfigError: with all problems at once.
-    """
-    problems = []
-    layers = layer_list(config.layer)
-    if not layers:
-        problems.append("layer must name at least one layer, got an empty list")
-    if config.output == "pooled":
-        if config.grid is not None:
-            problems.append(f"grid {config.grid} has no effect with output 'pooled'; remove it, or use output 'patch'")
-        if layers and layers != [FINAL]:
-            problems.append(
-                f"layer {config.layer} has no effect with output 'pooled', which the library takes from its last "
-                "layer; remove it, or use output 'patch'"
-            )
-    if config.source != "transformers" and config.revision is not None:
-        problems.append(
-            f"revision '{config.revision}' has no effect with source '{config.source}', only with 'transformers'"
-        )
+    """Raise `ConfigError` with all problems of the options at once."""
+    problems = encoder_problems(config)
     if problems:
         raise ConfigError(problems)
 

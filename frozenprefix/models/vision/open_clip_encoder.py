@@ -10,13 +10,13 @@ import open_clip
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from frozenprefix.errors import AssetError, ConfigError, did_you_mean
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder, layer_list, resolve_layers
 from frozenprefix.models.vision.image_processing import make_image_processor
-from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_maps
+from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_blocks, timm_maps
 from frozenprefix.models.vision.weights import (
     RANDOM_SEED,
     find_weights_file,
@@ -80,6 +80,17 @@ class OpenClipEncoder(VisionEncoder):
 
     def pool(self, pixel_values: Tensor) -> Tensor:
         return self.visual(pixel_values)
+
+    def blocks(self) -> list[nn.Module]:
+        if isinstance(self.visual, TimmModel):
+            return timm_blocks(self.visual.trunk) or super().blocks()
+        if isinstance(self.visual, ModifiedResNet):
+            return [getattr(self.visual, f"layer{number}") for number in range(1, _RESNET_STAGES)]
+        return list(self.visual.transformer.resblocks)
+
+    def late_parameters(self) -> list[nn.Parameter]:
+        projection = getattr(self.visual, "proj", None)
+        return [projection] if isinstance(projection, nn.Parameter) else []
 
     def _norm(self, features: Tensor) -> Tensor:
         visual = self.visual

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.models.configuration import VisionEncoderConfig
@@ -39,6 +40,7 @@ from frozenprefix.models.vision.weights import (
 )
 
 _RESIZE_MODES = {"center": "shortest"}
+_STAGE = re.compile(r"(layer|s)\d")  # of ResNets and RegNets
 
 
 class TimmEncoder(VisionEncoder):
@@ -76,6 +78,9 @@ class TimmEncoder(VisionEncoder):
     def pool(self, pixel_values: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(pixel_values), pre_logits=True)
 
+    def blocks(self) -> list[nn.Module]:
+        return timm_blocks(self.model) or super().blocks()
+
 
 def build(config: VisionEncoderConfig) -> BuiltEncoder:
     """Build a `TimmEncoder` from its config.
@@ -92,7 +97,8 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     if image_size != data["input_size"][-1] and hasattr(model, "set_input_size"):
         model.set_input_size((image_size, image_size))
     encoder = TimmEncoder(
-        fuse_batch_norms(model.eval()),
+        # What is trained keeps its batch norms: a checkpoint's tensors are then the library's own.
+        fuse_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
         name=config.name,
         layers=layer_list(config.layer),
         image_size=image_size,
@@ -112,6 +118,15 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
 
 def is_convolutional(model: Any) -> bool:
     return not hasattr(model, "patch_embed")
+
+
+def timm_blocks(model: Any) -> list[nn.Module]:
+    """Blocks of a transformer, stages of a convolutional network or a Swin; nothing where their place is not known."""
+    children = dict(model.named_children())
+    for name in ("blocks", "stages", "layers"):
+        if name in children:
+            return list(children[name])
+    return [child for name, child in children.items() if _STAGE.fullmatch(name)]
 
 
 def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: str) -> list[int]:

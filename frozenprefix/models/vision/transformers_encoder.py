@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from frozenprefix.assets import is_pypi, resolve, tree_sha256
@@ -72,6 +72,15 @@ class TransformersEncoder(VisionEncoder):
         if out.last_hidden_state.dim() != 3 or self._patch_grid(pixel_values, out.last_hidden_state)[2] == 0:
             raise ConfigError(f"'{self.name}' has neither a pooler nor a class token; use output 'patch'")
         return out.last_hidden_state[:, 0]
+
+    def blocks(self) -> list[nn.Module]:
+        """Layers of a transformer, stages of a Swin or a convolutional network."""
+        config = self.model.config
+        counts = (getattr(config, "num_hidden_layers", None), len(getattr(config, "depths", None) or ()))
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        # its outermost list of as many entries as the config says; `modules` goes from the outside to the inside
+        found = next((module for module in lists if len(module) and len(module) in counts), None)
+        return super().blocks() if found is None else list(found)
 
     def _to_map(self, state: Tensor, pixel_values: Tensor) -> Tensor:
         if state.dim() == 4:

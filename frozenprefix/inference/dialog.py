@@ -1,0 +1,239 @@
+"""Conversations about pictures: several turns, pictures at any of them, the history kept in the LM's cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreamer
+
+from frozenprefix.data.images import load_image
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+
+Picture = str | Path | Image.Image
+
+# options of `generate` that several rows, or another form of output, would need
+REFUSED = {"max_length", "past_key_values", "return_dict_in_generate", "streamer"}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What is asked, ready for the LM: all messages so far as token ids, all pictures as prefix embeddings."""
+
+    message: dict[str, str]
+    ids: list[int]
+    prefix_embeds: Tensor | None  # float[pictures, P, D_lm]
+    options: dict[str, Any]
+
+
+class Dialog:
+    """A conversation with a trained model.
+
+    Messages go through the chat template of the LM's tokenizer (ChatML, say), or through the prompt that questions were
+    trained with when it has none. A turn feeds only the tokens that the LM's key-value cache does not hold yet; what
+    it computes is the same as for the whole history at once.
+
+    Args:
+        model, processor: as saved together in a checkpoint.
+        system: first message, where the template takes one.
+    """
+
+    def __init__(
+        self,
+        model: FrozenPrefixForConditionalGeneration,
+        processor: FrozenPrefixProcessor,
+        *,
+        system: str | None = None,
+    ):
+        if model.language_model.config.is_encoder_decoder:
+            raise ConfigError("a dialog continues one text, so it needs a decoder-only language model")
+        self.model = model.eval()
+        self.processor = processor
+        self.system = system
+        self._captioner = Captioner(model, processor)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, system: str | None = None) -> Dialog:
+        """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
+        captioner = Captioner.from_pretrained(checkpoint, device=device)
+        return cls(captioner.model, captioner.processor, system=system)
+
+    def reset(self) -> None:
+        """Forget all messages and pictures, but not the system message."""
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+        self._ids: list[int] = []  # of the whole history; the cache holds all but the last few
+        self._prefix_embeds: Tensor | None = None
+        self._cache: DynamicCache | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Places that the history takes in the LM's context, `prefix_length` for every picture."""
+        return len(self._ids)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a history and its reply that the LM can read; None where nothing limits them."""
+        places = getattr(self.model.language_model.config.get_text_config(), "max_position_embeddings", None)
+        return None if places is None else places - self.model.num_virtual_tokens
+
+    def ask(self, text: str, images: Sequence[Picture] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
+        """Say something and get the whole reply; arguments and errors as of `stream`."""
+        return self._reply(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
+
+    def stream(
+        self, text: str, images: Sequence[Picture] = (), *, max_new_tokens: int = 64, **generate: Any
+    ) -> Iterator[str]:
+        """Say something and get the reply word by word.
+
+        Args:
+            text: the message; every `<image>` in it is one of `images`. Without marks the pictures stand in front.
+            images: picture files or pictures of this turn; earlier ones stay in the history.
+            generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9`. Greedy without.
+
+        Returns:
+            An iterator over pieces of text. Closing it ends the reply, and what was written stays in the history.
+
+        Raises:
+            DataError: for marks without pictures, a picture that cannot be read, or more tokens than the LM can read;
+                the history stays as it was.
+            ConfigError: for options that need several rows, such as `num_beams`.
+        """
+        return self._pieces(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
+
+    def _begin(self, text: str, images: Sequence[Picture], options: dict[str, Any]) -> _Turn:
+        refused = sorted(REFUSED & options.keys())
+        refused += [name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1]
+        if refused:
+            raise ConfigError(f"{', '.join(refused)}: no option of a dialog, which continues one text in one cache")
+        marks = text.count(IMAGE_TOKEN)
+        if marks not in (0, len(images)):
+            raise DataError(
+                f"message: got {marks} {IMAGE_TOKEN} marks and {len(images)} pictures; give one picture for every "
+                "mark, or leave the marks out to have the pictures in front"
+            )
+        message = {"role": "user", "content": text if marks else IMAGE_TOKEN * len(images) + text}
+        ids = self._encode([*self.messages, message])
+        self._check_room(len(ids), options["max_new_tokens"])
+        return _Turn(message, ids, self._with_pictures(images), options)
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        start = self.processor.tokenizer.bos_token
+        # a template that writes the start token itself must not get a second one
+        return self.processor.encode_prompt(text, add_special_tokens=start is None or not text.startswith(start))
+
+    def _check_room(self, tokens: int, new: int) -> None:
+        if self.context is None or tokens + new <= self.context:
+            return
+        left = self.context - tokens
+        lower = f", or set max_new_tokens to {left} at most" if left > 0 else ""
+        raise DataError(
+            f"dialog: {tokens} tokens and a reply of up to {new} are more than the LM's context of {self.context}; "
+            f"start anew with reset(){lower}"
+        )
+
+    def _with_pictures(self, images: Sequence[Picture]) -> Tensor | None:
+        if not images:
+            return self._prefix_embeds
+        pictures = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        pixel_values = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            prefix_embeds = cast(Tensor, self.model.prefix(pixel_values.to(self.model.device)))
+        return prefix_embeds if self._prefix_embeds is None else torch.cat([self._prefix_embeds, prefix_embeds])
+
+    def _pieces(self, turn: _Turn) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(self._reply, turn, streamer, stopped)
+            reply.add_done_callback(lambda _: streamer.end())  # also when it failed
+            try:
+                begun = False
+                for piece in streamer:
+                    piece = piece if begun else piece.lstrip()
+                    begun = begun or bool(piece)
+                    if piece:
+                        yield piece
+            finally:
+                stopped.set()
+        reply.result()
+
+    @torch.no_grad()
+    def _reply(
+        self, turn: _Turn, streamer: TextIteratorStreamer | None = None, stopped: threading.Event | None = None
+    ) -> str:
+        """Let the LM continue, and put question and reply into the history."""
+        language_model = cast(Any, self.model.language_model)
+        ids = torch.tensor([turn.ids], device=self.model.device)
+        inputs_embeds, shown = self.model.embed_shown(ids, turn.prefix_embeds)
+        cache = self._take_cache(turn.ids)
+        known = cache.get_seq_length() if cache is not None else 0
+        if shown is not None:
+            shown = replace(shown, prefix_index=shown.prefix_index[:, known:], picture=shown.picture[:, known:])
+        options = {
+            "do_sample": False,
+            "eos_token_id": self._captioner.end_tokens(),
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            **turn.options,
+        }
+        if stopped is not None:
+            given = options.get("stopping_criteria") or []
+            options["stopping_criteria"] = StoppingCriteriaList([*given, _Until(stopped)])
+        with self.model.fusion.showing(shown):
+            new = language_model.generate(
+                None,
+                inputs_embeds=inputs_embeds,  # the whole history, of which transformers takes what the cache lacks
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=streamer,
+                **options,
+            )[0].tolist()
+        reply = self.processor.decode(new)
+        # spelled out by the LM, the mark would ask for a picture in the next turn
+        reply = reply.replace(IMAGE_TOKEN, IMAGE_TOKEN.replace("<", "< "))
+        self._cache, self._ids, self._prefix_embeds = cache, turn.ids + new, turn.prefix_embeds
+        self.messages += [turn.message, {"role": "assistant", "content": reply}]
+        return reply
+
+    def _take_cache(self, ids: list[int]) -> DynamicCache | None:
+        """The cache of what `ids` share with the history, which a reply gives back when it is complete.
+
+        The template may write a reply differently from how the LM wrote it; from there on it is read again. An LM with
+        recurrent layers cannot go back, and reads all of it.
+        """
+        if getattr(self.model.language_model, "_is_stateful", False):
+            return None
+        cache, self._cache = self._cache, None
+        held = 0 if cache is None else cache.get_seq_length()
+        shared = 0
+        # at least one token is left to read
+        for old, new in zip(self._ids[:held], ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        if cache is None or shared == 0:
+            return DynamicCache()
+        if shared < held:
+            cache.crop(shared - held)
+        return cache
+
+
+class _Until:
+    """Stops generation after the token at which an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)

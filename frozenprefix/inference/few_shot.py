@@ -1,0 +1,131 @@
+"""Few-shot prompts: pictures and texts in turn, then a picture to be named or asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frozenprefix.data.images import load_image
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.likelihood import log_likelihoods
+from frozenprefix.models.packing import Target
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+
+#: Picture files → image_features float[n, N, D_enc], such as `data.features.PictureFeatures`.
+PicturesToFeatures = Callable[[Sequence[Path]], Tensor]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of the context, and the text that goes with it. `<image>` stands where the picture goes."""
+
+    image: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One few-shot task.
+
+    Args:
+        id: unique within a list of episodes.
+        support: the shots in the order of the prompt, repeats included.
+        query: the picture that is asked about; question: the text around it, up to the answer.
+        answer: what is right; choices: what can be chosen, `answer` among them.
+        induction: text in front of everything.
+    """
+
+    id: str
+    support: tuple[Shot, ...]
+    query: Path
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+    induction: str = ""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Pictures in reading order."""
+        return (*(shot.image for shot in self.support), self.query)
+
+    @property
+    def prompt(self) -> str:
+        """The whole text, with an `<image>` for every picture."""
+        texts = [*(shot.text for shot in self.support), self.question]
+        return self.induction + "".join(FrozenPrefixProcessor.with_image(text) for text in texts)
+
+    @property
+    def blind_prompt(self) -> str:
+        """The text without any picture."""
+        texts = [self.induction, *(shot.text for shot in self.support), self.question]
+        words = (text.replace(IMAGE_TOKEN, "").strip() for text in texts)
+        return " ".join(word for word in words if word)
+
+    def with_support_of(self, other: Episode) -> Episode:
+        """The same texts and query, with the support pictures of another episode."""
+        shots = [replace(shot, image=theirs.image) for shot, theirs in zip(self.support, other.support, strict=True)]
+        return replace(self, support=tuple(shots))
+
+
+@torch.inference_mode()
+def choose_answers(
+    captioner: Captioner,
+    episodes: Sequence[Episode],
+    *,
+    features: PicturesToFeatures | None = None,
+    blind: bool = False,
+) -> list[str]:
+    """The likeliest of each episode's choices, by the sum over its tokens. What precedes them is read once.
+
+    Args:
+        features: gives the image features float[n, N, D_enc] of files; they are read and encoded when not given.
+        blind: show no picture.
+    """
+    groups, counts = [], [0 if blind else len(episode.images) for episode in episodes]
+    for episode in episodes:
+        prompt = captioner.blind_prompt(episode.blind_prompt) if blind else episode.prompt
+        context = captioner.processor.encode_prompt(prompt)
+        texts = [captioner.processor.encode_target(prompt, choice)[:-1] for choice in episode.choices]
+        groups.append([Target([*context, *ids], len(context)) for ids in texts])
+    prefix_embeds = None
+    if not blind:
+        shown, order = _features(captioner, episodes, features)
+        prefix_embeds = captioner.model.map_features(shown.to(captioner.model.device))[order]
+    scores = log_likelihoods(captioner.model, groups, prefix_embeds, images_per_group=counts)
+    return [e.choices[int(values.argmax())] for e, values in zip(episodes, scores, strict=True)]
+
+
+def write_answers(
+    captioner: Captioner,
+    episodes: Sequence[Episode],
+    *,
+    features: PicturesToFeatures | None = None,
+    blind: bool = False,
+    max_new_tokens: int = 10,
+) -> list[str]:
+    """What the model writes for each episode, greedily; see `choose_answers`."""
+    prompts = [episode.blind_prompt if blind else episode.prompt for episode in episodes]
+    shown = None
+    if not blind:
+        distinct, order = _features(captioner, episodes, features)
+        shown = distinct[order]
+    made = captioner.generate(prompts, image_features=shown, num_beams=1, max_new_tokens=max_new_tokens)
+    return [generation.text for generation in made]
+
+
+@torch.inference_mode()
+def _features(
+    captioner: Captioner, episodes: Sequence[Episode], known: PicturesToFeatures | None
+) -> tuple[Tensor, list[int]]:
+    """Features of the different pictures float[n, N, D_enc], and which one stands at each place of all prompts."""
+    place: dict[Path, int] = {}
+    order = [place.setdefault(path, len(place)) for episode in episodes for path in episode.images]
+    if known is not None:
+        return known(list(place)), order
+    pictures = [load_image(path) for path in place]
+    pixel_values = captioner.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return captioner.model.encode(pixel_values.to(captioner.model.device)), order

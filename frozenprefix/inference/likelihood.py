@@ -1,0 +1,237 @@
+"""How likely texts are behind pictures: all texts of a picture share one row, as a token trie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frozenprefix.errors import DataError
+from frozenprefix.models.attention import attention_for_rows
+from frozenprefix.models.fusion import Shown
+from frozenprefix.models.language_model import check_packable
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing import PackedBatch, Target, pack
+
+TOKENS_PER_ROW = 512  # beyond that attention costs more than reading the prefix once more
+LOGIT_ROWS = 256  # places whose logits are in memory at once
+
+
+@dataclass
+class _Row:
+    """A trie of targets (`packed`, one row), and where each step of each target is: three int64[steps]."""
+
+    packed: PackedBatch
+    targets: list[int]  # numbers within their group
+    node: Tensor
+    label: Tensor
+    owner: Tensor  # index into `targets`
+
+    @property
+    def length(self) -> int:
+        return self.packed.input_ids.shape[1]
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: FrozenPrefixForConditionalGeneration,
+    groups: Sequence[Sequence[Target]],
+    prefix_embeds: Tensor | None = None,
+    *,
+    images_per_group: Sequence[int] | None = None,
+    rows_at_once: int = 16,
+) -> list[Tensor]:
+    """Sum over a target's free tokens of log p(token | pictures and tokens before it).
+
+    The pictures and the first tokens that targets share are read once for as many targets as a row holds. An LM that
+    cannot read tries (ALiBi, recurrent layers), or not of that length (sliding window), reads a target a row.
+
+    Args:
+        groups: for each group of pictures shown together its targets. A list that occurs several times is laid out
+            once.
+        prefix_embeds: float[pictures, P, D_lm] of all groups in order; None for targets without pictures.
+        images_per_group: pictures of each group; 1 each when not given, 0 without `prefix_embeds`.
+
+    Returns:
+        for each group float32[targets].
+
+    Raises:
+        TrainingError: for a target without a free token, without a given one, or with another number of placeholders.
+    """
+    counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
+    packable = _packable(model, max(len(target.input_ids) for group in groups for target in group))
+    known: dict[tuple[int, int], list[_Row]] = {}
+    units: list[tuple[int, int, _Row]] = []  # group, its first picture, row
+    firsts = accumulate(counts, initial=0)
+    for number, (group, count, first) in enumerate(zip(groups, counts, firsts, strict=False)):
+        if (id(group), count) not in known:
+            known[id(group), count] = _rows_of(model, group, count, TOKENS_PER_ROW if packable else 0)
+        units += [(number, first, row) for row in known[id(group), count]]
+    values = [torch.zeros(len(group)) for group in groups]
+    for start in range(0, len(units), rows_at_once):
+        batch = units[start : start + rows_at_once]
+        first = batch[0][1]
+        last = batch[-1][1] + counts[batch[-1][0]]
+        shown = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
+        scores = _score(model, [(row, picture - first) for _, picture, row in batch], shown, packable)
+        for (number, _, row), score in zip(batch, scores, strict=True):
+            values[number][row.targets] = score
+    return values
+
+
+def _packable(model: FrozenPrefixForConditionalGeneration, longest: int) -> bool:
+    """Whether the LM can read several texts of up to `longest` tokens in one row."""
+    window = getattr(model.language_model.config.get_text_config(), "sliding_window", None)
+    return check_packable(model.language_model) is None and not (window and longest > window)
+
+
+def _rows_of(
+    model: FrozenPrefixForConditionalGeneration, group: Sequence[Target], count: int, budget: int
+) -> list[_Row]:
+    """A group's targets in rows of up to `budget` tokens, or one target each."""
+    rows = []
+    image_token_id = model.config.image_token_id
+    if image_token_id is None:
+        raise DataError("config.image_token_id: got None; the processor knows the id of <image>")
+    for numbers in _divide(group, budget):
+        targets = [group[number] for number in numbers]
+        packed = pack(
+            [targets],
+            image_token_id=image_token_id,
+            prefix_length=model.placeholders_per_picture,
+            images_per_group=[count],
+        )
+        rows.append(_Row(packed, numbers, *_steps(packed, targets)))
+    return rows
+
+
+def _divide(group: Sequence[Target], budget: int) -> list[list[int]]:
+    """Numbers of targets that share a row: those with the longest common starts, up to `budget` tokens in the trie."""
+    rows: list[list[int]] = []
+    size, before = 0, Target([], 0)
+    for number in sorted(range(len(group)), key=lambda i: list(group[i].input_ids)):
+        target = group[number]
+        added = len(target.input_ids) - _common(before.input_ids, target.input_ids)
+        if rows and size + added <= budget:
+            rows[-1].append(number)
+            size += added
+        else:
+            rows.append([number])
+            size = len(target.input_ids)
+        before = target
+    return rows
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))
+
+
+def _steps(packed: PackedBatch, targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk each target down its trie: node, next token and owner of every step that counts."""
+    child: dict[tuple[int, int], int] = {}
+    above: list[int] = []  # the nodes from the root to the last one
+    tokens, depths = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    for place, (token, depth) in enumerate(zip(tokens, depths, strict=True)):
+        del above[depth:]
+        child[above[-1] if above else -1, token] = place
+        above.append(place)
+    steps: list[tuple[int, int, int]] = []
+    for owner, target in enumerate(targets):
+        node = -1
+        for place, token in enumerate(target.input_ids):
+            if place >= target.num_context:
+                steps.append((node, token, owner))
+            node = child.get((node, token), -1)  # the last token of a target need not be read
+    node_of, label, owner_of = torch.tensor(steps).unbind(dim=1)
+    return node_of, label, owner_of
+
+
+def _score(
+    model: FrozenPrefixForConditionalGeneration,
+    rows: Sequence[tuple[_Row, int]],
+    prefix_embeds: Tensor | None,
+    packable: bool,
+) -> list[Tensor]:
+    """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first picture."""
+    lengths = torch.tensor([row.length for row, _ in rows])
+    packed = _stack(rows, int(lengths.max()), model.placeholders_per_picture).to(model.device)
+    hidden = _read(model, packed, prefix_embeds, None if packable else lengths.to(model.device))
+    _, head, softcap = model.parts()
+    values = torch.empty(len(packed.edge_label), device=hidden.device)
+    for start in range(0, len(hidden), LOGIT_ROWS):
+        # [K', D_lm] -> [K', V]
+        logits = head(hidden[start : start + LOGIT_ROWS]).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        mine = (packed.edge_source >= start) & (packed.edge_source < start + LOGIT_ROWS)
+        at = packed.edge_source[mine] - start
+        values[mine] = logits[at, packed.edge_label[mine]] - logits.logsumexp(dim=-1)[at]
+    parts = values.cpu().split([len(row.node) for row, _ in rows])
+    return [
+        torch.zeros(len(row.targets)).index_add_(0, row.owner, part) for (row, _), part in zip(rows, parts, strict=True)
+    ]
+
+
+def _stack(rows: Sequence[tuple[_Row, int]], width: int, per_picture: int) -> PackedBatch:
+    """One batch of rows, padded on the right, whose edges are the steps of all targets in order."""
+    shape = (len(rows), width)
+    ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    ends = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
+    prefix, shown = torch.full(shape, -1), torch.full(shape, -1)
+    for r, (row, picture) in enumerate(rows):
+        packed, real = row.packed, slice(0, row.length)
+        ids[r, real], positions[r, real], ends[r, real] = (
+            part[0] for part in (packed.input_ids, packed.position_ids, packed.subtree_end)
+        )
+        for made, own in ((prefix, packed.prefix_index[0]), (shown, packed.shown_index[0])):
+            made[r, real] = torch.where(own >= 0, own + picture * per_picture, -1)
+    nodes = torch.cat([row.node + r * width for r, (row, _) in enumerate(rows)])
+    predict_index, edge_source = nodes.unique(return_inverse=True)
+    return replace(
+        rows[0][0].packed,
+        input_ids=ids,
+        position_ids=positions,
+        subtree_end=ends,
+        prefix_index=prefix,
+        shown_index=shown,
+        predict_index=predict_index,
+        edge_source=edge_source,
+        edge_label=torch.cat([row.label for row, _ in rows]),
+        edge_weight=torch.ones(len(nodes)),
+        num_targets=sum(len(row.targets) for row, _ in rows),
+        num_tokens=len(nodes),
+    )
+
+
+def _read(
+    model: FrozenPrefixForConditionalGeneration,
+    packed: PackedBatch,
+    prefix_embeds: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """Last hidden states at the nodes that predict something: float[K, D_lm]. Plain rows come with their lengths."""
+    decoder, _, _ = model.parts()
+    # [R, T] -> [R, T, D_lm]
+    inputs_embeds = model._fuse(packed.input_ids, packed.prefix_index, prefix_embeds)
+    shown = None
+    if prefix_embeds is not None:
+        picture = packed.shown_index.div(model.placeholders_per_picture, rounding_mode="floor")
+        shown = Shown(prefix_embeds, packed.prefix_index, picture)
+    layout: dict[str, Any]
+    if lengths is None:
+        layout = {"attention_mask": model._row_mask(packed, inputs_embeds.dtype), "position_ids": packed.position_ids}
+    else:
+        places = torch.arange(packed.input_ids.shape[1], device=lengths.device)
+        layout = {"attention_mask": (places < lengths[:, None]).long()}
+    attention = attention_for_rows(model.language_model) if lengths is None else nullcontext()
+    with model.fusion.showing(shown), attention:
+        hidden = decoder(inputs_embeds=inputs_embeds, use_cache=False, **layout).last_hidden_state
+    return hidden.flatten(0, 1)[packed.predict_index]

@@ -1,0 +1,94 @@
+"""Rolling captions of a file or a camera, with the time that each frame took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.video import Frame, SceneDetector, open_video, upright
+
+REMEMBERED = 100_000  # frames whose latency is kept, about an hour of a camera
+
+
+@dataclass(frozen=True)
+class RollingCaption:
+    """What a stream shows from a second on, and the seconds from the decoded frame to its caption."""
+
+    time: float
+    caption: str
+    latency: float
+
+
+def live_frames(source: str | Path) -> Iterator[Frame]:
+    """Frames of a file, an address such as `rtsp://…`, or a camera (`/dev/video0`), as they come.
+
+    Raises:
+        BadImageError: as of `open_video`.
+    """
+    is_camera = str(source).startswith("/dev/video")
+    with open_video(source, **({"format": "v4l2"} if is_camera else {})) as (container, stream):
+        start: float | None = None
+        for number, frame in enumerate(container.decode(stream)):
+            shown = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
+            start = shown if start is None else start
+            yield Frame(shown - start, upright(frame))
+
+
+class StreamCaptioner:
+    """Captions a stream anew whenever its scene changes.
+
+    Args:
+        captioner: the model.
+        scenes: when a scene is a new one; options of `SceneDetector`.
+    """
+
+    def __init__(self, captioner: Captioner, **scenes: float):
+        self.captioner = captioner
+        self.scenes = scenes
+        self._latencies: deque[tuple[float, bool]] = deque(maxlen=REMEMBERED)  # seconds, and whether it was captioned
+
+    def follow(
+        self,
+        source: str | Path,
+        *,
+        prompt: str | None = None,
+        num_beams: int = 1,
+        max_new_tokens: int = 30,
+        **generate: Any,
+    ) -> Iterator[RollingCaption]:
+        """Captions as scenes change, until the stream ends; options as of `Captioner.caption`."""
+        processor = self.captioner.processor
+        text = processor.prompt_for("caption") if prompt is None else processor.with_image(prompt)
+        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, **generate}
+        detector = SceneDetector(**self.scenes)
+        self._latencies.clear()
+        for frame in live_frames(source):
+            begun = time.perf_counter()
+            caption = None
+            if detector.is_new(frame):
+                caption = self.captioner.generate([text], [frame.image], **options)[0].text
+            seconds = time.perf_counter() - begun
+            self._latencies.append((seconds, caption is not None))
+            if caption is not None:
+                yield RollingCaption(frame.time, caption, seconds)
+
+    def latency(self) -> dict[str, float]:
+        """Of the frames followed so far: how many, how many captioned, and milliseconds from frame to caption.
+
+        `p50_ms` and `p95_ms` are over all frames, of which most cost only the look at the scene; `captioned_p50_ms` and
+        `captioned_p95_ms` over those that were captioned.
+        """
+        captioned = [seconds for seconds, new in self._latencies if new]
+        result: dict[str, float] = {"frames": len(self._latencies), "captioned": len(captioned)}
+        for name, values in (("", [seconds for seconds, _ in self._latencies]), ("captioned_", captioned)):
+            if values:
+                p50, p95 = np.percentile(values, [50, 95]) * 1000
+                result |= {f"{name}p50_ms": float(p50), f"{name}p95_ms": float(p95)}
+        return result

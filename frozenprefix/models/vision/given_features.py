@@ -1,0 +1,162 @@
+"""Features that were made elsewhere (the regions of a detector, say), read from a file by the picture's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from frozenprefix.assets import resolve
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
+from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
+
+_FIELD = "model.vision_encoder.path"
+_SHOWN = 3
+
+
+class FeatureTable:
+    """Features of pictures by key, with the methods of a feature cache.
+
+    A .safetensors file holds one tensor float[N, D] per picture, by key; an .npy file holds float[pictures, N, D], and
+    a JSON list beside it names the rows. All pictures have the same N: pad or pool them when the file is made.
+
+    The key of a picture is the end of its path, with or without its last suffix: `img/cat.png` is found under
+    "img/cat.png", "img/cat", "cat.png" or "cat", the longest of those that the file holds.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or whose arrays are not all of one shape [N, D].
+    """
+
+    def __init__(self, path: Path, keys: Path | None = None):
+        self.path = path
+        self._rows: dict[str, int] = {}
+        try:
+            if path.suffix == ".safetensors":
+                self._file = safe_open(path, framework="pt")
+                shapes = {tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+                self._rows = {key: row for row, key in enumerate(self._file.keys())}
+            elif path.suffix == ".npy":
+                self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+                shapes = {self._array.shape[1:]}
+                self._rows = _read_keys(keys or path.with_suffix(".json"), len(self._array))
+            else:
+                raise ConfigError(f"{_FIELD}: got '{path.name}', expected a .safetensors or .npy file")
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{_FIELD}: '{path}' cannot be read ({error})") from error
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            listed = ", ".join(map(str, sorted(shapes)[:_SHOWN])) or "none"
+            raise ConfigError(
+                f"{_FIELD}: {path.name} holds arrays of shape {listed}, expected one shape (N, D) for all pictures; "
+                "pad or pool them to the same number of vectors"
+            )
+        self.tokens, self.dim = next(iter(shapes))
+        self._pictures: dict[str, Path] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key_of(self, path: str | PathLike[str]) -> str:
+        """The key of a picture file, which itself is not read; see `keys_of`."""
+        return self.keys_of([path])[0]
+
+    def keys_of(self, paths: Sequence[str | PathLike[str]]) -> list[str]:
+        """The keys of picture files.
+
+        Raises:
+            DataError: for pictures without features, and for two pictures that only a longer key could tell apart.
+        """
+        found = [self._find(Path(path)) for path in paths]
+        missing = [str(path) for path, key in zip(paths, found, strict=True) if key is None]
+        if missing:
+            have = ", ".join(map(repr, list(self._rows)[:_SHOWN]))
+            raise DataError(
+                f"{_FIELD}: {self.path.name} has no features for {len(missing)} of {len(paths)} pictures "
+                f"({', '.join(missing[:_SHOWN])}); expected the end of a path as its key, but the keys are {have}, …"
+            )
+        keys = [key for key in found if key is not None]
+        for path, key in zip(paths, keys, strict=True):
+            first = self._pictures.setdefault(key, Path(path).absolute())
+            if first != Path(path).absolute():
+                raise DataError(f"{_FIELD}: the key '{key}' stands for {first} and {path}; put folders into the keys")
+        return keys
+
+    def get(self, keys: Sequence[str]) -> np.ndarray:
+        """Return float32[n, N, D], in the order asked for."""
+        if self.path.suffix == ".npy":
+            return np.stack([self._array[self._rows[key]] for key in keys]).astype(np.float32)
+        return torch.stack([self._file.get_tensor(key).float() for key in keys]).numpy()
+
+    def features(self, paths: Sequence[str | PathLike[str]]) -> Tensor:
+        """image_features float32[n, N, D] of picture files."""
+        return torch.from_numpy(self.get(self.keys_of(paths)))
+
+    def _find(self, path: Path) -> str | None:
+        parts = path.absolute().parts[1:]
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            for key in (name, name.removesuffix(path.suffix)):
+                if key in self._rows:
+                    return key
+        return None
+
+
+def _read_keys(file: Path, rows: int) -> dict[str, int]:
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.vision_encoder.keys: '{file}' cannot be read as a JSON list ({error})") from error
+    if not isinstance(keys, list) or len(keys) != rows or len(set(map(str, keys))) != rows:
+        got = f"{len(keys)} entries" if isinstance(keys, list) else type(keys).__name__
+        raise ConfigError(
+            f"model.vision_encoder.keys: {file.name} holds {got}, expected a list of {rows} different keys, one per row"
+        )
+    return {str(key): row for row, key in enumerate(keys)}
+
+
+class GivenFeatures(VisionEncoder):
+    """Stands in the place of an encoder: it has features, and no network to make others."""
+
+    def __init__(self, table: FeatureTable):
+        super().__init__(name=table.path.name, layers=[FINAL], image_size=0)
+        self.table = table
+        self.num_tokens, self.encoder_dim = table.tokens, table.dim
+
+    def forward(self, pixel_values: Tensor) -> NoReturn:
+        raise ConfigError(
+            "model.vision_encoder: source 'features' has no network for pixel_values; give image_features, or picture "
+            "paths that the file has features for"
+        )
+
+    def maps(self, pixel_values: Tensor) -> NoReturn:
+        self.forward(pixel_values)
+
+    def pool(self, pixel_values: Tensor) -> NoReturn:
+        self.forward(pixel_values)
+
+
+def build(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Open the table of a config.
+
+    The identity names the features' shape and not the file: new pictures have another one, and whether the same
+    network made both cannot be seen from here. The image processor is there because checkpoints have one.
+    """
+    table = FeatureTable(resolve(str(config.path)), None if config.keys is None else resolve(config.keys))
+    identity = {"source": "features", "num_tokens": str(table.tokens), "encoder_dim": str(table.dim)}
+    processor: Any = FrozenPrefixImageProcessor()
+    return BuiltEncoder(GivenFeatures(table), processor, identity)
+
+
+def given_table(encoder: torch.nn.Module) -> FeatureTable | None:
+    """The table of an encoder that is none, else None."""
+    return encoder.table if isinstance(encoder, GivenFeatures) else None
