@@ -2,6 +2,23 @@
 
     load_source({"type": "captions", "path": "data/flickr8k", "split": "train"})
 
+| type | reads |
+|---|---|
+| captions | `captions.jsonl`: a picture a line, with its captions |
+| qa | `qa.jsonl` or `qa.json`: a question a row, with its answers |
+| image_folder | pictures, with or without their folders' names as labels |
+| coco | COCO's caption files, and VizWiz-Captions' |
+| karpathy | Karpathy's splits of COCO, Flickr8k and Flickr30k |
+| flickr_tokens | Flickr8k's and Flickr30k's token files |
+| conceptual_captions | tables of captions and addresses, with downloaded pictures: CC3M, CC12M |
+| visual_genome | region descriptions as captions; questions and answers |
+| vqa_v2 | VQAv2's question and annotation files, and OK-VQA's |
+| vizwiz, gqa, clevr, daquar | these data sets' own files |
+| llava | conversations of several turns about a picture |
+| hf_dataset | `datasets`' saved folders, parquet and arrow files |
+| webdataset | tars of pictures and texts, such as img2dataset's |
+| easy_vqa, emoji | data that come from PyPI and npm |
+
 A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
 """
 
@@ -31,13 +48,23 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
     "data source",
     {
         "captions": f"{_HERE}.captions:CaptionsSource",
+        "clevr": f"{_HERE}.clevr:ClevrSource",
         "coco": f"{_HERE}.coco:CocoSource",
+        "conceptual_captions": f"{_HERE}.conceptual_captions:ConceptualCaptionsSource",
+        "daquar": f"{_HERE}.daquar:DaquarSource",
         "easy_vqa": f"{_HERE}.easy_vqa:EasyVqaSource",
+        "emoji": f"{_HERE}.emoji:EmojiSource",
         "flickr_tokens": f"{_HERE}.flickr_tokens:FlickrTokensSource",
+        "gqa": f"{_HERE}.gqa:GqaSource",
+        "hf_dataset": f"{_HERE}.hf_dataset:HfDatasetSource",
         "image_folder": f"{_HERE}.image_folder:ImageFolderSource",
         "karpathy": f"{_HERE}.karpathy:KarpathySource",
+        "llava": f"{_HERE}.llava:LlavaSource",
         "qa": f"{_HERE}.qa:QaSource",
+        "visual_genome": f"{_HERE}.visual_genome:VisualGenomeSource",
+        "vizwiz": f"{_HERE}.vizwiz:VizWizSource",
         "vqa_v2": f"{_HERE}.vqa_v2:VqaV2Source",
+        "webdataset": f"{_HERE}.webdataset_tars:WebDatasetSource",
     },
 )
 
@@ -59,12 +86,15 @@ def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:
         raise ConfigError([_problem(source, config["type"], item) for item in error.errors()]) from error
 
 
-def load_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = None) -> list[Sample]:
+def load_source(
+    config: dict[str, Any] | SourceConfig, *, base: Path | None = None, pictures: bool = True
+) -> list[Sample]:
     """Read one source: all its samples, of the wanted splits, held-out part and first pictures, in file order.
 
     Args:
         config: a typed source config, or the dict of one.
         base: folder against which a relative `path` is taken; the working directory when not given.
+        pictures: False for texts alone, whose pictures need not be there.
 
     Raises:
         ConfigError: for a wrong config.
@@ -78,7 +108,8 @@ def load_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = No
     if source.holdout is not None:
         samples = hold_out(samples, source.holdout, root)
     samples = first_pictures(samples, source.limit)
-    check_pictures_exist(samples, where=source.path)
+    if pictures:
+        check_pictures_exist(samples, where=source.path)
     samples = [_labelled(sample, source) for sample in samples]
     check_unique_ids(samples)
     log.info("%s %s: %d samples", source.type, source.path, len(samples))
@@ -92,12 +123,27 @@ def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path
     return samples
 
 
-#: File that marks a folder → the source that reads it.
-MARKS = {
-    "captions.jsonl": "captions",
-    "qa.jsonl": "qa",
-    "qa.json": "qa",
-    "train/questions.json": "easy_vqa",
+#: File, or pattern of files, that marks a folder → the source that reads it.
+MARKS: dict[str, dict[str, Any]] = {
+    "captions.jsonl": {"type": "captions"},
+    "qa.jsonl": {"type": "qa"},
+    "qa.json": {"type": "qa"},
+    "train/questions.json": {"type": "easy_vqa"},
+    "questions/CLEVR_*_questions.json": {"type": "clevr"},
+    "*_balanced_questions.json": {"type": "gqa"},
+    "Annotations/train.json": {"type": "vizwiz"},
+    "Annotations/val.json": {"type": "vizwiz"},
+    "region_descriptions.json": {"type": "visual_genome", "questions": None},
+    "question_answers.json": {"type": "visual_genome", "regions": None},
+    "qa.894.raw.*.txt": {"type": "daquar"},
+    "dataset_dict.json": {"type": "hf_dataset"},
+    "state.json": {"type": "hf_dataset"},
+    "*-of-*.parquet": {"type": "hf_dataset"},
+    "data/*-of-*.parquet": {"type": "hf_dataset"},
+    # tars with a number: an archive of pictures that lies beside them is not meant
+    "0*.tar": {"type": "webdataset"},
+    "*-0*.tar": {"type": "webdataset"},
+    "train/*0.tar": {"type": "webdataset"},
 }
 
 
@@ -106,15 +152,20 @@ def detect_sources(path: str | Path) -> list[dict[str, Any]]:
     root = resolve(str(path))
     if not root.is_dir():
         raise DataError(f"data folder: got '{path}', expected a folder that exists")
-    types = list(dict.fromkeys(kind for mark, kind in MARKS.items() if (root / mark).is_file())) or ["image_folder"]
-    return [{"type": kind, "path": str(path), "name": kind if len(types) > 1 else None} for kind in types]
+    found: list[dict[str, Any]] = []
+    for mark, fields in MARKS.items():
+        if fields not in found and any(root.glob(mark)):
+            found.append(fields)
+    found = found or [{"type": "image_folder"}]
+    several = len({fields["type"] for fields in found}) > 1
+    return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in found]
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:
     changes: dict[str, Any] = {}
     if source.name is not None:
         changes["id"] = f"{source.name}:{sample.id}"
-    if source.prompt is not None:
+    if source.prompt is not None and sample.prompt is None:
         changes["prompt"] = source.prompt
     return replace(sample, **changes) if changes else sample
 

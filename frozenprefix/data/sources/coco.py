@@ -1,8 +1,7 @@
-"""COCO captions as published: `captions_train2017.json` and a folder of pictures."""
+"""COCO captions as published: `captions_train2017.json` and a folder of pictures; VizWiz-Captions' are alike."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +10,12 @@ from pydantic import Field
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import read_json_object
+from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 
 
 class CocoSource(SourceConfig):
-    """One sample a picture, with all its captions. The split is read from the file name (`_train`, `_val`, `_test`)."""
+    """One sample a picture, with all its captions. The split is read from the file name."""
 
     type: Literal["coco"] = "coco"
     annotations: str = Field(description="file under `path`, e.g. annotations/captions_val2017.json")
@@ -30,7 +30,7 @@ class CocoSource(SourceConfig):
             if image_id not in captions:
                 raise DataError(f"{row.where}: field 'image_id': got {image_id}, expected the id of one of `images`")
             captions[image_id].extend(text.strip() for text in row.texts("caption"))
-        split = _split(self.annotations)
+        split = split_in_name(Path(self.annotations).name)
         return [
             Sample(
                 id=image_id,
@@ -41,8 +41,3 @@ class CocoSource(SourceConfig):
             )
             for image_id, name in names.items()
         ]
-
-
-def _split(file_name: str) -> str | None:
-    found = re.search(r"_(train|val|test)(?![a-z])", Path(file_name).name)
-    return found.group(1) if found else None

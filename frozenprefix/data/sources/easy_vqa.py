@@ -32,12 +32,16 @@ class EasyVqaSource(SourceConfig):
 
     A `val` split is carved out of `train` by picture. `metadata["question_type"]` is shape, color or yes-no. With
     `captions`, a picture whose questions and answers give away its colour and its shape adds a caption sample,
-    "a blue rectangle", before its questions; the number of pictures that do not is logged.
+    "a blue rectangle", before its questions, and with `classes` one of task "classification", whose target is what
+    `classes` names; the number of pictures that give too little away is logged.
     """
 
     type: Literal["easy_vqa"] = "easy_vqa"
     questions: bool = Field(True, description="return the question samples")
     captions: bool = Field(False, description="return one caption sample a picture")
+    classes: Literal["shape", "color", "color shape"] | None = Field(
+        None, description="return one classification sample a picture, with this as its label"
+    )
     val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training pictures in split 'val'")
     val_seed: int = 0
 
@@ -54,15 +58,27 @@ class EasyVqaSource(SourceConfig):
                 root / "images" / f"{picture}.png",
                 "val" if held_out else folder,
             )
-            if self.captions:
+            if self.captions or self.classes:
                 caption = derive_caption(questions, where=f"{root / 'questions.json'}: picture {picture}")
                 without += caption is None
                 if caption is not None:
-                    samples.append(Sample(id=f"{name}#caption", images=(image,), targets=(caption,), split=split))
+                    samples += self._whole_picture_samples(caption, name, image, split)
             if self.questions:
                 samples.extend(_question_samples(questions, name, image, split))
         if without:
             log.info("easy_vqa %s: %d pictures get no caption: their questions do not tell both words", folder, without)
+        return samples
+
+    def _whole_picture_samples(self, caption: str, name: str, image: Path, split: str) -> list[Sample]:
+        samples = []
+        if self.captions:
+            samples.append(Sample(id=f"{name}#caption", images=(image,), targets=(caption,), split=split))
+        if self.classes is not None:
+            _, color, shape = caption.split()
+            label = {"color": color, "shape": shape, "color shape": f"{color} {shape}"}[self.classes]
+            samples.append(
+                Sample(id=f"{name}#class", images=(image,), targets=(label,), split=split, task="classification")
+            )
         return samples
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.rows import Row, read_json, read_jsonl
+from frozenprefix.data.sources.rows import Row, read_rows
 from frozenprefix.errors import DataError
 
 
@@ -26,7 +26,7 @@ class QaSource(SourceConfig):
     underscores: Literal["keep", "space"] = Field("keep", description="'space' reads plastic_cup as two words")
 
     def read(self, root: Path) -> list[Sample]:
-        return [self._sample(number, row, root) for number, row in _rows(self._file(root))]
+        return [self._sample(number, row, root) for number, row in read_rows(self._file(root))]
 
     def _file(self, root: Path) -> Path:
         if self.file is not None:
@@ -58,12 +58,3 @@ class QaSource(SourceConfig):
 def commonest(answers: tuple[str, ...]) -> tuple[str, ...]:
     """The answer given most often, the first of these when several are; nothing for no answers."""
     return (max(answers, key=answers.count),) if answers else ()
-
-
-def _rows(path: Path) -> list[tuple[int, Row]]:
-    if path.suffix != ".json":
-        return list(read_jsonl(path))
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of questions")
-    return [(number, Row(str(path), row, f"[{number}]")) for number, row in enumerate(rows)]

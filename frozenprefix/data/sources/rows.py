@@ -71,6 +71,14 @@ class Row:
         part = f"{self._part}.{field}" if self._part else field
         return [Row(self._file, item, f"{part}[{number}]") for number, item in enumerate(value)]
 
+    def row(self, field: str) -> Row:
+        """An object."""
+        return Row(self._file, self._get(field), f"{self._part}.{field}" if self._part else field)
+
+    def fields(self) -> list[str]:
+        """The names of all fields."""
+        return list(self._values)
+
     def _get(self, field: str) -> Any:
         if self._values.get(field) is None:
             got = ", ".join(self._values) or "none"
@@ -108,6 +116,16 @@ def read_json(path: Path) -> Any:
 def read_json_object(path: Path) -> Row:
     """Return the one object that a JSON file holds."""
     return Row(str(path), read_json(path))
+
+
+def read_rows(path: Path) -> list[tuple[int, Row]]:
+    """The rows of a JSON file that holds a list of objects, numbered from 0, or of a JSON-lines file, from 1."""
+    if path.suffix != ".json":
+        return list(read_jsonl(path))
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of objects")
+    return [(number, Row(str(path), row, f"[{number}]")) for number, row in enumerate(rows)]
 
 
 def read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""VQAv2's official question and annotation files (OK-VQA's have the same form). https://visualqa.org/vqa_v1_data_format"""
+"""VQAv2's official question and annotation files and OK-VQA's, which are of the same form. https://visualqa.org/vqa_v1_data_format"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.errors import DataError
 
@@ -17,8 +18,9 @@ from frozenprefix.errors import DataError
 class VqaV2Source(SourceConfig):
     """One question file, its annotation file, and the folder of its pictures, all under `path`.
 
-    The target is the annotation's `multiple_choice_answer`; `metadata["answers"]` has the ten human answers. Without
-    `annotations` (the test parts) there are no targets. The split is the file's `data_subtype` without the year.
+    The target is the annotation's `multiple_choice_answer`, or the commonest answer where there is none (OK-VQA);
+    `metadata["answers"]` has the ten human answers. Without `annotations` (the test parts) there are no targets. The
+    split is the file's `data_subtype` without the year.
     """
 
     type: Literal["vqa_v2"] = "vqa_v2"
@@ -69,8 +71,10 @@ def _by_question(file: Row) -> dict[str, Row]:
 
 
 def _add_answers(metadata: dict[str, Any], annotation: Row) -> tuple[str, ...]:
-    metadata["answers"] = tuple(answer.text("answer") for answer in annotation.rows("answers"))
+    answers = metadata["answers"] = tuple(answer.text("answer") for answer in annotation.rows("answers"))
     for field in ("question_type", "answer_type"):
         if field in annotation:
             metadata[field] = annotation.text(field)
-    return (annotation.text("multiple_choice_answer"),)
+    if "multiple_choice_answer" in annotation:
+        return (annotation.text("multiple_choice_answer"),)
+    return commonest(answers)

@@ -1,0 +1,107 @@
+"""Conceptual Captions: tables of captions and the addresses of their pictures, which everyone downloads anew.
+
+CC3M's columns are caption and url, CC12M's url and caption. https://ai.google.com/research/ConceptualCaptions
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.pictures import picture_ending, report_left_out
+from frozenprefix.data.sources.rows import read_text
+from frozenprefix.data.sources.selection import split_in_name
+from frozenprefix.errors import DataError
+
+
+class ConceptualCaptionsSource(SourceConfig):
+    """A row `caption<tab>url` a line. Its picture is the file in `images` that is named by the number of the row.
+
+    Rows count from 0; `17.jpg`, `000017.png` and `00000/000000017.jpg` are all the picture of row 17, which is how
+    img2dataset writes single files when a shard has a power of ten of them. With a column "image" that holds paths
+    under `images`, the numbers play no part. Rows without a picture are left out and counted by reason, or kept for
+    training on texts alone. The id is the row's number, the split is read from the file's name.
+    """
+
+    type: Literal["conceptual_captions"] = "conceptual_captions"
+    file: str = Field(description="table under `path`, e.g. Train_GCC-training.tsv")
+    images: str = Field("images", description="folder of the downloaded pictures under `path`")
+    columns: list[str] | None = Field(
+        ["caption", "url"], description="what the columns are: caption, url, image, others unread; null: see line 1"
+    )
+
+    keep_missing: bool = Field(False, description="rows without a picture are samples too, of a picture NUMBER.jpg")
+
+    @field_validator("columns")
+    @classmethod
+    def _has_captions(cls, columns: list[str] | None) -> list[str] | None:
+        if columns is not None and "caption" not in columns:
+            raise ValueError("expected a column 'caption'")
+        return columns
+
+    def read(self, root: Path) -> list[Sample]:
+        rows = list(self._rows(root / self.file))
+        numbered = {} if rows and "image" in rows[0][1] else _by_number(root / self.images)
+        without: Counter[str] = Counter()
+        samples = []
+        for number, (line, row) in enumerate(rows):
+            if not row["caption"].strip():
+                raise DataError(f"{root / self.file}:{line}: column 'caption' is empty, expected a text")
+            image = root / self.images / row["image"] if row.get("image") else numbered.get(number)
+            if image is None and self.keep_missing:
+                image = root / self.images / f"{number}.jpg"
+            if image is None:
+                without["column 'image' is empty" if "image" in row else "not downloaded"] += 1
+                continue
+            samples.append(
+                Sample(
+                    id=str(number),
+                    images=(image,),
+                    targets=(row["caption"].strip(),),
+                    split=split_in_name(Path(self.file).name),
+                    metadata={"url": row["url"]} if "url" in row else {},
+                )
+            )
+        report_left_out(root / self.file, len(rows), without)
+        return samples
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+        columns = self.columns
+        for line, text in enumerate(read_text(path).split("\n"), start=1):
+            if not text.strip():
+                continue
+            cells = text.rstrip("\r").split("\t")
+            if columns is None:
+                columns = cells
+                if "caption" not in columns:
+                    raise DataError(
+                        f"{path}:{line}: got {text[:60]!r}, expected names of columns, one of them 'caption'"
+                    )
+                continue
+            if len(cells) != len(columns):
+                got = f"{len(cells)} columns in {text[:60]!r}"
+                raise DataError(f"{path}:{line}: got {got}, expected {len(columns)}: {', '.join(columns)}")
+            row = dict(zip(columns, cells, strict=True))
+            if "url" in row and "://" not in row["url"]:
+                raise DataError(
+                    f"{path}:{line}: column 'url': got {row['url'][:60]!r}, expected an address; name the columns in "
+                    "`columns`, or set it to null when the first line names them"
+                )
+            yield line, row
+
+
+def _by_number(folder: Path) -> dict[int, Path]:
+    """Number in the file's name → picture. Two pictures with the same number are an error."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if picture_ending(path.name) and path.stem.isdecimal():
+            other = found.setdefault(int(path.stem), path)
+            if other != path:
+                raise DataError(f"{path}: is picture {int(path.stem)}, as {other} is, expected one file for a row")
+    return found

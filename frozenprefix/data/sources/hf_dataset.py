@@ -1,0 +1,121 @@
+"""Data sets of Hugging Face's library `datasets`: a folder of `save_to_disk`, or parquet or arrow files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.hf_tables import Table, tables_of, take_pictures
+from frozenprefix.data.sources.pictures import report_left_out, unpack_once
+from frozenprefix.data.sources.qa import commonest
+from frozenprefix.data.sources.rows import Row
+from frozenprefix.data.sources.selection import of_wanted
+from frozenprefix.errors import DataError, did_you_mean
+
+# what a column is for, tried in this order when no column is named
+_USUAL = (
+    {"question": "question", "answers": "answers"},
+    {"question": "question", "answers": "answer"},
+    {"captions": "captions"},
+    {"captions": "caption"},
+    {"captions": "text"},
+    {"label": "label"},
+)
+
+
+class HfDatasetSource(SourceConfig):
+    """Rows with a column of pictures, and columns with captions, a question and its answers, or a label.
+
+    Columns hold texts or lists of texts; a label may be a number that the data set has a name for. When no column is
+    named, the first of question and answers (or answer), captions, caption, text, and label is taken that is there.
+
+    Pictures are taken out of the tables into the user's cache when they are read for the first time, which needs their
+    size once more. Rows without a picture are left out and counted. Splits are called what the data set calls them; of
+    a parquet file, what stands before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
+    """
+
+    type: Literal["hf_dataset"] = "hf_dataset"
+    files: str | None = Field(None, description="parquet or arrow file(s) under `path`, e.g. data/train-*.parquet")
+    image: str = Field("image", description="column of the pictures: of type Image, or their files' bytes")
+    captions: str | None = Field(None, description="column of the caption(s)")
+    question: str | None = Field(None, description="column of the question; needs `answers`")
+    answers: str | None = Field(None, description="column of the answer(s); the commonest one is the target")
+    label: str | None = Field(None, description="column of the label, for task 'classification'")
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> HfDatasetSource:
+        named = [self.captions is not None, self.question is not None, self.label is not None]
+        if sum(named) > 1 or (self.question is None) != (self.answers is None):
+            raise ValueError("expected `captions`, or `question` and `answers`, or `label`")
+        return self
+
+    def read(self, root: Path) -> list[Sample]:
+        samples: list[Sample] = []
+        without: Counter[str] = Counter()
+        tables = tables_of(root, self.files)
+        for number in of_wanted({n: table.split for n, table in enumerate(tables)}, self.split, where=str(root)):
+            samples += self._samples(tables[number], root, without)
+        report_left_out(root, len(samples) + sum(without.values()), without)
+        return samples
+
+    def _samples(self, table: Table, root: Path, without: Counter[str]) -> Iterator[Sample]:
+        columns = self._columns(table)
+        what = f"{table.name} {self.image}"
+        folder, pictures = unpack_once(table.files, partial(take_pictures, table, self.image), what=what)
+        rows = table.load(list(columns.values()))
+        names = getattr(rows.features[columns["label"]], "names", None) if "label" in columns else None
+        for number, (values, picture) in enumerate(zip(rows, pictures, strict=True)):
+            if picture["file"] is None and picture["path"] is None:
+                without["no picture in the row"] += 1
+                continue
+            image = folder / picture["file"] if picture["file"] else root / picture["path"]
+            if names is not None:
+                values[columns["label"]] = _named(values[columns["label"]], names)
+            row = Row(str(table.files[0]), values, f"row {number}")
+            yield _sample(row, columns, f"{table.name}/{number}", image, table.split)
+
+    def _columns(self, table: Table) -> dict[str, str]:
+        """What a column is for → its name."""
+        roles = ("captions", "question", "answers", "label")
+        columns = {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
+        if not columns:
+            columns = next((usual for usual in _USUAL if set(usual.values()) <= set(table.columns)), {})
+        there = ", ".join(table.columns)
+        if not columns:
+            raise DataError(f"{table.files[0]}: got columns {there}; name those to read, e.g. `captions`")
+        for role, name in {"image": self.image, **columns}.items():
+            if name not in table.columns:
+                near = did_you_mean(name, table.columns)
+                raise DataError(f"{table.files[0]}: `{role}`: no column '{name}'{near}; columns: {there}")
+        return columns
+
+
+def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: str | None) -> Sample:
+    if "captions" in columns:
+        return Sample(name, (image,), tuple(text.strip() for text in row.texts(columns["captions"])), split=split)
+    if "label" in columns:
+        labels = (row.text(columns["label"]),) if columns["label"] in row else ()
+        metadata = {"label": labels[0]} if labels else {}
+        return Sample(name, (image,), labels, split=split, task="classification", metadata=metadata)
+    answers = row.texts(columns["answers"])
+    return Sample(
+        id=name,
+        images=(image,),
+        targets=commonest(answers),
+        question=row.text(columns["question"]),
+        split=split,
+        task="vqa",
+        metadata={"answers": answers},
+    )
+
+
+def _named(label: int | None, names: list[str]) -> str | None:
+    """The name of a label; -1 stands for one that is kept secret."""
+    return None if label is None or label < 0 else names[label]

@@ -1,0 +1,85 @@
+"""The tables of a data set of Hugging Face's library `datasets`, and the pictures in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.data.sources.pictures import picture_ending, write_picture
+from frozenprefix.data.sources.selection import files_of
+from frozenprefix.errors import DataError
+
+try:
+    import datasets
+    import pyarrow.parquet
+except ImportError as error:
+    raise DataError(f"data source 'hf_dataset' needs the library datasets ({error}); pip install datasets") from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: of a split, or a file of one. `load` returns some of its `columns`."""
+
+    name: str
+    split: str | None
+    files: list[Path]
+    columns: list[str]
+    load: Callable[[list[str]], datasets.Dataset]
+
+
+def tables_of(root: Path, pattern: str | None) -> list[Table]:
+    """The tables of a folder that `save_to_disk` made, or of files: those of a pattern, else all parquet files."""
+    if pattern is None and _is_saved(root):
+        return _saved(root)
+    return _in_files(root, pattern or "**/*.parquet")
+
+
+def take_pictures(table: Table, column: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Write the pictures of a table; yield the file of each row, or the path that the row has in its place."""
+    rows = table.load([column])
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    for number, row in enumerate(rows):
+        value = row[column]
+        if value is None or isinstance(value, bytes):
+            value = {"bytes": value, "path": None}
+        if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
+            raise DataError(f"{table.files[0]}: row {number}: column '{column}': got {value!r:.60}, expected a picture")
+        data, path = value["bytes"], value["path"]
+        yield {"file": write_picture(folder, data, picture_ending(path or "")) if data else None, "path": path}
+
+
+def _is_saved(root: Path) -> bool:
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def _saved(root: Path) -> list[Table]:
+    loaded = datasets.load_from_disk(str(root))
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {loaded.split: loaded}
+    return [_table(rows, str(split or root.name), split and str(split)) for split, rows in splits.items()]
+
+
+def _table(rows: datasets.Dataset, name: str, split: str | None) -> Table:
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    return Table(name, split, files, rows.column_names, rows.select_columns)
+
+
+def _in_files(root: Path, pattern: str) -> list[Table]:
+    tables = []
+    for file, split in files_of(root, pattern).items():
+        found = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
+        split = found.group(1) if found else split
+        name = file.relative_to(root).with_suffix("").as_posix()
+        if file.suffix == ".arrow":
+            tables.append(_table(datasets.Dataset.from_file(str(file)), name, split))
+        else:
+            columns = pyarrow.parquet.read_schema(file).names
+            tables.append(Table(name, split, [file], columns, _parquet_loader(file)))
+    return tables
+
+
+def _parquet_loader(file: Path) -> Callable[[list[str]], datasets.Dataset]:
+    return lambda columns: datasets.Dataset(pyarrow.parquet.read_table(file, columns=columns, partitioning=None))

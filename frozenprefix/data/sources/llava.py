@@ -1,0 +1,105 @@
+"""LLaVA's conversations: several questions and answers about a picture. https://llava-vl.github.io"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.pictures import report_left_out
+from frozenprefix.data.sources.rows import Row, read_rows
+from frozenprefix.data.sources.selection import split_in_name
+from frozenprefix.errors import DataError
+from frozenprefix.models.processing import DEFAULT_PROMPTS, IMAGE_TOKEN
+
+_QUESTION = "{question}"
+
+
+class LlavaSource(SourceConfig):
+    """`{"id", "image", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`.
+
+    Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
+    turns of a conversation share their beginnings, so packing "trie" reads a conversation once for all its answers.
+    Turns are written as dialogs are, `prompt` filled in, the answer, a new line; set `prompt` when the recipe gives
+    task "vqa" another one than its default.
+
+    The mark of a single picture is taken out, and the picture put in front. Of several pictures (`image` is a list)
+    the marks stay where they are, and an answer's sample has the pictures shown so far. Rows without a picture are
+    left out and counted. The id is ID#ROW.TURN.
+    """
+
+    type: Literal["llava"] = "llava"
+    file: str = Field(description="JSON or JSON-lines file under `path`, e.g. llava_instruct_150k.json")
+    images: str = Field(".", description="folder under `path` that the pictures' names start from")
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks(cls, prompt: str | None) -> str | None:
+        if prompt is not None and (_QUESTION not in prompt or IMAGE_TOKEN in prompt):
+            raise ValueError(f"expected the text of one turn, with {_QUESTION} and without {IMAGE_TOKEN}")
+        return prompt
+
+    def read(self, root: Path) -> list[Sample]:
+        samples: list[Sample] = []
+        without: Counter[str] = Counter()
+        rows = read_rows(root / self.file)
+        for number, row in rows:
+            if "image" in row:
+                samples += self._samples(number, row, root)
+            else:
+                without["conversation about no picture"] += 1
+        report_left_out(root / self.file, len(rows), without)
+        return samples
+
+    def _samples(self, number: int, row: Row, root: Path) -> list[Sample]:
+        images = tuple(root / self.images / name for name in row.texts("image"))
+        name = row.identifier("id") if "id" in row else "row"
+        template = self.prompt or DEFAULT_PROMPTS["vqa"]
+        history, shown, samples = "", 0, []
+        for turn, (question, answer) in enumerate(_turns(row)):
+            shown += question.count(IMAGE_TOKEN)
+            if len(images) > 1 and not shown:
+                raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
+            if len(images) == 1:
+                question = question.replace(IMAGE_TOKEN, "").strip()
+            samples.append(
+                Sample(
+                    id=f"{name}#{number}.{turn}",
+                    images=images if len(images) == 1 else images[:shown],
+                    targets=(answer,),
+                    prompt=history + template,
+                    question=question,
+                    split=split_in_name(Path(self.file).name),
+                    task="vqa",
+                    metadata={"answers": (answer,)},
+                )
+            )
+            glue = "" if template.endswith((" ", "\n")) else " "
+            history += f"{template.replace(_QUESTION, question)}{glue}{answer}\n"
+        if shown != len(images) and (shown, len(images)) != (0, 1):
+            raise DataError(f"{row.where}: got {shown} marks {IMAGE_TOKEN}, expected {len(images)}, one a picture")
+        return samples
+
+
+def _turns(row: Row) -> list[tuple[str, str]]:
+    """Pairs of question and answer. A question after the last answer is an error, as is any other order."""
+    turns = row.rows("conversations")
+    if not turns or len(turns) % 2:
+        raise DataError(f"{row.where}: field 'conversations': got {len(turns)} turns, expected question, answer, …")
+    texts = []
+    for place, turn in enumerate(turns):
+        speaker, expected = turn.text("from"), "gpt" if place % 2 else "human"
+        if speaker != expected:
+            raise DataError(f"{turn.where}: field 'from': got {speaker!r}, expected {expected!r}")
+        text = turn.text("value").strip()
+        if _QUESTION in text or (expected == "gpt" and (not text or IMAGE_TOKEN in text)):
+            raise DataError(
+                f"{turn.where}: field 'value': got {text[:60]!r}, expected words without {_QUESTION}, and in an answer "
+                f"without {IMAGE_TOKEN}"
+            )
+        texts.append(text)
+    return list(zip(texts[::2], texts[1::2], strict=True))

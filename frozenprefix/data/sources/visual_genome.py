@@ -1,0 +1,68 @@
+"""Visual Genome: phrases for regions of a picture, and questions about it. https://homes.cs.washington.edu/~ranjay/visualgenome"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.rows import Row, read_rows
+
+
+class VisualGenomeSource(SourceConfig):
+    """`region_descriptions.json` as captions, one sample a picture, and `question_answers.json` as questions.
+
+    A region's phrase becomes a target of the whole picture: where the region lies is not told. There are no official
+    splits: use `holdout`. Ids are regions/IMAGE_ID and qa/QA_ID.
+    """
+
+    type: Literal["visual_genome"] = "visual_genome"
+    regions: str | None = Field("region_descriptions.json", description="file of the phrases; null: no captions")
+    questions: str | None = Field("question_answers.json", description="file of the questions; null: no questions")
+    images: list[str] = Field(["VG_100K", "VG_100K_2"], min_length=1, description="folders of the pictures, ID.jpg")
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> VisualGenomeSource:
+        if self.regions is None and self.questions is None:
+            raise ValueError("got null for both `regions` and `questions`, expected at least one file")
+        return self
+
+    def read(self, root: Path) -> list[Sample]:
+        # the first folder is where a picture that lies in none of them is missed
+        folders = {path.name: path for name in reversed(self.images) for path in (root / name).glob("*.jpg")}
+
+        def picture(image_id: str) -> Path:
+            return folders.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
+
+        samples = []
+        for image_id, row in _pictures(root, self.regions):
+            phrases = tuple(text.strip() for region in row.rows("regions") for text in region.texts("phrase"))
+            metadata = {"image_id": image_id}
+            samples.append(
+                Sample(id=f"regions/{image_id}", images=(picture(image_id),), targets=phrases, metadata=metadata)
+            )
+        for image_id, row in _pictures(root, self.questions):
+            samples += [_question(question, image_id, picture(image_id)) for question in row.rows("qas")]
+        return samples
+
+
+def _pictures(root: Path, file: str | None) -> Iterator[tuple[str, Row]]:
+    """Rows of a file, one a picture. Early releases call the picture's id `image_id`, later ones `id`."""
+    for _, row in read_rows(root / file) if file is not None else []:
+        yield row.identifier("image_id" if "image_id" in row else "id"), row
+
+
+def _question(row: Row, image_id: str, image: Path) -> Sample:
+    answer = row.text("answer")
+    return Sample(
+        id=f"qa/{row.identifier('qa_id')}",
+        images=(image,),
+        targets=(answer,),
+        question=row.text("question"),
+        task="vqa",
+        metadata={"answers": (answer,), "image_id": image_id},
+    )

@@ -1,0 +1,127 @@
+"""WebDataset tars, as img2dataset writes them: a picture, its text and its JSON under one key."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.pictures import picture_ending, report_left_out, unpack_once, write_picture
+from frozenprefix.data.sources.qa import commonest
+from frozenprefix.data.sources.rows import Row, read_json_object
+from frozenprefix.data.sources.selection import files_of
+from frozenprefix.errors import DataError
+
+_TEXTS = ("txt", "text", "caption", "cls")
+
+
+class WebDatasetSource(SourceConfig):
+    """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` stand next to each other; a sample is a key.
+
+    Their pictures are unpacked into the user's cache when a tar is read for the first time (its size is needed there
+    once more), and found there by the tar's SHA-256 from then on. Keys without a picture are left out and counted by
+    reason, with those that img2dataset noted in `00000_stats.json` beside `00000.tar`. The id is TAR/KEY; the split is
+    read from the tar's place under `path`.
+    """
+
+    type: Literal["webdataset"] = "webdataset"
+    shards: str = Field("**/*.tar", description="tar under `path`, or pattern of several")
+    image: str | None = Field(None, description="member that is the picture, e.g. jpg; the only one when not given")
+    captions: str | None = Field("txt", description="member with the caption, or a field of one: json.caption")
+    question: str | None = Field(None, description="member or field with a question; `captions` is not read then")
+    answers: str = Field("json.answers", description="member or field with the answer(s) to the question")
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> WebDatasetSource:
+        if self.captions is None and self.question is None:
+            raise ValueError("got neither `captions` nor `question`, expected one of them")
+        return self
+
+    def read(self, root: Path) -> list[Sample]:
+        samples: list[Sample] = []
+        without: Counter[str] = Counter()
+        for shard, split in files_of(root, self.shards, self.split).items():
+            folder, rows = unpack_once([shard], partial(_unpack, shard))
+            name = shard.relative_to(root).with_suffix("").as_posix()
+            for values in rows:
+                row = Row(str(shard), values, f"key {values['__key__']}")
+                image = self._picture(row, values["__pictures__"])
+                if image is None:
+                    without["no picture in the tar"] += 1
+                else:
+                    samples.append(self._sample(row, folder / image, f"{name}/{values['__key__']}", split))
+            without.update(_failures(shard))
+        report_left_out(root, len(samples) + sum(without.values()), without)
+        return samples
+
+    def _picture(self, row: Row, pictures: dict[str, str]) -> str | None:
+        if self.image is None and len(pictures) > 1:
+            raise DataError(f"{row.where}: got pictures {', '.join(pictures)}, expected one; name it in `image`")
+        return pictures.get(self.image) if self.image is not None else next(iter(pictures.values()), None)
+
+    def _sample(self, row: Row, image: Path, name: str, split: str | None) -> Sample:
+        if self.question is None:
+            texts = tuple(text.strip() for text in _texts(row, self.captions or ""))
+            return Sample(id=name, images=(image,), targets=texts, split=split)
+        answers = _texts(row, self.answers)
+        return Sample(
+            id=name,
+            images=(image,),
+            targets=commonest(answers),
+            question=" ".join(_texts(row, self.question)),
+            split=split,
+            task="vqa",
+            metadata={"answers": answers},
+        )
+
+
+def _texts(row: Row, place: str) -> tuple[str, ...]:
+    """Texts of a member, "txt", or of a field of its JSON: "json.caption"."""
+    *parents, field = place.split(".")
+    for parent in parents:
+        row = row.row(parent)
+    return row.texts(field)
+
+
+def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Write the pictures of a tar; yield each key's other members, its pictures' names and the key."""
+    for sample in _samples_of(shard):
+        key = sample["__key__"]
+        row: dict[str, Any] = {"__key__": key, "__pictures__": {}}
+        for member, data in sample.items():
+            if member.startswith("__"):
+                continue
+            if ending := picture_ending(f"picture.{member}"):
+                row["__pictures__"][member] = write_picture(folder, data, ending)
+            elif member in _TEXTS or member == "json":
+                try:
+                    row[member] = json.loads(data) if member == "json" else data.decode("utf-8")
+                except ValueError as error:
+                    raise DataError(f"{shard}: key {key}: member '{member}' is not UTF-8 or JSON: {error}") from error
+        yield row
+
+
+def _samples_of(shard: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with shard.open("rb") as stream:
+            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise DataError(f"{shard}: cannot be read as a WebDataset tar: {error.args[0]}; make it anew") from error
+
+
+def _failures(shard: Path) -> Counter[str]:
+    """What img2dataset could not download for this tar: its own words for it → how often."""
+    path = shard.with_name(f"{shard.stem}_stats.json")
+    if not path.is_file():
+        return Counter()
+    counts = read_json_object(path).row("status_dict")
+    return Counter({status: counts.integer(status) for status in counts.fields() if status != "success"})
