@@ -64,6 +64,17 @@ def tiny_lm_config(family: str, vocab_size: int = 300):
         "qwen2": lambda: t.Qwen2Config(**llama_like),
         "qwen3": lambda: t.Qwen3Config(**llama_like, head_dim=8),
         "phi3": lambda: t.Phi3Config(**llama_like),
+        "t5": lambda: t.T5Config(
+            vocab_size=vocab_size,
+            d_model=h,
+            d_kv=h // a,
+            d_ff=2 * h,
+            num_layers=n,
+            num_heads=a,
+            eos_token_id=2,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        ),
         "gemma": lambda: t.GemmaConfig(**llama_like, head_dim=8),
         "gemma2": lambda: t.Gemma2Config(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
         "gemma3": lambda: t.Gemma3TextConfig(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
@@ -92,10 +103,11 @@ def make_tokenizer():
 def save_tiny_lm(folder: Path, family: str, sharpness: float = 1.0) -> Path:
     """Save a random LM and the tokenizer. A `sharpness` over 1 makes its words depend on more than the last token."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_lm_config(family))
+    config = tiny_lm_config(family)
+    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
 from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.features import PictureEncoder, feature_folder
+from frozenprefix.data.processes import Processes
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.training.caching import fill_cache, folder_bytes
-from frozenprefix.training.setup import PictureEncoder, Processes, feature_folder, load_parts, prepare_pictures
+from frozenprefix.training.setup import load_parts, prepare_pictures
 from tests.conftest import tiny_recipe_dict, write_shapes
 
 

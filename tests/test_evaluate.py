@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from frozenprefix import __version__
+from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation import evaluate, evaluate_checkpoint, evaluate_samples
-from frozenprefix.evaluation.scoring import Scores, vqa_scorer
+from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, generation
+from frozenprefix.evaluation.evaluate import encode_samples
+from frozenprefix.evaluation.metrics.captions import bleu_of_sums
+from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, vqa_scorer
+from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference import Captioner
 
 from .conftest import write_shapes
 
-KEYS = {"task", "metrics", "baselines", "n", "groups", "bad_pictures", "settings", "predictions"}
+KEYS = {
+    "task",
+    "metrics",
+    "intervals",
+    "baselines",
+    "n",
+    "groups",
+    "bad_pictures",
+    "settings",
+    "predictions",
+    "predictions_sha256",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +79,7 @@ def test_captions(captioner, captions, tmp_path):
     by_hand = captioner.caption([s.images[0] for s in captions], num_beams=2, max_new_tokens=5)
     assert [row["model"] for row in rows] == [caption.text for caption in by_hand]
     assert len({row["blind"] for row in rows}) == 1, "without a picture every caption is the same"
+    assert not list(path.parent.glob("*.part-*")), "nothing is left when it is done"
 
 
 def test_questions(captioner, questions, tmp_path):
@@ -68,6 +87,7 @@ def test_questions(captioner, questions, tmp_path):
     assert (result["task"], result["n"]) == ("vqa", 8)
     assert result["settings"] == {"num_beams": 1, "max_new_tokens": 3}
     assert result["groups"]["model"]["accuracy"].keys() == {"color", "shape"}
+    assert result["groups"]["model"]["accuracy_by_answer_type"].keys() == {"other"}
     rows = rows_of(tmp_path / "p.jsonl")
     assert [row["question"] for row in rows] == [sample.question for sample in questions]
     answers = [captioner.answer(s.images[0], s.question, max_new_tokens=3) for s in questions]
@@ -81,7 +101,7 @@ def test_questions(captioner, questions, tmp_path):
 
 def test_scores_are_of_the_predictions(captioner, questions, tmp_path, monkeypatch):
     """A model that always says "red", whatever it is shown."""
-    monkeypatch.setattr(evaluate, "_predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
+    monkeypatch.setattr(generation, "predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
     answers = [sample.targets[0] for sample in questions]
     share = answers.count("red") / len(answers)
@@ -98,6 +118,53 @@ def test_vqa_scorer_by_hand():
     scores = score({"1": "red", "2": "3", "3": "green"})
     assert scores.metrics["accuracy"] == pytest.approx(1 / 3)
     assert scores.groups["accuracy"] == {"color": 0.5, "number": 0.0}
+    assert scores.groups["accuracy_by_answer_type"] == {"number": 0.0, "other": 0.5}
+    assert scores.per_sample["1"] == {"accuracy": 1.0, "exact_match": 1.0}
+
+
+def test_questions_without_types_get_those_of_vqa_v2():
+    def sample(name, question, answer):
+        return Sample(name, (), (answer,), question=question, task="vqa")
+
+    score = vqa_scorer([sample("1", "What color is the cat?", "red"), sample("2", "Is this a dog?", "yes")])
+    groups = score({"1": "red", "2": "no"}).groups
+    assert groups["accuracy"] == {"is this a": 0.0, "what color is the": 1.0}
+    assert groups["accuracy_by_answer_type"] == {"other": 1.0, "yes/no": 0.0}
+
+
+# ── scores of single samples, and intervals ──
+
+
+def test_every_sample_has_its_scores(captioner, captions, tmp_path):
+    result = evaluate_samples(captioner, captions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=4)
+    rows = rows_of(tmp_path / "p.jsonl")
+    assert all(row["scores"].keys() == {"model", "blind", "shuffled"} for row in rows)
+    rouge = [row["scores"]["model"]["rouge_l"] for row in rows]
+    assert sum(rouge) / 4 == pytest.approx(result["metrics"]["rouge_l"])
+    sums = np.sum([row["statistics"]["bleu"] for row in rows], axis=0, dtype=float)
+    assert float(bleu_of_sums(sums)["bleu_1"]) == pytest.approx(result["metrics"]["bleu_1"])
+    data = (tmp_path / "p.jsonl").read_bytes()
+    assert result["predictions_sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_intervals_draw_whole_pictures(captioner, questions, tmp_path, monkeypatch):
+    """One of the two questions of each picture is answered rightly: half of the samples, half of every picture."""
+    right = {s.id: s.targets[0] for s in questions if s.question == "what color is this?"}
+    monkeypatch.setattr(
+        generation, "predict", lambda captioner, batch, *_: {s.id: right.get(s.id, "no") for s, _ in batch}
+    )
+    result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
+    assert result["metrics"]["accuracy"] == 0.5
+    assert result["intervals"]["accuracy"] == [0.5, 0.5]
+
+
+def test_metrics_that_are_no_mean_have_an_interval_from_counts_or_none():
+    samples = [Sample(str(i), (Path(f"{i}.png"),), (f"a dog runs on grass {i}",)) for i in range(20)]
+    scores = caption_scorer(samples)({s.id: s.targets[0] if int(s.id) % 2 else "a cat" for s in samples})
+    found = intervals(scores)
+    assert found.keys() == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"}
+    for name, (low, high) in found.items():
+        assert low < scores.metrics[name] < high, name
 
 
 def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp_path, monkeypatch):
@@ -107,7 +174,7 @@ def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp
 
         return score
 
-    monkeypatch.setitem(evaluate.SCORERS, "caption", broken)
+    monkeypatch.setitem(generation.SCORERS, "caption", broken)
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(RuntimeError, match="the scorer fell over"):
         evaluate_samples(captioner, captions, predictions=path, num_beams=1, max_new_tokens=2)
@@ -123,7 +190,7 @@ def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp
 def test_shuffled_never_gives_the_own_picture(count):
     """Some pictures have several samples, and samples of one picture do not stand together."""
     samples = [Sample(str(i), (Path(f"{i % count}.png"),), ()) for i in range(3 * count)]
-    others = evaluate.shuffled(samples)
+    others = generation.shuffled(samples)
     assert len(others) == len(samples)
     assert all(sample.images != other.images for sample, other in zip(samples, others, strict=True))
     assert {other.images for other in others} == {sample.images for sample in samples}, "every picture is shown"
@@ -131,21 +198,21 @@ def test_shuffled_never_gives_the_own_picture(count):
 
 def test_shuffled_needs_two_pictures():
     with pytest.raises(DataError, match="at least 2 different pictures"):
-        evaluate.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])
+        generation.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])
 
 
 def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
-    features, _ = evaluate.encode_samples(captioner, captions)
+    features, _ = encode_samples(captioner, captions, FeatureStorage())
     own = {sample.id: features[sample.images[0]] for sample in captions}
-    predict, seen = evaluate._predict, []
+    predict, seen = generation.predict, []
 
-    def spy(captioner, batch, features, settings):
+    def spy(captioner, batch, pictures, settings):
         seen.extend(batch)
-        return predict(captioner, batch, features, settings)
+        return predict(captioner, batch, pictures, settings)
 
     given = []
     generate = Captioner.generate
-    monkeypatch.setattr(evaluate, "_predict", spy)
+    monkeypatch.setattr(generation, "predict", spy)
     monkeypatch.setattr(
         Captioner,
         "generate",
@@ -218,8 +285,8 @@ def test_a_checkpoint_on_a_folder(tiny_checkpoint, shapes, tmp_path, task, n):
 
 
 def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
-    monkeypatch.setitem(evaluate.SCORERS, "vqa", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
+    monkeypatch.setattr(generation, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
+    monkeypatch.setitem(generation.SCORERS, "vqa", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
     result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
     path = tiny_checkpoint / "predictions_vqa_val.jsonl"
     assert result["predictions"] == str(path)
@@ -232,3 +299,25 @@ def test_a_folder_without_the_task_is_an_error(tiny_checkpoint, tmp_path):
     (folder / "qa.jsonl").unlink()
     with pytest.raises(DataError, match="holds no vqa samples in split None"):
         evaluate_checkpoint(tiny_checkpoint, task="vqa", data=folder)
+
+
+def test_a_checkpoint_says_what_was_evaluated(tiny_checkpoint, shapes, tmp_path):
+    result = evaluate_checkpoint(
+        tiny_checkpoint, task="vqa", data=shapes, split="val", limit=2, predictions=tmp_path / "p.jsonl"
+    )
+    source = {"checkpoint": str(tiny_checkpoint), "data": str(shapes), "split": "val", "limit": 2}
+    assert result["source"] == {**source, "frozenprefix": __version__}
+
+
+def test_unknown_tasks_and_options_are_refused(tiny_checkpoint, shapes, tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown evaluation task 'vqaa' \(did you mean 'vqa'\?\)"):
+        evaluate_checkpoint(tiny_checkpoint, task="vqaa", data=shapes)
+    with pytest.raises(ConfigError, match="task 'vqa' has no option 'shots'"):
+        evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, predictions=tmp_path / "p.jsonl", shots=3)
+
+
+@pytest.mark.parametrize("name", TASKS.names())
+def test_every_task_is_there(name):
+    task = TASKS.get(name)
+    assert callable(task.run)
+    assert callable(task.load)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.yaml_text import read_yaml, write_yaml
 
@@ -50,7 +51,7 @@ def test_short_recipe_has_defaults(file):
     assert recipe.training.betas == (0.9, 0.999)
     assert recipe.training.pictures_per_step == 12
     assert recipe.training.warmup_steps == 50
-    assert recipe.data.prompts == {"caption": "", "vqa": "Question: {question} Answer:"}
+    assert recipe.data.prompts == DEFAULT_PROMPTS
     assert recipe.data.feature_cache == "auto"
     assert recipe.evaluation.num_beams == 5
     assert recipe.tracking.tensorboard is False
@@ -182,25 +183,26 @@ training: {epochs: 2.5, learning_rate: 1e-4x, tokens_per_row: 4, packing: none, 
 tracking: {tensorboard: "False"}
 """
     )
-    types = "captions, coco, easy_vqa, flickr_tokens, image_folder, karpathy, qa, vqa_v2"
+    types = "captions, coco, easy_vqa, emoji, flickr_tokens, image_folder, karpathy, qa, vqa_v2"
     assert set(problems_of(file, "training.warmup=2", "seed", "data.train.9.path=b")) == {
         "override 'seed': expected KEY=VALUE, as in training.learning_rate=1e-4",
         "data.train.9: no such item, expected a number from 0 to 3",
         "sead: unknown key (did you mean 'seed'?)",
         "learning_rate: unknown key (did you mean 'training.learning_rate'?)",
         "name: got 12, expected a string (put it in quotes)",
-        "model.vision_encoder.source: got 'tim', expected 'timm', 'open_clip' or 'transformers' (did you mean 'timm'?)",
+        "model.vision_encoder.source: got 'tim', expected 'timm', 'open_clip', 'transformers', 'fused' or 'features' "
+        "(did you mean 'timm'?)",
         "model.vision_encoder.name: missing, expected architecture (timm, open_clip) or Hub id / local folder "
         "(transformers)",
         "model.vision_encoder.layer: got 'x', expected a whole number or a list",
         "model.vision_encoder.nam: unknown key (did you mean 'model.vision_encoder.name'?)",
         "model.mapper.type: unknown mapper 'mpl' (did you mean 'mlp'?); known: linear, mlp, perceiver, transformer",
         f"data.train.0.type: unknown data source 'caption' (did you mean 'captions'?); known: {types}",
-        "data.train.1.path: missing, expected folder: local, or a pypi:// reference",
+        "data.train.1.path: missing, expected folder: local, or a pypi:// or npm:// reference",
         "data.train.1.pth: unknown key (did you mean 'data.train.1.path'?)",
         f"data.train.2.type: missing, expected one of: {types}",
         "data.train.3: got 7, expected a block of keys with a type",
-        "data.prompts.vga: unknown task (did you mean 'vqa'?); known: caption, vqa",
+        "data.prompts.vga: unknown task (did you mean 'vqa'?); known: caption, vqa, classification",
         "data.prompts.vqa: got 'hi', expected a template with a place for the {question}",
         "training.epochs: got 2.5, expected a whole number",
         "training.learning_rate: got '1e-4x', expected a number",

@@ -3,62 +3,106 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 
-class Task(str, Enum):
-    """What a checkpoint is evaluated on."""
-
-    caption = "caption"
-    vqa = "vqa"
-
-
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
-    task: Annotated[Task, typer.Option(help="What to evaluate.", show_default=False)],
+    task: Annotated[
+        str, typer.Option(help="caption, vqa, classification, few_shot, retrieval or video.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="Folder of the data.", show_default=False)],
     split: Annotated[str | None, typer.Option(help="Split to take; all when not given.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N pictures.")] = None,
     beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5 for captions and 1 for answers when not given.")
     ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="JSONL file for every prediction; beside the checkpoint when not given.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over, instead of going on with an evaluation that was killed.")
+    ] = False,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of this task only, such as shots=4.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
 ) -> None:
-    """Measure a checkpoint, beside what it scores without the picture and with a wrong one."""
+    """Measure a checkpoint, beside what it scores without the picture and with a wrong one.
+
+    Started with torchrun or accelerate launch, the processes share the work.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from frozenprefix.evaluation import evaluate_checkpoint
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    options: dict[str, Any] = {"predictions": predictions} if predictions is not None else {}
+    if restart:
+        options["restart"] = True
+    options |= _own_options(option or [])
+    is_main = int(os.environ.get("RANK", "0")) == 0  # as accelerate and torchrun number processes
+    with Progress(console=Console(stderr=True), transient=True, disable=not is_main) as bar:
         line = bar.add_task("predicting", total=None)
         result = evaluate_checkpoint(
             checkpoint,
-            task=task.value,
+            task=task,
             data=data,
             split=split,
             limit=limit,
             num_beams=beams,
             progress=lambda done, total: bar.update(line, completed=done, total=total),
+            **options,
         )
+    if not is_main:
+        return
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _show(result)
 
 
+def _own_options(given: list[str]) -> dict[str, Any]:
+    """`name=value` as the task's keyword, the value read as YAML: shots=4, calibrate=false, labels=[cat, dog]."""
+    import yaml
+
+    from frozenprefix.errors import ConfigError
+
+    options = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--option: got {text!r}, expected NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option: {text!r}: the value cannot be read ({error})") from error
+    return options
+
+
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     columns = {"model": result["metrics"], **result.get("baselines", {})}
-    table = Table("metric", *columns, title=f"n = {result['n']}", title_justify="left")
+    intervals = result.get("intervals", {})
+    head = [
+        Column("metric", no_wrap=True),
+        "model",
+        *(["95 %"] if intervals else []),
+        *(name for name in columns if name != "model"),
+    ]
+    table = Table(*head, title=f"n = {result['n']}", title_justify="left")
     for metric in result["metrics"]:
-        table.add_row(metric, *(_shown(scores.get(metric)) for scores in columns.values()))
+        cells = [_shown(scores.get(metric)) for scores in columns.values()]
+        if intervals:
+            low_high = intervals.get(metric)
+            cells.insert(1, "" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}")
+        table.add_row(metric, *cells)
     Console().print(table)
 
 

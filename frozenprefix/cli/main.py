@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from frozenprefix import __version__
-from frozenprefix.cli import ask, cache, caption, data, evaluate, plan, train
+from frozenprefix.cli import ask, cache, caption, chat, compare, data, evaluate, plan, search, train, video
 from frozenprefix.errors import ConfigError, FrozenPrefixError
 
 
@@ -39,7 +39,11 @@ app.command("cache")(cache.command)
 app.command("plan")(plan.command)
 app.command("caption")(caption.command)
 app.command("ask")(ask.command)
+app.command("chat")(chat.command)
+app.command("video")(video.command)
 app.command("evaluate")(evaluate.command)
+app.command("search")(search.command)
+app.command("compare")(compare.command)
 app.add_typer(data.app, name="data")
 
 

@@ -15,7 +15,7 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import PictureStream, choose_targets
 from frozenprefix.data.samples import PictureGroup, Sample
-from frozenprefix.models.packing import Packing, Target, pack
+from frozenprefix.models.packing import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class Collator:
         features: features made earlier; pictures are decoded when there are none.
         packing: see `models.packing.pack`; tokens_per_row: as there.
         max_target_tokens: longer targets are cut (and still closed by the end token), and counted.
+        keep_samples: also hand on which groups and targets the batch is made of, as `samples`: a list of
+            (group, [(sample, target), …]).
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Collator:
         packing: Packing = "trie",
         tokens_per_row: int | None = None,
         max_target_tokens: int | None = None,
+        keep_samples: bool = False,
     ):
         self.processor = processor
         self.features = features
         self.packing = packing
         self.tokens_per_row = tokens_per_row
         self.max_target_tokens = max_target_tokens
+        self.keep_samples = keep_samples
         self.num_truncated = 0
         self._prompt_ids: dict[str, list[int]] = {}
         self._target_ids: dict[tuple[str, str], list[int]] = {}
@@ -54,15 +58,21 @@ class Collator:
     ) -> dict[str, Any]:
         """Collate pictures with the (sample, target) pairs chosen for each."""
         batch: dict[str, Any] = self.pictures([path for group in groups for path in group.images])
-        batch["packed"] = pack(
+        batch["packed"] = self.pack(chosen, [len(group.images) for group in groups])
+        if self.keep_samples:
+            batch["samples"] = list(zip(groups, chosen, strict=True))
+        return batch
+
+    def pack(self, chosen: Sequence[Sequence[tuple[Sample, str]]], images_per_group: Sequence[int]) -> PackedBatch:
+        """Rows of the (sample, target) pairs of each group of pictures."""
+        return pack(
             [[self.target(sample, text) for sample, text in pairs] for pairs in chosen],
             image_token_id=self.processor.image_token_id,
             prefix_length=self.processor.prefix_length,
-            images_per_group=[len(group.images) for group in groups],
+            images_per_group=images_per_group,
             packing=self.packing,
             tokens_per_row=self.tokens_per_row,
         )
-        return batch
 
     def pictures(self, paths: Sequence[Path]) -> dict[str, Tensor]:
         """Model inputs of pictures: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""

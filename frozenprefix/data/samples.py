@@ -21,7 +21,7 @@ class Sample:
         prompt: prompt template; None takes the task's default one.
         question: what is asked, for task "vqa".
         split: "train", "val", "test", or whatever name the source gives.
-        task: "caption" or "vqa".
+        task: "caption", "vqa", or "classification", whose one target is the label.
         metadata: what the source knows beyond that. For "vqa", `answers` holds every human answer.
     """
 

@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from frozenprefix.data.samples import Sample
-from frozenprefix.evaluation.metrics.captions import CaptionReferences, caption_metrics
+from frozenprefix.evaluation.bootstrap import Metric, bootstrap_interval
+from frozenprefix.evaluation.metrics.captions import CaptionReferences, bleu_of_sums, caption_metrics
+from frozenprefix.evaluation.metrics.question_types import answer_type, question_type
 from frozenprefix.evaluation.metrics.vqa import by_group, exact_match, vqa_accuracy
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics over all samples, and by question type where the data names types."""
+    """Scores of one prediction set.
+
+    Attributes:
+        metrics: over all samples.
+        groups: metric → group (a question type) → mean of that group.
+        per_sample: sample id → metric → score.
+        statistics: name of a kind of statistics (a key of `STATISTICS`) → sample id → values. A metric that is made of
+            them is no mean over samples.
+    """
 
     metrics: dict[str, float]
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_sample: dict[str, dict[str, float]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
 
 Scorer = Callable[[Mapping[str, str]], Scores]
 
 
+def _bleu(name: str) -> Metric:
+    def metric(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return bleu_of_sums(sums)[name]
+
+    return metric
+
+
+#: Kind of statistics → the metrics made of their sums.
+STATISTICS: dict[str, dict[str, Metric]] = {"bleu": {name: _bleu(name) for name in (f"bleu_{n}" for n in range(1, 5))}}
+
+
 def caption_scorer(samples: Sequence[Sample]) -> Scorer:
     """BLEU, ROUGE-L, CIDEr-D and diversity against all captions of each sample, whose references are read once."""
     references = CaptionReferences({sample.id: list(sample.targets) for sample in samples})
-    return lambda texts: Scores(caption_metrics(dict(texts), references).corpus)
+
+    def score(texts: Mapping[str, str]) -> Scores:
+        made = caption_metrics(dict(texts), references)
+        return Scores(made.corpus, per_sample=made.per_image, statistics={"bleu": made.bleu_statistics})
+
+    return score
 
 
 def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
-    """VQA accuracy (soft where there are several human answers) and exact match, in all and by question type."""
+    """VQA accuracy (soft where there are several human answers) and exact match, in all, by question type and by
+    answer type: those that the data names, else as VQA v2 tells them apart."""
     answers = {sample.id: list(sample.metadata.get("answers", sample.targets)) for sample in samples}
-    types = {s.id: s.metadata["question_type"] for s in samples if "question_type" in s.metadata}
+    types = {
+        "accuracy": {s.id: str(s.metadata.get("question_type") or question_type(s.question or "")) for s in samples},
+        "accuracy_by_answer_type": {
+            s.id: str(s.metadata.get("answer_type") or answer_type(answers[s.id])) for s in samples
+        },
+    }
 
     def score(texts: Mapping[str, str]) -> Scores:
         accuracy, exact = vqa_accuracy(dict(texts), answers), exact_match(dict(texts), answers)
-        metrics = {"accuracy": mean(accuracy.values()), "exact_match": mean(exact.values())}
-        return Scores(metrics, {"accuracy": by_group(accuracy, types)} if types else {})
+        return Scores(
+            metrics={"accuracy": mean(accuracy.values()), "exact_match": mean(exact.values())},
+            groups={name: by_group(accuracy, of) for name, of in types.items()},
+            per_sample={key: {"accuracy": accuracy[key], "exact_match": exact[key]} for key in accuracy},
+        )
 
     return score
 
@@ -43,6 +83,38 @@ def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **options: int) -> dict[str, list[float]]:
+    """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or made of `STATISTICS`.
+
+    Args:
+        clusters: sample id → what is drawn as a whole, such as its picture; see `bootstrap_interval`.
+        options: `n` and `seed` of the bootstrap.
+    """
+    found: dict[str, list[float]] = {}
+    for name in scores.metrics:
+        rows, metric, ids = rows_of(name, scores.per_sample, scores.statistics)
+        if ids:
+            groups = None if clusters is None else [clusters[key] for key in ids]
+            interval = bootstrap_interval(rows, metric, clusters=groups, **options)
+            found[name] = [interval.low, interval.high]
+    return found
+
+
+def rows_of(
+    name: str, per_sample: Mapping[str, Mapping[str, float]], statistics: Mapping[str, Mapping[str, Sequence[float]]]
+) -> tuple[NDArray[np.float64], Metric | None, list[str]]:
+    """What the bootstrap of a metric needs: values per sample, the function of their sums (None: their mean), and the
+    ids. No ids for a metric that cannot be had from samples, such as the number of different captions."""
+    for kind, metrics in STATISTICS.items():
+        if name in metrics and statistics.get(kind):
+            ids = list(statistics[kind])
+            return np.array([statistics[kind][key] for key in ids], dtype=np.float64), metrics[name], ids
+    ids = list(per_sample)
+    if not ids or any(name not in per_sample[key] for key in ids):
+        return np.empty(0), None, []
+    return np.array([per_sample[key][name] for key in ids], dtype=np.float64), None, ids
 
 
 SCORERS: dict[str, Callable[[Sequence[Sample]], Scorer]] = {"caption": caption_scorer, "vqa": vqa_scorer}

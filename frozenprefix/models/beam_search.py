@@ -144,12 +144,17 @@ class BeamSearch:
 
     Args:
         parts: decoder, head and logit cap, as `language_model.decoder_and_head` gives them.
+        virtual_tokens: how many the LM puts into its cache by itself.
     """
 
     def __init__(
-        self, language_model: PreTrainedModel, parts: tuple[nn.Module, nn.Module, float | None], options: BeamOptions
+        self,
+        language_model: PreTrainedModel,
+        parts: tuple[nn.Module, nn.Module, float | None],
+        options: BeamOptions,
+        virtual_tokens: int = 0,
     ):
-        self.language_model, self.options = language_model, options
+        self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
         self.decoder, self.head, self.softcap = parts
         self.config = language_model.config.get_text_config()
 
@@ -162,7 +167,7 @@ class BeamSearch:
         """
         options = self.options
         pictures, prompt = attention_mask.shape
-        room = prompt + options.num_beams * options.max_new_tokens
+        room = self.virtual_tokens + prompt + options.num_beams * options.max_new_tokens
         self.layers = [_Layer(room) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         self.prompt_seen, self.prompt_length = attention_mask.bool(), attention_mask.sum(-1)

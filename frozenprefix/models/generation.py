@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models import seq2seq
 from frozenprefix.models.beam_search import BeamSearch, beam_options
 from frozenprefix.models.fusion import Fusion, Shown
+from frozenprefix.models.seq2seq import is_seq2seq
 
 
 class PictureGeneration:
@@ -26,6 +28,10 @@ class PictureGeneration:
     def embed_shown(
         self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Shown | None]:
+        raise NotImplementedError
+
+    @property
+    def num_virtual_tokens(self) -> int:
         raise NotImplementedError
 
     def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
@@ -60,6 +66,8 @@ class PictureGeneration:
             raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
+        if is_seq2seq(self.language_model) and input_ids is not None:
+            return seq2seq.generate(self, input_ids, prefix_embeds, attention_mask, args, kwargs)
         inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
@@ -73,9 +81,10 @@ class PictureGeneration:
         """By this package's beam search where it follows all options, else by transformers."""
         options = None
         if not args and not (self.fusion.every_step and self.fusion.shown is not None):
-            options = beam_options(self.language_model, inputs_embeds.shape[1], kwargs)
+            options = beam_options(self.language_model, inputs_embeds.shape[1] + self.num_virtual_tokens, kwargs)
         if options is not None:
-            sequences, scores = BeamSearch(self.language_model, self.parts(), options)(inputs_embeds, attention_mask)
+            search = BeamSearch(self.language_model, self.parts(), options, self.num_virtual_tokens)
+            sequences, scores = search(inputs_embeds, attention_mask)
             made = GenerateBeamDecoderOnlyOutput(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, scores))
             return made if options.as_dict else sequences
         language_model = cast(Any, self.language_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
@@ -57,15 +66,20 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
 
     Raises:
         AssetError: when the Hub id cannot be reached or the folder holds no causal LM.
+        ConfigError: for a quantisation that this machine cannot have.
     """
     found = resolve_language_model(config)
+    options = quantization_options(config)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            known = AutoConfig.from_pretrained(found.location, revision=found.revision or "main")
+            kind: Any = AutoModelForSeq2SeqLM if known.is_encoder_decoder else AutoModelForCausalLM
+            model = kind.from_pretrained(
                 found.location,
                 revision=found.revision or "main",
                 dtype=getattr(torch, config.dtype),
                 attn_implementation=config.attn_implementation,
+                **options,
             )
     except (OSError, ValueError) as error:
         raise AssetError(
@@ -76,6 +90,29 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
     if "sha256" not in identity:
         identity["revision"] = str(getattr(model.config, "_commit_hash", None))
     return model, identity
+
+
+def quantization_options(config: LanguageModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold the weights in 4 or 8 bits: NF4 (QLoRA, Dettmers et al. 2023) or LLM.int8.
+
+    Raises:
+        ConfigError: without a GPU or without bitsandbytes.
+    """
+    if config.quantization == "none":
+        return {}
+    missing = [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    missing += [] if importlib.util.find_spec("bitsandbytes") else ["the package bitsandbytes"]
+    if missing:
+        raise ConfigError(
+            f"model.language_model.quantization: got '{config.quantization}', which needs {' and '.join(missing)}; "
+            "use 'none' here"
+        )
+    if config.quantization == "8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = getattr(torch, config.dtype)
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": how, "device_map": {"": torch.cuda.current_device()}}
 
 
 def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
@@ -148,6 +185,11 @@ def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Mod
     Raises:
         ConfigError: when the parts do not give the LM's own logits.
     """
+    if language_model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.language_model: {type(language_model).__name__} has an encoder of its own; what reads decoder and "
+            "head apart (losses on hidden states, likelihoods of packed texts) needs a causal LM"
+        )
     decoder, head = language_model.base_model, language_model.get_output_embeddings()
     softcap = getattr(language_model.config.get_text_config(), "final_logit_softcapping", None)
     embeddings = language_model.get_input_embeddings()(torch.arange(3, device=language_model.device)[None])
@@ -170,6 +212,8 @@ def check_packable(language_model: PreTrainedModel) -> str | None:
     """
     config = language_model.config.get_text_config()
     name = type(language_model).__name__
+    if language_model.config.is_encoder_decoder:
+        return f"{name} has an encoder, which sees a row as a whole: give it one target; set training.packing=none"
     if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
         return f"{name} derives positions from the mask (ALiBi): targets cannot share a row; set training.packing=none"
     if any(

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.models import seq2seq
+from frozenprefix.models.adapted import freeze_around, split_peft_model
 from frozenprefix.models.attention import attention_for_rows, mask_per_kind
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
@@ -22,6 +25,7 @@ from frozenprefix.models.configuration import (
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.generation import PictureGeneration
+from frozenprefix.models.heads import ContrastiveHeads, PictureTextEmbedding
 from frozenprefix.models.language_model import (
     decoder_and_head,
     embedding_rms,
@@ -35,7 +39,9 @@ from frozenprefix.models.losses import next_token_loss
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch, ancestor_mask
 from frozenprefix.models.saving import FROZEN_PARTS, TrainableCheckpoint, check_identity
+from frozenprefix.models.seq2seq import check_seq2seq, is_seq2seq
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
+from frozenprefix.models.vision.training import train_encoder
 
 
 @dataclass
@@ -55,12 +61,16 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneration, PreTrainedModel, GenerationMixin):
+class FrozenPrefixForConditionalGeneration(
+    TrainableCheckpoint, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
+):
     """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
     Args:
         config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, language_model: ready-made parts instead (a `VisionEncoder`, any causal LM of transformers).
+        vision_encoder, language_model: ready-made parts instead (a `VisionEncoder`, any causal or
+            encoder-decoder LM of transformers, or a
+            peft model around one, whose adapter stays as trainable or frozen as it is).
 
     The mapper's weights stay float32; the LM and the encoder run in the dtype that their config sections name.
     """
@@ -91,34 +101,46 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
         if language_model is None:
             section = LanguageModelConfig.model_validate(config.language_model)
             language_model, identity["language_model"] = load_language_model(section)
+        language_model, peft_model = split_peft_model(language_model)
+        if is_seq2seq(language_model):
+            check_seq2seq(language_model)
         check_identity(config.identity, identity)
         config.identity = {**config.identity, **identity}
 
-        self.vision_encoder = freeze(vision_encoder)
-        self.language_model = freeze(fuse_activations(language_model))
+        self.vision_encoder = self._freeze_encoder(vision_encoder)
+        self.language_model = freeze_around(fuse_activations(language_model), peft_model)
+        self.add_adapters(peft_model)
+        lm_dim = word_embeddings(language_model).weight.shape[1]
         self.mapper = build_mapper(
             MapperConfig.model_validate(config.mapper),
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
-            lm_dim=word_embeddings(language_model).weight.shape[1],
+            lm_dim=lm_dim,
             embedding_rms=embedding_rms(language_model),
         )
-        self.fusion = build_fusion(
-            FusionConfig.model_validate(config.fusion), language_model, word_embeddings(language_model).weight.shape[1]
-        )
+        self.fusion = build_fusion(FusionConfig.model_validate(config.fusion), language_model, lm_dim)
+        self.contrastive = None if config.contrastive is None else ContrastiveHeads(lm_dim, **config.contrastive)
         self._start_token = None if self.fusion.is_prefix else start_token(language_model)
         self._decoder_and_head: tuple[nn.Module, nn.Module, float | None] | None = None
         self.generation_config = language_model.generation_config
         self.post_init()
 
+    def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
+        if self.config.vision_encoder is None:
+            return freeze(vision_encoder)
+        section = VisionEncoderConfig.model_validate(self.config.vision_encoder)
+        return train_encoder(vision_encoder, section.trainable, getattr(torch, section.dtype))
+
     def init_weights(self) -> None:
         """Parts arrive with their weights; transformers' own initialisation must not touch them."""
 
     def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
-        """Set the mapper's mode; frozen parts stay in evaluation mode."""
+        """Set the mapper's mode; frozen parts stay in evaluation mode, around their adapters."""
         super().train(mode)
         for name in FROZEN_PARTS:
             getattr(self, name).eval()
+        for adapter in self.adapters.values():
+            adapter.train(mode)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -132,8 +154,9 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
         return self.language_model.dtype
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """float[pictures, 3, H, W] -> image_features: float[pictures, N, D_enc]."""
-        with torch.no_grad():
+        """float[pictures, 3, H, W] -> image_features: float[pictures, N, D_enc], with a gradient if any is trained."""
+        trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision_encoder(pixel_values)
 
     def map_features(self, image_features: Tensor) -> Tensor:
@@ -147,9 +170,12 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
                 f"image_features: got shape {tuple(image_features.shape)}, "
                 f"expected (pictures, {expected[0]}, {expected[1]})"
             )
+        image_features = image_features.float()
+        if self.config.unit_features:
+            image_features = F.normalize(image_features, dim=-1)
         half = self.compute_dtype != torch.float32
         with torch.autocast(image_features.device.type, dtype=self.compute_dtype if half else None, enabled=half):
-            return self.mapper(image_features.float())
+            return self.mapper(image_features)
 
     def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
         """Prefix embeddings of pictures, or of features made earlier; None without either."""
@@ -178,7 +204,8 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
             input_ids: int64[B, T] with `prefix_length` placeholders per picture.
             pixel_values: float[pictures, 3, H, W], or image_features: float[pictures, N, D_enc].
             attention_mask: int64[B, T], 0 on padding (either side).
-            labels: int64[B, T], -100 where nothing is learned; shifted inside, as in transformers.
+            labels: int64[B, T], -100 where nothing is learned; shifted inside, as in transformers. With an
+                encoder-decoder LM int64[B, L], what its decoder writes.
 
         Raises:
             DataError: when placeholders and pictures do not match.
@@ -186,7 +213,11 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
         # [pictures, 3, H, W] -> [pictures, N, D_enc] -> [pictures, P, D_lm]
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
-            return FrozenPrefixOutput(loss=self.packed_loss(packed, prefix_embeds), prefix_embeds=prefix_embeds)
+            penalty = self.adapter_penalty() if self.training else 0.0
+            return FrozenPrefixOutput(self.packed_loss(packed, prefix_embeds) + penalty, prefix_embeds=prefix_embeds)
+        if is_seq2seq(self.language_model):
+            made = seq2seq.forward(self, input_ids, prefix_embeds, attention_mask, labels)
+            return FrozenPrefixOutput(*made, None, prefix_embeds)
         # [B, T] -> [B, T, D_lm]
         inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
@@ -246,11 +277,16 @@ class FrozenPrefixForConditionalGeneration(TrainableCheckpoint, PictureGeneratio
     def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
         """Decoder, head and logit cap of the LM, checked at the first call."""
         if self._decoder_and_head is None:
+            training = self.training
+            self.eval()  # an adapter's dropout would show as a difference between parts and whole
             self._decoder_and_head = decoder_and_head(self.language_model)
+            self.train(training)
         return self._decoder_and_head
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
+        if is_seq2seq(self.language_model):
+            return seq2seq.packed_loss(self, packed, prefix_embeds) / packed.num_tokens
         decoder, head, softcap = self.parts()
         # [R, T] -> [R, T, D_lm]
         inputs_embeds = self._fuse(packed.input_ids, packed.prefix_index, prefix_embeds)

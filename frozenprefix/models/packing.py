@@ -31,10 +31,14 @@ Packing = Literal["trie", "flat", "none"]
 
 
 class Target(NamedTuple):
-    """One text to learn: ids with the picture's placeholders in place, the first `num_context` of them only given."""
+    """One text to learn: ids with the picture's placeholders in place, the first `num_context` of them only given.
+
+    Its tokens count `weight` times in the loss; a negative weight makes them less likely.
+    """
 
     input_ids: Sequence[int]
     num_context: int
+    weight: float = 1.0
 
 
 @dataclass
@@ -49,7 +53,7 @@ class PackedBatch:
         shown_index: int64[R, T], index of the latest placeholder before or at each token in its own text, -1 for none.
         predict_index: int64[K], nodes that predict something, as indices into [R * T].
         edge_source: int64[E], index into the K nodes; edge_label: int64[E], the next token;
-        edge_weight: float32[E], how many targets take that step.
+        edge_weight: float32[E], the sum of the weights of the targets that take that step.
         num_targets, num_tokens: targets, and trained tokens, before any sharing.
     """
 
@@ -81,7 +85,7 @@ class _Trie:
     end: list[int]
     prefix: list[int]  # number of the placeholder within this trie, or -1
     shown: list[int]  # number of the latest placeholder so far, or -1
-    edges: dict[tuple[int, int], int]  # (node, next token) -> count
+    edges: dict[tuple[int, int], float]  # (node, next token) -> sum of weights
 
 
 def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = True) -> _Trie:
@@ -92,7 +96,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
     """
     children: list[dict[int, int]] = [{}]  # nodes in creation order; 0 is a root above the first token
     token: list[int] = [-1]
-    edges: dict[tuple[int, int], int] = {}
+    edges: dict[tuple[int, int], float] = {}
     branch_from = _common_context(targets, image_token_id) if not share else 0
     for target in targets:
         if target.num_context >= len(target.input_ids):
@@ -100,7 +104,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
         node = 0
         for place, token_id in enumerate(target.input_ids):
             if place >= target.num_context:
-                edges[node, token_id] = edges.get((node, token_id), 0) + 1
+                edges[node, token_id] = edges.get((node, token_id), 0.0) + target.weight
             if place == len(target.input_ids) - 1:
                 break  # the last token is only predicted, it never has to be read
             key = token_id if share or place < branch_from else -len(token)
@@ -122,7 +126,7 @@ def _common_context(targets: Sequence[Target], image_token_id: int) -> int:
 
 
 def _depth_first(
-    children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], int], image_token_id: int
+    children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], float], image_token_id: int
 ) -> _Trie:
     trie = _Trie([], [], [], [], [], {})
     place_of: dict[int, int] = {0: -1}
@@ -142,10 +146,10 @@ def _depth_first(
         trie.shown.append(seen + is_image - 1)
         stack.append((-node, 0, 0))
         stack += [(child, depth + 1, seen + is_image) for child in reversed(children[node].values())]
-    for (node, label), count in edges.items():
+    for (node, label), weight in edges.items():
         if node == 0:
             raise TrainingError("the first token of a text cannot be learned: nothing stands before it")
-        trie.edges[place_of[node], label] = count
+        trie.edges[place_of[node], label] = weight
     return trie
 
 
@@ -246,11 +250,11 @@ def _lay_out(tries: list[tuple[_Trie, int]], rows: list[list[int]]) -> PackedBat
             subtree_end[r, span] = torch.tensor(trie.end) + at
             prefix_index[r, span] = torch.where(prefix >= 0, prefix + start, -1)
             shown_index[r, span] = torch.where(shown >= 0, shown + start, -1)
-            for (node, label), count in trie.edges.items():
+            for (node, label), weight in trie.edges.items():
                 place = r * width + at + node
                 edge_source.append(source_of.setdefault(place, len(source_of)))
                 edge_label.append(label)
-                edge_weight.append(float(count))
+                edge_weight.append(weight)
             at += len(trie.ids)
     return PackedBatch(
         input_ids,

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError
 
 IMAGE_TOKEN = "<image>"
-DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:"}
+DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
+
+# Put before a template: messages whose content is a list of parts become text with `<image>` marks, which is what the
+# templates of language models read. The empty expression keeps the template's own first newline.
+_PARTS_TO_TEXT = """
+{%- set turns = namespace(all=[]) -%}
+{%- for message in messages -%}
+    {%- set turn = namespace(text='') -%}
+    {%- if message.content is string or message.content is none or message.content is undefined -%}
+        {%- set turns.all = turns.all + [message] -%}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {%- if part.type not in ('image', 'text') -%}
+                {{- raise_exception("content part: got type '" ~ part.type ~ "', expected 'image' or 'text'") -}}
+            {%- endif -%}
+            {%- set turn.text = turn.text ~ (MARK if part.type == 'image' else part.text) -%}
+        {%- endfor -%}
+        {%- set turns.all = turns.all + [dict(message, content=turn.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = turns.all -%}
+{{- '' }}"""
+
+# For tokenizers without a template: the prompt that questions were trained with, pictures in front of it.
+_QUESTIONS_AND_ANSWERS = """
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- set turn = namespace(pictures='', text='') -%}
+        {%- for part in message.content.split(MARK) -%}
+            {%- if not loop.first and turn.text | trim -%}
+                {%- set turn.text = turn.text ~ MARK -%}
+            {%- elif not loop.first -%}
+                {%- set turn.pictures = turn.pictures ~ MARK -%}
+            {%- endif -%}
+            {%- set turn.text = turn.text ~ part -%}
+        {%- endfor -%}
+        {{- turn.pictures ~ BEFORE ~ (turn.text | trim) ~ AFTER -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- GLUE ~ message.content ~ '\n' -}}
+    {%- else -%}
+        {{- message.content ~ '\n' -}}
+    {%- endif -%}
+{%- endfor -%}"""
 
 
 class FrozenPrefixProcessor(ProcessorMixin):
@@ -66,9 +110,41 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def with_image(prompt: str, count: int = 1) -> str:
         return prompt if IMAGE_TOKEN in prompt else IMAGE_TOKEN * count + prompt
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Messages as text or model inputs, as in transformers, with templates that were written for text alone.
+
+        Args:
+            conversation: `{"role", "content"}` messages or a list of such lists. The content is a text with `<image>`
+                marks, or parts `{"type": "image", …}` and `{"type": "text", "text": …}`.
+            chat_template: a template, or the name of one of several. The processor's own, else the tokenizer's, else
+                the prompt of task "vqa", one after the other, when not given.
+            args, kwargs: of transformers' `apply_chat_template`: `add_generation_prompt`, `tokenize`, `return_dict`, …
+        """
+        template = _with_values(_PARTS_TO_TEXT, MARK=IMAGE_TOKEN) + self._template(chat_template)
+        return super().apply_chat_template(conversation, template, *args, **kwargs)
+
+    def _template(self, chosen: str | None) -> str:
+        known = self.chat_template or self.tokenizer.chat_template
+        if isinstance(known, dict):
+            name = chosen or "default"
+            if name in known:
+                return known[name]
+            if "{" not in name:
+                names = ", ".join(sorted(known))
+                raise ConfigError(f"chat_template: got {name!r}, expected one of {names}, or a template")
+        elif not chosen and known:
+            return str(known)
+        if chosen:
+            return chosen
+        before, _, after = self.prompts["vqa"].replace(IMAGE_TOKEN, "").partition("{question}")
+        glue = "" if after.endswith((" ", "\n")) else " "
+        return _with_values(_QUESTIONS_AND_ANSWERS, MARK=IMAGE_TOKEN, BEFORE=before, AFTER=after, GLUE=glue)
+
+    def encode_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own start token; an `<image>` is `prefix_length` placeholders."""
-        ids = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]  # tokenizers that close every text would end it before the answer
@@ -91,19 +167,35 @@ class FrozenPrefixProcessor(ProcessorMixin):
             ids = ids[: max_tokens - 1]
         return [*ids, self.tokenizer.eos_token_id]
 
+    def prepare_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, Tensor]:
+        """Texts without pictures, each closed by the end token and padded on the right: inputs of `encode_text`.
+
+        Args:
+            max_tokens: longer texts are cut, and still closed.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64[T, L].
+        """
+        start = self.encode_prompt("")
+        encoded = [[*start, *self.encode_target(IMAGE_TOKEN, text, max_tokens)] for text in texts]
+        padded = self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt")
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
     def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = None,
+        add_special_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare pictures and prompts.
 
         Args:
-            images: one picture or a list of them, in reading order over all texts.
+            images: one picture or a list of them, in reading order over all texts; or a list of lists, one per text.
             text: one prompt or a list; `<image>` marks where a picture goes, and stands in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
+            add_special_tokens: False for a chat, whose template has written the tokenizer's start token already.
 
         Returns:
             `input_ids`, `attention_mask` (with text), `pixel_values` (with images).
@@ -114,7 +206,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
             prompts = [self.with_image(prompt) if images is not None else prompt for prompt in prompts]
-            encoded = [self.encode_prompt(prompt) for prompt in prompts]
+            encoded = [self.encode_prompt(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
             data |= self.tokenizer.pad(
                 {"input_ids": encoded}, padding=len(encoded) > 1, padding_side="left", return_tensors=return_tensors
             )
@@ -127,3 +219,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
         return [self.decode(row, **kwargs) for row in ids]
+
+
+def _with_values(template: str, **values: str) -> str:
+    """Define variables at the start of a Jinja template. JSON strings are Jinja strings too."""
+    names = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())
+    return names + template

@@ -9,23 +9,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.models.adapted import AdaptedParts
 from frozenprefix.models.configuration import FrozenPrefixConfig
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
 
 
-class TrainableCheckpoint(nn.Module):
+class TrainableCheckpoint(AdaptedParts):
     """Saving and loading for a model whose frozen parts are kept elsewhere. A mixin for transformers models."""
 
     config: FrozenPrefixConfig
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: every parameter that needs a gradient."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """What training changes: all parameters that need a gradient, but for adapters, which have their own files."""
+        apart = self.adapter_parameters()
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad and id(p) not in apart}
 
     def save_pretrained(
         self,
@@ -37,9 +39,12 @@ class TrainableCheckpoint(nn.Module):
     ) -> None:
         """Write config.json (with the frozen parts' identity) and model.safetensors (trainable tensors only).
 
+        Adapters go into language_adapter/ and vision_adapter/, as peft writes them.
+
         Args:
             is_main_process: False writes nothing.
-            state_dict: values to write in place of the model's own; those of frozen parts are left out.
+            state_dict: values to write in place of the model's own; those of frozen parts are left out, and adapters
+                are written as they are.
 
         Raises:
             ConfigError: for other arguments of transformers' `save_pretrained`, which have no effect here.
@@ -58,6 +63,7 @@ class TrainableCheckpoint(nn.Module):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         self.config.save_pretrained(folder)
+        self.save_adapters(folder)
 
     @classmethod
     def from_pretrained(
@@ -87,6 +93,7 @@ class TrainableCheckpoint(nn.Module):
             raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
         model = cls(config, **parts)
         model.load_trainable(tensors, source=source)
+        model.load_adapters(source, **hub)
         device = kwargs.pop("device_map", None)
         return model.to(device).eval() if device not in (None, "auto") else model.eval()
 

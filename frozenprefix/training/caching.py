@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from frozenprefix.data.features import PictureEncoder, feature_folder
 from frozenprefix.data.images import BadPictures
+from frozenprefix.data.processes import Processes
 from frozenprefix.errors import ConfigError
 from frozenprefix.training.recipe import Recipe
-from frozenprefix.training.setup import PictureEncoder, Processes, feature_folder, load_parts, prepare_pictures
+from frozenprefix.training.setup import load_parts, prepare_pictures
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def fill_cache(recipe: Recipe, *, progress: Callable[[int, int], None] | None = 
     """
     if recipe.data.feature_cache == "off":
         raise ConfigError("data.feature_cache: got 'off', expected 'auto' or a folder to encode into")
+    if recipe.model.vision_encoder.source == "features":
+        raise ConfigError("model.vision_encoder.source: got 'features', which are there already: nothing to encode")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
     encoder = PictureEncoder.build(recipe.model.vision_encoder)

@@ -15,6 +15,7 @@ import torch
 
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_pictures
+from frozenprefix.data.features import PictureEncoder
 from frozenprefix.data.images import BadPictures, load_image
 from frozenprefix.data.samples import PictureGroup
 from frozenprefix.errors import BadImageError, DataError
@@ -22,7 +23,6 @@ from frozenprefix.training.costs import StepShape
 from frozenprefix.training.loop import Trainer
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.sections import DataSection
-from frozenprefix.training.setup import PictureEncoder
 from frozenprefix.training.validation import validation_losses
 
 WARM_UP_STEPS = 2

@@ -14,9 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from frozenprefix.errors import CheckpointError
+from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.saving import check_identity
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -83,6 +86,26 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); take another checkpoint") from error
+
+
+def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
+    """Start a model from the trainable tensors of a checkpoint that was made with the same frozen parts.
+
+    Contrastive heads that the checkpoint does not have stay as they are; everything else has to be there.
+
+    Raises:
+        CheckpointError: for a folder that is no checkpoint, or does not fit.
+    """
+    source = f"training.init_from: {folder}"
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
+    tensors = load_weights(folder)
+    check_identity(FrozenPrefixConfig.from_pretrained(folder).identity, model.config.identity)
+    heads = {name: p for name, p in model.trainable_state().items() if name.startswith("contrastive.")}
+    if not heads.keys() & tensors.keys():
+        tensors |= heads
+    model.load_trainable(tensors, source=source)
+    model.load_adapters(folder)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:

@@ -27,6 +27,7 @@ from frozenprefix.evaluation.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training import checkpoints
+from frozenprefix.training.allocator import keep_freed_memory
 from frozenprefix.training.contrastive_recipe import ContrastiveRecipe
 from frozenprefix.training.contrastive_setup import ContrastiveCollator, build_locked_model
 from frozenprefix.training.contrastive_validation import contrastive_scores, embed_by_length
@@ -59,6 +60,7 @@ class ContrastiveTrainer:
     def __init__(self, recipe: ContrastiveRecipe):
         self.recipe, self.settings = recipe, recipe.training
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
         self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 
 from frozenprefix.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 
 def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
@@ -23,3 +27,24 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
 def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float = 0.01) -> bool:
     """True when a wrong picture serves the model as well as the right one: it has not learned to look."""
     return shuffled_loss - validation_loss < margin
+
+
+def warn_if_blind(step: int, losses: Mapping[str, float]) -> None:
+    """Say so in the log when the validation losses are those of a model that does not look."""
+    if looks_blind(losses["loss"], losses["shuffled_loss"]):
+        logger.warning(
+            "step %d: validation loss is %.3f with the right picture and %.3f with a wrong one: the model does not "
+            "look at the picture",
+            step,
+            losses["loss"],
+            losses["shuffled_loss"],
+        )
+
+
+def check_frozen_text(unchanged: bool, *, trained: bool) -> None:
+    """Raise `TrainingError` when a LM in which nothing is `trained` computes other logits on text than before."""
+    if not unchanged and not trained:
+        raise TrainingError(
+            "the language model is frozen, but its logits on evaluation.text are not those from before the training; "
+            "something changed its weights. The checkpoints do not hold them: load them with the original model."
+        )

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader
+from accelerate.utils import broadcast
 
-from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.collation import Collator, StepDataset
-from frozenprefix.data.samplers import PictureStream
-from frozenprefix.data.samples import PictureGroup
-from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model import check_packable
 from frozenprefix.training import checkpoints
-from frozenprefix.training.guards import check_finite, looks_blind
+from frozenprefix.training.assembly import RunParts
+from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
+from frozenprefix.training.objective_sections import weight_at
+from frozenprefix.training.objectives import Batch
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.schedule import learning_rate_factor
-from frozenprefix.training.setup import PictureEncoder, Processes, build_model, load_parts, prepare_pictures
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.training.validation import validation_losses
 
+TEXT_FILE = "text_ability.json"
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +36,7 @@ class TrainingResult:
     steps: int
     targets_seen: int
     seconds: float
-    best_value: float | None
+    best_value: float | None  # what the best checkpoint was chosen by, lower is better: see `Objectives.best_by`
 
 
 def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
@@ -63,31 +56,8 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
     return Trainer(recipe).run(resume)
 
 
-class Trainer:
-    """Holds the parts of one run. Use `train`."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.settings = recipe, recipe.training
-        on_cpu = not torch.accelerator.is_available()
-        if self.settings.precision == "fp16" and on_cpu:
-            raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        self.accelerator = Accelerator(
-            mixed_precision="fp16" if self.settings.precision == "fp16" else "no",
-            cpu=on_cpu,  # or several processes without a GPU would not know of each other
-        )
-        set_seed(recipe.seed)
-        self.output_dir = Path(recipe.output_dir)
-        self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            disable=not self.accelerator.is_main_process,
-        )
+class Trainer(RunParts):
+    """One run, from its first step to its last. Use `train`."""
 
     def run(self, resume: str) -> TrainingResult:
         """Set up, train, and leave the best checkpoint behind."""
@@ -117,81 +87,13 @@ class Trainer:
             self.progress.best_value,
         )
 
-    # ── set-up ──
-
-    def _build(self) -> None:
-        self.model, self.processor = build_model(self.recipe)
-        self.model.to(self.accelerator.device)
-        refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
-        if refusal:
-            raise ConfigError(f"training.packing: {refusal}")
-        logger.info("%s", count_parameters(self.model))
-
-    def _prepare_data(self) -> None:
-        task = self.bar.add_task("encoding pictures", total=None, note="")
-        prepared = prepare_pictures(
-            PictureEncoder.of(self.model, self.processor),
-            load_parts(self.recipe.data),
-            self.recipe.data,
-            processes=Processes.of(self.accelerator),
-            bad_list=self.output_dir / "bad_pictures.jsonl" if self.accelerator.is_main_process else None,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
-        self._use_data(prepared.groups, prepared.features)
-
-    def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
-        self.train_groups = groups["train"]
-        if not self.train_groups:
-            raise DataError("data.train: not one picture can be read; bad_pictures.jsonl in the output folder says why")
-        self.validation_groups = groups.get("validation", [])[: self.settings.validation_pictures]
-        self.collator = Collator(
-            self.processor,
-            features,
-            packing=self.settings.packing,
-            tokens_per_row=self.settings.tokens_per_row,
-            max_target_tokens=self.settings.max_target_tokens,
-        )
-        per_step = self.settings.pictures_per_step
-        self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
-        if per_step % self.num_parts:
-            raise ConfigError(
-                f"training.pictures_per_step must be a multiple of gradient_accumulation_steps x processes = "
-                f"{self.num_parts}, got {per_step}"
-            )
-        self.stream = PictureStream(len(self.train_groups), per_step, self.recipe.seed)
-        self.total_steps = self.settings.max_steps or -(
-            -(self.settings.epochs or 1) * len(self.train_groups) // per_step
-        )
-
-    def _prepare_optimizer(self) -> None:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
-            fused=True,  # one pass over the weights in place of ten
-        )
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-
-    def _restore(self, resume: str) -> None:
-        folder = checkpoints.recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
-        checkpoints.recover_folder(self.output_dir / "best")
-        if resume == "never" or (resume == "auto" and not folder.exists()):
-            return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
-        self.model.load_trainable(checkpoints.load_weights(folder), source=str(folder))
-        self.progress = checkpoints.load_training_state(folder, self.optimizer, self.recipe.fingerprint())
-        logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
-
     # ── the loop ──
 
     def _loop(self) -> None:
-        self.started = time.monotonic() - self.progress.seconds
+        self.started, first = time.monotonic() - self.progress.seconds, self.progress.step
         task = self.bar.add_task("training", total=self.total_steps, completed=self.progress.step, note="")
         if self.progress.step == 0:
+            self._log_text()
             self._validate()
         batches = self._batches()
         window: list[tuple[float, int, float]] = []
@@ -214,64 +116,73 @@ class Trainer:
         self.bar.update(task, total=self.progress.step)
         if self.progress.validated_step != self.progress.step:
             self._validate()
+        if self.progress.step > first:
+            self._compare_text()
         self._save_last()
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
-        dataset = StepDataset(
-            self.train_groups,
-            self.stream,
-            self.collator,
-            num_steps=self.total_steps,
-            targets_per_picture=self.settings.targets_per_picture,
-            num_parts=self.num_parts,
-            parts=range(rank * accumulation, (rank + 1) * accumulation),
-        )
-        remaining = range(self.progress.step * accumulation, len(dataset))
-        workers = 0 if self.collator.features is not None else self.recipe.data.workers
-        # a generator of its own: the loader would draw from the global one, and shift what a resumed run draws next
-        own = torch.Generator()
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=own))
-
-    def _step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step over all its micro-batches; the loss is the mean over all their trained tokens."""
-        parts = [
-            to_device(next(batches), self.accelerator.device) for _ in range(self.settings.gradient_accumulation_steps)
-        ]
-        counts = torch.tensor([sum(p["packed"].num_tokens for p in parts), sum(p["packed"].num_targets for p in parts)])
-        tokens, targets = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
-        learning_rate = self._set_learning_rate()
-        loss = torch.zeros((), device=self.accelerator.device)
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimizer step over all its micro-batches; each part's loss is the mean over all that it learns from."""
+        parts = [self._next_part(batches, number) for number in range(self.settings.gradient_accumulation_steps)]
+        shares, targets = self._shares(parts)
+        learning_rate, weights = self._set_learning_rate(), self._weights()
+        losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
         for number, part in enumerate(parts, start=1):
-            share = part["packed"].num_tokens / tokens
             last = number == len(parts)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                part_loss = self.wrapped(**part).loss * share
+                found = self.wrapped(part, shares[number - 1])
                 # DDP averages gradients over processes; the shares already add up to one
-                self.accelerator.backward(part_loss * self.accelerator.num_processes)
-            loss += part_loss.detach()
+                total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
+                self.accelerator.backward(total * self.accelerator.num_processes)
+            for name, loss in found.items():
+                losses[name] += loss.detach()
         norm = float(
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
         )
-        loss_value = float(self.accelerator.reduce(loss, "sum"))
+        values = {name: float(self.accelerator.reduce(loss, "sum")) for name, loss in losses.items()}
+        loss_value = sum(weights[name] * value for name, value in values.items())
         # with loss scaling an infinite gradient is how the scale is found: the scaler skips that step by itself
         checked = norm if self.accelerator.scaler is None else 0.0
         check_finite(self.progress.step + 1, loss_value, checked, learning_rate)
         self.optimizer.step()
+        ranks = self.model.update_adapters(self.progress.step + 1)  # it reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.targets_seen += targets
         self.progress.seconds = time.monotonic() - self.started
-        return {"loss": loss_value, "gradient_norm": norm, "learning_rate": learning_rate, "targets": targets}
+        named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
+        figures = {"gradient_norm": norm, "learning_rate": learning_rate, "targets": targets}
+        return {"loss": loss_value, **named, **self.objectives.figures, **ranks, **figures}
+
+    def _next_part(self, batches: Iterator[Batch], number: int) -> Batch:
+        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
+        batch = to_device(next(batches), self.accelerator.device)
+        return self.objectives.prepare(batch, self.progress.step * self.num_parts + rank * accumulation + number)
+
+    def _shares(self, parts: list[Batch]) -> tuple[list[dict[str, float]], int]:
+        """What share of the step each micro-batch holds, for each part of the loss; and the targets of the step."""
+        counts = [self.objectives.counts(part) for part in parts]
+        sums = [sum(count[name] for count in counts) for name in self.objectives.names]
+        sums.append(sum(part["packed"].num_targets for part in parts))
+        *totals, targets = self.accelerator.reduce(torch.tensor(sums, device=self.accelerator.device), "sum").tolist()
+        whole = dict(zip(self.objectives.names, totals, strict=True))
+        return [{name: count[name] / whole[name] for name in whole} for count in counts], targets
 
     def _set_learning_rate(self) -> float:
         step, settings = self.progress.step, self.settings
-        done = max(step / self.total_steps, self._share_of_time())
-        rate = settings.learning_rate * learning_rate_factor(settings.schedule, step, settings.warmup_steps, done)
+        rate = settings.learning_rate * learning_rate_factor(
+            settings.schedule, step, settings.warmup_steps, self._share_done()
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def _weights(self) -> dict[str, float]:
+        done = self._share_done()
+        return {name: weight_at(self.objectives.weights[name], done) for name in self.objectives.names}
+
+    def _share_done(self) -> float:
+        return max(self.progress.step / self.total_steps, self._share_of_time())
 
     def _share_of_time(self) -> float:
         """Share of max_minutes that is over, by the main process's clock: all processes have to act on one value."""
@@ -289,29 +200,39 @@ class Trainer:
 
     # ── validation and saving ──
 
+    def _log_text(self) -> None:
+        if self.text_before is not None:
+            self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
+
+    def _compare_text(self) -> None:
+        """Measure the LM on text again, and leave both results in the run's folder."""
+        after = self._measure_text(adapted=True)
+        if self.text_before is None or after is None:
+            return
+        unchanged = after.logits_sha256 == self.text_before.logits_sha256
+        self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
+        if self.accelerator.is_main_process:
+            summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
+            (self.output_dir / TEXT_FILE).write_text(json.dumps({**summary, "after": asdict(after)}, indent=2))
+        check_frozen_text(unchanged, trained=self.model.trains_text)
+
     def _validate(self) -> None:
         """Measure the loss with right and with shuffled pictures; keep the best checkpoint."""
         self.progress.validated_step = self.progress.step
         if not self.validation_groups:
             self._save_best()
             return
-        with torch.no_grad():
-            losses = validation_losses(
-                self.model, self.collator, self.validation_groups, self.settings.pictures_per_step
-            )
-        self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in losses.items()})
-        if 3 * self.progress.step > self.total_steps and looks_blind(losses["loss"], losses["shuffled_loss"]):
-            logger.warning(
-                "step %d: validation loss is %.3f with the right picture and %.3f with a wrong one: the model does not "
-                "look at the picture",
-                self.progress.step,
-                losses["loss"],
-                losses["shuffled_loss"],
-            )
+        size = self.settings.pictures_per_step
+        losses = validation_losses(self.model, self.collator, self.validation_groups, size)
+        values = losses | self.objectives.validate(self.collator, self.validation_groups, size)
+        self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
+        if 3 * self.progress.step > self.total_steps:
+            warn_if_blind(self.progress.step, losses)
         if self.progress.step == 0:
             return
-        if self.progress.best_value is None or losses["loss"] < self.progress.best_value:
-            self.progress.best_value, self.progress.best_step = losses["loss"], self.progress.step
+        value = self.objectives.best_by(values)
+        if self.progress.best_value is None or value < self.progress.best_value:
+            self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
             self._save_best()
         else:
@@ -327,6 +248,7 @@ class Trainer:
 
         def write(folder: Path) -> None:
             self._write_model(folder)
+            self.model.save_adapter_state(folder)
             checkpoints.save_training_state(folder, self.optimizer, self.progress)
 
         checkpoints.write_folder(self.output_dir / "last", write)
@@ -337,5 +259,6 @@ class Trainer:
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml())
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) for name, value in batch.items()}
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """What can be moved, moved; the samples that a batch is made of stay as they are."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

@@ -16,8 +16,10 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
 from frozenprefix.data.cache_keys import PictureKeys
 from frozenprefix.data.collation import Collator, StepDataset
+from frozenprefix.data.features import PictureEncoder, feature_folder
 from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, group_by_pictures
+from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.fusion import FUSIONS
@@ -36,7 +38,7 @@ from frozenprefix.training.calibration import (
 from frozenprefix.training.costs import LanguageModelShape, StepShape
 from frozenprefix.training.hardware import HARDWARE
 from frozenprefix.training.recipe import Recipe
-from frozenprefix.training.setup import PictureEncoder, feature_folder, load_parts, pictures_of
+from frozenprefix.training.setup import load_parts, pictures_of
 
 SAMPLED_STEPS = 24
 SCALES = (1_000_000, 100_000_000)
@@ -105,6 +107,7 @@ def plan(
         FrozenPrefixError: as training the recipe would.
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
+    _check_encoder(recipe)
     samples = load_parts(recipe.data)
     groups = {part: group_by_pictures(listed) for part, listed in samples.items()}
     encoder = PictureEncoder.build(recipe.model.vision_encoder)
@@ -164,10 +167,23 @@ def plan(
     )
 
 
+def _check_encoder(recipe: Recipe) -> None:
+    encoder, key = recipe.model.vision_encoder, "model.vision_encoder"
+    if encoder.source == "features":
+        raise ConfigError(f"{key}.source: got 'features'; `plan` works out runs that encode their pictures")
+    if encoder.trainable != "none":
+        raise ConfigError(f"{key}.trainable: got {encoder.trainable!r}; `plan` works out runs with a frozen encoder")
+
+
 def language_model_shape(config: LanguageModelConfig) -> LanguageModelShape:
-    """Shape of a causal LM, from its config alone."""
+    """Shape of a causal LM, from its config alone; `ConfigError` for an encoder-decoder."""
     found = resolve_language_model(config)
     lm_config = AutoConfig.from_pretrained(found.location, revision=found.revision or "main")
+    if lm_config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.language_model: the cost of an encoder-decoder model ({lm_config.model_type}) is not known to "
+            "`plan`; train it right away"
+        )
     with torch.device("meta"):
         return LanguageModelShape.of(AutoModelForCausalLM.from_config(lm_config, dtype=getattr(torch, config.dtype)))
 

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.models.configuration import DType
+from frozenprefix.training.objective_sections import ObjectivesSection
 from frozenprefix.training.problems import Problem, collect_problems
 from frozenprefix.training.sections import (
     DataSection,
@@ -26,8 +27,8 @@ from frozenprefix.training.yaml_text import apply_overrides, read_yaml, write_ya
 
 # What a resumed run has to share with the run that it goes on with. The rest may change between the two.
 _SAME_ON_RESUME = {
-    "": ("seed", "model"),
-    "data": ("train", "prompts"),
+    "": ("seed", "model", "objectives"),
+    "data": ("train", "prompts", "text_only"),
     "training": (
         "pictures_per_step",
         "targets_per_picture",
@@ -59,6 +60,7 @@ class Recipe(RecipeSection):
     model: ModelSection
     data: DataSection
     training: TrainingSection
+    objectives: ObjectivesSection = ObjectivesSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -71,12 +73,59 @@ class Recipe(RecipeSection):
         return self
 
     @model_validator(mode="after")
+    def _check_cache_is_off(self) -> Recipe:
+        for name, none in (("trainable", "none"), ("peft", None)):
+            value = getattr(self.model.vision_encoder, name)
+            if value != none and self.data.feature_cache != "off":
+                keys = ("data.feature_cache", f"model.vision_encoder.{name}")
+                given = f" {value!r}" if name == "trainable" else ""
+                got = f"got '{self.data.feature_cache}', expected 'off' with {keys[1]}{given}"
+                raise_clash([Problem(keys, f"{keys[0]}: {got}: the features change with every step")])
+        return self
+
+    @model_validator(mode="after")
+    def _check_adalora(self) -> Recipe:
+        """AdaLoRA's ranks follow the number of steps; a clock that ends the run would leave them half-way."""
+        if self.training.max_minutes is not None and self._has_adalora():
+            key = "training.max_minutes"
+            line = (
+                f"{key}: got {self.training.max_minutes:g}, expected null with peft method 'adalora', whose ranks "
+                "follow the number of steps; give epochs or max_steps alone"
+            )
+            raise_clash([Problem((key, "model"), line)])
+        return self
+
+    def _has_adalora(self) -> bool:
+        methods = (self.model.language_model.peft, self.model.vision_encoder.peft)
+        return any(method is not None and method.type == "adalora" for method in methods)
+
+    @model_validator(mode="after")
     def _check_validation_is_there(self) -> Recipe:
         patience = self.training.early_stopping_patience
         if not self.data.validation and patience is not None:
             key = "training.early_stopping_patience"
             line = f"{key}: got {patience!r}, which has no effect without data.validation"
             raise_clash([Problem((key, "data.validation"), line)])
+        return self
+
+    @model_validator(mode="after")
+    def _check_text_only(self) -> Recipe:
+        if self.data.text_only is None:
+            return self
+        key, encoder = "data.text_only", self.model.vision_encoder
+        problems = []
+        if encoder.source != "open_clip" or encoder.output != "pooled":
+            keys = (key, "model.vision_encoder")
+            line = (
+                f"{key}: needs an encoder that shares its space with texts, of source 'open_clip', output 'pooled'; "
+                f"got '{encoder.name}' of source '{encoder.source}' with output '{encoder.output}'"
+            )
+            problems.append(Problem(keys, line))
+        for name in ("contrastive", "self_critical"):
+            if getattr(self.objectives, name) is not None:
+                line = f"objectives.{name}: needs pictures to train on, which data.text_only leaves out; remove one"
+                problems.append(Problem((f"objectives.{name}", key), line))
+        raise_clash(problems)
         return self
 
     @classmethod
@@ -121,11 +170,11 @@ class Recipe(RecipeSection):
         """What has to be equal for a run to be resumed: dotted key → JSON value.
 
         Names, paths of outputs, logging, validation, evaluation and tracking may change in between. So may the length
-        of the run when the learning rate is constant.
+        of the run when the learning rate is constant, and no rank follows it.
         """
         data = self.model_dump(mode="json")
         keys = {section: list(names) for section, names in _SAME_ON_RESUME.items()}
-        if self.training.schedule != "constant":
+        if self.training.schedule != "constant" or self._has_adalora():
             keys["training"] += _LENGTH
         return {
             f"{section}.{name}".lstrip("."): (data[section] if section else data)[name]

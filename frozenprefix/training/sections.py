@@ -8,11 +8,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from frozenprefix.data.cache_format import StorageDType
+from frozenprefix.data.retrieval import CAPTIONS_MARK, RetrievalOptions
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig, VisionEncoderConfig
+from frozenprefix.models.encoder_options import encoder_problems
 from frozenprefix.models.packing import Packing
-from frozenprefix.models.processing import DEFAULT_PROMPTS
+from frozenprefix.models.processing import DEFAULT_PROMPTS, IMAGE_TOKEN
 from frozenprefix.training.problems import Clash, Problem, collect_problems, shorten
 
 
@@ -29,6 +31,23 @@ class ModelSection(RecipeSection):
     mapper: MapperConfig = Field(default_factory=MapperConfig)
     language_model: LanguageModelConfig
     fusion: FusionConfig = Field(default_factory=FusionConfig)
+
+    @field_validator("vision_encoder")
+    @classmethod
+    def _check_vision_encoder(cls, vision_encoder: VisionEncoderConfig) -> VisionEncoderConfig:
+        key = "model.vision_encoder"
+        lines = encoder_problems(vision_encoder)
+        raise_clash([Problem((f"{key}.{line.split(maxsplit=1)[0]}",), f"{key}.{line}") for line in lines])
+        return vision_encoder
+
+    @field_validator("language_model", "vision_encoder")
+    @classmethod
+    def _check_peft(cls, section: Any, info: ValidationInfo) -> Any:
+        from frozenprefix.models.peft import validate_peft
+
+        lines = [] if section.peft is None else validate_peft(section.peft, str(info.field_name))
+        raise_clash([Problem((line.partition(": ")[0],), line) for line in lines])
+        return section
 
     @field_validator("mapper")
     @classmethod
@@ -47,6 +66,38 @@ class ModelSection(RecipeSection):
         return fusion
 
 
+class TextOnlySection(RecipeSection):
+    """Training on texts alone, their vectors in place of the pictures': CapDec (Nukrai et al. 2022)."""
+
+    noise: float = Field(0.016, ge=0, description="variance of the noise on a text's vector")
+
+
+class RetrievalSection(RecipeSection):
+    """Captions of similar training pictures in the prompt, as in SmallCap (Ramos et al. 2023)."""
+
+    pictures: int = Field(15, ge=1, description="nearest training pictures that are looked at")
+    captions: int = Field(4, ge=1, description="captions of them in the prompt, at most one per picture")
+    template: str = Field(RetrievalOptions.template, description="what stands in front of the prompt")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RetrievalSection:
+        key, problems = "data.retrieval", []
+        if self.captions > self.pictures:
+            keys = (f"{key}.captions", f"{key}.pictures")
+            line = f"{keys[0]}: got {self.captions}, expected at most one for each of the {self.pictures} pictures"
+            problems.append(Problem(keys, line))
+        marks = {CAPTIONS_MARK: (1, 1), IMAGE_TOKEN: (0, 1), "{question}": (0, 0)}
+        if any(not low <= self.template.count(mark) <= high for mark, (low, high) in marks.items()):
+            line = f"{key}.template: got {self.template!r}, expected {CAPTIONS_MARK} once, and <image> at most once"
+            problems.append(Problem((f"{key}.template",), line))
+        raise_clash(problems)
+        return self
+
+    @property
+    def options(self) -> RetrievalOptions:
+        return RetrievalOptions(**self.model_dump())
+
+
 class DataSection(RecipeSection):
     """Where samples come from."""
 
@@ -57,6 +108,8 @@ class DataSection(RecipeSection):
     feature_dtype: StorageDType = Field("float16", description="how cached features are stored")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of bad pictures from which the run stops")
     workers: int = Field(2, ge=0, description="processes that decode pictures")
+    text_only: TextOnlySection | None = Field(None, description="no picture is read in training, only its texts")
+    retrieval: RetrievalSection | None = Field(None, description="captions of similar pictures in caption prompts")
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -100,6 +153,21 @@ class DataSection(RecipeSection):
             raise_clash([Problem((key, "data.feature_cache"), line)])
         return self
 
+    @model_validator(mode="after")
+    def _check_retrieval_has_features(self) -> DataSection:
+        if self.retrieval is not None:
+            key, others = "data.retrieval", []
+            if self.feature_cache == "off":
+                others.append(("data.feature_cache", "'auto' or a folder", "'off'"))
+            if self.text_only is not None:
+                others.append(("data.text_only", "null", "a block of keys"))
+            lines = [
+                (other, f"{other}: got {got}, expected {want} with {key}, which compares features")
+                for other, want, got in others
+            ]
+            raise_clash([Problem((other, key), line) for other, line in lines])
+        return self
+
 
 class TrainingSection(RecipeSection):
     """How the trainable part is trained. One of `epochs` and `max_steps` has to be given."""
@@ -129,6 +197,7 @@ class TrainingSection(RecipeSection):
     validation_pictures: int | None = Field(256, ge=2, description="pictures per validation; null for all")
     save_every: int = Field(200, ge=1, description="steps")
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a lower loss")
+    init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
 
     @field_validator("betas")
     @classmethod
@@ -172,6 +241,7 @@ class EvaluationSection(RecipeSection):
     max_new_tokens: int = Field(30, ge=1)
     batch_size: int = Field(32, ge=1)
     limit: int | None = Field(None, ge=1, description="pictures; null for all")
+    text: str | None = Field(None, description="a text file, on which the LM is measured before and after training")
 
 
 class TrackingSection(RecipeSection):

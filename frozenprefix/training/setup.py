@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from PIL.Image import Image
 
-from frozenprefix.assets import user_cache
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_pictures
+from frozenprefix.data.features import PictureEncoder, fill_feature_cache, share_bad_pictures
 from frozenprefix.data.images import BadPictures, load_image
+from frozenprefix.data.processes import Processes
+from frozenprefix.data.retrieval import CaptionRetriever, PictureLookup
 from frozenprefix.data.samples import PictureGroup, Sample, check_unique_ids, group_by_pictures
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError, DataError
-from frozenprefix.models.configuration import FrozenPrefixConfig, VisionEncoderConfig
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
+from frozenprefix.models.vision import build_vision_encoder
+from frozenprefix.models.vision.given_features import given_table
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.sections import DataSection
 
@@ -53,18 +49,23 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
         fusion=sections.fusion,
         identity={"vision_encoder": encoder.identity},
         image_token_id=processor.image_token_id,
+        contrastive=None if recipe.objectives.contrastive is None else recipe.objectives.contrastive.heads,
+        unit_features=recipe.data.text_only is not None,
     )
     torch.manual_seed(recipe.seed)
     return FrozenPrefixForConditionalGeneration(config, vision_encoder=encoder.module), processor
 
 
-def load_samples(sources: Sequence[Any], part: str) -> list[Sample]:
+def load_samples(sources: Sequence[Any], part: str, *, pictures: bool = True) -> list[Sample]:
     """Load and join sources. Empty targets, and samples that have no other, are left out and counted in the log.
+
+    Args:
+        pictures: False for texts alone, whose pictures need not be there.
 
     Raises:
         DataError: when nothing is left, or two sources share sample ids.
     """
-    samples = [sample for source in sources for sample in load_source(source)]
+    samples = [sample for source in sources for sample in load_source(source, pictures=pictures)]
     check_unique_ids(samples)
     kept = [replace(s, targets=tuple(text for text in s.targets if text.strip())) for s in samples]
     empty = sum(len(before.targets) - len(after.targets) for before, after in zip(samples, kept, strict=True))
@@ -77,94 +78,10 @@ def load_samples(sources: Sequence[Any], part: str) -> list[Sample]:
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:
     """Load the samples for training and, when there are sources for it, for validation."""
-    samples = {"train": load_samples(data.train, "train")}
+    samples = {"train": load_samples(data.train, "train", pictures=data.text_only is None)}
     if data.validation:
         samples["validation"] = load_samples(data.validation, "validation")
     return samples
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share the pictures among them; the default is one alone.
-
-    Args:
-        rank, count: number of this process, and how many there are.
-        barrier: waits for all of them.
-        gather: the list of this process → the lists of all processes, joined.
-    """
-
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] | None = None
-    gather: Callable[[list[Any]], list[Any]] = list
-
-    @classmethod
-    def of(cls, accelerator: Accelerator) -> Processes:
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, gather_object)
-
-
-@dataclass(frozen=True)
-class PictureEncoder:
-    """The frozen encoder, the image processor that feeds it, and what its features depend on besides the picture."""
-
-    module: VisionEncoder
-    image_processor: Any
-    fingerprint: dict[str, str | int]
-
-    @classmethod
-    def build(cls, config: VisionEncoderConfig) -> PictureEncoder:
-        """Build the encoder alone, without a language model."""
-        built = build_vision_encoder(config)
-        return cls(
-            built.module, built.image_processor, feature_fingerprint(config, built.identity, built.image_processor)
-        )
-
-    @classmethod
-    def of(cls, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> PictureEncoder:
-        """The encoder of a model."""
-        config = VisionEncoderConfig.model_validate(model.config.vision_encoder)
-        identity = model.config.identity["vision_encoder"]
-        return cls(
-            model.vision_encoder,
-            processor.image_processor,
-            feature_fingerprint(config, identity, processor.image_processor),
-        )
-
-    def pixels(self, image: Image) -> torch.Tensor:
-        """RGB picture -> float[1, 3, H, W]."""
-        return self.image_processor(image, return_tensors="pt")["pixel_values"]
-
-    @property
-    def batch_size(self) -> int:
-        """Pictures to encode at once. On CPUs few: a layer's output then stays in the caches until the next reads it
-        (EfficientNet-Lite0 in bfloat16 made 230 pictures/s in eights and 150 in batches of 32)."""
-        return 8 if next(self.module.parameters()).device.type == "cpu" else 64
-
-    @torch.inference_mode()
-    def encode(self, pixel_values: list[torch.Tensor]) -> np.ndarray:
-        """float[1, 3, H, W] each -> float32[n, N, D_enc]."""
-        device = next(self.module.parameters()).device
-        return self.module(torch.cat(pixel_values).to(device)).float().cpu().numpy()
-
-
-def feature_fingerprint(
-    config: VisionEncoderConfig, identity: dict[str, str], image_processor: Any
-) -> dict[str, str | int]:
-    """What image features depend on, apart from the picture."""
-    section = config.model_dump(mode="json", exclude={"weights", "revision"})
-    return {
-        **{f"encoder.{k}": json.dumps(v) for k, v in section.items()},
-        **{f"weights.{k}": v for k, v in identity.items()},
-        "preprocessing": image_processor.to_json_string(),
-    }
-
-
-def feature_folder(data: DataSection, fingerprint: dict[str, str | int]) -> Path:
-    """Where a recipe's features lie. With "auto" it is a folder in the user's cache, named by the fingerprint."""
-    if data.feature_cache != "auto":
-        return Path(data.feature_cache)
-    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    return user_cache() / "features" / (name if data.feature_dtype == "float16" else f"{name}-{data.feature_dtype}")
 
 
 def pictures_of(groups: Iterable[PictureGroup]) -> list[Path]:
@@ -178,7 +95,7 @@ class PreparedPictures:
 
     Attributes:
         groups: for each part, the groups whose pictures can be read.
-        features: the features of their pictures, when cached.
+        features: the features of their pictures, when cached or given.
         bad: what cannot be read.
         pictures: picture files, bad ones included; encoded: those that were encoded now. Of all processes.
     """
@@ -201,7 +118,8 @@ def prepare_pictures(
 ) -> PreparedPictures:
     """Encode every picture once into the feature cache, and drop groups with a picture that cannot be read.
 
-    With `feature_cache: off` pictures are only read, to know the bad ones before the first step. Several processes
+    With `feature_cache: off` pictures are only read, to know the bad ones before the first step. Features that are
+    given are looked up, and no picture is read. Several processes
     each take their share of the pictures; all of them get the same result.
 
     Args:
@@ -211,7 +129,7 @@ def prepare_pictures(
         progress: called with (pictures done, pictures in all) of this process.
 
     Raises:
-        DataError: when too many pictures are bad.
+        DataError: when too many pictures are bad, or given features lack some.
         CacheError: for a cache folder that is damaged, or was made with another encoder.
     """
     processes = processes or Processes()
@@ -220,33 +138,26 @@ def prepare_pictures(
     bad = BadPictures()
     features, encoded = None, 0
 
-    def encode(pixel_values: list[torch.Tensor]) -> np.ndarray:
-        nonlocal encoded
-        encoded += len(pixel_values)
-        return encoder.encode(pixel_values)
-
+    given = given_table(encoder.module)
     try:
-        if data.feature_cache == "off":
+        if given is not None:
+            given.keys_of(paths)
+            features = cast(FeatureCache, given)  # it has what is asked of a cache in training
+        elif data.feature_cache == "off":
             mine = paths[processes.rank :: processes.count]
             find_unreadable(mine, bad, workers=max(1, data.workers), progress=progress)
         else:
-            features = encode_pictures(
+            features, encoded = fill_feature_cache(
+                encoder,
                 paths,
-                encode,
-                feature_folder(data, encoder.fingerprint),
-                encoder.fingerprint,
-                dtype=data.feature_dtype,
-                transform=encoder.pixels,
-                batch_size=encoder.batch_size,
-                workers=max(1, data.workers),
+                data,
                 bad=bad,
                 max_bad_share=data.max_bad_share,
+                workers=data.workers,
+                processes=processes,
                 progress=progress,
-                rank=processes.rank,
-                world_size=processes.count,
-                barrier=processes.barrier,
             )
-        _share(bad, processes)
+        share_bad_pictures(bad, processes)
     finally:
         if bad_list is not None:
             bad_list.unlink(missing_ok=True)
@@ -258,10 +169,26 @@ def prepare_pictures(
     return PreparedPictures(kept, features, bad, len(paths), sum(processes.gather([encoded])))
 
 
-def _share(bad: BadPictures, processes: Processes) -> None:
-    """Let every process know the bad pictures of all, or they would not train on the same groups."""
-    for path, reason, message in processes.gather([(path, error.reason, str(error)) for path, error in bad]):
-        bad.record(path, BadImageError(reason, message))
+def add_similar_captions(prepared: PreparedPictures, data: DataSection) -> CaptionRetriever | None:
+    """Put captions of similar training pictures into all caption prompts of `prepared`, when the recipe asks for it.
+
+    Returns:
+        What retrieves them, to be saved with the model; None for a recipe without `data.retrieval`.
+
+    Raises:
+        DataError: for a caption sample with several pictures, or captions of fewer than two training pictures.
+    """
+    if data.retrieval is None:
+        return None
+    cache = prepared.features
+    assert cache is not None  # a recipe without features is refused
+    samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
+    retriever = CaptionRetriever.of(samples["train"], cache, data.retrieval.options)
+    lookup = PictureLookup.of_cache(cache)
+    for part, listed in samples.items():
+        shown = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
+        prepared.groups[part] = group_by_pictures(shown)
+    return retriever
 
 
 def find_unreadable(

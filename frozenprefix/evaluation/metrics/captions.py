@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.ids import check_same_ids
 from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, TfIdf
@@ -27,11 +30,13 @@ class CaptionScores:
 
     `corpus` has bleu_1 to bleu_4, rouge_l, cider_d, and of the predictions themselves: distinct_captions (how many
     different ones), most_common_share (of the pictures, in [0, 1]) and mean_length (words). `per_image` has the first
-    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over pictures.
+    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over pictures:
+    `bleu_statistics` has the ten counts of each id whose sums `bleu_of_sums` turns into BLEU.
     """
 
     corpus: dict[str, float]
     per_image: dict[str, dict[str, float]]
+    bleu_statistics: dict[str, list[int]]
 
 
 def caption_metrics(
@@ -61,7 +66,8 @@ def caption_metrics(
     }
     total = [sum(column) for column in zip(*statistics.values(), strict=True)]
     means = {name: _mean([scores[name] for scores in per_image.values()]) for name in ("rouge_l", "cider_d")}
-    return CaptionScores({**_bleu(total), **means, **_diversity(list(captions.values()))}, per_image)
+    corpus = {**_bleu(total), **means, **_diversity(list(captions.values()))}
+    return CaptionScores(corpus, per_image, statistics)
 
 
 def _candidate(key: str, text: object) -> Caption:
@@ -97,6 +103,23 @@ def _bleu(statistics: Sequence[int]) -> dict[str, float]:
     return scores
 
 
+def bleu_of_sums(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """BLEU of many corpora at once.
+
+    Args:
+        sums: of `CaptionScores.bleu_statistics` over the pictures of each corpus, float[..., 10].
+
+    Returns:
+        `bleu_1` to `bleu_4`, float[...] each.
+    """
+    words, closest = sums[..., 0], sums[..., 1]
+    possible, found = sums[..., 2 : 2 + MAX_N], sums[..., 2 + MAX_N :]
+    ratio = (words + _TINY) / (closest + _SMALL)
+    brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    products = np.cumprod((found + _TINY) / (possible + _SMALL), axis=-1)
+    return {f"bleu_{n + 1}": np.asarray(products[..., n] ** (1 / (n + 1)) * brevity) for n in range(MAX_N)}
+
+
 def _rouge_l(caption: Caption, references: Sequence[Caption]) -> float:
     # An empty caption counts as one empty token, as splitting "" at spaces gives.
     candidate = caption.tokens or [""]
@@ -122,6 +145,11 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
         matches = row & positions.get(token, 0)
         row = (row + matches | row - matches) & everything
     return len(first) - bin(row).count("1")
+
+
+def cider_d(caption: str, references: CaptionReferences, key: str) -> float:
+    """CIDEr-D of one caption against the references of picture `key`, in [0, 10]."""
+    return _cider_d(references.weigh(_candidate(key, caption).counts), references.tf_idf[key])
 
 
 def _cider_d(candidate: TfIdf, references: Sequence[TfIdf]) -> float:

@@ -31,6 +31,8 @@ FUSIONS: Registry[Any] = Registry(
     },
 )
 
+_IN_AN_ENCODER = ("prefix", "deep_prefix")
+
 
 def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: int) -> Fusion:
     """Build the fusion that `config` names, hooked into `language_model`.
@@ -41,6 +43,11 @@ def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: 
     problems = validate_fusion(config)
     if problems:
         raise ConfigError(problems)
+    if language_model.config.is_encoder_decoder and config.type not in _IN_AN_ENCODER:
+        raise ConfigError(
+            f"model.fusion.type: got '{config.type}', expected {' or '.join(_IN_AN_ENCODER)} with an encoder-decoder "
+            f"language model ({type(language_model).__name__}), whose encoder reads the picture"
+        )
     layers = decoder_layers(language_model)
     fusion: Fusion = FUSIONS.get(config.type)(lm_dim=lm_dim, num_layers=len(layers), **config.options)
     fusion.attach(layers)

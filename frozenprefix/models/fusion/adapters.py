@@ -61,16 +61,17 @@ class AdapterFusion(Fusion):
         for number, layer in enumerate(layers):
             for place, names in enumerate(self.places):
                 adapter = self.adapters.get_submodule(f"{number}.{place}")
-                part_of(layer, names).register_forward_hook(behind(adapter))
+                part_of(layer, names).register_forward_hook(self.behind(adapter))
 
+    def behind(self, adapter: nn.Module) -> Callable[..., Any]:
+        """A hook that sends a module's output, or the first of its outputs, through `adapter`."""
 
-def behind(adapter: nn.Module) -> Callable[..., Any]:
-    """A hook that sends a module's output, or the first of its outputs, through `adapter`."""
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self.enabled:
+                return output
+            return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
-
-    return after
+        return after
 
 
 def part_of(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -64,6 +64,7 @@ class Fusion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shown: Shown | None = None
+        self.enabled = True
 
     @classmethod
     def placeholders(cls, prefix_length: int) -> int:
@@ -82,6 +83,15 @@ class Fusion(nn.Module):
         finally:
             self.shown = before
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the LM compute inside the block what it computes without this fusion."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
     def hook_inputs(self, layers: nn.ModuleList, numbers: Sequence[int], update: Update) -> None:
         """Add `update(layer, hidden)` to the hidden states that enter the layers `numbers`, while pictures are shown.
 
@@ -90,7 +100,7 @@ class Fusion(nn.Module):
 
         def hook(number: int) -> Callable[..., Any]:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if self.shown is None:
+                if self.shown is None or not self.enabled:
                     return None
                 hidden = args[0] if args else kwargs["hidden_states"]
                 with compute_in(hidden):
@@ -110,7 +120,7 @@ def compute_in(hidden: Tensor) -> torch.autocast:
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
-    """The LM's transformer layers, in order.
+    """The LM's transformer layers, in order; the encoder's where it has one.
 
     Raises:
         ConfigError: when none of its module lists has as many entries as its config has layers.

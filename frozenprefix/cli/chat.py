@@ -1,0 +1,103 @@
+"""`frozenprefix chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from frozenprefix.errors import DataError, FrozenPrefixError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from frozenprefix.inference.dialog import Dialog
+
+HELP = "/image PATH adds a picture to the next message, /reset forgets everything, /quit ends."
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of the first message.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message, where the LM's template takes one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
+) -> None:
+    """Talk about pictures. Lines are messages; /image PATH, /reset and /quit are commands."""
+    missing = [str(path) for path in images or [] if not path.is_file()]
+    if missing:
+        raise DataError(f"IMAGE: got {', '.join(missing)}, expected picture files that exist")
+    from rich.console import Console
+
+    from frozenprefix.inference.dialog import Dialog
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    chat = _Chat(
+        Dialog.from_pretrained(checkpoint, system=system),
+        Console(highlight=False),
+        list(images or []),
+        {"max_new_tokens": max_new_tokens, **sampling},
+    )
+    chat.run()
+
+
+class _Chat:
+    """Reads lines until there are no more.
+
+    Args:
+        pictures: for the next message.
+        options: of every reply.
+    """
+
+    def __init__(self, dialog: Dialog, console: Console, pictures: list[Path], options: dict[str, Any]):
+        self.dialog, self.console, self.pictures, self.options = dialog, console, pictures, options
+
+    def run(self) -> None:
+        typed = sys.stdin.isatty()
+        if typed:
+            self.console.print(HELP, style="dim")
+        while True:
+            try:
+                line = self.console.input("[bold]> [/]" if typed else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if line == "/quit":
+                return
+            try:
+                self.read(line)
+            except FrozenPrefixError as error:  # a message that was too much does not end the conversation
+                typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+
+    def read(self, line: str) -> None:
+        """Do what one line asks for."""
+        name, _, argument = line.partition(" ")
+        if name == "/image":
+            self.add(Path(argument.strip()).expanduser())
+        elif name == "/reset":
+            self.dialog.reset()
+            self.pictures = []
+        elif name.startswith("/"):
+            raise DataError(f"got the command {name}; {HELP}")
+        elif line:
+            self.say(line)
+
+    def add(self, path: Path) -> None:
+        from frozenprefix.data.images import load_image
+
+        load_image(path)  # now, so that the message is not lost
+        self.pictures.append(path)
+
+    def say(self, line: str) -> None:
+        pieces = self.dialog.stream(line, self.pictures, **self.options)
+        self.pictures = []
+        try:
+            for piece in pieces:
+                self.console.print(piece, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            pieces.close()  # type: ignore[attr-defined] # a generator, which ends the reply
+        self.console.print()

@@ -1,0 +1,131 @@
+"""Two evaluations of the same samples: differences of their scores, and whether they could be chance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.errors import DataError
+from frozenprefix.evaluation.bootstrap import paired_bootstrap
+from frozenprefix.evaluation.scoring import rows_of
+
+Row = dict[str, Any]
+_EXPECTED = "a result of frozenprefix evaluate --out"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result file, and its predictions by sample id."""
+
+    file: Path
+    result: dict[str, Any]
+    rows: dict[str, Row]
+
+    @classmethod
+    def load(cls, file: str | Path) -> Evaluation:
+        """Read what `frozenprefix evaluate --out` wrote, and the predictions that it names.
+
+        Raises:
+            DataError: a file is missing or is none of these, or the predictions are those of another evaluation.
+        """
+        file = Path(file)
+        result = _json_of(file)
+        missing = [key for key in ("task", "metrics", "predictions") if key not in result]
+        if missing:
+            raise DataError(f"{file}: has no '{missing[0]}'; expected {_EXPECTED}")
+        predictions = Path(result["predictions"])
+        if not predictions.is_file():
+            predictions = file.parent / predictions.name  # both were moved together
+        if not predictions.is_file():
+            raise DataError(f"{file}: predictions: {result['predictions']} is not there; evaluate again")
+        data = predictions.read_bytes()
+        if hashlib.sha256(data).hexdigest() != result.get("predictions_sha256"):
+            raise DataError(
+                f"{file}: predictions_sha256: {predictions} is not the file that was scored; a later evaluation wrote "
+                "to the same place: evaluate again, with another --predictions"
+            )
+        rows = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+        return cls(file, result, {row["id"]: row for row in rows})
+
+
+def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Compare the model's scores of two evaluations by paired bootstrap, drawing pictures with all their samples.
+
+    Returns:
+        `{"task", "n", "pictures", "metrics", "settings"}`. A metric has `a`, `b`, `difference` = b − a, and where it
+        can be had sample by sample `low`, `high` (95 %) and `p_value`, else None. `settings`: what differs, [a, b].
+
+    Raises:
+        DataError: the two are not about the same samples; the message names the field.
+    """
+    _check_same(a, b)
+    ids = list(a.rows)
+    pictures = [tuple(a.rows[key]["images"]) for key in ids]
+    metrics: dict[str, dict[str, float | None]] = {}
+    for name in a.result["metrics"]:
+        if name not in b.result["metrics"]:
+            continue
+        (rows_a, metric, known), (rows_b, _, known_b) = (_rows(each, name, ids) for each in (a, b))
+        if known and known_b:
+            metrics[name] = asdict(paired_bootstrap(rows_a, rows_b, metric, n=n, seed=seed, clusters=pictures))
+        else:
+            first, second = a.result["metrics"][name], b.result["metrics"][name]
+            nothing = dict.fromkeys(("low", "high", "p_value"))
+            metrics[name] = {"a": first, "b": second, "difference": second - first, **nothing}
+    return {
+        "task": a.result["task"],
+        "n": len(ids),
+        "pictures": len(set(pictures)),
+        "metrics": metrics,
+        "settings": _different(a.result.get("settings", {}), b.result.get("settings", {})),
+    }
+
+
+def _rows(evaluation: Evaluation, name: str, ids: Sequence[str]) -> Any:
+    per_sample = {key: evaluation.rows[key].get("scores", {}).get("model", {}) for key in ids}
+    kinds = evaluation.rows[ids[0]].get("statistics", {})
+    return rows_of(
+        name, per_sample, {kind: {key: evaluation.rows[key]["statistics"][kind] for key in ids} for kind in kinds}
+    )
+
+
+def _check_same(a: Evaluation, b: Evaluation) -> None:
+    fix = "compare evaluations of the same data, split and limit"
+    if a.result["task"] != b.result["task"]:
+        raise DataError(f"task: {a.file} has '{a.result['task']}', {b.file} has '{b.result['task']}'; {fix}")
+    for first, second in ((a, b), (b, a)):
+        alone = [key for key in first.rows if key not in second.rows]
+        if alone:
+            raise DataError(
+                f"id: {len(alone)} of {len(first.rows)} samples of {first.file} are not in {second.file}, first "
+                f"{alone[0]!r}; {fix}"
+            )
+    if not a.rows:
+        raise DataError(f"{a.file}: predictions are empty; expected at least one sample")
+    for key, row in a.rows.items():
+        for field in ("question", "references"):
+            if row.get(field) != b.rows[key].get(field):
+                raise DataError(
+                    f"{field}: of sample {key!r} {a.file} has {row.get(field)!r}, {b.file} has "
+                    f"{b.rows[key].get(field)!r}; {fix}"
+                )
+
+
+def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}; expected {_EXPECTED}") from error
+    except ValueError as error:
+        raise DataError(f"{file}: no JSON ({error}); expected {_EXPECTED}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{file}: got {type(values).__name__}, expected {_EXPECTED}")
+    return values

@@ -1,0 +1,192 @@
+"""Score a model on few-shot episodes, beside chance, the blind LM and supports that do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from frozenprefix.data.features import PictureFeatures
+from frozenprefix.data.samples import Sample, check_unique_ids
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.evaluation.generation import Texts, open_features, write_predictions
+from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
+from frozenprefix.evaluation.scoring import Scores, intervals, mean
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.inference.captioner import Captioner, batched
+from frozenprefix.inference.episodes import MADE_UP_NAMES, binding_episodes
+from frozenprefix.inference.few_shot import Episode, choose_answers, write_answers
+
+Answering = Literal["choose", "generate"]
+OPTIONS = ("ways", "shots", "repeats", "induction", "names", "episodes", "seed", "answering")
+
+
+def evaluate_fewshot(
+    captioner: Captioner,
+    episodes: Sequence[Episode],
+    options: EvaluationOptions,
+    *,
+    answering: Answering = "choose",
+) -> dict[str, Any]:
+    """Answer every episode and compare with what is right.
+
+    Baselines: "chance", one over the number of choices; "blind", the LM with the same text and no picture;
+    "shuffled_support", with the support pictures of the episode half the list away: what is left of the accuracy does
+    not come from the binding.
+
+    Args:
+        answering: "choose" takes the likeliest of an episode's choices (the sum over its tokens); "generate" lets the
+            LM write `options.max_new_tokens` (10 when None), and counts an answer as right when it starts with the
+            right words, compared as VQA answers are.
+
+    Returns:
+        As `EvaluationTask.run` says, with the accuracy by right answer as groups.
+
+    Raises:
+        ConfigError: for another way of answering.
+        DataError: for fewer than two episodes, supports of different sizes, an answer that is no choice, or a prompt
+            that is longer than the LM reads.
+    """
+    if answering not in ("choose", "generate"):
+        raise ConfigError(f"answering: got {answering!r}, expected 'choose' or 'generate'")
+    max_new_tokens = options.max_new_tokens or 10
+    _check(captioner, episodes, max_new_tokens)
+    samples = [_as_sample(episode) for episode in episodes]
+    pictures = open_features(captioner, samples, options)
+    episodes = [episode for episode in episodes if not any(path in pictures.bad for path in episode.images)]
+    if len(episodes) < 2:
+        raise DataError(f"got {len(episodes)} episodes, expected at least 2, for the baseline with supports shuffled")
+    samples = [_as_sample(episode) for episode in episodes]
+    settings = {"answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
+    header = header_of(captioner, samples, {"task": "few_shot", **settings, "choices": _digest(episodes)})
+    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
+        texts = _answer_runs(captioner, episodes, pictures, answering, max_new_tokens, journal, options)
+        result = None
+        if options.processes.is_main:
+            write_predictions(options.predictions, samples, texts)
+            scored = {name: _scores(episodes, made, answering) for name, made in texts.items()}
+            write_predictions(options.predictions, samples, texts, scored)
+            result = _result(episodes, scored, pictures, settings, options)
+            journal.remove()
+    return options.processes.gather([] if result is None else [result])[0]
+
+
+def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
+    """Frozen's open-ended classification, built from labelled samples by the options of `binding_episodes`."""
+    extra = dict(options.extra)
+    unknown = [name for name in extra if name not in OPTIONS]
+    if unknown:
+        raise ConfigError(
+            f"task 'few_shot' has no option {unknown[0]!r}{did_you_mean(unknown[0], OPTIONS)}; "
+            f"known: {', '.join(OPTIONS)}"
+        )
+    answering = extra.pop("answering", "choose")
+    episodes = binding_episodes(samples, **{"names": MADE_UP_NAMES, **extra})
+    result = evaluate_fewshot(captioner, episodes, options, answering=answering)
+    return {**result, "settings": {**result["settings"], **extra}}
+
+
+FEW_SHOT = EvaluationTask(_run, sample_task="classification")
+
+
+def _as_sample(episode: Episode) -> Sample:
+    return Sample(
+        episode.id, episode.images, (episode.answer,), question=episode.prompt, prompt="{question}", task="few_shot"
+    )
+
+
+def _digest(episodes: Sequence[Episode]) -> str:
+    return hashlib.sha256(repr([episode.choices for episode in episodes]).encode()).hexdigest()[:16]
+
+
+def _answer_runs(
+    captioner: Captioner,
+    episodes: Sequence[Episode],
+    pictures: PictureFeatures,
+    answering: Answering,
+    max_new_tokens: int,
+    journal: Journal,
+    options: EvaluationOptions,
+) -> Texts:
+    """Run → episode id → answer: of the model, of the blind LM, and of the model with other supports."""
+    far = len(episodes) // 2
+    others = [*episodes[far:], *episodes[:far]]
+    swapped = [episode.with_support_of(other) for episode, other in zip(episodes, others, strict=True)]
+    runs = {"model": (episodes, False), "blind": (episodes, True), "shuffled_support": (swapped, False)}
+    done, total = len(journal.made), len(runs) * len(episodes)
+    for name, (asked, blind) in runs.items():
+        left = [episode for episode in asked if (name, episode.id) not in journal.made]
+        for batch in list(batched(left, captioner.batch_size))[options.processes.rank :: options.processes.count]:
+            if answering == "choose":
+                made = choose_answers(captioner, batch, features=pictures, blind=blind)
+            else:
+                made = write_answers(captioner, batch, features=pictures, blind=blind, max_new_tokens=max_new_tokens)
+            journal.add(name, {episode.id: text for episode, text in zip(batch, made, strict=True)})
+            done += len(batch)
+            if options.progress is not None:
+                options.progress(done, total)
+    gathered = journal.gather()
+    return {name: {episode.id: gathered[name][episode.id] for episode in episodes} for name in runs}
+
+
+def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: int) -> None:
+    check_unique_ids([_as_sample(episode) for episode in episodes])
+    sizes = {len(episode.support) for episode in episodes}
+    if len(sizes) > 1:
+        raise DataError(
+            f"episodes: got supports of {min(sizes)} to {max(sizes)} shots, expected one size, for the baseline with "
+            "supports shuffled"
+        )
+    for episode in episodes:
+        if episode.answer not in episode.choices:
+            raise DataError(f"episode {episode.id}: the answer {episode.answer!r} is none of its choices")
+    config = captioner.model.language_model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    prompts = (captioner.processor.encode_prompt(episode.prompt) for episode in episodes)
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    if most is not None and longest > most:
+        raise DataError(
+            f"episodes: the longest prompt and its answer take {longest} tokens, the language model reads {most}; take "
+            "fewer ways, shots or repeats, or a mapper with a shorter prefix"
+        )
+
+
+def _scores(episodes: Sequence[Episode], made: Mapping[str, str], answering: Answering) -> Scores:
+    right = {episode.id: _is_right(episode, made[episode.id], answering) for episode in episodes}
+    return Scores(
+        metrics={"accuracy": mean(right.values())},
+        groups={"accuracy": by_group(right, {episode.id: episode.answer for episode in episodes})},
+        per_sample={key: {"accuracy": value} for key, value in right.items()},
+    )
+
+
+def _is_right(episode: Episode, text: str, answering: Answering) -> float:
+    if answering == "choose":
+        return float(text == episode.answer)
+    wanted = normalize_vqa_answer(episode.answer).split()
+    return float(normalize_vqa_answer(text).split()[: len(wanted)] == wanted)
+
+
+def _result(
+    episodes: Sequence[Episode],
+    scored: Mapping[str, Scores],
+    pictures: PictureFeatures,
+    settings: Mapping[str, Any],
+    options: EvaluationOptions,
+) -> dict[str, Any]:
+    return {
+        "task": "few_shot",
+        "metrics": scored["model"].metrics,
+        "intervals": intervals(scored["model"], {episode.id: episode.query for episode in episodes}),
+        "baselines": {
+            **{name: scores.metrics for name, scores in scored.items() if name != "model"},
+            "chance": {"accuracy": mean(1 / len(episode.choices) for episode in episodes)},
+        },
+        "n": len(episodes),
+        "groups": {name: scores.groups for name, scores in scored.items()},
+        "bad_pictures": pictures.bad.counts,
+        "settings": dict(settings),
+        "predictions": str(options.predictions),
+        "predictions_sha256": hashlib.sha256(options.predictions.read_bytes()).hexdigest(),
+    }

@@ -1,0 +1,117 @@
+"""Captions of clips with references: the clip's own, beside what the LM says blind and of another clip."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from frozenprefix.data.features import PictureFeatures
+from frozenprefix.data.images import BadPictures
+from frozenprefix.data.samples import Sample, check_unique_ids
+from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.evaluation.generation import DEFAULTS, predict_runs, write_predictions
+from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.scoring import SCORERS, intervals
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.video import VideoCaptioner
+
+
+def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
+    """Evaluate samples whose one picture is a video file, and whose targets are the references.
+
+    Runs are "model", "blind" and "shuffled", as in `evaluate_generation`. Every process encodes all clips.
+
+    Args:
+        options: its `extra` takes `frames` (8) and `pooling` ("mean" or "frames"), see `VideoCaptioner`.
+
+    Returns:
+        As `EvaluationTask.run` says.
+
+    Raises:
+        ConfigError: for other options, or samples that are not of one video each.
+        DataError: when too many videos cannot be read.
+    """
+    settings, video = _settings(captioner, samples, options)
+    features, bad = _encode(video, samples)
+    bad.check(len({sample.images for sample in samples}), options.max_bad_share)
+    samples = [sample for sample in samples if sample.images[0] not in bad]
+    # to the runs, the frames of a clip that are shown one after the other are so many pictures
+    shown = [replace(sample, images=_places(sample, video)) for sample in samples]
+    pictures = PictureFeatures(
+        {
+            place: feature
+            for each in {sample.images[0]: sample for sample in samples}.values()
+            for place, feature in zip(_places(each, video), features[each.images[0]], strict=True)
+        },
+        bad,
+    )
+    scorer = SCORERS["caption"](samples)
+    header = header_of(captioner, samples, {"task": "video", **settings})
+    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
+        generate = {name: settings[name] for name in DEFAULTS["caption"]}
+        texts = predict_runs(captioner, shown, pictures, generate, journal, options)
+        scored = {name: scorer(made) for name, made in texts.items()}
+        if options.processes.is_main:
+            write_predictions(options.predictions, samples, texts, scored)
+            journal.remove()
+        options.processes.barrier()
+    return {
+        "task": "video",
+        "metrics": scored["model"].metrics,
+        "intervals": intervals(scored["model"], {sample.id: sample.images for sample in samples}),
+        "baselines": {name: result.metrics for name, result in scored.items() if name != "model"},
+        "n": len(samples),
+        "groups": {},
+        "bad_pictures": bad.counts,
+        "settings": settings,
+        "predictions": str(options.predictions),
+        "predictions_sha256": hashlib.sha256(options.predictions.read_bytes()).hexdigest(),
+    }
+
+
+VIDEO = EvaluationTask(evaluate_video, sample_task="caption")
+
+
+def _settings(
+    captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions
+) -> tuple[dict[str, Any], VideoCaptioner]:
+    unknown = options.extra.keys() - {"frames", "pooling"}
+    if unknown:
+        raise ConfigError(f"task 'video' has no option {', '.join(map(repr, sorted(unknown)))}; frames and pooling are")
+    wrong = [sample.id for sample in samples if sample.task != "caption" or len(sample.images) != 1]
+    if wrong:
+        raise ConfigError(f"task 'video' takes captions of one video each; {len(wrong)} samples are others: {wrong[0]}")
+    check_unique_ids(samples)
+    video = VideoCaptioner(captioner, **options.extra)
+    settings: dict[str, Any] = {**DEFAULTS["caption"], "frames": video.frames, "pooling": video.pooling}
+    settings |= {"num_beams": options.num_beams} if options.num_beams else {}
+    settings |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
+    return settings, video
+
+
+def _encode(video: VideoCaptioner, samples: Sequence[Sample]) -> tuple[dict[Path, Tensor], BadPictures]:
+    """Features of every clip that can be read, float32[1 or frames, N, D_enc]; short clips repeat their last frame."""
+    features: dict[Path, Tensor] = {}
+    bad = BadPictures()
+    for path in dict.fromkeys(sample.images[0] for sample in samples):
+        try:
+            found = video.features(path)
+        except BadImageError as error:
+            bad.record(path, error)
+            continue
+        wanted = 1 if video.pooling == "mean" else video.frames
+        features[path] = found[[min(number, len(found) - 1) for number in range(wanted)]]
+    return features, bad
+
+
+def _places(sample: Sample, video: VideoCaptioner) -> tuple[Path, ...]:
+    """A name for every picture that is shown of a clip."""
+    if video.pooling == "mean":
+        return sample.images
+    return tuple(Path(f"{sample.images[0]}#{number}") for number in range(video.frames))

@@ -1,0 +1,190 @@
+"""Virtual tokens before everything else in a text, the picture included: prompt tuning and prefix tuning.
+
+To whoever calls it, a language model with virtual tokens looks like one without: hooks around its decoder put them in
+front, widen masks and shift positions, and take them off the hidden states and off the length of the cache. Packed
+rows, transformers' `generate` and this package's beam search need to know nothing of them. A packed row has them once;
+all its texts see them. Shape letters: B rows, T tokens, S tokens with those in the cache, V virtual tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicLayer, PreTrainedModel
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.fusion import Fusion, Shown
+
+Mask = Tensor | dict[str, Any] | None
+
+
+class VirtualTokens(nn.Module):
+    """What peft's prompt encoder learns, put before every text that the language model reads.
+
+    Args:
+        encoder: peft's prompt encoder, which holds the trained parameters.
+        prompt: gives, for a batch of one, embeddings float[1, V, D_lm] or a cache of keys and values.
+        count: V.
+        in_layers: keys and values in every layer (prefix tuning) in place of embeddings (prompt tuning).
+    """
+
+    def __init__(self, encoder: nn.Module, prompt: Callable[[int], Any], count: int, in_layers: bool):
+        super().__init__()
+        self.encoder = encoder
+        self.count, self.in_layers = count, in_layers
+        self.enabled = True
+        self._prompt = prompt
+        self._shown: Shown | None = None
+        self._is_first = False
+
+    def attach(self, language_model: PreTrainedModel, fusion: Callable[[], Fusion | None]) -> None:
+        """Put hooks around the decoder.
+
+        Args:
+            fusion: gives the fusion whose `shown` has to be shifted too.
+
+        Raises:
+            ConfigError: for a language model that takes no virtual tokens.
+        """
+        self._embeddings = language_model.get_input_embeddings
+        self._fusion = fusion
+        self._window = getattr(language_model.config.get_text_config(), "sliding_window", None)
+        decoder = language_model.get_decoder()
+        decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        self._probe(language_model)
+
+    @torch.no_grad()
+    def _probe(self, language_model: PreTrainedModel) -> None:
+        """Let the LM read one token, and look whether it kept the virtual ones."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
+        reason = "its decoder keeps no keys and values of them"
+        try:
+            cache = language_model(inputs_embeds=self._embeddings()(token), use_cache=True).past_key_values
+            held = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            held, reason = [], str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not held or any(length != self.count + 1 for length in held):
+            raise ConfigError(
+                f"model.language_model.peft: {type(language_model).__name__} takes no virtual tokens ({reason}); "
+                "use lora, or another language model"
+            )
+
+    # ── before and behind the decoder ──
+
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.enabled:
+            return None
+        names = list(inspect.signature(decoder.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            self._check_is_ours(cache)
+            show_length(cache)
+        self._is_first = cache is None or cache.get_seq_length() == 0
+        rows = self._is_first and not self.in_layers
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = self._shift(positions, rows)
+        kwargs["attention_mask"] = self._widen(kwargs.get("attention_mask"), rows, kwargs.get("position_ids"))
+        if self._is_first:
+            self._begin(kwargs)
+        return (), kwargs
+
+    def _begin(self, kwargs: dict[str, Any]) -> None:
+        """Put the virtual tokens into the input, or into the cache."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self._embeddings()(kwargs["input_ids"])
+        if self.in_layers:
+            kwargs["past_key_values"] = self._fill(kwargs.get("past_key_values"), embeds)
+            return
+        prompt = self._prompt(1).to(embeds.dtype).expand(len(embeds), -1, -1)
+        # [B, T, D_lm] -> [B, V + T, D_lm]
+        kwargs["inputs_embeds"], kwargs["input_ids"] = torch.cat([prompt, embeds], dim=1), None
+        fusion = self._fusion()
+        self._shown = None if fusion is None else fusion.shown
+        if fusion is not None and self._shown is not None:
+            index, picture = (
+                F.pad(t, (self.count, 0), value=-1) for t in (self._shown.prefix_index, self._shown.picture)
+            )
+            fusion.shown = replace(self._shown, prefix_index=index, picture=picture)
+
+    def _fill(self, cache: Cache | None, embeds: Tensor) -> Cache:
+        """A cache that begins with the virtual tokens' keys and values."""
+        prompt = self._prompt(1)
+        if cache is None:
+            cache = Cache(layers=[DynamicLayer() for _ in prompt.layers])
+        for number, layer in enumerate(prompt.layers):
+            keys, values = (t.to(embeds.dtype).expand(len(embeds), -1, -1, -1) for t in (layer.keys, layer.values))
+            cache.update(keys, values, number)
+        return cache
+
+    def _after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self.enabled:
+            return
+        fusion = self._fusion()
+        if fusion is not None and self._shown is not None:
+            fusion.shown, self._shown = self._shown, None
+        if output is None:  # the decoder failed
+            return
+        if self._is_first and not self.in_layers:
+            output.last_hidden_state = output.last_hidden_state[:, self.count :]
+            if output.get("hidden_states") is not None:
+                output.hidden_states = tuple(hidden[:, self.count :] for hidden in output.hidden_states)
+        if output.get("past_key_values") is not None:
+            hide_length(output.past_key_values, self.count)
+
+    # ── masks and positions ──
+
+    def _check_is_ours(self, cache: Cache) -> None:
+        if cache.get_seq_length() > 0 and not hides_length(cache):
+            raise ConfigError("past_key_values: got a cache that was made without the virtual tokens; start a new one")
+
+    def _shift(self, positions: Tensor, rows: bool) -> Tensor:
+        """int64[B, T] -> int64[B, T] or, with rows for the virtual tokens, int64[B, V + T]."""
+        shifted = positions + self.count
+        if not rows:
+            return shifted
+        own = torch.arange(self.count, dtype=positions.dtype, device=positions.device)
+        return torch.cat([own.expand(len(positions), -1), shifted], dim=1)
+
+    def _widen(self, mask: Mask, rows: bool, positions: Tensor | None) -> Mask:
+        """Let all tokens see the virtual ones: [B, S] -> [B, V + S], [B, H, T, S] -> [B, H, (V +) T, V + S]."""
+        if isinstance(mask, dict):
+            return {kind: self._widen(one, rows, positions) for kind, one in mask.items()}
+        if mask is None or mask.ndim == 2:
+            return None if mask is None else F.pad(mask, (self.count, 0), value=1)
+        if self._window and positions is not None and int(positions.max()) >= self._window:
+            raise ConfigError(
+                f"model.language_model.peft.num_virtual_tokens: with them a text is longer than the LM's sliding "
+                f"window ({self._window}); shorten max_target_tokens, or take fewer of them"
+            )
+        seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        wide = F.pad(mask, (self.count, 0), value=seen)
+        if not rows:
+            return wide
+        own = wide.new_full((*mask.shape[:2], self.count, wide.shape[3]), unseen)
+        causal = torch.ones(self.count, self.count, dtype=torch.bool, device=mask.device).tril()
+        own[..., : self.count] = own[..., : self.count].masked_fill(causal, seen)
+        return torch.cat([own, wide], dim=2)
+
+
+def hide_length(cache: Cache, count: int) -> None:
+    """Let a cache count the tokens behind `count` virtual ones only, as whoever reads texts with it does."""
+    if not hides_length(cache):
+        cache.get_seq_length = lambda layer_idx=0: type(cache).get_seq_length(cache, layer_idx) - count  # type: ignore[method-assign]
+
+
+def show_length(cache: Cache) -> None:
+    vars(cache).pop("get_seq_length", None)
+
+
+def hides_length(cache: Cache) -> bool:
+    return "get_seq_length" in vars(cache)

@@ -1,0 +1,216 @@
+"""The parts of a run, put together from its recipe: model, data, objectives, optimizer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.collation import Collator, StepDataset
+from frozenprefix.data.features import PictureEncoder
+from frozenprefix.data.processes import Processes
+from frozenprefix.data.samplers import PictureStream
+from frozenprefix.data.samples import PictureGroup, Sample, group_by_pictures
+from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
+from frozenprefix.models.freezing import count_parameters
+from frozenprefix.models.language_model import check_packable
+from frozenprefix.training import checkpoints
+from frozenprefix.training.allocator import keep_freed_memory
+from frozenprefix.training.objectives import (
+    Contrastive,
+    Distillation,
+    Objective,
+    Objectives,
+    check_captions,
+    distillation_pieces,
+)
+from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.self_critical import SelfCritical, reward_references
+from frozenprefix.training.setup import build_model, load_parts, prepare_pictures
+
+logger = logging.getLogger(__name__)
+
+
+class RunParts:
+    """Builds and holds the parts of one run."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.settings = recipe, recipe.training
+        on_cpu = not torch.accelerator.is_available()
+        if self.settings.precision == "fp16" and on_cpu:
+            raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        self.accelerator = Accelerator(
+            mixed_precision="fp16" if self.settings.precision == "fp16" else "no",
+            cpu=on_cpu,  # or several processes without a GPU would not know of each other
+        )
+        keep_freed_memory()
+        set_seed(recipe.seed)
+        self.output_dir = Path(recipe.output_dir)
+        self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _build(self) -> None:
+        self.model, self.processor = build_model(self.recipe)
+        self.model.to(self.accelerator.device)
+        refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
+        if refusal:
+            raise ConfigError(f"training.packing: {refusal}")
+        logger.info("%s", count_parameters(self.model))
+        self.text_before = self._measure_text(adapted=False)
+        if self.settings.init_from is not None:
+            checkpoints.load_initial(self.model, Path(self.settings.init_from).expanduser())
+
+    def _measure_text(self, *, adapted: bool) -> TextAbility | None:
+        path = self.recipe.evaluation.text
+        if path is None:
+            return None
+        return text_ability(self.model, self.processor.tokenizer, read_text(path, "evaluation.text"), adapted)
+
+    def _prepare_data(self) -> None:
+        task = self.bar.add_task("encoding pictures", total=None, note="")
+        samples = load_parts(self.recipe.data)
+        # with text alone, the pictures of the training part are never looked at
+        unseen = {"train": group_by_pictures(samples.pop("train"))} if self.recipe.data.text_only else {}
+        prepared = prepare_pictures(
+            PictureEncoder.of(self.model, self.processor),
+            samples,
+            self.recipe.data,
+            processes=Processes.of(self.accelerator),
+            bad_list=self.output_dir / "bad_pictures.jsonl" if self.accelerator.is_main_process else None,
+            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
+        )
+        self.bar.remove_task(task)
+        self._use_data(prepared.groups | unseen, prepared.features)
+
+    def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
+        self.train_groups = groups["train"]
+        if not self.train_groups:
+            raise DataError("data.train: not one picture can be read; bad_pictures.jsonl in the output folder says why")
+        self.validation_groups = groups.get("validation", [])[: self.settings.validation_pictures]
+        self.collator = Collator(self.processor, features, **self._collation())
+        self.train_collator = self._training_collator(features)
+        per_step = self.settings.pictures_per_step
+        self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+        if per_step % self.num_parts:
+            raise ConfigError(
+                f"training.pictures_per_step must be a multiple of gradient_accumulation_steps x processes = "
+                f"{self.num_parts}, got {per_step}"
+            )
+        self.stream = PictureStream(len(self.train_groups), per_step, self.recipe.seed)
+        self.total_steps = self.settings.max_steps or -(
+            -(self.settings.epochs or 1) * len(self.train_groups) // per_step
+        )
+
+    def _collation(self) -> dict[str, Any]:
+        names = ("packing", "tokens_per_row", "max_target_tokens")
+        return {name: getattr(self.settings, name) for name in names}
+
+    def _training_collator(self, features: FeatureCache | None) -> Collator:
+        objectives = self.recipe.objectives
+        further = (objectives.contrastive, objectives.distillation, objectives.self_critical)
+        keep_samples = any(section is not None for section in further)
+        if self.recipe.data.text_only is None:
+            return Collator(self.processor, features, **self._collation(), keep_samples=keep_samples)
+        task = self.bar.add_task("encoding texts", total=None, note="")
+        vectors = TextVectors.of(
+            self.recipe.model.vision_encoder,
+            [text for sample in self._train_samples() for text in sample.targets],
+            device=self.accelerator.device,
+            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
+        )
+        self.bar.remove_task(task)
+        return TextOnlyCollator(self.processor, vectors, **self._collation(), keep_samples=keep_samples)
+
+    def _train_samples(self) -> list[Sample]:
+        return [sample for group in self.train_groups for sample in group.samples]
+
+    def _make_objectives(self) -> Objectives:
+        sections, text_only = self.recipe.objectives, self.recipe.data.text_only
+        others: list[Objective] = []
+        if sections.contrastive is not None:
+            check_captions(self._train_samples(), "objectives.contrastive")
+            others.append(Contrastive(self.model, self.processor, sections.contrastive))
+        if sections.distillation is not None:
+            if not self.model.trains_text:
+                raise ConfigError(
+                    "objectives.distillation: nothing in the language model is trained, it cannot drift from the bare "
+                    "one; remove this, or train adapters in it"
+                )
+            pieces = distillation_pieces(self.processor, sections.distillation.texts)
+            pictures = self.settings.pictures_per_step // self.num_parts
+            others.append(Distillation(self.model, sections.distillation, pieces, pictures, self.recipe.seed))
+        if sections.self_critical is not None:
+            check_captions(self._train_samples(), "objectives.self_critical")
+            references = reward_references(self.train_groups)
+            packing = self.settings.packing
+            others.append(SelfCritical(self.model, self.processor, sections.self_critical, references, packing))
+        return Objectives(
+            self.model,
+            self.processor,
+            lm=sections.lm,
+            others=others,
+            noise=0.0 if text_only is None else text_only.noise,
+            max_target_tokens=self.settings.max_target_tokens,
+        )
+
+    def _prepare_optimizer(self) -> None:
+        self.objectives = self._make_objectives()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+            fused=True,  # one pass over the weights in place of ten
+        )
+        self.model.set_total_steps(self.total_steps)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
+
+    def _restore(self, resume: str) -> None:
+        folder = checkpoints.recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
+        checkpoints.recover_folder(self.output_dir / "best")
+        if resume == "never" or (resume == "auto" and not folder.exists()):
+            return
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
+        self.model.load_trainable(checkpoints.load_weights(folder), source=str(folder))
+        self.model.load_adapter_state(folder)
+        self.progress = checkpoints.load_training_state(folder, self.optimizer, self.recipe.fingerprint())
+        logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
+
+    def _batches(self) -> Any:
+        """Micro-batches of this process, from the step that is due."""
+        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
+        dataset = StepDataset(
+            self.train_groups,
+            self.stream,
+            self.train_collator,
+            num_steps=self.total_steps,
+            targets_per_picture=self.settings.targets_per_picture,
+            num_parts=self.num_parts,
+            parts=range(rank * accumulation, (rank + 1) * accumulation),
+        )
+        remaining = range(self.progress.step * accumulation, len(dataset))
+        in_memory = self.collator.features is not None or self.recipe.data.text_only is not None
+        workers = 0 if in_memory else self.recipe.data.workers
+        # a generator of its own: the loader would draw from the global one, and shift what a resumed run draws next
+        own = torch.Generator()
+        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=own))
