@@ -1,4 +1,4 @@
-"""Fusion x mapper x LM family x PEFT: every pair of choices trains a step, is saved, loaded and generates, or is refused.
+"""Fusion x mapper x LM family x PEFT: every pair of choices trains a step, is saved, loaded, generates, or is refused.
 
 All combinations would be thousands; the cases are chosen so that every two choices of different kinds meet in one.
 """
@@ -14,6 +14,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.mappers import MAPPERS
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.loop import train
 
 # test_vit at 32 pixels gives 4 tokens of 64 channels
@@ -65,6 +66,8 @@ CASES = covering_cases()
 
 def refusal(case: dict[str, str]) -> str | None:
     """What the one-line error says for a combination that cannot work."""
+    if case["lm"] == "t5" and case["peft"] in ("prefix_tuning", "prompt_tuning"):
+        return r"model\.language_model\.peft\.type: '\w+' needs an LM without an encoder"
     if case["lm"] == "t5" and case["fusion"] not in ("prefix", "deep_prefix"):
         return r"model\.fusion"
     return None
@@ -80,7 +83,12 @@ def overrides(case: dict[str, str]) -> list[str]:
         "model.fusion": {"type": case["fusion"], **FUSION_OPTIONS.get(case["fusion"], {})},
     }
     if case["peft"] != "none":
-        sections["model.language_model.peft"] = {"type": case["peft"], **PEFT_OPTIONS[case["peft"]]}
+        chosen = {"type": case["peft"], **PEFT_OPTIONS[case["peft"]]}
+        if case["lm"] == "phi3" and case["peft"] in ("lora", "dora", "adalora", "ia3"):
+            chosen["target_modules"] = "[qkv_proj]"  # peft knows no default for it
+        if case["lm"] == "phi3" and case["peft"] == "ia3":
+            chosen["feedforward_modules"] = "[]"
+        sections["model.language_model.peft"] = chosen
     settings = [f"training.max_steps={3 if case['peft'] == 'adalora' else 1}", "training.validate_every=3"]
     settings += ["training.packing=none"] if case["lm"] == "t5" else []
     # one override per section, so that no option of the tiny recipe's own mapper is left
@@ -109,8 +117,6 @@ def test_combination_trains_saves_loads_and_generates(case, tiny_recipe, tiny_lm
         return
     result = train(tiny_recipe(tmp_path, *overrides(case), lm=tiny_lm(case["lm"])))
     model = FrozenPrefixForConditionalGeneration.from_pretrained(result.best)
-    from frozenprefix.models.processing import FrozenPrefixProcessor
-
     processor = FrozenPrefixProcessor.from_pretrained(result.best)
     inputs = processor(text=["<image>a", "<image>the dog"], return_tensors="pt")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

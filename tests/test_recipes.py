@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ SMALL = {
     "self_critical": ["training.init_from=null"],
     "smallcap": ["training.init_from=null"],
 }  # fmt: skip
+ADAPTED = {"peft", "adapters"}  # words in a recipe by which something in its language model is trained
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
@@ -50,6 +52,10 @@ def test_recipe_runs_in_small_under_accelerate(path, tmp_path):
         "training.validation_pictures=4",
         *SMALL.get(path.stem, []),
     ]
+    frozen = "language_model" in path.read_text() and not ADAPTED & set(re.findall(r"\w+", path.read_text()))
+    if "kind: contrastive" not in path.read_text():
+        (tmp_path / "text.txt").write_text("a dog runs in the street and a man sits on the grass. " * 20)
+        changes.append(f"evaluation.text={tmp_path / 'text.txt'}")
     command = [
         sys.executable,
         "-m",
@@ -68,3 +74,7 @@ def test_recipe_runs_in_small_under_accelerate(path, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == {0, 1, 2, 3}
     assert (tmp_path / "run" / "best" / "config.json").is_file()
+    if "evaluation.text" in changes[-1]:
+        text = json.loads((tmp_path / "run" / "text_ability.json").read_text())
+        same = text["before"]["logits_sha256"] == text["after"]["logits_sha256"]
+        assert same is frozen, "a LM without adapters computes the same on text, to the bit; one with them does not"

@@ -35,7 +35,7 @@ from frozenprefix.training.objectives import (
 )
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.self_critical import SelfCritical, reward_references
-from frozenprefix.training.setup import build_model, load_parts, prepare_pictures
+from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class RunParts:
             progress=lambda done, total: self.bar.update(task, completed=done, total=total),
         )
         self.bar.remove_task(task)
+        self.retriever = add_similar_captions(prepared, self.recipe.data)
         self._use_data(prepared.groups | unseen, prepared.features)
 
     def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:

@@ -116,7 +116,7 @@ class ContrastiveRecipe(RecipeSection):
     @model_validator(mode="after")
     def _check_what_has_no_effect(self) -> ContrastiveRecipe:
         problems = []
-        for name in {"prompts", "text_only"} & self.data.model_fields_set:
+        for name in {"prompts", "text_only", "retrieval"} & self.data.model_fields_set:
             if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):  # as `to_yaml` writes them
                 key = f"data.{name}"
                 problems.append(Problem((key,), f"{key}: has no effect in a contrastive recipe; remove it"))

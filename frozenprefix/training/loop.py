@@ -257,6 +257,8 @@ class Trainer(RunParts):
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml())
+        if self.retriever is not None:
+            self.retriever.save(folder)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

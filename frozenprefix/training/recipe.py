@@ -28,7 +28,7 @@ from frozenprefix.training.yaml_text import apply_overrides, read_yaml, write_ya
 # What a resumed run has to share with the run that it goes on with. The rest may change between the two.
 _SAME_ON_RESUME = {
     "": ("seed", "model", "objectives"),
-    "data": ("train", "prompts", "text_only"),
+    "data": ("train", "prompts", "text_only", "retrieval"),
     "training": (
         "pictures_per_step",
         "targets_per_picture",
