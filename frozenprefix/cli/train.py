@@ -25,6 +25,6 @@ def command(
     kind, loaded = load_recipe(recipe, overrides or [])  # first: the loop takes seconds to import
     result = train_recipe(kind, loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:  # as accelerate and torchrun number processes
-        value = "" if result.best_value is None else f", {kind.measure} {result.best_value:.4f}"
+        value = "" if result.best_value is None else f", validation {result.best_by} {result.best_value:.4f}"
         typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")
         typer.echo(f"best checkpoint: {result.best}{value}")

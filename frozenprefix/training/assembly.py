@@ -55,6 +55,7 @@ class RunParts:
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
+        self.best_by = "loss"
         self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
         self.bar = Progress(
             TextColumn("{task.description}"),

@@ -96,6 +96,7 @@ class ContrastiveTrainer:
             progress.targets_seen,
             progress.seconds,
             progress.best_value,
+            "recall@10",
         )
 
     # ── set-up ──

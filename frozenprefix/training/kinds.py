@@ -13,19 +13,17 @@ from frozenprefix.training.yaml_text import read_yaml
 
 
 class Kind(NamedTuple):
-    """Where a kind's recipe and trainer are, and what its best checkpoint is chosen by."""
+    """Where a kind's recipe and trainer are."""
 
     recipe: str
     train: str
-    measure: str
 
 
 KINDS = {
-    "prefix": Kind("frozenprefix.training.recipe:Recipe", "frozenprefix.training.loop:train", "validation loss"),
+    "prefix": Kind("frozenprefix.training.recipe:Recipe", "frozenprefix.training.loop:train"),
     "contrastive": Kind(
         "frozenprefix.training.contrastive_recipe:ContrastiveRecipe",
         "frozenprefix.training.contrastive:train_contrastive",
-        "validation recall@10",
     ),
 }
 

@@ -36,7 +36,8 @@ class TrainingResult:
     steps: int
     targets_seen: int
     seconds: float
-    best_value: float | None  # what the best checkpoint was chosen by, lower is better: see `Objectives.best_by`
+    best_value: float | None  # of the best checkpoint, by `best_by`
+    best_by: str = "loss"  # what it was chosen by: see `Objectives.best_by`
 
 
 def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
@@ -85,6 +86,7 @@ class Trainer(RunParts):
             self.progress.targets_seen,
             self.progress.seconds,
             self.progress.best_value,
+            self.best_by,
         )
 
     # ── the loop ──
@@ -230,7 +232,7 @@ class Trainer(RunParts):
             warn_if_blind(self.progress.step, losses)
         if self.progress.step == 0:
             return
-        value = self.objectives.best_by(values)
+        self.best_by, value = self.objectives.best_by(values)
         if self.progress.best_value is None or value < self.progress.best_value:
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0

@@ -240,13 +240,13 @@ class Objectives(nn.Module):
         self.model.train(training)
         return values
 
-    def best_by(self, values: dict[str, float]) -> float:
-        """What the best checkpoint is chosen by, lower is better: the validation loss, or for self-critical training,
-        under which that loss rises, minus CIDEr-D; without the LM's loss minus Recall@1."""
+    def best_by(self, values: dict[str, float]) -> tuple[str, float]:
+        """What the best checkpoint is chosen by, and how good it is, lower is better: the validation loss, or for
+        self-critical training, under which that loss rises, minus CIDEr-D; without the LM's loss minus Recall@1."""
         for name in ("cider_d", "recall@1") if "lm" not in self.names else ("cider_d",):
             if name in values:
-                return -values[name]
-        return values["loss"]
+                return f"minus {name}", -values[name]
+        return "loss", values["loss"]
 
     def forward(self, batch: Batch, factors: dict[str, float]) -> dict[str, Tensor]:
         """Each part's loss times its factor."""
