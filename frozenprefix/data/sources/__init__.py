@@ -136,6 +136,7 @@ MARKS: dict[str, dict[str, Any]] = {
     "region_descriptions.json": {"type": "visual_genome", "questions": None},
     "question_answers.json": {"type": "visual_genome", "regions": None},
     "qa.894.raw.*.txt": {"type": "daquar"},
+    "emoji_pretty.json": {"type": "emoji"},
     "dataset_dict.json": {"type": "hf_dataset"},
     "state.json": {"type": "hf_dataset"},
     "*-of-*.parquet": {"type": "hf_dataset"},
