@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.models.adapted import AdaptedParts
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.tensors import copy_into
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
 
@@ -99,19 +99,7 @@ class TrainableCheckpoint(AdaptedParts):
 
     def load_trainable(self, tensors: dict[str, Tensor], *, source: str = "state") -> None:
         """Copy `tensors` into the trainable parameters; the key sets and shapes must be equal."""
-        own = self.trainable_state()
-        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-        problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-        problems += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if tensors[name].shape != own[name].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        copy_into(self.trainable_state(), tensors, source)
 
 
 def check_identity(saved: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from frozenprefix.data.cache import FeatureCache
@@ -36,6 +35,7 @@ from frozenprefix.training.objectives import (
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.self_critical import SelfCritical, reward_references
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_pictures
+from frozenprefix.training.tracking import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +57,7 @@ class RunParts:
         self.output_dir = Path(recipe.output_dir)
         self.best_by = "loss"
         self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            disable=not self.accelerator.is_main_process,
-        )
+        self.bar = progress_bar(self.accelerator.is_main_process)
 
     def _build(self) -> None:
         self.model, self.processor = build_model(self.recipe)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,7 +33,7 @@ from frozenprefix.training.guards import check_finite
 from frozenprefix.training.loop import TrainingResult
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_parts, prepare_pictures
-from frozenprefix.training.tracking import Tracker
+from frozenprefix.training.tracking import Tracker, progress_bar
 from frozenprefix.training.validation import batch_bounds
 
 logger = logging.getLogger(__name__)
@@ -64,16 +62,7 @@ class ContrastiveTrainer:
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
         self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            disable=not self.accelerator.is_main_process,
-        )
+        self.bar = progress_bar(self.accelerator.is_main_process)
 
     def run(self, resume: str) -> TrainingResult:
         """Set up, train, and leave the best checkpoint behind."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from frozenprefix.errors import TrainingError
 from frozenprefix.training.sections import TrackingSection
 
@@ -184,4 +186,18 @@ def _open_wandb(output_dir: Path, resume_step: int, config: dict[str, Any]) -> A
         id=id_file.read_text(encoding="utf-8"),
         resume="allow",
         config=config,
+    )
+
+
+def progress_bar(shown: bool) -> Progress:
+    """The bar of a run, with a `note` behind every task; nothing where it is not `shown`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        disable=not shown,
     )

@@ -6,13 +6,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.models.tensors import copy_into
 
 
 class TrainedTensors(nn.Module):
@@ -42,19 +42,7 @@ class TrainedTensors(nn.Module):
 
     def load_trainable(self, tensors: dict[str, Tensor], *, source: str = "state") -> None:
         """Copy `tensors` into the trained parameters; the key sets and shapes must be equal."""
-        own = self.trainable_state()
-        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-        problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-        problems += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if tensors[name].shape != own[name].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        copy_into(self.trainable_state(), tensors, source)
 
 
 def read_checkpoint(source: str, **hub: Any) -> dict[str, Tensor]:

@@ -6,15 +6,12 @@ its own, and `forward(image_features: float[B, N, encoder_dim]) -> float[B, pref
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, get_type_hints
-
-from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
 from frozenprefix.models.mappers.blocks import PrefixScale
+from frozenprefix.models.options import option_problems
 from frozenprefix.registry import Registry
 
 MAPPERS: Registry[type[nn.Module]] = Registry(
@@ -30,7 +27,7 @@ MAPPERS: Registry[type[nn.Module]] = Registry(
         "attention_pool": "frozenprefix.models.mappers.attention_pool:AttentionPoolMapper",
     },
 )
-STRUCTURAL = {"self", "encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
+STRUCTURAL = {"encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
 
 
 class PrefixMapper(nn.Module):
@@ -74,27 +71,4 @@ def build_mapper(
 
 def validate_mapper(config: MapperConfig) -> list[str]:
     """Check the mapper's name and options against its constructor; return one line per problem."""
-    try:
-        mapper = MAPPERS.get(config.type)
-    except ConfigError as error:
-        return [f"model.mapper.type: {problem}" for problem in error.problems]
-    hints = get_type_hints(mapper.__init__, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (hints[name], parameter.default)
-        for name, parameter in inspect.signature(mapper.__init__).parameters.items()
-        if name not in STRUCTURAL
-    }
-    problems = [
-        f"model.mapper.{name}: mapper '{config.type}' has no such option{did_you_mean(name, fields)}; "
-        f"it has: {', '.join(fields) or 'none'}"
-        for name in config.options
-        if name not in fields
-    ]
-    schema = create_model("Options", __config__=ConfigDict(strict=True), **fields)
-    try:
-        schema.model_validate({name: value for name, value in config.options.items() if name in fields})
-    except ValidationError as error:
-        problems += [
-            f"model.mapper.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-        ]
-    return problems
+    return option_problems(MAPPERS, "model.mapper", config.type, config.options, STRUCTURAL)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import Attention, Count, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, learned_tokens
+from frozenprefix.models.options import Count
 
 
 class AttentionPoolMapper(nn.Module):

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-
-# Types of mapper options: their bounds are checked with the recipe, before anything is loaded.
-Count = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Attention(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.models.mappers.blocks import Count, Dropout, Ratio, learned_tokens
+from frozenprefix.models.mappers.blocks import learned_tokens
 from frozenprefix.models.mappers.transformer import TransformerLayer
+from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class MAPLMapper(nn.Module):

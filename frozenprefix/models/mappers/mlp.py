@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import Count, Dropout, pool_tokens
+from frozenprefix.models.mappers.blocks import pool_tokens
+from frozenprefix.models.options import Count, Dropout
 
 ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 

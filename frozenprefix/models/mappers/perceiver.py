@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.models.mappers.blocks import Attention, Count, Ratio, feed_forward, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, feed_forward, learned_tokens
+from frozenprefix.models.options import Count, Ratio
 
 
 class ResamplerLayer(nn.Module):

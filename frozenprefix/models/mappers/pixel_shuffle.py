@@ -9,7 +9,7 @@ from math import isqrt
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import Count
+from frozenprefix.models.options import Count
 
 
 class PixelShuffleMapper(nn.Module):

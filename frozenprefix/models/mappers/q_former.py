@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from frozenprefix.models.mappers.blocks import Attention, Count, Dropout, Ratio, feed_forward, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, feed_forward, learned_tokens
+from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class QFormerLayer(nn.Module):

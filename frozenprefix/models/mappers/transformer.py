@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.mappers.blocks import Attention, Count, Dropout, Ratio, feed_forward, learned_tokens
+from frozenprefix.models.mappers.blocks import Attention, feed_forward, learned_tokens
+from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class TransformerLayer(nn.Module):

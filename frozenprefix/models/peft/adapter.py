@@ -24,6 +24,7 @@ from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.fusion.base import compute_in
 from frozenprefix.models.peft import PEFT_METHODS, validate_peft
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
+from frozenprefix.models.tensors import check_fit
 
 NAME = "default"  # peft's name for the adapter; its files then lie in the folder itself
 
@@ -142,16 +143,7 @@ class Adapter:
         if saved.peft_type != self.config.peft_type:
             raise CheckpointError(f"{source}: {subfolder} holds {saved.peft_type}, expected {self.config.peft_type}")
         self.prepare_for(saved)
-        own = self.saved_tensors()
-        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-        problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-        problems += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if tensors[name].shape != own[name].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{source}: {subfolder} does not fit this model: " + "; ".join(sorted(problems)))
+        check_fit(self.saved_tensors(), tensors, f"{source}: {subfolder}")
         set_peft_model_state_dict(self.peft_model, tensors, adapter_name=NAME)
 
     def prepare_for(self, saved: PeftConfig) -> None:
