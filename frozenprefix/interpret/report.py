@@ -92,9 +92,7 @@ def _scores(task: str, result: Mapping[str, Any]) -> str:
     groups = result.get("groups") or {}
     rows = [_score_row(name, [scores.get(name) for scores in columns.values()]) for name in result["metrics"]]
     for metric, types in groups.get("model", {}).items():
-        rows.append(
-            f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(metric)} by question type</th></tr>'
-        )
+        rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(_title(metric))}</th></tr>')
         for kind in types:
             rows.append(_score_row(kind, [groups.get(name, {}).get(metric, {}).get(kind) for name in columns]))
     count = f" (n = {number(result['n'])})" if "n" in result else ""
@@ -203,3 +201,8 @@ def _data_uri(image: Image.Image) -> str:
         image.save(buffer, "JPEG", quality=80, optimize=True)
     kind = "png" if drawing else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _title(metric: str) -> str:
+    """What a group's figures are: "accuracy by question type", unless the name itself says by what."""
+    return metric.replace("_", " ") if "_by_" in metric else f"{metric} by question type"
