@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import attention, common, generation, training_step
+from benchmarks import attention, closed_form_start, common, generation, training_step
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.models.packing import build_trie
@@ -104,3 +104,9 @@ def test_a_table_lands_between_its_marks(tmp_path):
     )
     with pytest.raises(SystemExit, match="no section between"):
         common.write_section(page, "b", "")
+
+
+def test_saved_steps_by_hand():
+    """The random start reaches 4 half-way between steps 10 and 20, and never 1."""
+    saved = closed_form_start.saved_steps({0: 6.0, 10: 5.0, 20: 3.0}, {0: 4.0, 10: 3.0, 20: 1.0})
+    assert saved == {0: 15.0, 10: 10.0, 20: None}

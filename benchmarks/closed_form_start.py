@@ -1,0 +1,115 @@
+"""What a closed-form start saves: the same mapper trained from random weights, and from `recipes/closed_form.py`.
+
+python benchmarks/closed_form_start.py [--json report.json] [--steps 80]
+
+Needs Flickr8k by FROZENPREFIX_DATA, and real weights: a classifier with random ones knows no classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.training.loop import train
+from frozenprefix.training.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+POINTS, PICTURES = 8, 48  # validations along the way, and their photos
+
+
+def closed_form(photo: Path, folder: Path) -> Path:
+    """The checkpoint of the recipe's script, which also names what is in a photo."""
+    command = [sys.executable, RECIPES / "closed_form.py", photo, "--output", folder]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder
+
+
+def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool) -> dict[int, float]:
+    """Validation loss by step, of a mapper of the checkpoint's kind and with its prompt."""
+    mapper = FrozenPrefixConfig.from_pretrained(start).mapper
+    prompt = FrozenPrefixProcessor.from_pretrained(start).prompts["caption"]
+    settings = {
+        "model.mapper": mapper,
+        "data.train.0.path": str(data),
+        "data.validation.0.path": str(data),
+        "data.prompts.caption": prompt,
+        "training.epochs": None,
+        "training.max_minutes": None,
+        "training.max_steps": steps,
+        "training.validate_every": max(1, steps // POINTS),
+        "training.validation_pictures": PICTURES,
+        "training.init_from": str(start) if from_start else None,
+        "output_dir": str(folder),
+    }
+    changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    result = train(Recipe.load(RECIPES / "flickr8k.yaml", changes), resume="never")
+    lines = [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+
+
+def saved_steps(plain: dict[int, float], closed: dict[int, float]) -> dict[int, float | None]:
+    """For each validation of the closed-form start: the step at which the random start is as good, by interpolation,
+    minus its own; None when it never is."""
+    points = sorted(plain.items())
+    saved: dict[int, float | None] = {}
+    for step, loss in closed.items():
+        saved[step] = None
+        for (before, high), (after, low) in pairwise(points):
+            if low <= loss:
+                share = (high - loss) / (high - low) if high > low else 0.0
+                saved[step] = before + max(0.0, share) * (after - before) - step
+                break
+    return saved
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    root = os.environ.get("FROZENPREFIX_DATA")
+    if not root:
+        raise SystemExit("FROZENPREFIX_DATA is not set: no real photos to measure on")
+    data = Path(root) / "flickr8k"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        start = closed_form(min((data / "images").iterdir()), folder / "start")
+        plain = curve(start, data, folder / "plain", arguments.steps, from_start=False)
+        closed = curve(start, data, folder / "closed", arguments.steps, from_start=True)
+    return {"random": plain, "closed_form": closed, "steps_saved": saved_steps(plain, closed)}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            step,
+            report["random"][step],
+            loss,
+            "more than were taken" if report["steps_saved"][step] is None else report["steps_saved"][step],
+        ]
+        for step, loss in report["closed_form"].items()
+    ]
+    return common.table(["step", "loss, random start", "loss, closed-form start", "steps saved"], rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=80)
+    arguments = parser.parse_args(argv)
+    common.start_logging()
+    report = run(arguments)
+    common.finish(report, arguments, "closed_form", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
