@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory in place of giving it back to the system; True when it does.
 
     A step on the CPU takes and frees the same megabytes again and again. By default every large block is mapped anew,
-    and the system fills it with zeros, page by page, before the first write: a sixth of a bfloat16 step. Elsewhere
-    than under glibc nothing is done. Memory in use stays what it is; what is free is not seen by other processes.
+    and the system fills it with zeros, page by page, before the first write. Elsewhere than under glibc nothing is
+    done. Memory in use stays what it is; what is free is not seen by other processes.
     """
     if not sys.platform.startswith("linux"):
         return False
