@@ -123,8 +123,10 @@ def test_many_labels_take_several_rows(parts, images, monkeypatch):
 def test_the_prefix_is_read_once_for_all_labels(tiny_checkpoint, images, monkeypatch):
     captioner = Captioner.from_pretrained(tiny_checkpoint, device="cpu")
     rows = []
-    read = likelihood._read
-    monkeypatch.setattr(likelihood, "_read", lambda *args: (rows.append(args[1].input_ids), read(*args))[1])
+    read = captioner.model.packed_hidden
+    monkeypatch.setattr(
+        captioner.model, "packed_hidden", lambda *args: (rows.append(args[0].input_ids), read(*args))[1]
+    )
     Classifier(captioner.model, captioner.processor).scores(images, LABELS)
     assert [ids.shape[0] for ids in rows] == [3], "one row a picture"
     image_token = captioner.processor.image_token_id

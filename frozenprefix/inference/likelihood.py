@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from frozenprefix.errors import DataError
-from frozenprefix.models.attention import attention_for_rows
-from frozenprefix.models.fusion import Shown
-from frozenprefix.models.language_model import check_packable
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import PackedBatch, Target, pack
+from frozenprefix.models.rows import refuse_rows
 
 TOKENS_PER_ROW = 512  # beyond that attention costs more than reading the prefix once more
 LOGIT_ROWS = 256  # places whose logits are in memory at once
@@ -64,7 +60,8 @@ def log_likelihoods(
         TrainingError: for a target without a free token, without a given one, or with another number of placeholders.
     """
     counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
-    packable = _packable(model, max(len(target.input_ids) for group in groups for target in group))
+    longest = max(len(target.input_ids) for group in groups for target in group)
+    packable = refuse_rows(model.language_model, longest) is None
     known: dict[tuple[int, int], list[_Row]] = {}
     units: list[tuple[int, int, _Row]] = []  # group, its first picture, row
     firsts = accumulate(counts, initial=0)
@@ -78,16 +75,10 @@ def log_likelihoods(
         first = batch[0][1]
         last = batch[-1][1] + counts[batch[-1][0]]
         shown = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
-        scores = _score(model, [(row, picture - first) for _, picture, row in batch], shown, packable)
+        scores = _score(model, [(row, picture - first) for _, picture, row in batch], shown)
         for (number, _, row), score in zip(batch, scores, strict=True):
             values[number][row.targets] = score
     return values
-
-
-def _packable(model: FrozenPrefixForConditionalGeneration, longest: int) -> bool:
-    """Whether the LM can read several texts of up to `longest` tokens in one row."""
-    window = getattr(model.language_model.config.get_text_config(), "sliding_window", None)
-    return check_packable(model.language_model) is None and not (window and longest > window)
 
 
 def _rows_of(
@@ -158,12 +149,10 @@ def _score(
     model: FrozenPrefixForConditionalGeneration,
     rows: Sequence[tuple[_Row, int]],
     prefix_embeds: Tensor | None,
-    packable: bool,
 ) -> list[Tensor]:
     """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first picture."""
-    lengths = torch.tensor([row.length for row, _ in rows])
-    packed = _stack(rows, int(lengths.max()), model.placeholders_per_picture).to(model.device)
-    hidden = _read(model, packed, prefix_embeds, None if packable else lengths.to(model.device))
+    packed = _stack(rows, model.placeholders_per_picture).to(model.device)
+    hidden = model.packed_hidden(packed, prefix_embeds)
     _, head, softcap = model.parts()
     values = torch.empty(len(packed.edge_label), device=hidden.device)
     for start in range(0, len(hidden), LOGIT_ROWS):
@@ -180,8 +169,10 @@ def _score(
     ]
 
 
-def _stack(rows: Sequence[tuple[_Row, int]], width: int, per_picture: int) -> PackedBatch:
+def _stack(rows: Sequence[tuple[_Row, int]], per_picture: int) -> PackedBatch:
     """One batch of rows, padded on the right, whose edges are the steps of all targets in order."""
+    lengths = [row.length for row, _ in rows]
+    width = max(lengths)
     shape = (len(rows), width)
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     ends = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
@@ -208,30 +199,5 @@ def _stack(rows: Sequence[tuple[_Row, int]], width: int, per_picture: int) -> Pa
         edge_weight=torch.ones(len(nodes)),
         num_targets=sum(len(row.targets) for row, _ in rows),
         num_tokens=len(nodes),
+        lengths=torch.tensor(lengths) if all(len(row.targets) == 1 for row, _ in rows) else None,
     )
-
-
-def _read(
-    model: FrozenPrefixForConditionalGeneration,
-    packed: PackedBatch,
-    prefix_embeds: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """Last hidden states at the nodes that predict something: float[K, D_lm]. Plain rows come with their lengths."""
-    decoder, _, _ = model.parts()
-    # [R, T] -> [R, T, D_lm]
-    inputs_embeds = model._fuse(packed.input_ids, packed.prefix_index, prefix_embeds)
-    shown = None
-    if prefix_embeds is not None:
-        picture = packed.shown_index.div(model.placeholders_per_picture, rounding_mode="floor")
-        shown = Shown(prefix_embeds, packed.prefix_index, picture)
-    layout: dict[str, Any]
-    if lengths is None:
-        layout = {"attention_mask": model._row_mask(packed, inputs_embeds.dtype), "position_ids": packed.position_ids}
-    else:
-        places = torch.arange(packed.input_ids.shape[1], device=lengths.device)
-        layout = {"attention_mask": (places < lengths[:, None]).long()}
-    attention = attention_for_rows(model.language_model) if lengths is None else nullcontext()
-    with model.fusion.showing(shown), attention:
-        hidden = decoder(inputs_embeds=inputs_embeds, use_cache=False, **layout).last_hidden_state
-    return hidden.flatten(0, 1)[packed.predict_index]

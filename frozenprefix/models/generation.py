@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,20 @@ from frozenprefix.models.seq2seq import is_seq2seq
 class PictureGeneration:
     """`generate` for a model that puts pictures into the input of a language model. A mixin over its other methods."""
 
-    language_model: PreTrainedModel
-    fusion: Fusion
+    if TYPE_CHECKING:  # what the model has besides
+        language_model: PreTrainedModel
+        fusion: Fusion
 
-    def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
-        raise NotImplementedError
+        @property
+        def num_virtual_tokens(self) -> int: ...
 
-    def embed_shown(
-        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Shown | None]:
-        raise NotImplementedError
+        def parts(self) -> tuple[nn.Module, nn.Module, float | None]: ...
 
-    @property
-    def num_virtual_tokens(self) -> int:
-        raise NotImplementedError
+        def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None: ...
 
-    def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
-        raise NotImplementedError
+        def embed_shown(
+            self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
+        ) -> tuple[Tensor, Shown | None]: ...
 
     @torch.no_grad()
     def generate(

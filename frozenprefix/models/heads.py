@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,11 @@ class PictureTextEmbedding(AdaptedParts):
 
     contrastive: ContrastiveHeads | None
 
-    def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the model has besides
 
-    def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
-        raise NotImplementedError
+        def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None: ...
+
+        def parts(self) -> tuple[nn.Module, nn.Module, float | None]: ...
 
     @property
     def heads(self) -> ContrastiveHeads:

@@ -14,7 +14,6 @@ from transformers.utils import ModelOutput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models import seq2seq
 from frozenprefix.models.adapted import freeze_around, split_peft_model
-from frozenprefix.models.attention import attention_for_rows, mask_per_kind
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
     FusionConfig,
@@ -23,11 +22,10 @@ from frozenprefix.models.configuration import (
     VisionEncoderConfig,
 )
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
+from frozenprefix.models.fusion import Shown, build_fusion, index_placeholders
 from frozenprefix.models.generation import PictureGeneration
 from frozenprefix.models.heads import ContrastiveHeads, PictureTextEmbedding
 from frozenprefix.models.language_model import (
-    decoder_and_head,
     embedding_rms,
     fuse_activations,
     load_language_model,
@@ -35,9 +33,9 @@ from frozenprefix.models.language_model import (
     start_token,
     word_embeddings,
 )
-from frozenprefix.models.losses import next_token_loss
 from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.packing import PackedBatch, ancestor_mask
+from frozenprefix.models.packing import PackedBatch
+from frozenprefix.models.rows import RowReading
 from frozenprefix.models.saving import FROZEN_PARTS, TrainableCheckpoint, check_identity
 from frozenprefix.models.seq2seq import check_seq2seq, is_seq2seq
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
@@ -62,7 +60,7 @@ class FrozenPrefixOutput(ModelOutput):
 
 
 class FrozenPrefixForConditionalGeneration(
-    TrainableCheckpoint, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
+    TrainableCheckpoint, RowReading, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
 ):
     """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
@@ -257,7 +255,7 @@ class FrozenPrefixForConditionalGeneration(
         per_picture = self.placeholders_per_picture
         pictures = 0 if prefix_embeds is None else len(prefix_embeds)
         prefix_index = index_placeholders(input_ids, image_token_id, pictures * per_picture)
-        inputs_embeds = self._fuse(input_ids, prefix_index, prefix_embeds)
+        inputs_embeds = self.fuse(input_ids, prefix_index, prefix_embeds)
         if prefix_embeds is None:
             return inputs_embeds, None
         latest = prefix_index.cummax(dim=1).values
@@ -267,55 +265,3 @@ class FrozenPrefixForConditionalGeneration(
     def placeholders_per_picture(self) -> int:
         """Places that a picture takes in the text."""
         return self.fusion.placeholders(self.config.prefix_length)
-
-    def _fuse(self, input_ids: Tensor, prefix_index: Tensor, prefix_embeds: Tensor | None) -> Tensor:
-        embeddings = self.get_input_embeddings()
-        if self._start_token is None:
-            return fuse_prefix(embeddings, input_ids, prefix_index, prefix_embeds)
-        return embeddings(input_ids.masked_fill(prefix_index >= 0, self._start_token))
-
-    def parts(self) -> tuple[nn.Module, nn.Module, float | None]:
-        """Decoder, head and logit cap of the LM, checked at the first call."""
-        if self._decoder_and_head is None:
-            training = self.training
-            self.eval()  # an adapter's dropout would show as a difference between parts and whole
-            self._decoder_and_head = decoder_and_head(self.language_model)
-            self.train(training)
-        return self._decoder_and_head
-
-    def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
-        """Mean loss over the trained tokens of packed rows: a float32 scalar."""
-        if is_seq2seq(self.language_model):
-            return seq2seq.packed_loss(self, packed, prefix_embeds) / packed.num_tokens
-        decoder, head, softcap = self.parts()
-        # [R, T] -> [R, T, D_lm]
-        inputs_embeds = self._fuse(packed.input_ids, packed.prefix_index, prefix_embeds)
-        shown = None
-        if prefix_embeds is not None:
-            picture = packed.shown_index.div(self.placeholders_per_picture, rounding_mode="floor")
-            shown = Shown(prefix_embeds, packed.prefix_index, picture)
-        with self.fusion.showing(shown), attention_for_rows(self.language_model):
-            hidden = decoder(
-                inputs_embeds=inputs_embeds,
-                attention_mask=self._row_mask(packed, inputs_embeds.dtype),
-                position_ids=packed.position_ids,
-                use_cache=False,
-            ).last_hidden_state
-        # only the nodes that predict something: -> [K, D_lm] -> scalar
-        hidden = hidden.flatten(0, 1)[packed.predict_index]
-        total = next_token_loss(
-            hidden, head, packed.edge_source, packed.edge_label, packed.edge_weight, softcap=softcap
-        )
-        return total / packed.num_tokens
-
-    def _row_mask(self, packed: PackedBatch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """The trie's mask; models with several kinds of layers want it once per kind."""
-        mask = ancestor_mask(packed.subtree_end, dtype)
-        config = self.language_model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        if window and int(packed.position_ids.max()) >= window:
-            raise ConfigError(
-                f"a packed text of {int(packed.position_ids.max()) + 1} tokens is longer than the LM's sliding window "
-                f"({window}); shorten max_target_tokens or set training.packing=none"
-            )
-        return mask_per_kind(config, mask)

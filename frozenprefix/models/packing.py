@@ -55,6 +55,7 @@ class PackedBatch:
         edge_source: int64[E], index into the K nodes; edge_label: int64[E], the next token;
         edge_weight: float32[E], the sum of the weights of the targets that take that step.
         num_targets, num_tokens: targets, and trained tokens, before any sharing.
+        lengths: int64[R], the tokens of each row where every row is one text; None where texts share rows.
     """
 
     input_ids: Tensor
@@ -68,6 +69,7 @@ class PackedBatch:
     edge_weight: Tensor
     num_targets: int
     num_tokens: int
+    lengths: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -189,6 +191,8 @@ def pack(
         raise TrainingError("a batch without any target to learn")
     rows = _fill_rows([len(trie.ids) for trie, _ in tries], tokens_per_row if packing != "none" else 0)
     batch = _lay_out(tries, rows)
+    if packing == "none":
+        batch.lengths = torch.tensor([len(tries[row[0]][0].ids) for row in rows])
     batch.num_targets = sum(len(targets) for targets in pictures)
     batch.num_tokens = sum(len(t.input_ids) - t.num_context for targets in pictures for t in targets)
     return batch

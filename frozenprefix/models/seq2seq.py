@@ -21,6 +21,7 @@ from frozenprefix.models.packing import PackedBatch
 
 if TYPE_CHECKING:
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+    from frozenprefix.models.rows import RowReading
 
 IGNORED = -100
 
@@ -91,13 +92,12 @@ def divide(packed: PackedBatch, end_token: int) -> SourcesAndTargets:
     Raises:
         ConfigError: when targets share a row.
     """
+    if packed.lengths is None:
+        raise ConfigError("training.packing: targets share rows, which no encoder-decoder model can read; set 'none'")
     rows, length = packed.input_ids.shape
     row, place = packed.predict_index.div(length, rounding_mode="floor"), packed.predict_index % length
     first = place.new_full((rows,), length).scatter_reduce(0, row, place, "amin")
     step = place - first[row]
-    linear = torch.equal(packed.position_ids.flatten()[packed.predict_index], place)
-    if not linear or len(packed.edge_label) != len(place) or len(set(row.tolist())) != packed.num_targets:
-        raise ConfigError("training.packing: targets share rows, which no encoder-decoder model can read; set 'none'")
     shape = (rows, int(step.max()) + 1)
     labels, weights = step.new_full(shape, IGNORED), packed.edge_weight.new_zeros(shape)
     at = row[packed.edge_source], step[packed.edge_source]
@@ -110,13 +110,11 @@ def divide(packed: PackedBatch, end_token: int) -> SourcesAndTargets:
     return SourcesAndTargets(ids, mask, prefix_index, labels, weights)
 
 
-def packed_loss(
-    model: FrozenPrefixForConditionalGeneration, packed: PackedBatch, prefix_embeds: Tensor | None
-) -> Tensor:
+def packed_loss(model: RowReading, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
     """Sum over trained tokens of weight times -log p, as a float32 scalar."""
     texts = divide(packed, model.language_model.config.eos_token_id)
     # [B, S] -> [B, S, D_lm]
-    inputs_embeds = model._fuse(texts.input_ids, texts.prefix_index, prefix_embeds)
+    inputs_embeds = model.fuse(texts.input_ids, texts.prefix_index, prefix_embeds)
     shown = None
     if prefix_embeds is not None:
         picture = texts.prefix_index.cummax(dim=1).values.div(model.placeholders_per_picture, rounding_mode="floor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
 
 
 class _ImageTextProcessor(ProcessorMixin):
-    def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts -> `input_ids` and `attention_mask`, int64[T, L]; a longer text is cut before its end token."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # each kind has its own
+
+        def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
 
     def __call__(
         self,
@@ -50,6 +50,7 @@ class LockedImageTextProcessor(_ImageTextProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts -> `input_ids` and `attention_mask`, int64[T, L]; a longer text is cut before its end token."""
         batch = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
@@ -69,6 +70,7 @@ class OpenClipProcessor(_ImageTextProcessor):
         super().__init__(image_processor, chat_template=chat_template)
 
     def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """As `LockedImageTextProcessor.prepare_texts`."""
         if self._tokenize is None:
             import open_clip
 
