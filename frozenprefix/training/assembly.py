@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.collation import Collator, StepDataset
-from frozenprefix.data.features import PictureEncoder
-from frozenprefix.data.processes import Processes
+from frozenprefix.data.collation import Collator
 from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, Sample, group_by_pictures
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
-from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.language_model import check_packable
 from frozenprefix.training import checkpoints
-from frozenprefix.training.allocator import keep_freed_memory
 from frozenprefix.training.objectives import (
+    Batch,
     Contrastive,
     Distillation,
     Objective,
@@ -33,31 +29,21 @@ from frozenprefix.training.objectives import (
     distillation_pieces,
 )
 from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.run import TrainingRun
 from frozenprefix.training.self_critical import SelfCritical, reward_references
-from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_pictures
-from frozenprefix.training.tracking import progress_bar
+from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 
 logger = logging.getLogger(__name__)
 
 
-class RunParts:
-    """Builds and holds the parts of one run."""
+class RunParts(TrainingRun):
+    """Builds and holds the parts of a run that trains a mapper."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.settings = recipe, recipe.training
-        on_cpu = not torch.accelerator.is_available()
-        if self.settings.precision == "fp16" and on_cpu:
+        half = recipe.training.precision == "fp16"
+        if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        self.accelerator = Accelerator(
-            mixed_precision="fp16" if self.settings.precision == "fp16" else "no",
-            cpu=on_cpu,  # or several processes without a GPU would not know of each other
-        )
-        keep_freed_memory()
-        set_seed(recipe.seed)
-        self.output_dir = Path(recipe.output_dir)
-        self.best_by = "loss"
-        self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
-        self.bar = progress_bar(self.accelerator.is_main_process)
+        super().__init__(recipe, mixed_precision="fp16" if half else "no")
 
     def _build(self) -> None:
         self.model, self.processor = build_model(self.recipe)
@@ -77,19 +63,10 @@ class RunParts:
         return text_ability(self.model, self.processor.tokenizer, read_text(path, "evaluation.text"), adapted)
 
     def _prepare_data(self) -> None:
-        task = self.bar.add_task("encoding pictures", total=None, note="")
         samples = load_parts(self.recipe.data)
         # with text alone, the pictures of the training part are never looked at
         unseen = {"train": group_by_pictures(samples.pop("train"))} if self.recipe.data.text_only else {}
-        prepared = prepare_pictures(
-            PictureEncoder.of(self.model, self.processor),
-            samples,
-            self.recipe.data,
-            processes=Processes.of(self.accelerator),
-            bad_list=self.output_dir / "bad_pictures.jsonl" if self.accelerator.is_main_process else None,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
+        prepared = self._encode_pictures(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
         self._use_data(prepared.groups | unseen, prepared.features)
 
@@ -177,33 +154,24 @@ class RunParts:
         self.model.set_total_steps(self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
 
-    def _restore(self, resume: str) -> None:
-        folder = checkpoints.recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
-        checkpoints.recover_folder(self.output_dir / "best")
-        if resume == "never" or (resume == "auto" and not folder.exists()):
-            return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
-        self.model.load_trainable(checkpoints.load_weights(folder), source=str(folder))
-        self.model.load_adapter_state(folder)
-        self.progress = checkpoints.load_training_state(folder, self.optimizer, self.recipe.fingerprint())
-        logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
-
-    def _batches(self) -> Any:
-        """Micro-batches of this process, from the step that is due."""
+    def _batches(self) -> Iterator[Batch]:
         accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
-        dataset = StepDataset(
-            self.train_groups,
-            self.stream,
+        return self._load_steps(
             self.train_collator,
-            num_steps=self.total_steps,
-            targets_per_picture=self.settings.targets_per_picture,
             num_parts=self.num_parts,
             parts=range(rank * accumulation, (rank + 1) * accumulation),
+            in_memory=self.collator.features is not None or self.recipe.data.text_only is not None,
         )
-        remaining = range(self.progress.step * accumulation, len(dataset))
-        in_memory = self.collator.features is not None or self.recipe.data.text_only is not None
-        workers = 0 if in_memory else self.recipe.data.workers
-        # a generator of its own: the loader would draw from the global one, and shift what a resumed run draws next
-        own = torch.Generator()
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=own))
+
+    def _read_model(self, folder: Path) -> None:
+        super()._read_model(folder)
+        self.model.load_adapter_state(folder)
+
+    def _write_model(self, folder: Path) -> None:
+        super()._write_model(folder)
+        if self.retriever is not None:
+            self.retriever.save(folder)
+
+    def _write_state(self, folder: Path) -> None:
+        super()._write_state(folder)
+        self.model.save_adapter_state(folder)

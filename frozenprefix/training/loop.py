@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
-from accelerate.utils import broadcast
 
-from frozenprefix.training import checkpoints
 from frozenprefix.training.assembly import RunParts
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objective_sections import weight_at
 from frozenprefix.training.objectives import Batch
 from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.run import TrainingResult
 from frozenprefix.training.schedule import learning_rate_factor
-from frozenprefix.training.tracking import Tracker
 from frozenprefix.training.validation import validation_losses
 
 TEXT_FILE = "text_ability.json"
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Where the checkpoints are, and how the run ended."""
-
-    output_dir: Path
-    best: Path
-    steps: int
-    targets_seen: int
-    seconds: float
-    best_value: float | None  # of the best checkpoint, by `best_by`
-    best_by: str = "loss"  # what it was chosen by: see `Objectives.best_by`
 
 
 def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
@@ -60,67 +41,10 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
 class Trainer(RunParts):
     """One run, from its first step to its last. Use `train`."""
 
-    def run(self, resume: str) -> TrainingResult:
-        """Set up, train, and leave the best checkpoint behind."""
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        with self.bar:
-            self._build()
-            self._prepare_data()
-            self._prepare_optimizer()
-            self._restore(resume)
-            self.tracker = Tracker(
-                self.output_dir,
-                self.recipe.tracking,
-                resume_step=self.progress.step,
-                enabled=self.accelerator.is_main_process,
-            )
-            try:
-                self._loop()
-            finally:
-                self.tracker.close()
-        return TrainingResult(
-            self.output_dir,
-            self.output_dir / "best",
-            self.progress.step,
-            self.progress.targets_seen,
-            self.progress.seconds,
-            self.progress.best_value,
-            self.best_by,
-        )
+    def _train_mode(self) -> None:
+        self.wrapped.train()
 
     # ── the loop ──
-
-    def _loop(self) -> None:
-        self.started, first = time.monotonic() - self.progress.seconds, self.progress.step
-        task = self.bar.add_task("training", total=self.total_steps, completed=self.progress.step, note="")
-        if self.progress.step == 0:
-            self._log_text()
-            self._validate()
-        batches = self._batches()
-        window: list[tuple[float, int, float]] = []
-        self.wrapped.train()
-        while self.progress.step < self.total_steps and not self._out_of_time() and not self._out_of_patience():
-            before = time.monotonic()
-            values = self._step(batches)
-            window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
-            window = window[-50:]
-            rate = sum(n for _, n, _ in window) / sum(s for *_, s in window)
-            note = f"loss {sum(v for v, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
-            self.bar.update(task, completed=self.progress.step, note=note)
-            step = self.progress.step
-            if step % self.settings.log_every == 0:
-                self.tracker.log(step, {**values, "targets_per_s": rate})
-            if step % self.settings.validate_every == 0:
-                self._validate()
-            if step % self.settings.save_every == 0:
-                self._save_last()
-        self.bar.update(task, total=self.progress.step)
-        if self.progress.validated_step != self.progress.step:
-            self._validate()
-        if self.progress.step > first:
-            self._compare_text()
-        self._save_last()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step over all its micro-batches; each part's loss is the mean over all that it learns from."""
@@ -149,9 +73,7 @@ class Trainer(RunParts):
         self.optimizer.step()
         ranks = self.model.update_adapters(self.progress.step + 1)  # it reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        self.progress.targets_seen += targets
-        self.progress.seconds = time.monotonic() - self.started
+        self._count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
         figures = {"gradient_norm": norm, "learning_rate": learning_rate, "targets": targets}
         return {"loss": loss_value, **named, **self.objectives.figures, **ranks, **figures}
@@ -183,30 +105,13 @@ class Trainer(RunParts):
         done = self._share_done()
         return {name: weight_at(self.objectives.weights[name], done) for name in self.objectives.names}
 
-    def _share_done(self) -> float:
-        return max(self.progress.step / self.total_steps, self._share_of_time())
-
-    def _share_of_time(self) -> float:
-        """Share of max_minutes that is over, by the main process's clock: all processes have to act on one value."""
-        if self.settings.max_minutes is None:
-            return 0.0
-        seconds = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
-        return float(broadcast(seconds)) / (60 * self.settings.max_minutes)
-
-    def _out_of_time(self) -> bool:
-        return self._share_of_time() > 1
-
-    def _out_of_patience(self) -> bool:
-        patience = self.settings.early_stopping_patience
-        return patience is not None and self.progress.bad_validations >= patience
-
     # ── validation and saving ──
 
-    def _log_text(self) -> None:
+    def _begin(self) -> None:
         if self.text_before is not None:
             self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
 
-    def _compare_text(self) -> None:
+    def _end(self) -> None:
         """Measure the LM on text again, and leave both results in the run's folder."""
         after = self._measure_text(adapted=True)
         if self.text_before is None or after is None:
@@ -218,49 +123,16 @@ class Trainer(RunParts):
             (self.output_dir / TEXT_FILE).write_text(json.dumps({**summary, "after": asdict(after)}, indent=2))
         check_frozen_text(unchanged, trained=self.model.trains_text)
 
-    def _validate(self) -> None:
-        """Measure the loss with right and with shuffled pictures; keep the best checkpoint."""
-        self.progress.validated_step = self.progress.step
-        if not self.validation_groups:
-            self._save_best()
-            return
+    def _measure(self) -> dict[str, float]:
+        """The loss with right and with shuffled pictures, and what the objectives measure."""
         size = self.settings.pictures_per_step
         losses = validation_losses(self.model, self.collator, self.validation_groups, size)
-        values = losses | self.objectives.validate(self.collator, self.validation_groups, size)
-        self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
         if 3 * self.progress.step > self.total_steps:
             warn_if_blind(self.progress.step, losses)
-        if self.progress.step == 0:
-            return
-        self.best_by, value = self.objectives.best_by(values)
-        if self.progress.best_value is None or value < self.progress.best_value:
-            self.progress.best_value, self.progress.best_step = value, self.progress.step
-            self.progress.bad_validations = 0
-            self._save_best()
-        else:
-            self.progress.bad_validations += 1
+        return losses | self.objectives.validate(self.collator, self.validation_groups, size)
 
-    def _save_best(self) -> None:
-        if self.accelerator.is_main_process:
-            checkpoints.write_folder(self.output_dir / "best", self._write_model)
-
-    def _save_last(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-
-        def write(folder: Path) -> None:
-            self._write_model(folder)
-            self.model.save_adapter_state(folder)
-            checkpoints.save_training_state(folder, self.optimizer, self.progress)
-
-        checkpoints.write_folder(self.output_dir / "last", write)
-
-    def _write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        (folder / "recipe.yaml").write_text(self.recipe.to_yaml())
-        if self.retriever is not None:
-            self.retriever.save(folder)
+    def _best_of(self, values: dict[str, float]) -> tuple[str, float]:
+        return self.objectives.best_by(values)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
