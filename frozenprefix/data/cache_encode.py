@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_format import Fingerprint, StorageDType
+from frozenprefix.data.cache_format import MANIFEST, Fingerprint, StorageDType
 from frozenprefix.data.cache_keys import PictureKeys
 from frozenprefix.data.cache_writer import FeatureCacheWriter
 from frozenprefix.data.images import BadPictures, decode_image
@@ -49,8 +49,9 @@ def encode_pictures(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
-) -> FeatureCache:
-    """Encode the pictures whose features are not in the cache yet, and open the cache.
+) -> FeatureCache | None:
+    """Encode the pictures whose features are not in the cache yet, and open the cache; None when it is still empty,
+    because not one picture could be read.
 
     Pictures are read, hashed and decoded by threads (Pillow decodes without holding the interpreter's lock), two
     batches ahead of the encoder. Pictures with the same bytes are encoded once.
@@ -99,6 +100,8 @@ def encode_pictures(
             keys.save()
     if barrier is not None:
         barrier()
+    if mine and len(bad) == len(mine) and not (Path(folder) / MANIFEST).exists():
+        return None
     return FeatureCache.open(folder, fingerprint)
 
 

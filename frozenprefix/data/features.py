@@ -142,11 +142,11 @@ def fill_feature_cache(
     workers: int = 2,
     processes: Processes | None = None,
     progress: Progress | None = None,
-) -> tuple[FeatureCache, int]:
+) -> tuple[FeatureCache | None, int]:
     """Encode what is not in the feature cache yet, each process its share, and open the cache; see `encode_pictures`.
 
     Returns:
-        The cache, and how many pictures this process had to encode.
+        The cache (None when not one picture could be read), and how many pictures this process had to encode.
     """
     processes = processes or Processes()
     encoded = 0
@@ -224,7 +224,7 @@ class PictureFeatures:
             source = _encode_in_memory(model, processor, paths, bad, progress)
         else:
             encoder = PictureEncoder.of(model, processor)
-            source, _ = fill_feature_cache(
+            cache, _ = fill_feature_cache(
                 encoder,
                 paths,
                 options,
@@ -233,6 +233,7 @@ class PictureFeatures:
                 processes=processes,
                 progress=progress,
             )
+            source = {} if cache is None else cache
             share_bad_pictures(bad, processes)
         bad.check(len(paths), max_bad_share)
         return cls(source, bad)

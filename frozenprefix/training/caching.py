@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from frozenprefix.data.features import PictureEncoder, feature_folder
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.processes import Processes
-from frozenprefix.errors import ConfigError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.setup import load_parts, prepare_pictures
 
@@ -74,7 +74,8 @@ def fill_cache(recipe: Recipe, *, progress: Callable[[int, int], None] | None = 
         progress=progress,
     )
     features = prepared.features
-    assert features is not None  # the cache is not off
+    if features is None:
+        raise DataError(f"data: not one of {prepared.pictures} pictures can be read; {bad_list} lists them")
     return FilledCache(
         folder=folder,
         pictures=prepared.pictures,
