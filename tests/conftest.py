@@ -12,6 +12,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# a failed assert in a helper shows its values, as one in a test does
+pytest.register_assert_rewrite("tests.training_parts")
 
 WORDS = "a the dog cat man woman red blue green runs sits on in grass street shape what color is this question answer"
 TINY = {"hidden": 32, "layers": 2, "heads": 4, "positions": 128}
@@ -248,3 +250,55 @@ def tiny_checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """Folder of a random BERT of three layers and a tokenizer: a text tower."""
+    from .lit_parts import save_tiny_bert
+
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+# ── the models of tests/test_peft_*.py, made once for all of these files ──
+
+
+@pytest.fixture(scope="session")
+def lm_of(tmp_path_factory):
+    """Folder of a tiny LM whose words depend on all before them."""
+    folders = {}
+
+    def make(family: str):
+        if family not in folders:
+            folders[family] = save_tiny_lm(tmp_path_factory.mktemp(f"sharp_{family}"), family, sharpness=6.0)
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(lm_of, tiny_recipe, tmp_path_factory):
+    """A model whose adapter is trained as it were: its weights are random, and far from doing nothing."""
+    from frozenprefix.training.setup import build_model
+
+    from .peft_parts import shake
+
+    made = {}
+
+    def make(family: str, *overrides: str, fresh: bool = False):
+        key = (family, *overrides)
+        if fresh or key not in made:
+            recipe = tiny_recipe(tmp_path_factory.mktemp("run"), *overrides, lm=lm_of(family))
+            model, processor = build_model(recipe)
+            made[key] = shake(model).eval(), processor
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """Five pictures of noise, float32 [5, 3, 32, 32]."""
+    import torch
+
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2

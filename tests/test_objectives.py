@@ -19,7 +19,7 @@ from frozenprefix.training.objectives import Distillation
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 
-from .test_training import run_python
+from .training_parts import run_python
 
 CONTRASTIVE = "objectives.contrastive={dim: 8}"
 ADAPTERS = "model.fusion={type: adapters}"

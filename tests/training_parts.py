@@ -1,0 +1,36 @@
+"""What several files of training tests share: reading logs, comparing checkpoints, runs in another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from frozenprefix.training.tracking import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def losses_of(folder: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_log(folder) if name in row]
+
+
+def assert_same_tensors(one: Path, other: Path, **tolerance: float) -> None:
+    before, after = load_file(one), load_file(other)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if tolerance:
+            torch.testing.assert_close(
+                after[name], tensor, rtol=0, **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        else:
+            assert torch.equal(after[name], tensor), name
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FROZENPREFIX_DEBUG": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
