@@ -17,6 +17,7 @@ from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.training.caching import fill_cache, folder_bytes
 from frozenprefix.training.setup import load_parts, prepare_pictures
 from tests.conftest import tiny_recipe_dict, write_shapes
+from tests.lit_parts import contrastive_recipe
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,12 @@ def test_auto_folders_differ_by_encoder_and_dtype(encoder, tiny_recipe, tmp_path
     assert len(set(folders)) == 3
     assert folder() == folders[0] == feature_folder(tiny_recipe(tmp_path).data, encoder.fingerprint)
     assert folder(f"data.feature_cache={tmp_path}") == tmp_path
+
+
+def test_a_contrastive_recipe_is_encoded_too(tiny_bert, data, tmp_path):
+    file = tmp_path / "lit.yaml"
+    file.write_text(contrastive_recipe(tiny_bert, data, tmp_path / "run").to_yaml())
+    done = CliRunner().invoke(app, ["cache", str(file), f"data.feature_cache={tmp_path / 'features'}"])
+    assert done.exit_code == 0, done.output
+    assert "pictures: 12, 12 encoded now" in done.stdout
+    assert "features: 12 x 1 x 64 float16, " in done.stdout

@@ -24,6 +24,7 @@ from frozenprefix.training.hardware import COMPUTE_SHARE, HARDWARE
 from frozenprefix.training.plan import cache_size, cached_bytes, language_model_shape, plan
 from frozenprefix.training.setup import build_model, load_parts
 from tests.conftest import tiny_recipe_dict
+from tests.lit_parts import contrastive_recipe
 
 FAMILIES = ["llama", "gpt2", "opt"]
 
@@ -190,3 +191,17 @@ def test_the_command_prints_and_writes(tiny_lm, shapes, tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_a_plan_would_leave_out_is_refused(tiny_recipe, tiny_bert, shapes, tmp_path):
+    changes = (
+        "model.fusion.type=deep_prefix",
+        "model.language_model.peft={type: lora}",
+        "objectives={contrastive: {weight: 1.0}}",
+    )
+    with pytest.raises(ConfigError) as caught:
+        plan(tiny_recipe(tmp_path, *changes), ["h100"])
+    keys = ["model.fusion.type", "model.language_model.peft", "objectives.contrastive"]
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == keys
+    with pytest.raises(ConfigError, match="kind: `plan` works out recipes that train a mapper"):
+        plan(contrastive_recipe(tiny_bert, shapes, tmp_path), ["h100"])

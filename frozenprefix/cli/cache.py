@@ -19,9 +19,9 @@ def command(
     ] = None,
 ) -> None:
     """Encode every picture of a recipe once, into the feature cache that `train` reads."""
-    from frozenprefix.training.recipe import Recipe
+    from frozenprefix.training.kinds import load_recipe
 
-    loaded = Recipe.load(recipe, overrides or [])  # first: the rest takes seconds to import
+    _, loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from frozenprefix.training.caching import fill_cache
 
     with _bar() as bar:

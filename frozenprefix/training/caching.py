@@ -14,7 +14,7 @@ from frozenprefix.data.features import PictureEncoder, feature_folder
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.recipe_file import RecipeFile
 from frozenprefix.training.setup import load_parts, prepare_pictures
 
 
@@ -42,7 +42,7 @@ class FilledCache:
     is_main: bool
 
 
-def fill_cache(recipe: Recipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
+def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
     """Encode every picture of a recipe's sources that is not in its feature cache yet.
 
     Under `accelerate launch` the processes share the pictures. A run that was killed goes on where it was.

@@ -37,7 +37,9 @@ from frozenprefix.training.calibration import (
 )
 from frozenprefix.training.costs import LanguageModelShape, StepShape
 from frozenprefix.training.hardware import HARDWARE
+from frozenprefix.training.plan_limits import known_recipe
 from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.recipe_file import RecipeFile
 from frozenprefix.training.setup import load_parts, pictures_of
 
 SAMPLED_STEPS = 24
@@ -90,7 +92,7 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
+    planned_recipe: RecipeFile, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
 ) -> Plan:
     """Work out what a recipe costs.
 
@@ -103,11 +105,11 @@ def plan(
             language model's weights are not needed.
 
     Raises:
-        ConfigError: for a name that is not in the table.
+        ConfigError: for a name that is not in the table, and for parts of a recipe whose cost is not known.
         FrozenPrefixError: as training the recipe would.
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
-    _check_encoder(recipe)
+    recipe = known_recipe(planned_recipe)
     samples = load_parts(recipe.data)
     groups = {part: group_by_pictures(listed) for part, listed in samples.items()}
     encoder = PictureEncoder.build(recipe.model.vision_encoder)
@@ -165,14 +167,6 @@ def plan(
         machines=planned,
         scale=[_at_scale(count, per_picture, pictures_per_step, planned) for count in SCALES],
     )
-
-
-def _check_encoder(recipe: Recipe) -> None:
-    encoder, key = recipe.model.vision_encoder, "model.vision_encoder"
-    if encoder.source == "features":
-        raise ConfigError(f"{key}.source: got 'features'; `plan` works out runs that encode their pictures")
-    if encoder.trainable != "none":
-        raise ConfigError(f"{key}.trainable: got {encoder.trainable!r}; `plan` works out runs with a frozen encoder")
 
 
 def language_model_shape(config: LanguageModelConfig) -> LanguageModelShape:

@@ -24,13 +24,10 @@ class RecipeSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class ModelSection(RecipeSection):
-    """What the model is made of; the sections are those of the model's own config."""
+class PictureModelSection(RecipeSection):
+    """A model that sees, of any kind."""
 
     vision_encoder: VisionEncoderConfig
-    mapper: MapperConfig = Field(default_factory=MapperConfig)
-    language_model: LanguageModelConfig
-    fusion: FusionConfig = Field(default_factory=FusionConfig)
 
     @field_validator("vision_encoder")
     @classmethod
@@ -40,14 +37,23 @@ class ModelSection(RecipeSection):
         raise_clash([Problem((f"{key}.{line.split(maxsplit=1)[0]}",), f"{key}.{line}") for line in lines])
         return vision_encoder
 
-    @field_validator("language_model", "vision_encoder")
+    @field_validator("vision_encoder", "language_model", check_fields=False)
     @classmethod
     def _check_peft(cls, section: Any, info: ValidationInfo) -> Any:
         from frozenprefix.models.peft import validate_peft
 
-        lines = [] if section.peft is None else validate_peft(section.peft, str(info.field_name))
+        method = getattr(section, "peft", None)
+        lines = [] if method is None else validate_peft(method, str(info.field_name))
         raise_clash([Problem((line.partition(": ")[0],), line) for line in lines])
         return section
+
+
+class ModelSection(PictureModelSection):
+    """What the model is made of; the sections are those of the model's own config."""
+
+    mapper: MapperConfig = Field(default_factory=MapperConfig)
+    language_model: LanguageModelConfig
+    fusion: FusionConfig = Field(default_factory=FusionConfig)
 
     @field_validator("mapper")
     @classmethod
@@ -169,15 +175,15 @@ class DataSection(RecipeSection):
         return self
 
 
-class TrainingSection(RecipeSection):
-    """How the trainable part is trained. One of `epochs` and `max_steps` has to be given."""
+class RunSection(RecipeSection):
+    """How long a run is, how its learning rate goes, and what it leaves on the way. One of `epochs` and `max_steps` has
+    to be given."""
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: int | None = Field(None, ge=1, description="times that every picture is seen")
     max_minutes: float | None = Field(None, gt=0, description="wall clock; the schedule then follows the time")
     pictures_per_step: int = Field(12, ge=1)
     targets_per_picture: int | None = Field(4, ge=1, description="targets drawn per picture; null for all")
-    gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -189,15 +195,11 @@ class TrainingSection(RecipeSection):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float | None = Field(1.0, gt=0, description="null for no clipping")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    packing: Packing = "trie"
-    tokens_per_row: int | None = Field(None, ge=1, description="null lets the packer choose")
-    max_target_tokens: int = Field(40, ge=2, description="a longer target is cut; the end token counts")
     log_every: int = Field(10, ge=1, description="steps")
     validate_every: int = Field(200, ge=1, description="steps")
     validation_pictures: int | None = Field(256, ge=2, description="pictures per validation; null for all")
     save_every: int = Field(200, ge=1, description="steps")
-    early_stopping_patience: int | None = Field(None, ge=1, description="validations without a lower loss")
-    init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
+    early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
 
     @field_validator("betas")
     @classmethod
@@ -208,30 +210,47 @@ class TrainingSection(RecipeSection):
         return betas
 
     @model_validator(mode="after")
-    def _check_together(self) -> TrainingSection:
-        problems = []
-
-        def clash(text: str, *keys: str) -> None:
+    def _check_together(self) -> RunSection:
+        clashes = []
+        for text, *keys in self._clashes():
             dotted = tuple(f"training.{key}" for key in keys)
-            problems.append(Problem(dotted, f"{dotted[0]}: {text}"))
+            clashes.append(Problem(dotted, f"{dotted[0]}: {text}"))
+        raise_clash(clashes)
+        return self
 
+    def _clashes(self) -> list[tuple[str, ...]]:
+        """What does not go together: a text, and the keys that it is about."""
+        clashes: list[tuple[str, ...]] = []
         if self.epochs is not None and self.max_steps is not None:
             text = (
                 f"got {self.epochs} beside max_steps {self.max_steps}, expected one of the two; set the other to null"
             )
-            clash(text, "epochs", "max_steps")
+            clashes.append((text, "epochs", "max_steps"))
         if self.epochs is None and self.max_steps is None:
-            clash("missing, expected a number, or a number for max_steps", "epochs", "max_steps")
+            clashes.append(("missing, expected a number, or a number for max_steps", "epochs", "max_steps"))
         if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
             text = f"got {self.warmup_steps}, expected fewer than max_steps {self.max_steps}"
-            clash(text, "warmup_steps", "max_steps")
+            clashes.append((text, "warmup_steps", "max_steps"))
+        return clashes
+
+
+class TrainingSection(RunSection):
+    """How the trainable part is trained."""
+
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    packing: Packing = "trie"
+    tokens_per_row: int | None = Field(None, ge=1, description="null lets the packer choose")
+    max_target_tokens: int = Field(40, ge=2, description="a longer target is cut; the end token counts")
+    init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
+
+    def _clashes(self) -> list[tuple[str, ...]]:
+        clashes = super()._clashes()
         if self.tokens_per_row is not None and self.packing == "none":
             text = (
                 f"got {self.tokens_per_row}, which has no effect with packing 'none'; expected null, or other packing"
             )
-            clash(text, "tokens_per_row", "packing")
-        raise_clash(problems)
-        return self
+            clashes.append((text, "tokens_per_row", "packing"))
+        return clashes
 
 
 class EvaluationSection(RecipeSection):
