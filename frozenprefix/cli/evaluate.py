@@ -15,8 +15,10 @@ def command(
     task: Annotated[
         str, typer.Option(help="caption, vqa, classification, few_shot, retrieval or video.", show_default=False)
     ],
-    data: Annotated[str, typer.Option(help="Folder of the data.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="Split to take; all when not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the data; the validation data of its recipe when not given.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the folder to take; all when not given.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N pictures.")] = None,
     beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5 for captions and 1 for answers when not given.")

@@ -11,7 +11,6 @@ from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
-import yaml
 from PIL.Image import Image
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from frozenprefix.assets import user_cache
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_pictures
 from frozenprefix.data.cache_format import StorageDType
+from frozenprefix.data.checkpoint_recipe import data_section
 from frozenprefix.data.images import BadPictures, load_image
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError, ConfigError
@@ -56,16 +56,10 @@ class FeatureStorage:
         Raises:
             ConfigError: for a recipe.yaml that cannot be read.
         """
-        file = Path(checkpoint) / "recipe.yaml"
-        if not file.is_file():
-            return cls()
-        try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-            place, dtype = str(data.get("feature_cache", "auto")), data.get("feature_dtype", "float16")
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file}: expected a recipe with a `data` section ({error!r})") from error
+        data = data_section(checkpoint) or {}
+        place, dtype = str(data.get("feature_cache", "auto")), data.get("feature_dtype", "float16")
         if dtype not in get_args(StorageDType):
-            known = ", ".join(get_args(StorageDType))
+            file, known = Path(checkpoint) / "recipe.yaml", ", ".join(get_args(StorageDType))
             raise ConfigError(f"{file}: data.feature_dtype: got {dtype!r}, expected one of {known}")
         return cls(place if place == "off" or Path(place).is_dir() else "auto", dtype)
 

@@ -13,35 +13,26 @@ from frozenprefix.data.features import FeatureOptions, FeatureStorage, PictureFe
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources import detect_sources, load_source
-from frozenprefix.errors import DataError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.generation import evaluate_generation, shuffled, write_predictions
-from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions
+from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
+from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions, EvaluationTask
 from frozenprefix.inference.captioner import Captioner
 
 __all__ = [
     "encode_samples",
     "evaluate_checkpoint",
     "evaluate_samples",
-    "folder_samples",
     "shuffled",
-    "training_samples",
     "write_predictions",
 ]
-
-#: (type of source, task) → what it must be asked for, or it gives no sample of that task.
-_ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
-    ("easy_vqa", "caption"): {"captions": True},
-    ("easy_vqa", "classification"): {"classes": "color shape"},
-    ("image_folder", "classification"): {"labels": True},
-}
 
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
     *,
     task: str,
-    data: str | Path,
+    data: str | Path | None = None,
     split: str | None = None,
     limit: int | None = None,
     num_beams: int | None = None,
@@ -52,14 +43,16 @@ def evaluate_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on a folder with captions.jsonl, qa.jsonl or another known format.
+    """Evaluate a checkpoint on a folder with captions.jsonl, qa.jsonl or another known format, or on its recipe's data.
 
     Under `torchrun` or `accelerate launch` the processes share the samples, and all return the same result. An
     evaluation that was killed goes on where it was when it is started again in the same way.
 
     Args:
         task: one of `TASKS.names()`.
-        split: which rows; all when None. limit: the first so many pictures.
+        data: the folder; the validation sources of the checkpoint's recipe when None, with its training sources for
+            baselines.
+        split: which rows of the folder; all when None. limit: the first so many pictures.
         num_beams: the task's own number when None: 5 for captions and 1 for answers.
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
         feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
@@ -70,20 +63,17 @@ def evaluate_checkpoint(
         The task's result (see `EvaluationTask.run`), with `source`: what was evaluated, with which version.
 
     Raises:
-        ConfigError: for an unknown task, or an evaluation that was begun with other settings.
-        DataError: when the folder has no such samples, or too many pictures are bad.
+        ConfigError: for an unknown task, a checkpoint without a recipe and no `data`, a `split` without `data`, or an
+            evaluation that was begun with other settings.
+        DataError: when there are no such samples, or too many pictures are bad.
     """
     chosen, processes = TASKS.get(task), Processes.current()
-    samples = folder_samples(data, chosen.sample_task, split=split, limit=limit)
-    if not samples:
-        raise DataError(
-            f"--data: {data} holds no {chosen.sample_task} samples in split {split!r}; check --task and --split"
-        )
+    samples, train = _samples(checkpoint, chosen, data, split, limit)
     storage = FeatureStorage.of_checkpoint(checkpoint)
     options = EvaluationOptions(
-        predictions=predictions or Path(checkpoint) / f"predictions_{task}_{split or 'all'}.jsonl",
+        predictions=predictions or Path(checkpoint) / f"predictions_{task}_{_part(data, split)}.jsonl",
         num_beams=num_beams,
-        train_samples=training_samples(data, chosen.sample_task, split) if chosen.uses_train else [],
+        train_samples=train,
         max_bad_share=max_bad_share,
         features=storage if feature_cache is None else FeatureStorage(feature_cache, storage.feature_dtype),
         restart=restart,
@@ -92,25 +82,32 @@ def evaluate_checkpoint(
         extra=extra,
     )
     result = chosen.run(chosen.load(checkpoint, _device(processes)), samples, options)
-    source = {"checkpoint": str(checkpoint), "data": str(data), "split": split, "limit": limit}
-    return {**result, "source": {**source, "frozenprefix": __version__}}
+    source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
+    return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
 
-def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
-    """The samples of one task in a folder; `options` are those of its data source."""
-    sources = [{**source, **options} for source in detect_sources(data)]
-    for source in sources:
-        source |= _ASKED_FOR.get((source["type"], task), {})
-        if source["type"] == "image_folder" and source.get("split") is not None:
-            source["split_folders"] = True
-    return [sample for source in sources for sample in load_source(source) if sample.task == task]
+def _samples(
+    checkpoint: str | Path, task: EvaluationTask, data: str | Path | None, split: str | None, limit: int | None
+) -> tuple[list[Sample], list[Sample]]:
+    """What is evaluated, and the training samples for the task's baselines."""
+    name = task.sample_task
+    if data is not None:
+        where, fix = f"{data} holds no {name} samples in split {split!r}", "check --task and --split"
+        samples = folder_samples(data, name, split=split, limit=limit)
+        train = folder_training_samples(data, name, split) if task.uses_train else []
+    elif split is None:
+        where, fix = f"the recipe of {checkpoint} names no {name} samples for validation", "give a folder of data"
+        samples = recipe_samples(checkpoint, name, "validation", limit=limit)
+        train = recipe_samples(checkpoint, name, "train") if task.uses_train else []
+    else:
+        raise ConfigError(f"--split: got {split!r} without --data; the recipe's validation sources name their own")
+    if not samples:
+        raise DataError(f"--data: {where}; {fix}")
+    return samples, train
 
 
-def training_samples(data: str | Path, task: str, split: str | None) -> list[Sample]:
-    """The folder's own training split, for baselines; nothing when that is what is evaluated."""
-    if split in (None, "train"):
-        return []
-    return [sample for sample in folder_samples(data, task) if sample.split == "train"]
+def _part(data: str | Path | None, split: str | None) -> str:
+    return "validation" if data is None else split or "all"
 
 
 def evaluate_samples(

@@ -1,0 +1,54 @@
+"""What a checkpoint is evaluated on: a folder of data, or the validation data of its own recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.data.checkpoint_recipe import data_section
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources import detect_sources, load_source, load_sources
+from frozenprefix.data.sources.selection import first_pictures
+from frozenprefix.errors import ConfigError
+
+#: (type of source, task) → what it must be asked for, or it gives no sample of that task.
+_ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
+    ("easy_vqa", "caption"): {"captions": True},
+    ("easy_vqa", "classification"): {"classes": "color shape"},
+    ("image_folder", "classification"): {"labels": True},
+}
+
+
+def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
+    """The samples of one task in a folder; `options` are those of its data source."""
+    sources = [{**source, **options} for source in detect_sources(data)]
+    for source in sources:
+        source |= _ASKED_FOR.get((source["type"], task), {})
+        if source["type"] == "image_folder" and source.get("split") is not None:
+            source["split_folders"] = True
+    return [sample for source in sources for sample in load_source(source) if sample.task == task]
+
+
+def folder_training_samples(data: str | Path, task: str, split: str | None) -> list[Sample]:
+    """The folder's own training split, for baselines; nothing when that is what is evaluated."""
+    if split in (None, "train"):
+        return []
+    return [sample for sample in folder_samples(data, task) if sample.split == "train"]
+
+
+def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int | None = None) -> list[Sample]:
+    """The samples of one task among the sources that the checkpoint's recipe names.
+
+    Args:
+        part: "train" or "validation".
+        limit: the first so many pictures.
+
+    Raises:
+        ConfigError: the checkpoint holds no recipe, or one without such sources.
+    """
+    section = data_section(checkpoint)
+    sources = (section or {}).get(part)
+    if not sources:
+        why = "holds no recipe.yaml" if section is None else f"has a recipe without data.{part}"
+        raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
+    return first_pictures([sample for sample in load_sources(sources) if sample.task == task], limit)
