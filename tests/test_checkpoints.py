@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from frozenprefix.errors import CheckpointError
+from frozenprefix.models.saving import read_checkpoint
 from frozenprefix.training import checkpoints
 from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state, write_folder
 
@@ -125,8 +126,10 @@ def test_a_damaged_optimizer_file_is_an_error(tmp_path):
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
-        checkpoints.load_weights(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors; it is no checkpoint \(No such file"):
+        read_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
-        checkpoints.load_weights(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .*; take another checkpoint"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nobody/nothing holds no model\.safetensors"):
+        read_checkpoint("nobody/nothing", cache_dir=tmp_path, local_files_only=True)

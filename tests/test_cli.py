@@ -50,7 +50,9 @@ def pictures(tmp_path) -> Path:
 
 
 def test_help_is_quick():
-    assert best_of(3, [sys.executable, "-m", "frozenprefix.cli.main", "--help"]) < 0.7
+    """Hardly slower than the library that draws it: 0.4 s on an idle machine, where torch alone takes 2 s."""
+    drawing = best_of(3, [sys.executable, "-c", "import typer.rich_utils"])
+    assert best_of(3, [sys.executable, "-m", "frozenprefix.cli.main", "--help"]) < 2.5 * drawing
 
 
 @pytest.mark.parametrize("command", ["train", "caption", "ask", "evaluate", "data", "data check"])

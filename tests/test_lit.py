@@ -90,6 +90,9 @@ def test_a_tower_trained_as_a_whole_needs_no_original(recipe_of, tmp_path):
     again = LockedImageTextModel.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(again.encode_text(**inputs), model.eval().encode_text(**inputs))
+    parts = {"vision_encoder": model.vision_encoder, "text_tower": model.text_tower}
+    given = LockedImageTextModel.from_pretrained(tmp_path / "saved", **parts)
+    assert (given.vision_encoder, given.text_tower) == (model.vision_encoder, model.text_tower)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_a_recipe_reports_all_wrong_options_at_once(tiny_lm, shapes, tmp_path):
     [
         ({"type": "lroa"}, r"unknown peft method 'lroa' \(did you mean 'lora'\?\)"),
         ({"type": "lora", "r": 0}, "peft.r: Input should be greater than or equal to 1, got 0"),
+        ({"type": "dora", "r": 0}, "peft.r: Input should be greater than or equal to 1, got 0"),
+        ({"type": "dora", "rank": 2}, "peft.rank: peft method 'dora' has no such option; it has: r, target_modules, "),
         ({"type": "lora", "bias": "all"}, "peft.bias: peft method 'lora' has no such option"),
         ({"type": "adalora", "init_r": 4, "target_r": 4}, "target_r: got 4, expected fewer than init_r 4"),
         ({"type": "lora", "target_modules": "a", "layers_to_transform": [1]}, "cannot be used when `target_modules`"),
@@ -71,9 +73,19 @@ def test_options_are_those_of_peft():
         config = getattr(peft, classes.get(name, name.title().replace("_", "")) + "Config")
         ours, theirs = (inspect.signature(one).parameters for one in (PEFT_METHODS.get(name), config))
         assert ours.keys() <= theirs.keys()
-        if name in ("lora", "adalora"):
+        if name in ("lora", "dora", "adalora"):
             differ = {key for key in ours if ours[key].default != theirs[key].default}
             assert differ <= {"rank_pattern", "alpha_pattern"}  # None for an empty dict
+
+
+def test_dora_takes_ranks_by_module_as_lora_does(built):
+    options = "r: 2, target_modules: [q_proj, v_proj], rank_pattern: {v_proj: 3}, alpha_pattern: {v_proj: 6}"
+    for method, has_lengths in (("lora", False), ("dora", True)):
+        model, _ = built("llama", LM + f"{{type: {method}, {options}}}")
+        parameters = model.adapters["language_model"].named_parameters()
+        ranks = {(name.split(".lora_")[0].split(".")[-1], len(p)) for name, p in parameters.items() if "lora_A" in name}
+        assert ranks == {("q_proj", 2), ("v_proj", 3)}
+        assert any("magnitude" in name for name in parameters) is has_lengths
 
 
 def test_layers_that_peft_does_not_find_are_named(built):

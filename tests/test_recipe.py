@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import GenericAlias
 
 import pytest
+from pydantic import BaseModel
 
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.mappers import MAPPERS
 from frozenprefix.models.processing import DEFAULT_PROMPTS
+from frozenprefix.training.problems import section_at
 from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.yaml_text import read_yaml, write_yaml
 
@@ -265,6 +268,27 @@ def test_a_wrong_value_does_not_hide_that_others_clash(file):
 
 def test_a_wrong_length_is_not_reported_as_missing_too(file):
     assert problem_of(file, "training.epochs=two") == "training.epochs: got 'two', expected a whole number"
+
+
+class Python310Alias(GenericAlias):
+    """list[int] as Python 3.10 has it, where it passes for a class."""
+
+    __class__ = property(lambda self: type)
+
+
+def test_a_list_is_no_section_where_python_takes_it_for_a_class():
+    class Inner(BaseModel):
+        key: int
+
+    class Outer(BaseModel):
+        numbers: list[int]
+        inner: Inner
+
+    alias = Python310Alias(list, (int,))
+    assert isinstance(alias, type)
+    Outer.model_fields["numbers"].annotation = alias
+    assert section_at(("numbers",), Outer) is None
+    assert section_at(("inner",), Outer) is Inner
 
 
 def test_empty_file(file):

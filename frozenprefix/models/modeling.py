@@ -36,7 +36,7 @@ from frozenprefix.models.language_model import (
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.rows import RowReading
-from frozenprefix.models.saving import FROZEN_PARTS, TrainableCheckpoint, check_identity
+from frozenprefix.models.saving import AdaptedCheckpoint, check_identity
 from frozenprefix.models.seq2seq import check_seq2seq, is_seq2seq
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
@@ -60,7 +60,7 @@ class FrozenPrefixOutput(ModelOutput):
 
 
 class FrozenPrefixForConditionalGeneration(
-    TrainableCheckpoint, RowReading, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
+    AdaptedCheckpoint, RowReading, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
 ):
     """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
@@ -74,6 +74,7 @@ class FrozenPrefixForConditionalGeneration(
     """
 
     config_class = FrozenPrefixConfig
+    part_names = ("vision_encoder", "language_model")
     config: FrozenPrefixConfig
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
@@ -135,7 +136,7 @@ class FrozenPrefixForConditionalGeneration(
     def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
         """Set the mapper's mode; frozen parts stay in evaluation mode, around their adapters."""
         super().train(mode)
-        for name in FROZEN_PARTS:
+        for name in self.part_names:
             getattr(self, name).eval()
         for adapter in self.adapters.values():
             adapter.train(mode)

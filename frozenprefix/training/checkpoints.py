@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from frozenprefix.errors import CheckpointError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.saving import check_identity
+from frozenprefix.models.saving import check_identity, read_checkpoint
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -77,17 +77,6 @@ def save_training_state(folder: Path, optimizer: torch.optim.Optimizer, progress
     (folder / STATE_FILE).write_text(json.dumps(asdict(progress), indent=2))
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the trainable tensors of a checkpoint folder."""
-    path = folder / SAFE_WEIGHTS_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); take another checkpoint") from error
-
-
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
     """Start a model from the trainable tensors of a checkpoint that was made with the same frozen parts.
 
@@ -99,7 +88,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     source = f"training.init_from: {folder}"
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
-    tensors = load_weights(folder)
+    tensors = read_checkpoint(folder)
     check_identity(FrozenPrefixConfig.from_pretrained(folder).identity, model.config.identity)
     heads = {name: p for name, p in model.trainable_state().items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 import torch
 
+from frozenprefix.models.packed_weights import packed_frozen_weights
 from frozenprefix.training.assembly import RunParts
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objective_sections import weight_at
@@ -43,6 +44,9 @@ class Trainer(RunParts):
 
     def _train_mode(self) -> None:
         self.wrapped.train()
+
+    def _stepping(self) -> AbstractContextManager[None]:
+        return packed_frozen_weights(self.model.language_model)
 
     # ── the loop ──
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -117,7 +117,9 @@ def section_at(path: Path, schema: type[BaseModel]) -> type[BaseModel] | None:
 
 
 def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    # Python 3.10 takes list[int] for a class, until issubclass is asked
+    is_class = isinstance(annotation, type) and get_origin(annotation) is None
+    return is_class and issubclass(annotation, BaseModel)
 
 
 def _field_at(path: Path, schema: type[BaseModel]) -> FieldInfo | None:

@@ -6,6 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, Sample
 from frozenprefix.errors import CheckpointError
+from frozenprefix.models.saving import read_checkpoint
 from frozenprefix.training import checkpoints
 from frozenprefix.training.allocator import keep_freed_memory
 from frozenprefix.training.setup import PreparedPictures, prepare_pictures
@@ -127,6 +129,10 @@ class TrainingRun(ABC):
     def _train_mode(self) -> None:
         self.model.train()
 
+    def _stepping(self) -> AbstractContextManager[None]:
+        """Around all steps and the validations between them."""
+        return nullcontext()
+
     def _begin(self) -> None:  # noqa: B027 - may be left as it is
         """Before the first step of a new run."""
 
@@ -188,20 +194,21 @@ class TrainingRun(ABC):
         batches = self._batches()
         window: list[tuple[float, int, float]] = []
         self._train_mode()
-        while progress.step < self.total_steps and not self._out_of_time() and not self._out_of_patience():
-            before = time.monotonic()
-            values = self._step(batches)
-            window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
-            window = window[-WINDOW:]
-            rate = sum(n for _, n, _ in window) / sum(s for *_, s in window)
-            note = f"loss {sum(v for v, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
-            self.bar.update(task, completed=progress.step, note=note)
-            if progress.step % settings.log_every == 0:
-                self.tracker.log(progress.step, {**values, "targets_per_s": rate})
-            if progress.step % settings.validate_every == 0:
-                self._validate()
-            if progress.step % settings.save_every == 0:
-                self._save_last()
+        with self._stepping():
+            while progress.step < self.total_steps and not self._out_of_time() and not self._out_of_patience():
+                before = time.monotonic()
+                values = self._step(batches)
+                window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
+                window = window[-WINDOW:]
+                rate = sum(n for _, n, _ in window) / sum(s for *_, s in window)
+                note = f"loss {sum(v for v, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
+                self.bar.update(task, completed=progress.step, note=note)
+                if progress.step % settings.log_every == 0:
+                    self.tracker.log(progress.step, {**values, "targets_per_s": rate})
+                if progress.step % settings.validate_every == 0:
+                    self._validate()
+                if progress.step % settings.save_every == 0:
+                    self._save_last()
         self.bar.update(task, total=progress.step)
         if progress.validated_step != progress.step:
             self._validate()
@@ -261,7 +268,7 @@ class TrainingRun(ABC):
             checkpoints.write_folder(self.output_dir / "last", self._write_state)
 
     def _read_model(self, folder: Path) -> None:
-        self.model.load_trainable(checkpoints.load_weights(folder), source=str(folder))
+        self.model.load_trainable(read_checkpoint(folder), source=str(folder))
 
     def _write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

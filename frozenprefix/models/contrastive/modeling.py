@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import VisionEncoderConfig
-from frozenprefix.models.contrastive.checkpoint import TrainedTensors, read_checkpoint
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.saving import check_identity
+from frozenprefix.models.saving import TrainableCheckpoint, check_identity
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 
 
@@ -37,7 +36,7 @@ class LockedImageTextOutput(ModelOutput):
     text_embeds: Tensor | None = None
 
 
-class LockedImageTextModel(TrainedTensors, PreTrainedModel):  # type: ignore[misc]
+class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
     """A locked vision encoder, a text tower, and projections of both into one space.
 
     Args:
@@ -48,6 +47,7 @@ class LockedImageTextModel(TrainedTensors, PreTrainedModel):  # type: ignore[mis
     """
 
     config_class = LockedImageTextConfig
+    part_names = ("vision_encoder", "text_tower")
     config: LockedImageTextConfig
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
@@ -144,31 +144,13 @@ class LockedImageTextModel(TrainedTensors, PreTrainedModel):  # type: ignore[mis
         return contrastive_loss(self.config.objective, self.logit_scale, pictures, texts, picture_ids, text_ids)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
-    ) -> LockedImageTextModel:
-        """Load a checkpoint folder or Hub id; see `FrozenPrefixForConditionalGeneration.from_pretrained`.
-
-        Args:
-            kwargs: `vision_encoder`, `text_tower` (ready-made parts), `device_map`, and the Hub's `revision`, `token`,
-                `cache_dir`, `local_files_only`.
-
-        Raises:
-            CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part
-                that is not the one trained with.
-        """
-        source = str(pretrained_model_name_or_path)
-        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
-        config = LockedImageTextConfig.from_pretrained(source, **hub)
-        parts = {name: kwargs.pop(name) for name in ("vision_encoder", "text_tower") if name in kwargs}
+    def ready_parts(cls, config: LockedImageTextConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As given; a text tower that was trained as a whole needs no weights that it started from."""
+        parts = super().ready_parts(config, given)
         section = TextTowerConfig.model_validate(config.text_tower)
-        if section.trained_layers == "all" and config.text_config is not None:
-            parts.setdefault("text_tower", text_tower_from_architecture(section, config.text_config))
-        tensors = read_checkpoint(source, **hub)
-        model = cls(config, **parts)
-        model.load_trainable(tensors, source=source)
-        device = kwargs.pop("device_map", None)
-        return model.to(device).eval() if device not in (None, "auto") else model.eval()
+        if "text_tower" not in parts and section.trained_layers == "all" and config.text_config is not None:
+            parts["text_tower"] = text_tower_from_architecture(section, config.text_config)
+        return parts
 
 
 def build_projection(config: ProjectionConfig, input_dim: int, output_dim: int, name: str) -> nn.Module:

@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Annotated, Any, Literal
 
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
@@ -51,28 +52,11 @@ def lora(
     )
 
 
-def dora(
-    *,
-    r: Count = 8,
-    target_modules: Modules = None,
-    exclude_modules: Modules = None,
-    lora_alpha: Ratio = 8,
-    lora_dropout: Dropout = 0.0,
-    use_rslora: bool = False,
-    layers_to_transform: list[int] | int | None = None,
-    layers_pattern: list[str] | str | None = None,
-) -> LoraConfig:
+# with the options of lora and their types, which a recipe is checked against
+@wraps(lora, assigned=("__annotations__",))
+def dora(**options: Any) -> LoraConfig:
     """LoRA on the direction of every column, and its length: Liu et al. 2024."""
-    config = lora(
-        r=r,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-    )
+    config = lora(**options)
     config.use_dora = True
     return config
 

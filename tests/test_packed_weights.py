@@ -1,0 +1,115 @@
+"""Packed copies of frozen weights: the same products, the same gradients, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from frozenprefix.models import packed_weights
+from frozenprefix.models.packed_weights import packable_layers, packed_bytes, packed_frozen_weights
+
+from .conftest import tiny_lm_config
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="the processor has no products in bfloat16",
+)
+
+
+def frozen_lm(family: str, dtype: torch.dtype = torch.bfloat16):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False).eval()
+
+
+def logits_and_gradient(lm) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1)).to(lm.dtype).requires_grad_()
+    logits = lm(inputs_embeds=embeds, use_cache=False).logits
+    logits.float().square().sum().backward()
+    return logits.detach().float(), embeds.grad.float()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "gemma"])
+def test_logits_and_gradients_stay_what_they_are(family):
+    lm = frozen_lm(family)
+    expected = logits_and_gradient(lm)
+    with packed_frozen_weights(lm):
+        found = logits_and_gradient(lm)
+    exact = logits_and_gradient(frozen_lm(family, torch.float32))
+    for before, after, truth in zip(expected, found, exact, strict=True):
+        # both round to bfloat16 at every layer; neither is further from float32 than the other
+        rounding = (before - truth).norm()
+        assert 0 < rounding < 0.1 * truth.norm()
+        assert (after - truth).norm() < 1.5 * rounding
+    assert torch.equal(logits_and_gradient(lm)[0], expected[0]), "outside the block nothing is packed"
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
+def test_a_product_equals_the_layers_own(layer):
+    layer = layer.to(torch.bfloat16).requires_grad_(False)
+    holder = nn.ModuleList([layer])
+    x = torch.randn(3, 5, 24, dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
+    weight = layer.weight.float() if isinstance(layer, Conv1D) else layer.weight.float().t()
+    expected = x.float() @ weight + (0 if layer.bias is None else layer.bias.float())
+    wanted = weight.sum(dim=1).expand(x.shape)
+    with packed_frozen_weights(holder):
+        found = layer(x)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+    # bfloat16 has 8 bits, so a rounded result is off by 0.4 % at most
+    torch.testing.assert_close(found.float(), expected, rtol=0.004, atol=1e-5)
+    torch.testing.assert_close(gradient.float(), wanted, rtol=0.004, atol=1e-5)
+
+
+def test_only_frozen_layers_in_bfloat16_are_packed():
+    lm = frozen_lm("llama")
+    every = packable_layers(lm)
+    assert len(every) == 14
+    assert lm.lm_head not in every, "the loss has its own way through the head"
+    assert packed_bytes(every) == 2 * sum(layer.weight.nbytes for layer in every)
+    trained = lm.model.layers[0].mlp.up_proj
+    trained.weight.requires_grad_()
+    assert len(packable_layers(lm)) == 13
+    with packed_frozen_weights(lm):
+        assert "forward" not in vars(trained)
+        assert "forward" in vars(lm.model.layers[1].mlp.up_proj)
+    assert "forward" not in vars(lm.model.layers[1].mlp.up_proj)
+    assert packable_layers(frozen_lm("llama", torch.float32)) == []
+
+
+def test_an_error_leaves_the_layers_as_they_were():
+    lm = frozen_lm("gpt2")
+    with pytest.raises(RuntimeError, match="stop"), packed_frozen_weights(lm):
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(module) for module in lm.modules())
+
+
+def test_large_models_are_left_alone(monkeypatch, caplog):
+    lm = frozen_lm("llama")
+    monkeypatch.setattr(packed_weights, "LARGEST", packed_bytes(packable_layers(lm)) - 1)
+    with caplog.at_level("INFO", logger="frozenprefix"):
+        assert packable_layers(lm) == []
+    assert "frozen weights are not packed: the copies would take" in caplog.text
+
+
+def test_weights_and_their_names_are_untouched():
+    lm = frozen_lm("llama")
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    with packed_frozen_weights(lm):
+        logits_and_gradient(lm)
+        inside = lm.state_dict()
+        assert inside.keys() == before.keys()
+    assert all(torch.equal(inside[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+def test_training_packs_while_it_steps(monkeypatch):
+    """In between, and not in the measures of the frozen model's text before and after it."""
+    from frozenprefix.training.loop import Trainer
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.model = nn.Module()
+    trainer.model.language_model = frozen_lm("llama")
+    with trainer._stepping():
+        assert "forward" in vars(trainer.model.language_model.model.layers[0].mlp.up_proj)
