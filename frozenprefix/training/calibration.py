@@ -80,17 +80,18 @@ class StepTimer(Trainer):
                 yield batch
 
         batches = remembered()
-        for _ in range(WARM_UP_STEPS):
-            self._step(batches)
         shapes: list[StepShape] = []
         times: list[float] = []
-        while len(times) < LEAST_STEPS or (sum(times) < seconds and len(times) < MOST_STEPS):
-            parts.clear()
-            before = time.perf_counter()
-            self._step(batches)  # ends with reading the loss, so a GPU has finished too
-            times.append(time.perf_counter() - before)
-            shapes.append(StepShape.of(parts))
-        return MeasuredSteps(shapes, times, self._time_validation())
+        with self._stepping():
+            for _ in range(WARM_UP_STEPS):
+                self._step(batches)
+            while len(times) < LEAST_STEPS or (sum(times) < seconds and len(times) < MOST_STEPS):
+                parts.clear()
+                before = time.perf_counter()
+                self._step(batches)  # ends with reading the loss, so a GPU has finished too
+                times.append(time.perf_counter() - before)
+                shapes.append(StepShape.of(parts))
+            return MeasuredSteps(shapes, times, self._time_validation())
 
     def _time_validation(self) -> float:
         groups = self.validation_groups[: max(2, self.settings.pictures_per_step)]
