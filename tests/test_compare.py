@@ -15,7 +15,7 @@ from frozenprefix.cli.main import app
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.comparison import Evaluation, compare
-from frozenprefix.evaluation.generation import write_predictions
+from frozenprefix.evaluation.result import write_predictions
 from frozenprefix.evaluation.scoring import caption_scorer, vqa_scorer
 
 SIZE = 60

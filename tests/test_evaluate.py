@@ -85,7 +85,7 @@ def test_captions(captioner, captions, tmp_path):
 def test_questions(captioner, questions, tmp_path):
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl", max_new_tokens=3)
     assert (result["task"], result["n"]) == ("vqa", 8)
-    assert result["settings"] == {"num_beams": 1, "max_new_tokens": 3}
+    assert result["settings"] == {"answering": "generate", "num_beams": 1, "max_new_tokens": 3}
     assert result["groups"]["model"]["accuracy"].keys() == {"color", "shape"}
     assert result["groups"]["model"]["accuracy_by_answer_type"].keys() == {"other"}
     rows = rows_of(tmp_path / "p.jsonl")
@@ -312,8 +312,10 @@ def test_a_checkpoint_says_what_was_evaluated(tiny_checkpoint, shapes, tmp_path)
 def test_unknown_tasks_and_options_are_refused(tiny_checkpoint, shapes, tmp_path):
     with pytest.raises(ConfigError, match=r"unknown evaluation task 'vqaa' \(did you mean 'vqa'\?\)"):
         evaluate_checkpoint(tiny_checkpoint, task="vqaa", data=shapes)
-    with pytest.raises(ConfigError, match="task 'vqa' has no option 'shots'"):
+    with pytest.raises(ConfigError, match="task 'vqa' has no option 'shots'; known: answering, candidates"):
         evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, predictions=tmp_path / "p.jsonl", shots=3)
+    with pytest.raises(ConfigError, match="task 'caption' has no option 'answering'; it has none of its own"):
+        evaluate_checkpoint(tiny_checkpoint, task="caption", data=shapes, answering="choose")
 
 
 @pytest.mark.parametrize("name", TASKS.names())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.evaluation.retrieval import evaluate_retrieval
+from frozenprefix.evaluation.tasks import EvaluationOptions
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.models.contrastive import LockedImageTextModel, load_processor
 from frozenprefix.models.freezing import frozen_tensors, hash_tensors
@@ -131,7 +132,9 @@ def test_the_loss_falls(recipe_of, tmp_path):
     losses = [row["loss"] for row in read_log(tmp_path) if "loss" in row]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
     samples = load_samples(result_recipe(result).data.train, "train")
-    scores = evaluate_retrieval(Embedder.from_pretrained(result.best), samples)
+    scores = evaluate_retrieval(
+        Embedder.from_pretrained(result.best), samples, EvaluationOptions(predictions=tmp_path / "found.jsonl")
+    )
     assert scores["n"] == 8
     best, chance = scores["metrics"], scores["baselines"]["chance"]
     assert best["text_to_picture_recall@1"] > 2 * chance["text_to_picture_recall@1"]
@@ -256,7 +259,9 @@ def test_towers_of_real_weights_meet(data_root, tmp_path):
     )
     result = train_contrastive(recipe)
     samples = load_samples(recipe.data.train, "train")
-    scores = evaluate_retrieval(Embedder.from_pretrained(result.best), samples)
+    scores = evaluate_retrieval(
+        Embedder.from_pretrained(result.best), samples, EvaluationOptions(predictions=tmp_path / "found.jsonl")
+    )
     for name in ("text_to_picture_recall@10", "picture_to_text_recall@10"):
         assert scores["metrics"][name] > 4 * scores["baselines"]["chance"][name]
         assert scores["baselines"]["shuffled"][name] < 3 * scores["baselines"]["chance"][name]

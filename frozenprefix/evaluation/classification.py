@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.evaluation.confusion import confusion_svg
-from frozenprefix.evaluation.generation import Texts, open_features, shuffled, write_predictions
+from frozenprefix.evaluation.generation import open_features, shuffled
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.classification import classification_report
-from frozenprefix.evaluation.scoring import Scores, intervals
-from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.scoring import Scores
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.inference.classifier import Classifier, Normalise
 
@@ -51,7 +51,7 @@ def evaluate_classification(
         ConfigError: for samples of another task.
         DataError: for a sample without exactly one picture and one target, or whose target is no label.
     """
-    labels = _checked_labels(samples, labels)
+    names = _checked_labels(samples, labels)
     classifier = Classifier(
         captioner.model,
         captioner.processor,
@@ -66,24 +66,24 @@ def evaluate_classification(
     }  # fmt: skip
     pictures = open_features(captioner, samples, options)
     samples = [sample for sample in samples if sample.images[0] not in pictures.bad]
-    header = header_of(captioner, samples, {"task": "classification", "labels": labels, **settings})
-    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
-        texts = _choose(classifier, samples, labels, pictures, journal, options)
-        result = None
-        if options.processes.is_main:
-            result = _result(samples, labels, texts, pictures, options.predictions)
-            result["settings"] = {**settings, "labels": len(labels)}
-            journal.remove()
-    return options.processes.gather([] if result is None else [result])[0]
+    truth = {sample.id: sample.targets[0] for sample in samples}
+    what = Evaluated(
+        "classification",
+        samples,
+        lambda made: _scores(made, truth, names),
+        {**settings, "labels": len(names)},
+        pictures.bad,
+        chance={"accuracy": 1 / len(names)},
+        more=lambda made: {"confusion": _confusion(made["model"], truth, names, options.predictions)},
+    )
+    header = header_of(captioner, samples, {"task": "classification", "labels": names, **settings})
+    return evaluate_runs(
+        what, lambda journal: _choose(classifier, samples, names, pictures, journal, options), header, options
+    )
 
 
 def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
-    unknown = [name for name in options.extra if name not in OPTIONS]
-    if unknown:
-        raise ConfigError(
-            f"task 'classification' has no option {unknown[0]!r}{did_you_mean(unknown[0], OPTIONS)}; "
-            f"known: {', '.join(OPTIONS)}"
-        )
+    check_options("classification", options.extra, OPTIONS)
     return evaluate_classification(captioner, samples, options, **options.extra)
 
 
@@ -119,7 +119,7 @@ def _choose(
     pictures: PictureFeatures,
     journal: Journal,
     options: EvaluationOptions,
-) -> Texts:
+) -> Predictions:
     """Run → sample id → label. A picture is classified once, for its own samples and those that it is shuffled to."""
     first = {sample.images[0]: sample for sample in reversed(samples)}
     asked = [sample for sample in first.values() if ("model", sample.id) not in journal.made]
@@ -144,39 +144,24 @@ def _choose(
     }
 
 
-def _result(
-    samples: Sequence[Sample], labels: list[str], texts: Texts, pictures: PictureFeatures, predictions: Path
-) -> dict[str, Any]:
-    write_predictions(predictions, samples, texts)
-    truth = {sample.id: sample.targets[0] for sample in samples}
-    reports = {
-        name: classification_report([made[key] for key in truth], list(truth.values()), labels)
-        for name, made in texts.items()
-    }
-    scored = {name: _scores(report, texts[name], truth) for name, report in reports.items()}
-    write_predictions(predictions, samples, texts, scored)
-    drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
-    drawing.write_text(confusion_svg(labels, reports["model"]["confusion"]), encoding="utf-8")
-    return {
-        "task": "classification",
-        "metrics": scored["model"].metrics,
-        "intervals": intervals(scored["model"], {sample.id: sample.images for sample in samples}),
-        "baselines": {
-            **{name: scores.metrics for name, scores in scored.items() if name != "model"},
-            "chance": {"accuracy": 1 / len(labels)},
-        },
-        "n": len(samples),
-        "groups": {name: scores.groups for name, scores in scored.items()},
-        "bad_pictures": pictures.bad.counts,
-        "predictions": str(predictions),
-        "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
-        "confusion": {"labels": labels, "counts": reports["model"]["confusion"], "file": str(drawing)},
-    }
-
-
-def _scores(report: dict[str, Any], made: Mapping[str, str], truth: Mapping[str, str]) -> Scores:
+def _scores(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> Scores:
+    report = _report(made, truth, labels)
     return Scores(
         metrics={name: value for name, value in report.items() if isinstance(value, float)},
         groups={table: {label: row[table] for label, row in report["per_class"].items()} for table in TABLES},
         per_sample={key: {"accuracy": float(made[key] == label)} for key, label in truth.items()},
     )
+
+
+def _report(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> dict[str, Any]:
+    return classification_report([made[key] for key in truth], list(truth.values()), labels)
+
+
+def _confusion(
+    made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str], predictions: Path
+) -> dict[str, Any]:
+    """Counts, and a drawing of them beside the predictions."""
+    counts = _report(made, truth, labels)["confusion"]
+    drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
+    drawing.write_text(confusion_svg(labels, counts), encoding="utf-8")
+    return {"labels": list(labels), "counts": counts, "file": str(drawing)}

@@ -14,9 +14,9 @@ from frozenprefix.data.images import BadPictures
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.generation import evaluate_generation, shuffled, write_predictions
+from frozenprefix.evaluation.generation import evaluate_generation, shuffled
 from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
-from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions, EvaluationTask
+from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "evaluate_checkpoint",
     "evaluate_samples",
     "shuffled",
-    "write_predictions",
 ]
 
 
@@ -68,7 +67,7 @@ def evaluate_checkpoint(
         DataError: when there are no such samples, or too many pictures are bad.
     """
     chosen, processes = TASKS.get(task), Processes.current()
-    samples, train = _samples(checkpoint, chosen, data, split, limit)
+    samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = FeatureStorage.of_checkpoint(checkpoint)
     options = EvaluationOptions(
         predictions=predictions or Path(checkpoint) / f"predictions_{task}_{_part(data, split)}.jsonl",
@@ -87,18 +86,17 @@ def evaluate_checkpoint(
 
 
 def _samples(
-    checkpoint: str | Path, task: EvaluationTask, data: str | Path | None, split: str | None, limit: int | None
+    checkpoint: str | Path, name: str, data: str | Path | None, split: str | None, limit: int | None, with_train: bool
 ) -> tuple[list[Sample], list[Sample]]:
-    """What is evaluated, and the training samples for the task's baselines."""
-    name = task.sample_task
+    """What is evaluated, and the training samples of the same kind."""
     if data is not None:
         where, fix = f"{data} holds no {name} samples in split {split!r}", "check --task and --split"
         samples = folder_samples(data, name, split=split, limit=limit)
-        train = folder_training_samples(data, name, split) if task.uses_train else []
+        train = folder_training_samples(data, name, split) if with_train else []
     elif split is None:
         where, fix = f"the recipe of {checkpoint} names no {name} samples for validation", "give a folder of data"
         samples = recipe_samples(checkpoint, name, "validation", limit=limit)
-        train = recipe_samples(checkpoint, name, "train") if task.uses_train else []
+        train = recipe_samples(checkpoint, name, "train") if with_train else []
     else:
         raise ConfigError(f"--split: got {split!r} without --data; the recipe's validation sources name their own")
     if not samples:

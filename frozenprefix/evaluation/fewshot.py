@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
-from frozenprefix.errors import ConfigError, DataError, did_you_mean
-from frozenprefix.evaluation.generation import Texts, open_features, write_predictions
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.generation import open_features
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
-from frozenprefix.evaluation.scoring import Scores, intervals, mean
-from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.scoring import Scores, mean
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.inference.episodes import MADE_UP_NAMES, binding_episodes
 from frozenprefix.inference.few_shot import Episode, choose_answers, write_answers
@@ -60,27 +61,26 @@ def evaluate_fewshot(
     samples = [_as_sample(episode) for episode in episodes]
     settings = {"answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
     header = header_of(captioner, samples, {"task": "few_shot", **settings, "choices": _digest(episodes)})
-    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
-        texts = _answer_runs(captioner, episodes, pictures, answering, max_new_tokens, journal, options)
-        result = None
-        if options.processes.is_main:
-            write_predictions(options.predictions, samples, texts)
-            scored = {name: _scores(episodes, made, answering) for name, made in texts.items()}
-            write_predictions(options.predictions, samples, texts, scored)
-            result = _result(episodes, scored, pictures, settings, options)
-            journal.remove()
-    return options.processes.gather([] if result is None else [result])[0]
+    what = Evaluated(
+        "few_shot",
+        samples,
+        lambda made: _scores(episodes, made, answering),
+        settings,
+        pictures.bad,
+        drawn={episode.id: episode.query for episode in episodes},
+        chance={"accuracy": mean(1 / len(episode.choices) for episode in episodes)},
+    )
+
+    def predict(journal: Journal) -> Predictions:
+        return _answer_runs(captioner, episodes, pictures, answering, max_new_tokens, journal, options)
+
+    return evaluate_runs(what, predict, header, options)
 
 
 def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
     """Frozen's open-ended classification, built from labelled samples by the options of `binding_episodes`."""
+    check_options("few_shot", options.extra, OPTIONS)
     extra = dict(options.extra)
-    unknown = [name for name in extra if name not in OPTIONS]
-    if unknown:
-        raise ConfigError(
-            f"task 'few_shot' has no option {unknown[0]!r}{did_you_mean(unknown[0], OPTIONS)}; "
-            f"known: {', '.join(OPTIONS)}"
-        )
     answering = extra.pop("answering", "choose")
     episodes = binding_episodes(samples, **{"names": MADE_UP_NAMES, **extra})
     result = evaluate_fewshot(captioner, episodes, options, answering=answering)
@@ -108,7 +108,7 @@ def _answer_runs(
     max_new_tokens: int,
     journal: Journal,
     options: EvaluationOptions,
-) -> Texts:
+) -> Predictions:
     """Run → episode id → answer: of the model, of the blind LM, and of the model with other supports."""
     far = len(episodes) // 2
     others = [*episodes[far:], *episodes[:far]]
@@ -166,27 +166,3 @@ def _is_right(episode: Episode, text: str, answering: Answering) -> float:
         return float(text == episode.answer)
     wanted = normalize_vqa_answer(episode.answer).split()
     return float(normalize_vqa_answer(text).split()[: len(wanted)] == wanted)
-
-
-def _result(
-    episodes: Sequence[Episode],
-    scored: Mapping[str, Scores],
-    pictures: PictureFeatures,
-    settings: Mapping[str, Any],
-    options: EvaluationOptions,
-) -> dict[str, Any]:
-    return {
-        "task": "few_shot",
-        "metrics": scored["model"].metrics,
-        "intervals": intervals(scored["model"], {episode.id: episode.query for episode in episodes}),
-        "baselines": {
-            **{name: scores.metrics for name, scores in scored.items() if name != "model"},
-            "chance": {"accuracy": mean(1 / len(episode.choices) for episode in episodes)},
-        },
-        "n": len(episodes),
-        "groups": {name: scores.groups for name, scores in scored.items()},
-        "bad_pictures": pictures.bad.counts,
-        "settings": dict(settings),
-        "predictions": str(options.predictions),
-        "predictions_sha256": hashlib.sha256(options.predictions.read_bytes()).hexdigest(),
-    }

@@ -1,13 +1,11 @@
-"""Captions and answers: what the model generates, beside what it says blind and of another's picture."""
+"""Captions and answers: what the model writes or chooses, beside what it says blind and of another's picture."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,20 @@ from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.retrieval import PictureLookup, picture_keys
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.candidates import CANDIDATES, candidate_answers, choose
 from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.journal import Journal, header_of
-from frozenprefix.evaluation.scoring import SCORERS, Scores, intervals
-from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.scoring import SCORERS
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner, batched
 
+OPTIONS = {"caption": (), "vqa": ("answering", "candidates")}
 DEFAULTS = {"caption": {"num_beams": 5, "max_new_tokens": 30}, "vqa": {"num_beams": 1, "max_new_tokens": 10}}
 _PICTURES_AT_ONCE = 256
 
-Texts = dict[str, dict[str, str]]
+#: A batch: samples, each with the one whose pictures are shown, or None for no picture.
+Pairs = Sequence[tuple[Sample, Sample | None]]
 
 
 def evaluate_generation(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
@@ -40,36 +42,75 @@ def evaluate_generation(captioner: Captioner, samples: Sequence[Sample], options
     "shuffled" those of the picture that it is shown, and one more run, "retrieval_only", its own beside the picture of
     "shuffled".
 
+    Args:
+        options: for "vqa" its `extra` takes `answering`: "generate" (the default) lets the LM write, "choose" takes the
+            likeliest of `candidates` (the sum over an answer's tokens and its end): how many of the most common targets
+            of `options.train_samples` (100), or a list of answers.
+
     Returns:
-        As `EvaluationTask.run` says, the same in every process, with `predictions_sha256` of the file.
+        As `EvaluationTask.run` says.
+
+    Raises:
+        ConfigError: for samples of several tasks, or an option that the task or the way of answering does not have.
+        DataError: for ids that occur twice, or no training samples to choose answers from.
     """
     task = _task_of(samples)
-    if options.extra:
-        raise ConfigError(f"task '{task}' has no option {', '.join(map(repr, options.extra))}")
+    check_options(task, options.extra, OPTIONS[task])
+    candidates, generate = _candidates(options), generate_settings(task, options)
+    settings: dict[str, Any] = generate if task == "caption" else {"answering": "generate", **generate}
+    if candidates is not None:
+        settings = {"answering": "choose", "candidates": len(candidates)}
+    pictures = open_features(captioner, samples, options)
+    samples = [s for s in samples if not any(path in pictures.bad for path in s.images)]
+    asked = with_similar_captions(captioner, samples, pictures) if task == "caption" else samples
+
+    def answer(batch: Pairs) -> dict[str, str]:
+        if candidates is not None:
+            return choose(captioner, batch, pictures, candidates)
+        return predict(captioner, batch, pictures, generate)
+
+    def predict_all(journal: Journal) -> Predictions:
+        made = predict_runs(captioner, asked, answer, journal, options, blind=samples)
+        if options.train_samples and task == "caption":
+            made |= consensus(captioner, samples, pictures, options)
+        return made
+
+    listed = None if candidates is None else hashlib.sha256(repr(candidates).encode()).hexdigest()[:16]
+    header = header_of(captioner, asked, {"task": task, **settings, "list of candidates": listed})
+    what = Evaluated(task, samples, SCORERS[task](samples), settings, pictures.bad)
+    return evaluate_runs(what, predict_all, header, options)
+
+
+def _chooses(extra: Mapping[str, Any]) -> bool:
+    """Whether answers are chosen from those of the training samples."""
+    return extra.get("answering") == "choose" and not isinstance(extra.get("candidates"), list | tuple)
+
+
+CAPTION = EvaluationTask(evaluate_generation, sample_task="caption", uses_train=lambda extra: True)
+VQA = EvaluationTask(evaluate_generation, sample_task="vqa", uses_train=_chooses)
+
+
+def generate_settings(task: str, options: EvaluationOptions) -> dict[str, int]:
+    """`num_beams` and `max_new_tokens`: what was asked for, else the task's own."""
     settings = dict(DEFAULTS[task])
     settings |= {"num_beams": options.num_beams} if options.num_beams else {}
     settings |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
-    pictures = open_features(captioner, samples, options)
-    samples = [s for s in samples if not any(path in pictures.bad for path in s.images)]
-    scorer = SCORERS[task](samples)
-    asked = with_similar_captions(captioner, samples, pictures) if task == "caption" else samples
-    header = header_of(captioner, asked, {"task": task, **settings})
-    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
-        texts = predict_runs(captioner, asked, pictures, settings, journal, options, blind=samples)
-        if options.train_samples and task == "caption":
-            texts |= consensus(captioner, samples, pictures, options)
-        result = None
-        if options.processes.is_main:
-            write_predictions(options.predictions, samples, texts)
-            scored = {name: scorer(made) for name, made in texts.items()}
-            write_predictions(options.predictions, samples, texts, scored)
-            result = _result(task, samples, scored, pictures, settings, options.predictions)
-            journal.remove()
-    return options.processes.gather([] if result is None else [result])[0]
+    return settings
 
 
-CAPTION = EvaluationTask(evaluate_generation, sample_task="caption", uses_train=True)
-VQA = EvaluationTask(evaluate_generation, sample_task="vqa")
+def _candidates(options: EvaluationOptions) -> list[str] | None:
+    """The answers to choose from, None when the LM writes them."""
+    answering = options.extra.get("answering", "generate")
+    if answering not in ("generate", "choose"):
+        raise ConfigError(f"answering: got {answering!r}, expected 'generate' or 'choose'")
+    if answering == "generate":
+        if "candidates" in options.extra:
+            raise ConfigError("candidates: nothing is chosen with answering='generate'; set answering=choose")
+        return None
+    for name in ("num_beams", "max_new_tokens"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name}: nothing is generated with answering='choose'; leave it out")
+    return candidate_answers(options.extra.get("candidates", CANDIDATES), options.train_samples)
 
 
 def _task_of(samples: Sequence[Sample]) -> str:
@@ -78,28 +119,6 @@ def _task_of(samples: Sequence[Sample]) -> str:
         raise ConfigError(f"evaluate one task at a time ({', '.join(DEFAULTS)}), got {', '.join(sorted(tasks))}")
     check_unique_ids(samples)
     return tasks.pop()
-
-
-def _result(
-    task: str,
-    samples: Sequence[Sample],
-    scored: Mapping[str, Scores],
-    pictures: PictureFeatures,
-    settings: dict[str, Any],
-    predictions: Path,
-) -> dict[str, Any]:
-    return {
-        "task": task,
-        "metrics": scored["model"].metrics,
-        "intervals": intervals(scored["model"], {sample.id: sample.images for sample in samples}),
-        "baselines": {name: result.metrics for name, result in scored.items() if name != "model"},
-        "n": len(samples),
-        "groups": {name: result.groups for name, result in scored.items() if result.groups},
-        "bad_pictures": pictures.bad.counts,
-        "settings": settings,
-        "predictions": str(predictions),
-        "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
-    }
 
 
 def open_features(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> PictureFeatures:
@@ -117,16 +136,16 @@ def open_features(captioner: Captioner, samples: Sequence[Sample], options: Eval
 def predict_runs(
     captioner: Captioner,
     samples: Sequence[Sample],
-    pictures: PictureFeatures,
-    settings: Mapping[str, Any],
+    answer: Callable[[Pairs], dict[str, str]],
     journal: Journal,
     options: EvaluationOptions,
     *,
     blind: Sequence[Sample] | None = None,
-) -> Texts:
+) -> Predictions:
     """Run → sample id → text, of all processes. Each process predicts its share of what the journal does not have.
 
     Args:
+        answer: gives the texts of a batch, such as `predict`.
         blind: the same samples, as the blind LM is asked: without anything in the prompt that comes from the picture.
     """
     plain = samples if blind is None else blind
@@ -153,7 +172,7 @@ def predict_runs(
     total = done + sum(len(batch) for batches in todo.values() for batch in batches)
     for name, batches in todo.items():
         for batch in batches:
-            journal.add(name, predict(captioner, batch, pictures, settings))
+            journal.add(name, answer(batch))
             done += len(batch)
             if options.progress is not None:
                 options.progress(done, total)
@@ -166,12 +185,9 @@ def predict_runs(
 
 
 def predict(
-    captioner: Captioner,
-    batch: Sequence[tuple[Sample, Sample | None]],
-    pictures: PictureFeatures,
-    settings: Mapping[str, Any],
+    captioner: Captioner, batch: Pairs, pictures: PictureFeatures, settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Texts for a batch of (sample, the sample whose pictures are shown, None for no picture), by the sample's id."""
+    """Generated texts for a batch, by the sample's id."""
     shown = [path for _, other in batch if other is not None for path in other.images]
     made = captioner.generate(
         [prompt_of(sample, captioner.processor) for sample, _ in batch],
@@ -193,7 +209,7 @@ def with_similar_captions(
 
 def consensus(
     captioner: Captioner, samples: Sequence[Sample], pictures: PictureFeatures, options: EvaluationOptions
-) -> Texts:
+) -> Predictions:
     """The caption of the nearest training pictures that agrees best with their others: what no training reaches.
 
     All processes fill the feature cache; the main one retrieves, and gives the others nothing.
@@ -226,26 +242,3 @@ def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     other = {images: pictures[(i + len(pictures) // 2) % len(pictures)] for i, images in enumerate(pictures)}
     first = {sample.images: sample for sample in reversed(samples)}
     return [first[other[sample.images]] for sample in samples]
-
-
-def write_predictions(
-    path: Path, samples: Sequence[Sample], texts: Texts, scored: Mapping[str, Scores] | None = None
-) -> None:
-    """One JSON object per sample: id, pictures, question, references, each run's text; and when they are scored,
-    `scores` (run → metric → score of this sample) and `statistics` of the model's run."""
-    rows = []
-    for sample in samples:
-        row: dict[str, Any] = {
-            "id": sample.id,
-            "images": [str(image) for image in sample.images],
-            "question": sample.question,
-            "references": list(sample.targets),
-            **{name: made[sample.id] for name, made in texts.items()},
-        }
-        if scored is not None:
-            row["scores"] = {name: each.per_sample.get(sample.id, {}) for name, each in scored.items()}
-            row["statistics"] = {kind: of[sample.id] for kind, of in scored["model"].statistics.items()}
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text("".join(rows), encoding="utf-8")
-    aside.replace(path)

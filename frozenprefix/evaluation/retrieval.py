@@ -2,67 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import lgamma
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from frozenprefix.data.images import BadPictures
-from frozenprefix.data.samples import PictureGroup, Sample, group_by_pictures
-from frozenprefix.errors import DataError
+from frozenprefix.data.samples import PictureGroup, Sample, check_unique_ids, group_by_pictures
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.result import Evaluated, result_of
+from frozenprefix.evaluation.scoring import Scorer, Scores
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.embedding import Embedder
+from frozenprefix.inference.retrieval import nearest
 
+OPTIONS = ("recall_at",)
 RECALL_AT = (1, 5, 10)
+TEXT_TO_PICTURE, PICTURE_TO_TEXT = "text_to_picture", "picture_to_text"
 _ROWS = 1024  # queries compared at once
+_SHOWN = 3  # pictures that a prediction names
 
 
 def evaluate_retrieval(
-    embedder: Embedder,
-    samples: Sequence[Sample],
-    *,
-    recall_at: Sequence[int] = RECALL_AT,
-    max_bad_share: float = 0.01,
+    embedder: Embedder, samples: Sequence[Sample], options: EvaluationOptions, *, recall_at: Sequence[int] = RECALL_AT
 ) -> dict[str, Any]:
     """Find each text's picture among all pictures, and each picture's texts among all texts.
+
+    A sample of the result, and a row of the predictions, is a picture with all its texts. Intervals draw pictures; what
+    is searched stays. Of several processes the main one does all the work.
 
     Args:
         embedder: a model with pictures and texts in one space.
         samples: pictures with their texts as targets; samples of the same picture belong together.
-        max_bad_share: share of pictures, 0 to 1, that may be unreadable.
 
     Returns:
-        `{"task", "metrics", "baselines", "n", "groups", "bad_pictures", "settings"}`; baselines are "chance", which
-        is computed, and "shuffled", where the pictures' vectors are handed to other pictures.
+        As `EvaluationTask.run` says. Baselines are "chance", which is computed, and "shuffled", where the pictures'
+        vectors are handed to other pictures. A prediction has `picture_ranks`, the rank of the picture for each of its
+        texts, `text_rank`, that of the best of them for the picture, `pictures`, the ids of the first three pictures
+        found for the first text, and `text`, the first text found for the picture.
 
     Raises:
+        ConfigError: for a `recall_at` that is no list of numbers from 1.
         DataError: for samples without text, with several pictures, or fewer than two pictures.
     """
+    if not isinstance(recall_at, list | tuple) or not recall_at or any(type(k) is not int or k < 1 for k in recall_at):
+        raise ConfigError(f"recall_at: got {recall_at!r}, expected a list of whole numbers from 1, such as [1, 5, 10]")
     groups = [group for group in group_by_pictures(samples) if any(sample.targets for sample in group.samples)]
     if any(len(group.images) != 1 for group in groups):
         raise DataError("retrieval: got samples with several pictures or none, expected one picture each")
+    check_unique_ids(_as_sample(group) for group in groups)
+    result = [_evaluate(embedder, groups, options, recall_at)] if options.processes.is_main else []
+    return options.processes.gather(result)[0]
+
+
+def _run(embedder: Embedder, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
+    check_options("retrieval", options.extra, OPTIONS)
+    return evaluate_retrieval(embedder, samples, options, **options.extra)
+
+
+def _load_embedder(checkpoint: str | Path, device: str | None) -> Embedder:
+    return Embedder.from_pretrained(checkpoint, device=device)
+
+
+RETRIEVAL = EvaluationTask(_run, sample_task="caption", load=_load_embedder)
+
+
+def _as_sample(group: PictureGroup) -> Sample:
+    """A picture with all its texts, named after its first sample."""
+    return Sample(group.samples[0].id, group.images, tuple(text for s in group.samples for text in s.targets))
+
+
+def _evaluate(
+    embedder: Embedder, groups: Sequence[PictureGroup], options: EvaluationOptions, recall_at: Sequence[int]
+) -> dict[str, Any]:
     bad = BadPictures()
     paths, pictures = embedder.embed_pictures([group.images[0] for group in groups], bad)
-    bad.check(len(groups), max_bad_share)
+    bad.check(len(groups), options.max_bad_share)
     readable = set(paths)
     groups = [group for group in groups if group.images[0] in readable]
     if len(groups) < 2:
         raise DataError(f"retrieval: got {len(groups)} pictures with texts, expected at least 2")
     texts, owner = texts_of(groups)
     embeds = embedder.embed_texts(texts)
-    half = len(pictures) // 2
+    rows = [_as_sample(group) for group in groups]
+    what = Evaluated(
+        "retrieval",
+        rows,
+        retrieval_scorer(recall_at),
+        {"recall_at": list(recall_at), "texts": len(texts)},
+        bad,
+        chance=chance_metrics(owner, len(rows), recall_at),
+    )
+    others = np.roll(pictures, len(pictures) // 2, axis=0)
+    runs = {"model": pictures, "shuffled": others}
+    made = {name: _found(vectors, embeds, owner, rows, texts) for name, vectors in runs.items()}
+    return result_of(what, made, options.predictions)
+
+
+def _found(
+    pictures: np.ndarray, embeds: np.ndarray, owner: np.ndarray, rows: Sequence[Sample], texts: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Sample id → what is found for the picture and its texts; see `evaluate_retrieval`."""
+    ranks = ranks_both_ways(pictures, embeds, owner)
+    _, first_text = np.unique(owner, return_index=True)
+    found_pictures = _places(embeds[first_text], pictures, min(_SHOWN, len(pictures)))
+    found_text = _places(pictures, embeds, 1)[:, 0]
     return {
-        "task": "retrieval",
-        "metrics": retrieval_metrics(pictures, embeds, owner, recall_at),
-        "baselines": {
-            "chance": chance_metrics(owner, len(pictures), recall_at),
-            "shuffled": retrieval_metrics(np.roll(pictures, half, axis=0), embeds, owner, recall_at),
-        },
-        "n": len(groups),
-        "groups": {},
-        "bad_pictures": bad.counts,
-        "settings": {"recall_at": list(recall_at), "texts": len(texts)},
+        row.id: {
+            "picture_ranks": ranks[TEXT_TO_PICTURE][owner == i].tolist(),
+            "text_rank": int(ranks[PICTURE_TO_TEXT][i]),
+            "pictures": [rows[place].id for place in found_pictures[i]],
+            "text": texts[found_text[i]],
+        }
+        for i, row in enumerate(rows)
     }
+
+
+def _places(queries: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k best items of each query: int64[Q, k]."""
+    return np.concatenate([nearest(queries[i : i + _ROWS], items, k)[1] for i in range(0, len(queries), _ROWS)])
+
+
+def retrieval_scorer(recall_at: Sequence[int]) -> Scorer:
+    """Recall@k and median ranks from the ranks in predictions. A text finds its picture or does not: the score of a
+    sample is the share of its texts, and the metric is over all texts, however many a picture has."""
+
+    def score(made: Mapping[str, Any]) -> Scores:
+        of_texts = {key: np.array(found["picture_ranks"]) for key, found in made.items()}
+        of_pictures = {key: found["text_rank"] for key, found in made.items()}
+        ranks = {
+            TEXT_TO_PICTURE: np.concatenate(list(of_texts.values())),
+            PICTURE_TO_TEXT: np.array(list(of_pictures.values())),
+        }
+        per_sample: dict[str, dict[str, float]] = {key: {} for key in made}
+        statistics: dict[str, dict[str, list[int]]] = {}
+        for k in recall_at:
+            by_text, by_picture = f"{TEXT_TO_PICTURE}_recall@{k}", f"{PICTURE_TO_TEXT}_recall@{k}"
+            statistics[by_text] = {key: [int((found <= k).sum()), len(found)] for key, found in of_texts.items()}
+            for key, (part, whole) in statistics[by_text].items():
+                per_sample[key] |= {by_text: part / whole, by_picture: float(of_pictures[key] <= k)}
+        return Scores(rank_metrics(ranks, recall_at), per_sample=per_sample, statistics=statistics)
+
+    return score
 
 
 def texts_of(groups: Sequence[PictureGroup]) -> tuple[list[str], np.ndarray]:
@@ -79,11 +162,20 @@ def retrieval_metrics(
     Args:
         pictures: unit vectors float[P, D]; texts: float[T, D]; owner: int64[T], the row of each text's picture.
     """
+    return rank_metrics(ranks_both_ways(pictures, texts, owner), recall_at)
+
+
+def ranks_both_ways(pictures: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
+    """Direction → rank of each query's best right answer: of T texts among pictures, of P pictures among texts."""
     places = np.arange(len(pictures))
-    ranks = {
-        "text_to_picture": first_ranks(texts, pictures, owner, places),
-        "picture_to_text": first_ranks(pictures, texts, places, owner),
+    return {
+        TEXT_TO_PICTURE: first_ranks(texts, pictures, owner, places),
+        PICTURE_TO_TEXT: first_ranks(pictures, texts, places, owner),
     }
+
+
+def rank_metrics(ranks: Mapping[str, np.ndarray], recall_at: Sequence[int]) -> dict[str, float]:
+    """Recall@k and median rank of each direction."""
     metrics: dict[str, float] = {}
     for direction, found in ranks.items():
         metrics |= {f"{direction}_recall@{k}": float((found <= k).mean()) for k in recall_at}
@@ -112,8 +204,8 @@ def chance_metrics(owner: np.ndarray, num_pictures: int, recall_at: Sequence[int
     counts = np.bincount(owner, minlength=num_pictures)
     metrics: dict[str, float] = {}
     for direction, total, right in (
-        ("text_to_picture", num_pictures, np.ones(1, dtype=np.int64)),
-        ("picture_to_text", len(owner), counts),
+        (TEXT_TO_PICTURE, num_pictures, np.ones(1, dtype=np.int64)),
+        (PICTURE_TO_TEXT, len(owner), counts),
     ):
         kinds, share = np.unique(right, return_counts=True)
         weights = share / share.sum()

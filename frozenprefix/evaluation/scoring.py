@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,9 @@ class Scores:
         metrics: over all samples.
         groups: metric → group (a question type) → mean of that group.
         per_sample: sample id → metric → score.
-        statistics: name of a kind of statistics (a key of `STATISTICS`) → sample id → values. A metric that is made of
-            them is no mean over samples.
+        statistics: name of a kind of statistics → sample id → values, for metrics that are no means over samples. A
+            kind is a key of `STATISTICS`; or the name of a metric, whose values are [part, whole]: the metric is the
+            sum of the parts over the sum of the wholes.
     """
 
     metrics: dict[str, float]
@@ -33,7 +35,8 @@ class Scores:
     statistics: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
 
-Scorer = Callable[[Mapping[str, str]], Scores]
+#: Predictions by sample id, texts for most tasks → their scores.
+Scorer = Callable[[Mapping[str, Any]], Scores]
 
 
 def _bleu(name: str) -> Metric:
@@ -41,6 +44,10 @@ def _bleu(name: str) -> Metric:
         return bleu_of_sums(sums)[name]
 
     return metric
+
+
+def _share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return sums[:, 0] / sums[:, 1]
 
 
 #: Kind of statistics → the metrics made of their sums.
@@ -86,7 +93,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **options: int) -> dict[str, list[float]]:
-    """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or made of `STATISTICS`.
+    """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or made of statistics.
 
     Args:
         clusters: sample id → what is drawn as a whole, such as its picture; see `bootstrap_interval`.
@@ -107,7 +114,8 @@ def rows_of(
 ) -> tuple[NDArray[np.float64], Metric | None, list[str]]:
     """What the bootstrap of a metric needs: values per sample, the function of their sums (None: their mean), and the
     ids. No ids for a metric that cannot be had from samples, such as the number of different captions."""
-    for kind, metrics in STATISTICS.items():
+    kinds: dict[str, dict[str, Metric]] = {**STATISTICS, name: {name: _share}}
+    for kind, metrics in kinds.items():
         if name in metrics and statistics.get(kind):
             ids = list(statistics[kind])
             return np.array([statistics[kind][key] for key in ids], dtype=np.float64), metrics[name], ids

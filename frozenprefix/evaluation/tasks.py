@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from frozenprefix.data.features import FeatureOptions, FeatureStorage
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
+from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.registry import Registry
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ class EvaluationOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_options(task: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `ConfigError` for an option that the task does not have."""
+    for name in given:
+        if name not in known:
+            hint = f"{did_you_mean(name, known)}; known: {', '.join(known)}" if known else "; it has none of its own"
+            raise ConfigError(f"task '{task}' has no option {name!r}{hint}")
+
+
 Run = Callable[[Any, Sequence[Sample], EvaluationOptions], dict[str, Any]]
 
 
@@ -60,15 +69,16 @@ class EvaluationTask:
 
     Attributes:
         run: (model, samples, options) → the result as plain JSON: `task`, `metrics`, `baselines` (name → metrics),
-            `n`, `groups`, `intervals` (metric → [low, high]), `bad_pictures`, `settings`, `predictions`.
+            `n`, `groups`, `intervals` (metric → [low, high]), `bad_pictures`, `settings`, `predictions`,
+            `predictions_sha256`; the same in every process. `evaluation.result` makes it.
         sample_task: `Sample.task` of the samples that it takes.
-        uses_train: whether `options.train_samples` is wanted.
+        uses_train: from the task's own options, whether `options.train_samples` is wanted.
         load: (checkpoint, device) → the model that `run` takes.
     """
 
     run: Run
     sample_task: str
-    uses_train: bool = False
+    uses_train: Callable[[Mapping[str, Any]], bool] = lambda extra: False
     load: Callable[[str | Path, str | None], Any] = load_captioner
 
 
@@ -78,7 +88,7 @@ TASKS: Registry[EvaluationTask] = Registry(
         "caption": "frozenprefix.evaluation.generation:CAPTION",
         "classification": "frozenprefix.evaluation.classification:CLASSIFICATION",
         "few_shot": "frozenprefix.evaluation.fewshot:FEW_SHOT",
-        "retrieval": "frozenprefix.evaluation.adapters:RETRIEVAL",
+        "retrieval": "frozenprefix.evaluation.retrieval:RETRIEVAL",
         "video": "frozenprefix.evaluation.video:VIDEO",
         "vqa": "frozenprefix.evaluation.generation:VQA",
     },

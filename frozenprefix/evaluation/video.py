@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,15 @@ from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import BadImageError, ConfigError
-from frozenprefix.evaluation.generation import DEFAULTS, predict_runs, write_predictions
-from frozenprefix.evaluation.journal import Journal, header_of
-from frozenprefix.evaluation.scoring import SCORERS, intervals
-from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask
+from frozenprefix.evaluation.generation import generate_settings, predict, predict_runs
+from frozenprefix.evaluation.journal import header_of
+from frozenprefix.evaluation.result import Evaluated, evaluate_runs
+from frozenprefix.evaluation.scoring import SCORERS
+from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.video import VideoCaptioner
+
+OPTIONS = ("frames", "pooling")
 
 
 def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
@@ -51,28 +53,16 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
         },
         bad,
     )
-    scorer = SCORERS["caption"](samples)
-    header = header_of(captioner, samples, {"task": "video", **settings})
-    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
-        generate = {name: settings[name] for name in DEFAULTS["caption"]}
-        texts = predict_runs(captioner, shown, pictures, generate, journal, options)
-        scored = {name: scorer(made) for name, made in texts.items()}
-        if options.processes.is_main:
-            write_predictions(options.predictions, samples, texts, scored)
-            journal.remove()
-        options.processes.barrier()
-    return {
-        "task": "video",
-        "metrics": scored["model"].metrics,
-        "intervals": intervals(scored["model"], {sample.id: sample.images for sample in samples}),
-        "baselines": {name: result.metrics for name, result in scored.items() if name != "model"},
-        "n": len(samples),
-        "groups": {},
-        "bad_pictures": bad.counts,
-        "settings": settings,
-        "predictions": str(options.predictions),
-        "predictions_sha256": hashlib.sha256(options.predictions.read_bytes()).hexdigest(),
-    }
+    generate = generate_settings("caption", options)
+    what = Evaluated("video", samples, SCORERS["caption"](samples), settings, bad)
+    return evaluate_runs(
+        what,
+        lambda journal: predict_runs(
+            captioner, shown, lambda batch: predict(captioner, batch, pictures, generate), journal, options
+        ),
+        header_of(captioner, samples, {"task": "video", **settings}),
+        options,
+    )
 
 
 VIDEO = EvaluationTask(evaluate_video, sample_task="caption")
@@ -81,17 +71,13 @@ VIDEO = EvaluationTask(evaluate_video, sample_task="caption")
 def _settings(
     captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions
 ) -> tuple[dict[str, Any], VideoCaptioner]:
-    unknown = options.extra.keys() - {"frames", "pooling"}
-    if unknown:
-        raise ConfigError(f"task 'video' has no option {', '.join(map(repr, sorted(unknown)))}; frames and pooling are")
+    check_options("video", options.extra, OPTIONS)
     wrong = [sample.id for sample in samples if sample.task != "caption" or len(sample.images) != 1]
     if wrong:
         raise ConfigError(f"task 'video' takes captions of one video each; {len(wrong)} samples are others: {wrong[0]}")
     check_unique_ids(samples)
     video = VideoCaptioner(captioner, **options.extra)
-    settings: dict[str, Any] = {**DEFAULTS["caption"], "frames": video.frames, "pooling": video.pooling}
-    settings |= {"num_beams": options.num_beams} if options.num_beams else {}
-    settings |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
+    settings = {**generate_settings("caption", options), "frames": video.frames, "pooling": video.pooling}
     return settings, video
 
 

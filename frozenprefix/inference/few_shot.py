@@ -11,8 +11,7 @@ from torch import Tensor
 
 from frozenprefix.data.images import load_image
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.inference.likelihood import log_likelihoods
-from frozenprefix.models.packing import Target
+from frozenprefix.inference.likelihood import likeliest
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 #: Picture files → image_features float[n, N, D_enc], such as `data.features.PictureFeatures`.
@@ -85,18 +84,12 @@ def choose_answers(
         features: gives the image features float[n, N, D_enc] of files; they are read and encoded when not given.
         blind: show no picture.
     """
-    groups, counts = [], [0 if blind else len(episode.images) for episode in episodes]
-    for episode in episodes:
-        prompt = captioner.blind_prompt(episode.blind_prompt) if blind else episode.prompt
-        context = captioner.processor.encode_prompt(prompt)
-        texts = [captioner.processor.encode_target(prompt, choice)[:-1] for choice in episode.choices]
-        groups.append([Target([*context, *ids], len(context)) for ids in texts])
     prefix_embeds = None
     if not blind:
         shown, order = _features(captioner, episodes, features)
         prefix_embeds = captioner.model.map_features(shown.to(captioner.model.device))[order]
-    scores = log_likelihoods(captioner.model, groups, prefix_embeds, images_per_group=counts)
-    return [e.choices[int(values.argmax())] for e, values in zip(episodes, scores, strict=True)]
+    prompts = [episode.blind_prompt if blind else episode.prompt for episode in episodes]
+    return likeliest(captioner, prompts, [episode.choices for episode in episodes], prefix_embeds)
 
 
 def write_answers(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from frozenprefix.errors import DataError
+from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import PackedBatch, Target, pack
+from frozenprefix.models.processing import IMAGE_TOKEN
 from frozenprefix.models.rows import refuse_rows
 
 TOKENS_PER_ROW = 512  # beyond that attention costs more than reading the prefix once more
@@ -31,6 +33,34 @@ class _Row:
     @property
     def length(self) -> int:
         return self.packed.input_ids.shape[1]
+
+
+def likeliest(
+    captioner: Captioner,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    prefix_embeds: Tensor | None = None,
+    *,
+    end_token: bool = False,
+) -> list[str]:
+    """The likeliest of each prompt's choices, by the sum over its tokens; the first of equally likely ones.
+
+    Args:
+        prompts: texts with an `<image>` for every picture. What precedes the choices is read once.
+        choices: of each prompt.
+        prefix_embeds: float[pictures, P, D_lm] of all prompts in order; without them the LM is asked blind.
+        end_token: let the text end behind the choice. Without it one that begins another always wins over it.
+    """
+    if prefix_embeds is None:
+        prompts = [captioner.blind_prompt(prompt) for prompt in prompts]
+    groups = []
+    for prompt, texts in zip(prompts, choices, strict=True):
+        context = captioner.processor.encode_prompt(prompt)
+        ids = [captioner.processor.encode_target(prompt, text) for text in texts]
+        groups.append([Target([*context, *(each if end_token else each[:-1])], len(context)) for each in ids])
+    counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
+    scores = log_likelihoods(captioner.model, groups, prefix_embeds, images_per_group=counts)
+    return [texts[int(values.argmax())] for texts, values in zip(choices, scores, strict=True)]
 
 
 @torch.inference_mode()

@@ -37,6 +37,19 @@ class Hit:
     score: float
 
 
+def nearest(queries: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` items with the largest products with each query, best first: float[q, k], and their places int64[q, k].
+
+    Args:
+        queries: float[q, D]; items: float[n, D], n >= k.
+    """
+    scores = queries @ items.T
+    top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    best = np.take_along_axis(scores, top, axis=1)
+    order = np.lexsort((top, -best), axis=1)
+    return np.take_along_axis(best, order, axis=1), np.take_along_axis(top, order, axis=1)
+
+
 class PictureIndex:
     """Unit vectors of pictures, with the files that they belong to.
 
@@ -109,18 +122,11 @@ class PictureIndex:
                 f"{self.embeds.shape[1]} numbers"
             )
         k = min(k, len(self))
-        scores, places = self._search_faiss(queries, k) if faiss else self._search_numpy(queries, k)
+        scores, places = self._search_faiss(queries, k) if faiss else nearest(queries, self.embeds, k)
         return [
             [Hit(self.paths[place], float(score)) for score, place in zip(*row, strict=True)]
             for row in zip(scores, places, strict=True)
         ]
-
-    def _search_numpy(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = queries @ self.embeds.T
-        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        best = np.take_along_axis(scores, top, axis=1)
-        order = np.lexsort((top, -best), axis=1)
-        return np.take_along_axis(best, order, axis=1), np.take_along_axis(top, order, axis=1)
 
     def _search_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._faiss is None:

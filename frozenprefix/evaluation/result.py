@@ -1,0 +1,120 @@
+"""What every evaluation leaves behind: the predictions on disk, and one result of the same keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.data.images import BadPictures
+from frozenprefix.data.samples import Sample
+from frozenprefix.evaluation.journal import Journal
+from frozenprefix.evaluation.scoring import Scorer, Scores, intervals
+from frozenprefix.evaluation.tasks import EvaluationOptions
+
+#: Run ("model", or the name of a baseline) → sample id → what was predicted: a text, or another plain JSON value.
+Predictions = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated, and how predictions become scores.
+
+    Attributes:
+        task: its name.
+        samples: those that are scored; each is a row of the predictions file.
+        score: predictions of one run → their scores.
+        settings: what the predictions were made with.
+        bad: the pictures that could not be read.
+        drawn: sample id → what the bootstrap draws as a whole; a sample's pictures when not given.
+        chance: metrics of guessing, which are known without any run.
+        more: predictions → further keys of the result.
+    """
+
+    task: str
+    samples: Sequence[Sample]
+    score: Scorer
+    settings: Mapping[str, Any]
+    bad: BadPictures
+    drawn: Mapping[str, Hashable] | None = None
+    chance: Mapping[str, float] | None = None
+    more: Callable[[Predictions], dict[str, Any]] | None = None
+
+
+def evaluate_runs(
+    what: Evaluated,
+    predict: Callable[[Journal], Predictions],
+    header: Mapping[str, Any],
+    options: EvaluationOptions,
+) -> dict[str, Any]:
+    """Let all processes predict with a journal, and the main one write and score.
+
+    Args:
+        predict: called in every process; what it returns is of all processes in the main one.
+        header: what the predictions depend on, see `Journal`.
+
+    Returns:
+        `result_of`, the same in every process.
+    """
+    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
+        made = predict(journal)
+        result = []
+        if options.processes.is_main:
+            result = [result_of(what, made, options.predictions)]
+            journal.remove()
+    return options.processes.gather(result)[0]
+
+
+def result_of(what: Evaluated, made: Predictions, predictions: Path) -> dict[str, Any]:
+    """Write predictions, score them, write them again with their scores, and say all that in plain JSON.
+
+    Returns:
+        As `EvaluationTask.run` says; "model" is the run whose scores are `metrics`, the others are baselines.
+    """
+    write_predictions(predictions, what.samples, made)
+    scored = {name: what.score(run) for name, run in made.items()}
+    write_predictions(predictions, what.samples, made, scored)
+    baselines: dict[str, Any] = {name: scores.metrics for name, scores in scored.items() if name != "model"}
+    if what.chance is not None:
+        baselines["chance"] = dict(what.chance)
+    drawn = {sample.id: sample.images for sample in what.samples} if what.drawn is None else what.drawn
+    return {
+        "task": what.task,
+        "metrics": scored["model"].metrics,
+        "intervals": intervals(scored["model"], drawn),
+        "baselines": baselines,
+        "n": len(what.samples),
+        "groups": {name: scores.groups for name, scores in scored.items() if scores.groups},
+        "bad_pictures": what.bad.counts,
+        "settings": dict(what.settings),
+        "predictions": str(predictions),
+        "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
+        **({} if what.more is None else what.more(made)),
+    }
+
+
+def write_predictions(
+    path: Path, samples: Sequence[Sample], made: Predictions, scored: Mapping[str, Scores] | None = None
+) -> None:
+    """One JSON object per sample: id, pictures, question, references, each run's prediction; and when they are scored,
+    `scores` (run → metric → score of this sample) and `statistics` of the model's run."""
+    rows = []
+    for sample in samples:
+        row: dict[str, Any] = {
+            "id": sample.id,
+            "images": [str(image) for image in sample.images],
+            "question": sample.question,
+            "references": list(sample.targets),
+            **{name: run[sample.id] for name, run in made.items()},
+        }
+        if scored is not None:
+            row["scores"] = {name: each.per_sample.get(sample.id, {}) for name, each in scored.items()}
+            row["statistics"] = {kind: of[sample.id] for kind, of in scored["model"].statistics.items()}
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text("".join(rows), encoding="utf-8")
+    aside.replace(path)
