@@ -324,6 +324,12 @@ def test_init_from(recipe_of, tmp_path):
     state, saved = trainer.model.trainable_state(), load_file(first.best / "model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     assert {name.split(".")[0] for name in state.keys() - saved.keys()} == {"contrastive"}, "heads start anew"
+    lora = "model.language_model.peft={type: lora, r: 2}"
+    trainer = Trainer(recipe_of(tmp_path / "fourth", f"training.init_from={first.best}", lora))
+    trainer._build()
+    assert all(torch.equal(trainer.model.trainable_state()[name], tensor) for name, tensor in saved.items())
+    adapted = trainer.model.adapters["language_model"].named_parameters()
+    assert all(not p.any() for name, p in adapted.items() if "lora_B" in name), "adapters start anew"
     with pytest.raises(CheckpointError, match=r"training\.init_from: .*does not fit.*fusion"):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS))._build()
     with pytest.raises(CheckpointError, match=r"training\.init_from: /nowhere holds no config\.json"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -131,8 +131,11 @@ class AdaptedParts(nn.Module):
             if adapter.named_parameters():
                 adapter.save(folder / FOLDERS[part])
 
-    def load_adapters(self, source: str | PathLike[Any], **hub: Any) -> None:
+    def load_adapters(self, source: str | PathLike[Any], *, new: Collection[str] = (), **hub: Any) -> None:
         """Read the trained adapters of a checkpoint.
+
+        Args:
+            new: parts whose adapters stay as they are, because the checkpoint was made without any.
 
         Raises:
             CheckpointError: when they do not fit, or the checkpoint has one that this model lacks.
@@ -140,7 +143,8 @@ class AdaptedParts(nn.Module):
         for part, name in FOLDERS.items():
             adapter = self.adapters.get(part)
             if adapter is not None and adapter.named_parameters():
-                adapter.load(source, name, **hub)
+                if part not in new:
+                    adapter.load(source, name, **hub)
             elif adapter is None and (Path(source) / name).is_dir():
                 raise CheckpointError(
                     f"{source} holds {name}/, and its config.json no peft method; give the peft model it was trained "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.saving import check_identity, read_checkpoint
 
+logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -80,7 +82,7 @@ def save_training_state(folder: Path, optimizer: torch.optim.Optimizer, progress
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
     """Start a model from the trainable tensors of a checkpoint that was made with the same frozen parts.
 
-    Contrastive heads that the checkpoint does not have stay as they are; everything else has to be there.
+    Contrastive heads, and adapters of a part that had none, start anew; everything else has to be there.
 
     Raises:
         CheckpointError: for a folder that is no checkpoint, or does not fit.
@@ -89,12 +91,17 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
     tensors = read_checkpoint(folder)
-    check_identity(FrozenPrefixConfig.from_pretrained(folder).identity, model.config.identity)
+    made_with = FrozenPrefixConfig.from_pretrained(folder)
+    check_identity(made_with.identity, model.config.identity)
     heads = {name: p for name, p in model.trainable_state().items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():
         tensors |= heads
     model.load_trainable(tensors, source=source)
-    model.load_adapters(folder)
+    sections = {"language_model": made_with.language_model, "vision_encoder": made_with.vision_encoder}
+    new = [part for part, section in sections.items() if part in model.adapters and not (section or {}).get("peft")]
+    if new:
+        logger.info("%s has no adapters in: %s; they start anew", source, ", ".join(new))
+    model.load_adapters(folder, new=new)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
