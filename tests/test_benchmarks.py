@@ -7,11 +7,14 @@ import statistics
 
 import pytest
 import torch
+import yaml
 
-from benchmarks import attention, closed_form_start, common, generation, training_step
+from benchmarks import attention, blind_twin, closed_form_start, common, generation, training_step
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.models.packing import build_trie
+
+from .conftest import tiny_recipe_dict
 
 
 def test_attention_runs_and_is_exact(tmp_path):
@@ -110,3 +113,20 @@ def test_saved_steps_by_hand():
     """The random start reaches 4 half-way between steps 10 and 20, and never 1."""
     saved = closed_form_start.saved_steps({0: 6.0, 10: 5.0, 20: 3.0}, {0: 4.0, 10: 3.0, 20: 1.0})
     assert saved == {0: 15.0, 10: 10.0, 20: None}
+
+
+def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):
+    """Both are trained once; the twin answers the same whatever it is shown."""
+    data = tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "seeing")
+    data["data"]["validation"] = [{"type": "qa", "path": str(shapes), "split": "val"}]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    arguments = [str(tmp_path / "tiny.yaml"), "--quick", "training.max_steps=2"]
+    report = blind_twin.main(arguments)
+    assert report["difference"]["exact_match"]["a"] == report["blind_twin"]["exact_match"]
+    assert report["difference"]["exact_match"]["b"] == report["metrics"]["exact_match"]
+    assert "| exact_match |" in blind_twin.markdown(report)
+    rows = (tmp_path / "seeing_blind" / "last" / "predictions_vqa_validation.jsonl").read_text().splitlines()
+    assert all(row["model"] == row["shuffled"] for row in map(json.loads, rows))
+    before = (tmp_path / "seeing" / "log.jsonl").read_text()
+    assert blind_twin.main(arguments)["metrics"] == report["metrics"]
+    assert (tmp_path / "seeing" / "log.jsonl").read_text().count('"loss"') == before.count('"loss"')

@@ -1,0 +1,106 @@
+"""What a recipe owes to its pictures: beside it its twin, trained with one and the same vector for all of them.
+
+python benchmarks/blind_twin.py RECIPE [KEY=VALUE ...] --task vqa [--option answering=choose] [--json report.json]
+
+Trains what is not trained yet, in the recipe's output_dir and beside it, evaluates both on the recipe's validation
+data, and compares them by paired bootstrap over pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from frozenprefix.data.features import PictureEncoder
+from frozenprefix.data.sources import load_sources
+from frozenprefix.evaluation import evaluate_checkpoint
+from frozenprefix.evaluation.comparison import Evaluation, compare
+from frozenprefix.training.loop import train
+from frozenprefix.training.recipe import Recipe
+
+
+def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe with features of the same shape but equal for all pictures, in a folder beside the recipe's own.
+
+    What it starts from has seen pictures, and is left out.
+    """
+    recipe = Recipe.load(path, overrides)
+    folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}_blind")
+    table = folder / "constant.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = PictureEncoder.build(recipe.model.vision_encoder).module
+    feature = torch.ones(encoder.num_tokens, encoder.encoder_dim)
+    pictures = {p for s in load_sources([*recipe.data.train, *recipe.data.validation]) for p in s.images}
+    save_file({"/".join(picture.absolute().parts[1:]): feature.clone() for picture in pictures}, table)
+    changes = {
+        "output_dir": str(folder),
+        "model.vision_encoder": {"source": "features", "path": str(table)},
+        "training.init_from": None,
+    }
+    return Recipe.load(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
+
+
+def evaluated(recipe: Recipe, task: str, options: dict[str, Any]) -> Evaluation:
+    """The recipe's last checkpoint on its validation data; trained first, or to its end, where that is left to do."""
+    trained = train(recipe)
+    result = evaluate_checkpoint(trained.output_dir / "last", task=task, **options)
+    file = trained.output_dir / f"{task}_scores.json"
+    file.write_text(json.dumps(result, indent=2))
+    return Evaluation.load(file)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in arguments.option)}
+    seeing = evaluated(Recipe.load(arguments.recipe, arguments.overrides), arguments.task, options)
+    blind = evaluated(blind_recipe(arguments.recipe, arguments.overrides), arguments.task, options)
+    return {
+        "recipe": arguments.recipe.stem,
+        "settings": seeing.result["settings"],
+        "n": seeing.result["n"],
+        "metrics": seeing.result["metrics"],
+        "intervals": seeing.result["intervals"],
+        "shuffled": seeing.result["baselines"]["shuffled"],
+        "blind_twin": blind.result["metrics"],
+        "difference": compare(blind, seeing)["metrics"],
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for name, value in report["metrics"].items():
+        difference, (low, high) = report["difference"][name], report["intervals"][name]
+        gain = f"{difference['difference']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})"
+        cells = [f"{value:.3f} ({low:.3f} to {high:.3f})", report["blind_twin"][name], gain, report["shuffled"][name]]
+        rows.append([name, *cells])
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    head = ["", "trained on pictures (95 %)", "blind twin", "difference (95 %)", "shown another's picture"]
+    return f"`{report['recipe']}`, {report['n']} samples, {settings}.\n\n{common.table(head, rows)}"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `frozenprefix train` takes them")
+    parser.add_argument("--task", default="vqa")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the evaluation's task")
+    arguments = parser.parse_intermixed_args(argv)
+    common.start_logging()
+    report = run(arguments)
+    common.finish(report, arguments, "blind-twin", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
