@@ -14,8 +14,8 @@ from frozenprefix import __version__
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
-from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, generation
+from frozenprefix.errors import AssetError, ConfigError, DataError
+from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, generation, scoring
 from frozenprefix.evaluation.evaluate import encode_samples
 from frozenprefix.evaluation.metrics.captions import bleu_of_sums
 from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, vqa_scorer
@@ -106,6 +106,27 @@ def test_scores_are_of_the_predictions(captioner, questions, tmp_path, monkeypat
     answers = [sample.targets[0] for sample in questions]
     share = answers.count("red") / len(answers)
     assert result["metrics"]["accuracy"] == result["baselines"]["blind"]["accuracy"] == pytest.approx(share)
+
+
+def test_wups_is_scored_where_wordnet_is(monkeypatch, caplog):
+    class Half:
+        def similarity(self, first: str, second: str) -> float:
+            return 0.5
+
+    samples = [Sample(name, (), ("dog",), task="vqa", question="what is it?") for name in ("1", "2")]
+    monkeypatch.setattr(scoring, "WordNet", Half)
+    found = vqa_scorer(samples)({"1": "dog", "2": "cat"})
+    assert found.metrics["wups_0.0"] == 0.75
+    assert found.metrics["wups_0.9"] == pytest.approx((1 + 0.05) / 2)
+    assert found.per_sample["2"]["wups_0.0"] == 0.5
+
+    def missing() -> None:
+        raise AssetError("WUPS needs WordNet: nltk is not installed; pip install nltk")
+
+    monkeypatch.setattr(scoring, "WordNet", missing)
+    with caplog.at_level("INFO", logger="frozenprefix"):
+        assert set(vqa_scorer(samples)({"1": "dog", "2": "cat"}).metrics) == {"accuracy", "exact_match"}
+    assert caplog.messages == ["left out: WUPS needs WordNet: nltk is not installed; pip install nltk"]
 
 
 def test_vqa_scorer_by_hand():

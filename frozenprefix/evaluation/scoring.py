@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frozenprefix.data.samples import Sample
+from frozenprefix.errors import AssetError
 from frozenprefix.evaluation.bootstrap import Metric, bootstrap_interval
 from frozenprefix.evaluation.metrics.captions import CaptionReferences, bleu_of_sums, caption_metrics
 from frozenprefix.evaluation.metrics.question_types import answer_type, question_type
 from frozenprefix.evaluation.metrics.vqa import by_group, exact_match, vqa_accuracy
+from frozenprefix.evaluation.metrics.wups import WordNet, wups
+
+logger = logging.getLogger(__name__)
+WUPS_AT = (0.9, 0.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def caption_scorer(samples: Sequence[Sample]) -> Scorer:
 
 def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
     """VQA accuracy (soft where there are several human answers) and exact match, in all, by question type and by
-    answer type: those that the data names, else as VQA v2 tells them apart."""
+    answer type: those that the data names, else as VQA v2 tells them apart. WUPS where WordNet is on this machine."""
     answers = {sample.id: list(sample.metadata.get("answers", sample.targets)) for sample in samples}
     types = {
         "accuracy": {s.id: str(s.metadata.get("question_type") or question_type(s.question or "")) for s in samples},
@@ -76,15 +82,27 @@ def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
         },
     }
 
+    taxonomy = _taxonomy()
+
     def score(texts: Mapping[str, str]) -> Scores:
-        accuracy, exact = vqa_accuracy(dict(texts), answers), exact_match(dict(texts), answers)
+        found = {"accuracy": vqa_accuracy(dict(texts), answers), "exact_match": exact_match(dict(texts), answers)}
+        for threshold in WUPS_AT if taxonomy is not None else ():
+            found[f"wups_{threshold}"] = wups(dict(texts), answers, threshold=threshold, taxonomy=taxonomy)
         return Scores(
-            metrics={"accuracy": mean(accuracy.values()), "exact_match": mean(exact.values())},
-            groups={name: by_group(accuracy, of) for name, of in types.items()},
-            per_sample={key: {"accuracy": accuracy[key], "exact_match": exact[key]} for key in accuracy},
+            metrics={name: mean(values.values()) for name, values in found.items()},
+            groups={name: by_group(found["accuracy"], of) for name, of in types.items()},
+            per_sample={key: {name: values[key] for name, values in found.items()} for key in answers},
         )
 
     return score
+
+
+def _taxonomy() -> WordNet | None:
+    try:
+        return WordNet()
+    except AssetError as error:
+        logger.info("left out: %s", error)
+        return None
 
 
 def mean(values: Iterable[float]) -> float:
