@@ -63,8 +63,8 @@ def evaluated(recipe: Recipe, task: str, options: dict[str, Any]) -> Evaluation:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in arguments.option)}
-    seeing = evaluated(Recipe.load(arguments.recipe, arguments.overrides), arguments.task, options)
-    blind = evaluated(blind_recipe(arguments.recipe, arguments.overrides), arguments.task, options)
+    recipes = Recipe.load(arguments.recipe, arguments.overrides), blind_recipe(arguments.recipe, arguments.overrides)
+    seeing, blind = (evaluated(recipe, arguments.task, options) for recipe in recipes)
     return {
         "recipe": arguments.recipe.stem,
         "settings": seeing.result["settings"],
@@ -77,13 +77,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def between(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
 def markdown(report: dict[str, Any]) -> str:
     rows = []
     for name, value in report["metrics"].items():
-        difference, (low, high) = report["difference"][name], report["intervals"][name]
-        gain = f"{difference['difference']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})"
-        cells = [f"{value:.3f} ({low:.3f} to {high:.3f})", report["blind_twin"][name], gain, report["shuffled"][name]]
-        rows.append([name, *cells])
+        difference = report["difference"][name]
+        own = between(value, *report["intervals"].get(name, (None, None)))
+        gain = between(difference["difference"], difference["low"], difference["high"])
+        rows.append([name, own, report["blind_twin"][name], gain, report["shuffled"].get(name, "–")])
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     head = ["", "trained on pictures (95 %)", "blind twin", "difference (95 %)", "shown another's picture"]
     return f"`{report['recipe']}`, {report['n']} samples, {settings}.\n\n{common.table(head, rows)}"
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `frozenprefix train` takes them")
-    parser.add_argument("--task", default="vqa")
+    parser.add_argument("--task", choices=["vqa", "caption"], default="vqa")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the evaluation's task")
     arguments = parser.parse_intermixed_args(argv)
     common.start_logging()

@@ -125,7 +125,7 @@ def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):
     assert report["difference"]["exact_match"]["a"] == report["blind_twin"]["exact_match"]
     assert report["difference"]["exact_match"]["b"] == report["metrics"]["exact_match"]
     assert "| exact_match |" in blind_twin.markdown(report)
-    rows = (tmp_path / "seeing_blind" / "last" / "predictions_vqa_validation.jsonl").read_text().splitlines()
+    rows = (tmp_path / "seeing_blind" / "last" / "predictions_vqa_recipe_validation.jsonl").read_text().splitlines()
     assert all(row["model"] == row["shuffled"] for row in map(json.loads, rows))
     before = (tmp_path / "seeing" / "log.jsonl").read_text()
     assert blind_twin.main(arguments)["metrics"] == report["metrics"]

@@ -39,7 +39,7 @@ def test_the_recipes_validation_data_are_evaluated(checkpoint, shapes):
     source = {"type": "qa", "path": str(shapes), "split": "train"}
     wanted = load_source({**source, "holdout": {"part": "val", "fraction": 0.3, "seed": 0}})
     everything = load_source(source)
-    file = checkpoint / "predictions_vqa_validation.jsonl"
+    file = checkpoint / "predictions_vqa_recipe_validation.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert 0 < len(wanted) < len(everything)
     assert [row["id"] for row in rows] == [sample.id for sample in wanted]

@@ -223,6 +223,7 @@ def test_the_kind_picks_the_recipe(recipe_of, tmp_path):
         ("training.packing=trie", "training.packing: unknown key"),
         ("model.objective=clip", "model.objective: got 'clip', expected 'infonce' or 'sigmoid'"),
         ("model.vision_encoder.trainable=all", "expected 'none': the image encoder is locked"),
+        ("model.vision_encoder.peft={type: lora}", "got 'lora', expected null: the image encoder is locked"),
         ("data.prompts={caption: 'A photo of '}", "data.prompts: has no effect in a contrastive recipe"),
     ],
 )

@@ -330,6 +330,9 @@ def test_init_from(recipe_of, tmp_path):
     assert all(torch.equal(trainer.model.trainable_state()[name], tensor) for name, tensor in saved.items())
     adapted = trainer.model.adapters["language_model"].named_parameters()
     assert all(not p.any() for name, p in adapted.items() if "lora_B" in name), "adapters start anew"
+    adapted_first = train(recipe_of(tmp_path / "adapted", lora, "training.max_steps=2"))
+    with pytest.raises(CheckpointError, match=r"language_adapter/, and the recipe has no model\.language_model\.peft"):
+        Trainer(recipe_of(tmp_path / "third", f"training.init_from={adapted_first.best}"))._build()
     with pytest.raises(CheckpointError, match=r"training\.init_from: .*does not fit.*fusion"):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS))._build()
     with pytest.raises(CheckpointError, match=r"training\.init_from: /nowhere holds no config\.json"):

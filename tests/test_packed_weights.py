@@ -78,6 +78,56 @@ def test_only_frozen_layers_in_bfloat16_are_packed():
     assert packable_layers(frozen_lm("llama", torch.float32)) == []
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_over_packed_layers_train_as_over_others(family, method):
+    """AdaLoRA adds to what its base layer returns, in place."""
+    peft = pytest.importorskip("peft")
+    configs = {
+        "lora": peft.LoraConfig(r=2),
+        "dora": peft.LoraConfig(r=2, use_dora=True),
+        "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1),
+        "ia3": peft.IA3Config(),
+    }
+    torch.manual_seed(0)
+    lm = peft.get_peft_model(frozen_lm(family), configs[method])
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:  # adapters that start at nothing would hide much
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+
+    def gradient() -> torch.Tensor:
+        lm.zero_grad()
+        lm(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.float().flatten() for p in trained if p.grad is not None])
+
+    expected = gradient()
+    with packed_frozen_weights(lm.get_base_model()):
+        found = gradient()
+    assert expected.norm() > 0
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_what_a_packed_product_returns_may_be_changed_in_place():
+    layer = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    with packed_frozen_weights(nn.ModuleList([layer])):
+        made = layer(x)
+        made += 1
+        made.sum().backward()
+    assert x.grad is not None
+
+
+def test_under_autocast_a_layer_does_what_it_does_outside():
+    layer = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x)
+        with packed_frozen_weights(nn.ModuleList([layer])):
+            assert torch.equal(layer(x), expected)
+
+
 def test_an_error_leaves_the_layers_as_they_were():
     lm = frozen_lm("gpt2")
     with pytest.raises(RuntimeError, match="stop"), packed_frozen_weights(lm):

@@ -203,5 +203,5 @@ def test_what_a_plan_would_leave_out_is_refused(tiny_recipe, tiny_bert, shapes, 
         plan(tiny_recipe(tmp_path, *changes), ["h100"])
     keys = ["model.fusion.type", "model.language_model.peft", "objectives.contrastive"]
     assert [problem.split(": ")[0] for problem in caught.value.problems] == keys
-    with pytest.raises(ConfigError, match="kind: `plan` works out recipes that train a mapper"):
+    with pytest.raises(ConfigError, match="kind: got 'contrastive', expected 'prefix'"):
         plan(contrastive_recipe(tiny_bert, shapes, tmp_path), ["h100"])

@@ -55,7 +55,7 @@ def _checked(answers: list[Any]) -> list[str]:
     if repeated or len(answers) < 2:
         got = f"{repeated[0]!r} more than once" if repeated else f"{answers!r}"
         raise ConfigError(f"candidates: got {got}, expected at least 2 different answers")
-    return answers
+    return [answer.strip() for answer in answers]
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from frozenprefix.errors import DataError
 from frozenprefix.evaluation.bootstrap import paired_bootstrap
 from frozenprefix.evaluation.scoring import rows_of
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 _EXPECTED = "a result of frozenprefix evaluate --out"
 
@@ -66,9 +68,10 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     ids = list(a.rows)
     pictures = [tuple(a.rows[key]["images"]) for key in ids]
     metrics: dict[str, dict[str, float | None]] = {}
-    for name in a.result["metrics"]:
-        if name not in b.result["metrics"]:
-            continue
+    shared = [name for name in a.result["metrics"] if name in b.result["metrics"]]
+    for name in sorted({*a.result["metrics"], *b.result["metrics"]} - set(shared)):
+        logger.warning("%s: left out, only one of the two evaluations has it", name)
+    for name in shared:
         (rows_a, metric, known), (rows_b, _, known_b) = (_rows(each, name, ids) for each in (a, b))
         if known and known_b:
             metrics[name] = asdict(paired_bootstrap(rows_a, rows_b, metric, n=n, seed=seed, clusters=pictures))

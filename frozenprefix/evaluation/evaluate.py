@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = FeatureStorage.of_checkpoint(checkpoint)
     options = EvaluationOptions(
-        predictions=predictions or Path(checkpoint) / f"predictions_{task}_{_part(data, split)}.jsonl",
+        predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
         num_beams=num_beams,
         train_samples=train,
         max_bad_share=max_bad_share,
@@ -104,8 +104,10 @@ def _samples(
     return samples, train
 
 
-def _part(data: str | Path | None, split: str | None) -> str:
-    return "validation" if data is None else split or "all"
+def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[str, Any]) -> str:
+    """What tells the predictions of one way to evaluate from those of another."""
+    part = "recipe_validation" if data is None else split or "all"
+    return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), part])
 
 
 def evaluate_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.generation import open_features
-from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
 from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
 from frozenprefix.evaluation.scoring import Scores, mean
@@ -60,7 +59,9 @@ def evaluate_fewshot(
         raise DataError(f"got {len(episodes)} episodes, expected at least 2, for the baseline with supports shuffled")
     samples = [_as_sample(episode) for episode in episodes]
     settings = {"answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
-    header = header_of(captioner, samples, {"task": "few_shot", **settings, "choices": _digest(episodes)})
+    header = header_of(
+        captioner, samples, {"task": "few_shot", **settings, "choices": digest([e.choices for e in episodes])}
+    )
     what = Evaluated(
         "few_shot",
         samples,
@@ -94,10 +95,6 @@ def _as_sample(episode: Episode) -> Sample:
     return Sample(
         episode.id, episode.images, (episode.answer,), question=episode.prompt, prompt="{question}", task="few_shot"
     )
-
-
-def _digest(episodes: Sequence[Episode]) -> str:
-    return hashlib.sha256(repr([episode.choices for episode in episodes]).encode()).hexdigest()[:16]
 
 
 def _answer_runs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.candidates import CANDIDATES, candidate_answers, choose
 from frozenprefix.evaluation.consensus import consensus_captions
-from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
 from frozenprefix.evaluation.scoring import SCORERS
 from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
@@ -75,7 +74,7 @@ def evaluate_generation(captioner: Captioner, samples: Sequence[Sample], options
             made |= consensus(captioner, samples, pictures, options)
         return made
 
-    listed = None if candidates is None else hashlib.sha256(repr(candidates).encode()).hexdigest()[:16]
+    listed = None if candidates is None else digest(candidates)
     header = header_of(captioner, asked, {"task": task, **settings, "list of candidates": listed})
     what = Evaluated(task, samples, SCORERS[task](samples), settings, pictures.bad)
     return evaluate_runs(what, predict_all, header, options)

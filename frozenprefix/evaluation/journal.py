@@ -138,7 +138,7 @@ def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping
         "model": model_hash(captioner),
         "prompts": dict(captioner.processor.prompts),
         "number of samples": len(samples),
-        "samples": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        "samples": digest(rows),
     }
 
 
@@ -146,4 +146,9 @@ def model_hash(captioner: Captioner) -> str:
     """SHA-256 of the trained tensors and of the frozen parts' identity, first 16 hex digits."""
     model = captioner.model
     parts = [hash_tensors(model.trainable_state()), model.config.identity]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(parts)
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of plain JSON, its first 16 hex digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -40,13 +40,15 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
     """The samples of one task among the sources that the checkpoint's recipe names.
 
     Args:
-        part: "train" or "validation".
+        part: "train", which is empty after training on texts alone, or "validation".
         limit: the first so many pictures.
 
     Raises:
         ConfigError: the checkpoint holds no recipe, or one without such sources.
     """
     section = data_section(checkpoint)
+    if part == "train" and section is not None and section.get("text_only"):
+        return []  # training has never seen their pictures
     sources = (section or {}).get(part)
     if not sources:
         why = "holds no recipe.yaml" if section is None else f"has a recipe without data.{part}"

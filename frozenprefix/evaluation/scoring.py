@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,12 @@ def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
         },
     }
 
-    taxonomy = _taxonomy()
+    taxonomy = lru_cache(_taxonomy)
 
     def score(texts: Mapping[str, str]) -> Scores:
         found = {"accuracy": vqa_accuracy(dict(texts), answers), "exact_match": exact_match(dict(texts), answers)}
-        for threshold in WUPS_AT if taxonomy is not None else ():
-            found[f"wups_{threshold}"] = wups(dict(texts), answers, threshold=threshold, taxonomy=taxonomy)
+        for threshold in WUPS_AT if taxonomy() is not None else ():
+            found[f"wups_{threshold}"] = wups(dict(texts), answers, threshold=threshold, taxonomy=taxonomy())
         return Scores(
             metrics={name: mean(values.values()) for name, values in found.items()},
             groups={name: by_group(found["accuracy"], of) for name, of in types.items()},

@@ -1,8 +1,7 @@
 """Frozen weights in the layout that oneDNN's matrix products want, for training in bfloat16 on a CPU.
 
 oneDNN brings a weight into its own layout before every product. A frozen weight needs that once: one copy for the
-forward pass and one for the gradient of the input, beside the weight itself, which stays as it is. A step of GPT-2
-small or SmolLM2-135M then takes 4 to 13 % less time (`benchmarks/training_step.py`).
+forward pass and one for the gradient of the input, beside the weight itself, which stays as it is.
 """
 
 from __future__ import annotations
@@ -45,16 +44,20 @@ class _PackedForward:
     """Stands in for the forward pass of one layer, whose weight it packs at the first call."""
 
     def __init__(self, layer: Layer):
-        self.layer = layer
+        self.layer, self.own = layer, layer.forward
         self.packed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight.detach()
+        if x.dtype != weight.dtype:  # autocast, say: the layer knows what to do
+            return self.own(x)
         if self.packed is None:
-            weight = self.layer.weight.detach()
             pair = (weight, weight.t()) if isinstance(self.layer, nn.Linear) else (weight.t(), weight)
             forward, backward = (torch.ops.mkldnn._reorder_linear_weight(each.contiguous(), ROWS) for each in pair)
             self.packed = forward, backward
-        return _PackedProduct.apply(x, *self.packed, self.layer.bias)
+        # reshaped outside of the function: what it returns may be changed in place
+        rows = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), *self.packed, self.layer.bias)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def packed_frozen_weights(language_model: nn.Module) -> Iterator[None]:
 
     These weights must not change inside. Layers that are trained, quantized or of another dtype stay as they are, and
     so does everything where the copies would take more than `LARGEST` bytes, on other devices, and where the processor
-    has no products in bfloat16.
+    has no products in bfloat16. Inside the block the model can be neither copied nor pickled.
     """
     layers = packable_layers(language_model)
     for layer in layers:

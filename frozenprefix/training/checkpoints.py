@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from frozenprefix.errors import CheckpointError
+from frozenprefix.models.adapted import FOLDERS
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.saving import check_identity, read_checkpoint
@@ -98,7 +99,14 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
         tensors |= heads
     model.load_trainable(tensors, source=source)
     sections = {"language_model": made_with.language_model, "vision_encoder": made_with.vision_encoder}
-    new = [part for part, section in sections.items() if part in model.adapters and not (section or {}).get("peft")]
+    trained = [p for p, name in FOLDERS.items() if (sections[p] or {}).get("peft") or (folder / name).is_dir()]
+    lost = [part for part in trained if part not in model.adapters]
+    if lost:
+        raise CheckpointError(
+            f"{source} holds {FOLDERS[lost[0]]}/, and the recipe has no model.{lost[0]}.peft; give the method that it "
+            "was trained with"
+        )
+    new = [part for part in model.adapters if part not in trained]
     if new:
         logger.info("%s has no adapters in: %s; they start anew", source, ", ".join(new))
     model.load_adapters(folder, new=new)

@@ -69,9 +69,12 @@ class ContrastiveRecipe(RecipeFile):
             if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):  # as `to_yaml` writes them
                 key = f"data.{name}"
                 problems.append(Problem((key,), f"{key}: has no effect in a contrastive recipe; remove it"))
-        if self.model.vision_encoder.trainable != "none":
-            key = "model.vision_encoder.trainable"
-            line = f"{key}: got {self.model.vision_encoder.trainable!r}, expected 'none': the image encoder is locked"
-            problems.append(Problem((key,), line))
+        encoder, key = self.model.vision_encoder, "model.vision_encoder"
+        if encoder.trainable != "none":
+            line = f"{key}.trainable: got {encoder.trainable!r}, expected 'none': the image encoder is locked"
+            problems.append(Problem((f"{key}.trainable",), line))
+        if encoder.peft is not None:
+            line = f"{key}.peft: got '{encoder.peft.type}', expected null: the image encoder is locked"
+            problems.append(Problem((f"{key}.peft",), line))
         raise_clash(problems)
         return self

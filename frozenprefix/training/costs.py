@@ -144,13 +144,16 @@ def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) ->
     return lm.layers * cells * per_cell
 
 
+PACKED_COPIES = "packed copies (on a CPU only)"
+
+
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
     packed = 2 * lm.matrix_weights * lm.item_bytes
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
-        "packed copies (bf16 on a CPU)": packed if lm.item_bytes == 2 and packed <= LARGEST else 0,
+        PACKED_COPIES: packed if lm.item_bytes == 2 and packed <= LARGEST else 0,
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
         "activations": activations,

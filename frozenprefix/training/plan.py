@@ -146,7 +146,8 @@ def plan(
         encode = machine.encode_seconds(encoder_flops, encoder_bytes, decode, half=half)
         # no backward pass, but two forward passes: about as much as training on the picture
         validation = seconds / pictures_per_step
-        fits = None if machine.memory is None else sum(memory.values()) < 0.9 * machine.memory
+        needed = sum(memory.values()) - (memory[costs.PACKED_COPIES] if machine.kind == "gpu" else 0)
+        fits = None if machine.memory is None else needed < 0.9 * machine.memory
         planned[name] = run.on(machine.label, seconds, 1 / encode, validation, fits)
     return Plan(
         name=recipe.name,

@@ -16,7 +16,8 @@ def known_recipe(recipe: RecipeFile) -> Recipe:
         ConfigError: with one line for every part that the figures would leave out.
     """
     if not isinstance(recipe, Recipe):
-        raise ConfigError("kind: `plan` works out recipes that train a mapper for a language model, and no others")
+        kind = getattr(recipe, "kind", type(recipe).__name__)
+        raise ConfigError(f"kind: got '{kind}', expected 'prefix': `plan` knows the cost of training a mapper only")
     encoder, key, problems = recipe.model.vision_encoder, "model.vision_encoder", []
     if encoder.source == "features":
         problems.append(f"{key}.source: got 'features'; `plan` works out runs that encode their pictures")
@@ -31,7 +32,11 @@ def known_recipe(recipe: RecipeFile) -> Recipe:
         "data.retrieval": recipe.data.retrieval,
         **{f"objectives.{name}": getattr(recipe.objectives, name) for name in OTHER_OBJECTIVES},
     }
-    problems += [f"{name}: its cost is not known to `plan`" for name, value in further.items() if value is not None]
+    problems += [
+        f"{name}: got a block of keys, expected null: its cost is not known to `plan`; {name}=null plans the rest"
+        for name, value in further.items()
+        if value is not None
+    ]
     if problems:
         raise ConfigError(problems)
     return recipe
