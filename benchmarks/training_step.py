@@ -35,10 +35,10 @@ from benchmarks.workloads import (
     synthetic_captions,
     targets_of,
 )
+from frozenprefix.models.allocator import keep_freed_memory
 from frozenprefix.models.fusion import fuse_prefix
 from frozenprefix.models.packed_weights import packed_frozen_weights
 from frozenprefix.models.packing import PackedBatch, pack
-from frozenprefix.training.allocator import keep_freed_memory
 
 LARGE_STEP = 4  # times the pictures of a small step
 DATA_SET = 2000  # pictures whose captions say how long ClipCap's rows are

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,17 +24,17 @@ Layer = nn.Linear | Conv1D
 
 
 class _PackedProduct(torch.autograd.Function):
-    """x @ weight.T + bias; no gradient but that of x."""
+    """x @ weight.T + bias on x: [rows, in]; no gradient but that of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.transposed = transposed
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, layer: _PackedForward) -> Tensor:
+        ctx.layer = layer
+        return _product(x, layer.weight, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _product(grad_outputs[0], ctx.transposed, None), None, None, None
+        return _product(grad_outputs[0], ctx.layer.transposed, None), None
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,23 +42,31 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _PackedForward:
-    """Stands in for the forward pass of one layer, whose weight it packs at the first call."""
+    """Stands in for the forward pass of one layer; copies of its weight are made when they are first needed."""
 
     def __init__(self, layer: Layer):
-        self.layer, self.own = layer, layer.forward
-        self.packed: tuple[Tensor, Tensor] | None = None
+        weight = layer.weight.detach()
+        self.own, self.dtype, self.bias = layer.forward, weight.dtype, layer.bias
+        self._plain = weight if isinstance(layer, nn.Linear) else weight.t()  # [out, in]
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight.detach()
-        if x.dtype != weight.dtype:  # autocast, say: the layer knows what to do
+        if x.dtype != self.dtype:  # autocast, say: the layer knows what to do
             return self.own(x)
-        if self.packed is None:
-            pair = (weight, weight.t()) if isinstance(self.layer, nn.Linear) else (weight.t(), weight)
-            forward, backward = (torch.ops.mkldnn._reorder_linear_weight(each.contiguous(), ROWS) for each in pair)
-            self.packed = forward, backward
         # reshaped outside of the function: what it returns may be changed in place
-        rows = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), *self.packed, self.layer.bias)
+        rows = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), self)
         return rows.view(*x.shape[:-1], rows.shape[-1])
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return _packed(self._plain)
+
+    @cached_property
+    def transposed(self) -> Tensor:
+        return _packed(self._plain.t())
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
 @contextmanager

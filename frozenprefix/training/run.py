@@ -22,9 +22,9 @@ from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, Sample
 from frozenprefix.errors import CheckpointError
+from frozenprefix.models.allocator import keep_freed_memory
 from frozenprefix.models.saving import read_checkpoint
 from frozenprefix.training import checkpoints
-from frozenprefix.training.allocator import keep_freed_memory
 from frozenprefix.training.setup import PreparedPictures, prepare_pictures
 from frozenprefix.training.tracking import Tracker, progress_bar
 

@@ -1,4 +1,4 @@
-"""Memory that stays with the process between training steps."""
+"""Memory that stays with the process between steps of training or batches of an evaluation."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def keep_freed_memory() -> bool:
         return False
     done = all([mallopt(_TRIM_THRESHOLD, _NEVER), mallopt(_MMAP_THRESHOLD, _NEVER)])
     if not done:
-        logger.info("glibc refused to keep freed memory; training works, more slowly")
+        logger.info("glibc refused to keep freed memory; everything works, more slowly")
     return done
