@@ -7,12 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.recipes import small_parts
+from frozenprefix.data.sources import load_source
 from frozenprefix.training.kinds import load_recipe
+
+from .test_quickstart import draw_easy_vqa
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -20,6 +25,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALL = {
     "adalora": [f"model.language_model.peft.{key}=1" for key in ("tinit", "tfinal", "deltaT")],
     "capdec": ["model.vision_encoder.name=ViT-B-32", "model.vision_encoder.image_size=32"],
+    "few_shot": ["training.init_from=null"],
     "quickstart": ["data.prompts={caption: 'Caption:'}"],
     "self_critical": ["training.init_from=null"],
     "smallcap": ["training.init_from=null"],
@@ -35,6 +41,45 @@ def test_recipe_is_read_and_says_what_it_is(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert len(first) <= 120
+
+
+def script(name: str):
+    """A script of `recipes/` as a module."""
+    spec = spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prompts_of_the_few_shot_recipe(tmp_path):
+    """The script writes what the recipe's data source reads: three pictures a prompt, and names bound anew in each."""
+    data = draw_easy_vqa(tmp_path / "easy", 24)
+    for path in data.rglob("*.png"):
+        with Image.open(path) as image:
+            image.putpixel((0, 0), (int(path.stem), 0, 0))  # a copy of the query is never in the support
+            image.save(path)
+    for part, count in (("train", 20), ("test", 3)):
+        script("few_shot").write_episodes(tmp_path / "data/episodes" / f"{part}.json", str(data), part, count)
+    _, recipe = load_recipe(ROOT / "recipes" / "few_shot.yaml")
+    samples = load_source(recipe.data.train[0], base=tmp_path)
+    assert len(samples) == 20
+    bound = set()
+    for sample in samples:
+        assert sample.prompt == "{question}"
+        shots = re.fullmatch(
+            r"Answer with (\w+) or (\w+)\.<image>This is a (\w+)\.<image>This is a (\w+)\."
+            r"<image>Question: What is this\? Answer: This is a",
+            sample.question or "",
+        )
+        assert shots is not None, sample.question
+        first, second = shots.groups()[2:]
+        assert {first, second} == set(shots.groups()[:2])
+        assert len(set(sample.images)) == 3
+        # the drawings come in turns of six: equal numbers modulo 6 are the same colour and shape
+        kinds = [int(path.stem) % 6 for path in sample.images]
+        assert sample.targets == ({kinds[0]: first, kinds[1]: second}[kinds[2]],)
+        bound.add((kinds[2], sample.targets[0]))
+    assert len(bound) > 6, "a class has more than one name"
 
 
 @pytest.mark.slow
