@@ -110,21 +110,25 @@ def measure(shape: Shape, rounds: int, warmup: int = 1) -> dict[str, Any]:
     if "llava_bf16" in seconds:
         report["ratio_vs_llava"] = common.median_ratio(seconds["llava_bf16"], seconds["ours_bf16"])
         report["ratio_vs_llava_fp32"] = common.median_ratio(seconds["llava_fp32"], seconds["ours_fp32"])
-    del arms
-    small, large = (utilisation(replace(shape, pictures=n), captions, max(2 * rounds, 1)) for n in sizes(shape))
-    return report | large | {"mfu_small_step": small["mfu"], "gflops_small_step": small["gflops"]}
+    return report
 
 
-def sizes(shape: Shape) -> tuple[int, int]:
-    """Pictures of a small and of a large step."""
-    return shape.pictures, LARGE_STEP * shape.pictures
+def utilisations(shape: Shape, rounds: int) -> dict[str, float]:
+    """Our bf16 step with few and with many pictures, in a process that keeps freed memory, as training does."""
+    keep_freed_memory()
+    small, large = (
+        utilisation(replace(shape, pictures=n), max(2 * rounds, 1))
+        for n in (shape.pictures, LARGE_STEP * shape.pictures)
+    )
+    return large | {"mfu_small_step": small["mfu"], "gflops_small_step": small["gflops"]}
 
 
-def utilisation(shape: Shape, captions: list[list[list[int]]], rounds: int) -> dict[str, float]:
+def utilisation(shape: Shape, rounds: int) -> dict[str, float]:
     """Share of the machine's matrix-product rate that our bf16 step turns into useful work.
 
     The rate is taken right before and right after every step, because that of a shared machine changes by the second.
     """
+    captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
     ours, following = OurStep(shape, torch.bfloat16), batches(shape, captions)
     ours(*following())
     rates, shares, peaks = [], [], []
@@ -197,19 +201,23 @@ def reference_loss(model: Any, features: Tensor, captions: list[list[list[int]]]
     return total / tokens
 
 
-def peak_memory(name: str, shape_name: str, quick: bool) -> float:
-    """Peak resident MiB of a process that makes one arm and does two steps."""
-    command = [sys.executable, __file__, "--memory-of", name, "--shape", shape_name, *(["--quick"] if quick else [])]
+def in_own_process(arguments: argparse.Namespace, shape_name: str, *what: str) -> dict[str, float]:
+    """What this script prints when it is started with `what`."""
+    quick = ["--quick"] if arguments.quick else []
+    command = [sys.executable, __file__, "--shape", shape_name, "--rounds", str(arguments.rounds), *quick, *what]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_rss_mib"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory_of(name: str, shape: Shape) -> float:
+def memory_of(name: str, shape: Shape) -> dict[str, float]:
+    """Peak resident MiB of this process, which makes one arm and does two steps."""
+    if name.startswith("ours"):
+        keep_freed_memory()
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
     arm, following = make_arm(name, shape, captions), batches(shape, captions)
     for _ in range(2):
         arm(*following())
-    return common.peak_rss_mib()
+    return {"peak_rss_mib": common.peak_rss_mib()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +228,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         shape = found[name]
         made = measure(shape, 1 if arguments.quick else arguments.rounds)
         made["max_rel_grad_error"] = gradient_error(shape)
-        memory = {arm: peak_memory(arm, name, arguments.quick) for arm in ("clipcap", "ours_bf16")}
+        made |= in_own_process(arguments, name, "--utilisation")
+        memory = {
+            arm: in_own_process(arguments, name, "--memory-of", arm)["peak_rss_mib"] for arm in ("clipcap", "ours_bf16")
+        }
         made["peak_rss_mib"] = memory
         made["peak_rss_ratio"] = memory["ours_bf16"] / memory["clipcap"]
         report["shapes"][name] = made
@@ -271,11 +282,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shape", choices=["gpt2", "llama"], help="one language model only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--utilisation", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    keep_freed_memory()  # as training does, for all arms
-    if arguments.memory_of:
-        peak = memory_of(arguments.memory_of, shapes(arguments.quick)[arguments.shape])
-        sys.stdout.write(json.dumps({"peak_rss_mib": peak}) + "\n")
+    if arguments.memory_of or arguments.utilisation:
+        shape, rounds = shapes(arguments.quick)[arguments.shape], 1 if arguments.quick else arguments.rounds
+        own = memory_of(arguments.memory_of, shape) if arguments.memory_of else utilisations(shape, rounds)
+        sys.stdout.write(json.dumps(own) + "\n")
         return {}
     common.start_logging()
     report = run(arguments)
