@@ -13,10 +13,10 @@ from frozenprefix.evaluation.confusion import confusion_svg
 from frozenprefix.evaluation.generation import open_features, shuffled
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.classification import classification_report
-from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import Scores
 from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.inference.captioner import Captioner, batched
+from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.classifier import Classifier, Normalise
 
 TABLES = ("precision", "recall", "f1")
@@ -122,18 +122,16 @@ def _choose(
 ) -> Predictions:
     """Run → sample id → label. A picture is classified once, for its own samples and those that it is shuffled to."""
     first = {sample.images[0]: sample for sample in reversed(samples)}
-    asked = [sample for sample in first.values() if ("model", sample.id) not in journal.made]
-    share = list(batched(asked, classifier.batch_size))[options.processes.rank :: options.processes.count]
-    done = len(journal.made)
-    total = done + sum(map(len, share))
-    for batch in share:
+
+    def answer(_: str, batch: list[Sample]) -> dict[str, str]:
         scores = classifier.scores(pictures([sample.images[0] for sample in batch]), labels)
-        chosen = scores.argmax(dim=1).tolist()
-        journal.add("model", {sample.id: labels[i] for sample, i in zip(batch, chosen, strict=True)})
-        done += len(batch)
-        if options.progress is not None:
-            options.progress(done, total)
-    made = journal.gather()["model"]
+        return {sample.id: labels[i] for sample, i in zip(batch, scores.argmax(dim=1).tolist(), strict=True)}
+
+    todo = {"model": list(first.values())}
+    found = predict_missing(
+        journal, todo, answer, options, key=lambda sample: sample.id, batch_size=classifier.batch_size
+    )
+    made = found["model"]
     blind = labels[int(classifier.blind_scores(labels).argmax())]
     return {
         "model": {sample.id: made[first[sample.images[0]].id] for sample in samples},

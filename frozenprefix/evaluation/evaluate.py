@@ -18,7 +18,6 @@ from frozenprefix.evaluation.generation import evaluate_generation, shuffled
 from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
 from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.models.allocator import keep_freed_memory
 
 __all__ = [
     "encode_samples",
@@ -81,7 +80,6 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    keep_freed_memory()
     result = chosen.run(chosen.load(checkpoint, _device(processes)), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}

@@ -11,10 +11,10 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.generation import open_features
 from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
-from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import Scores, mean
 from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.inference.captioner import Captioner, batched
+from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.episodes import MADE_UP_NAMES, binding_episodes
 from frozenprefix.inference.few_shot import Episode, choose_answers, write_answers
 
@@ -111,20 +111,20 @@ def _answer_runs(
     others = [*episodes[far:], *episodes[:far]]
     swapped = [episode.with_support_of(other) for episode, other in zip(episodes, others, strict=True)]
     runs = {"model": (episodes, False), "blind": (episodes, True), "shuffled_support": (swapped, False)}
-    done, total = len(journal.made), len(runs) * len(episodes)
-    for name, (asked, blind) in runs.items():
-        left = [episode for episode in asked if (name, episode.id) not in journal.made]
-        for batch in list(batched(left, captioner.batch_size))[options.processes.rank :: options.processes.count]:
-            if answering == "choose":
-                made = choose_answers(captioner, batch, features=pictures, blind=blind)
-            else:
-                made = write_answers(captioner, batch, features=pictures, blind=blind, max_new_tokens=max_new_tokens)
-            journal.add(name, {episode.id: text for episode, text in zip(batch, made, strict=True)})
-            done += len(batch)
-            if options.progress is not None:
-                options.progress(done, total)
-    gathered = journal.gather()
-    return {name: {episode.id: gathered[name][episode.id] for episode in episodes} for name in runs}
+
+    def answer(name: str, batch: list[Episode]) -> dict[str, str]:
+        shown: dict[str, Any] = {"features": pictures, "blind": runs[name][1]}
+        if answering == "choose":
+            made = choose_answers(captioner, batch, **shown)
+        else:
+            made = write_answers(captioner, batch, **shown, max_new_tokens=max_new_tokens)
+        return {episode.id: text for episode, text in zip(batch, made, strict=True)}
+
+    todo = {name: asked for name, (asked, _) in runs.items()}
+    made = predict_missing(
+        journal, todo, answer, options, key=lambda episode: episode.id, batch_size=captioner.batch_size
+    )
+    return {name: {episode.id: made[name][episode.id] for episode in episodes} for name in runs}
 
 
 def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: int) -> None:

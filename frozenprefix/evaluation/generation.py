@@ -17,7 +17,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.candidates import CANDIDATES, candidate_answers, choose
 from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.journal import Journal, digest, header_of
-from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import SCORERS
 from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner, batched
@@ -160,22 +160,19 @@ def predict_runs(
     if samples != plain:
         swapped = [replace(sample, prompt=other.prompt) for sample, other in zip(samples, others, strict=True)]
         runs |= {"shuffled": (swapped, others), "retrieval_only": (samples, others)}
-    share = slice(options.processes.rank, None, options.processes.count)
-    todo = {}
-    for name, (asked, shown) in runs.items():
-        left = [pair for pair in zip(asked, shown, strict=True) if (name, pair[0].id) not in journal.made]
-        # prompts of like length together save padding
-        left.sort(key=lambda pair: len(pair[0].question or ""))
-        todo[name] = list(batched(left, captioner.batch_size))[share]
-    done = len(journal.made)
-    total = done + sum(len(batch) for batches in todo.values() for batch in batches)
-    for name, batches in todo.items():
-        for batch in batches:
-            journal.add(name, answer(batch))
-            done += len(batch)
-            if options.progress is not None:
-                options.progress(done, total)
-    made = journal.gather()
+    # prompts of like length together save padding
+    todo = {
+        name: sorted(zip(asked, shown, strict=True), key=lambda pair: len(pair[0].question or ""))
+        for name, (asked, shown) in runs.items()
+    }
+    made = predict_missing(
+        journal,
+        todo,
+        lambda _, batch: answer(batch),
+        options,
+        key=lambda pair: pair[0].id,
+        batch_size=captioner.batch_size,
+    )
     asked_as = {"blind": {sample.id: first[prompts[sample.id]].id for sample in samples}}
     return {
         name: {sample.id: made[name][asked_as.get(name, {}).get(sample.id, sample.id)] for sample in samples}

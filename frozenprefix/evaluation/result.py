@@ -7,14 +7,17 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from frozenprefix.data.images import BadPictures
 from frozenprefix.data.samples import Sample
 from frozenprefix.evaluation.journal import Journal
 from frozenprefix.evaluation.scoring import Scorer, Scores, intervals
 from frozenprefix.evaluation.tasks import EvaluationOptions
+from frozenprefix.inference.captioner import batched
+from frozenprefix.models.allocator import keep_freed_memory
 
+T = TypeVar("T")
 #: Run ("model", or the name of a baseline) → sample id → what was predicted: a text, or another plain JSON value.
 Predictions = dict[str, dict[str, Any]]
 
@@ -59,6 +62,7 @@ def evaluate_runs(
     Returns:
         `result_of`, the same in every process.
     """
+    keep_freed_memory()
     with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
         made = predict(journal)
         result = []
@@ -66,6 +70,37 @@ def evaluate_runs(
             result = [result_of(what, made, options.predictions)]
             journal.remove()
     return options.processes.gather(result)[0]
+
+
+def predict_missing(
+    journal: Journal,
+    todo: Mapping[str, Sequence[T]],
+    answer: Callable[[str, list[T]], Mapping[str, Any]],
+    options: EvaluationOptions,
+    *,
+    key: Callable[[T], str],
+    batch_size: int,
+) -> Predictions:
+    """Predict what the journal does not have, each process its share of the batches, and gather it all.
+
+    Args:
+        todo: run → what is to be predicted, in an order in which neighbours may share a batch.
+        answer: predictions by id for a batch of a run.
+        key: the id of an item.
+    """
+    share = slice(options.processes.rank, None, options.processes.count)
+    batches = []
+    for run, items in todo.items():
+        left = [item for item in items if (run, key(item)) not in journal.made]
+        batches += [(run, batch) for batch in list(batched(left, batch_size))[share]]
+    done = len(journal.made)
+    total = done + sum(len(batch) for _, batch in batches)
+    for run, batch in batches:
+        journal.add(run, answer(run, batch))
+        done += len(batch)
+        if options.progress is not None:
+            options.progress(done, total)
+    return journal.gather()
 
 
 def result_of(what: Evaluated, made: Predictions, predictions: Path) -> dict[str, Any]:
