@@ -11,7 +11,6 @@ import torch
 
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
-from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup, Sample, group_by_pictures
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
@@ -71,10 +70,9 @@ class RunParts(TrainingRun):
         self._use_data(prepared.groups | unseen, prepared.features)
 
     def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
-        self.train_groups = groups["train"]
-        if not self.train_groups:
+        if not groups["train"]:
             raise DataError("data.train: not one picture can be read; bad_pictures.jsonl in the output folder says why")
-        self.validation_groups = groups.get("validation", [])[: self.settings.validation_pictures]
+        self._take_groups(groups)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
         per_step = self.settings.pictures_per_step
@@ -84,10 +82,6 @@ class RunParts(TrainingRun):
                 f"training.pictures_per_step must be a multiple of gradient_accumulation_steps x processes = "
                 f"{self.num_parts}, got {per_step}"
             )
-        self.stream = PictureStream(len(self.train_groups), per_step, self.recipe.seed)
-        self.total_steps = self.settings.max_steps or -(
-            -(self.settings.epochs or 1) * len(self.train_groups) // per_step
-        )
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.samplers import PictureStream
 from frozenprefix.data.samples import PictureGroup
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.retrieval import texts_of
@@ -65,17 +64,13 @@ class ContrastiveTrainer(TrainingRun):
             raise ConfigError(
                 f"training.pictures_per_step: got {per_step}, expected a multiple of the {processes} processes"
             )
-        self.train_groups = groups["train"]
-        if len(self.train_groups) < per_step:
+        if len(groups["train"]) < per_step:
             raise DataError(
-                f"data.train: got {len(self.train_groups)} pictures that can be read, expected at least "
+                f"data.train: got {len(groups['train'])} pictures that can be read, expected at least "
                 f"training.pictures_per_step = {per_step}"
             )
-        self.validation_groups = groups.get("validation", [])[: self.settings.validation_pictures]
+        self._take_groups(groups)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
-        self.stream = PictureStream(len(self.train_groups), per_step, self.recipe.seed)
-        pictures = (self.settings.epochs or 1) * len(self.train_groups)
-        self.total_steps = self.settings.max_steps or -(-pictures // per_step)
 
     def _prepare_optimizer(self) -> None:
         settings = self.settings

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from frozenprefix.models.contrastive.configuration import Objective, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.training.problems import Problem
-from frozenprefix.training.recipe_file import RecipeFile
+from frozenprefix.training.recipe_file import SAME_TRAINING, RecipeFile
 from frozenprefix.training.sections import PictureModelSection, RunSection, raise_clash
 
 
@@ -43,19 +43,7 @@ class ContrastiveRecipe(RecipeFile):
     same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
         "": ("seed", "model"),
         "data": ("train",),
-        "training": (
-            "pictures_per_step",
-            "targets_per_picture",
-            "learning_rate",
-            "tower_learning_rate",
-            "weight_decay",
-            "betas",
-            "warmup_steps",
-            "schedule",
-            "max_grad_norm",
-            "precision",
-            "texts_per_chunk",
-        ),
+        "training": (*SAME_TRAINING, "tower_learning_rate", "texts_per_chunk"),
     }
 
     kind: Literal["contrastive"]

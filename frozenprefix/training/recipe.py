@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from frozenprefix.training.objective_sections import ObjectivesSection
 from frozenprefix.training.problems import Problem
-from frozenprefix.training.recipe_file import RecipeFile
+from frozenprefix.training.recipe_file import SAME_TRAINING, RecipeFile
 from frozenprefix.training.sections import EvaluationSection, ModelSection, TrainingSection, raise_clash
 
 
@@ -19,16 +19,8 @@ class Recipe(RecipeFile):
         "": ("seed", "model", "objectives"),
         "data": ("train", "prompts", "text_only", "retrieval"),
         "training": (
-            "pictures_per_step",
-            "targets_per_picture",
+            *SAME_TRAINING,
             "gradient_accumulation_steps",
-            "learning_rate",
-            "weight_decay",
-            "betas",
-            "warmup_steps",
-            "schedule",
-            "max_grad_norm",
-            "precision",
             "packing",
             "tokens_per_row",
             "max_target_tokens",

@@ -26,6 +26,18 @@ from frozenprefix.training.yaml_text import apply_overrides, read_yaml, write_ya
 Self = TypeVar("Self", bound="RecipeFile")
 # They set how fast the learning rate falls, so a constant one does not depend on them.
 _LENGTH = ("max_steps", "epochs", "max_minutes")
+# What every kind of run has to share with the run that it goes on with.
+SAME_TRAINING = (
+    "pictures_per_step",
+    "targets_per_picture",
+    "learning_rate",
+    "weight_decay",
+    "betas",
+    "warmup_steps",
+    "schedule",
+    "max_grad_norm",
+    "precision",
+)
 DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

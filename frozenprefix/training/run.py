@@ -48,8 +48,7 @@ class TrainingResult:
 class TrainingRun(ABC):
     """One run, from its first step to its last.
 
-    Subclasses build `model`, `processor`, `optimizer`, `train_groups`, `validation_groups`, `stream` and `total_steps`,
-    and say what a step is.
+    Subclasses build `model`, `processor` and `optimizer`, call `_take_groups`, and say what a step is.
     """
 
     lower_is_better: ClassVar[bool] = True
@@ -153,6 +152,14 @@ class TrainingRun(ABC):
         )
         self.bar.remove_task(task)
         return prepared
+
+    def _take_groups(self, groups: dict[str, list[PictureGroup]]) -> None:
+        """The pictures of both parts, and with them the order of the steps and their number."""
+        settings, self.train_groups = self.settings, groups["train"]
+        self.validation_groups = groups.get("validation", [])[: settings.validation_pictures]
+        self.stream = PictureStream(len(self.train_groups), settings.pictures_per_step, self.recipe.seed)
+        pictures = (settings.epochs or 1) * len(self.train_groups)
+        self.total_steps = settings.max_steps or -(-pictures // settings.pictures_per_step)
 
     def _restore(self, resume: str) -> None:
         folder = checkpoints.recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
