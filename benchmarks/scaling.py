@@ -20,9 +20,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.plan_check import small_llama
-from benchmarks.workloads import CAPTIONS_PER_PICTURE, PrecomputedFeatures, features_of, random_lm, synthetic_captions
-from frozenprefix.models.configuration import FrozenPrefixConfig
-from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from benchmarks.workloads import CAPTIONS_PER_PICTURE, features_of, our_model, synthetic_captions
 from frozenprefix.models.packing import Target, pack
 from frozenprefix.training.costs import LanguageModelShape
 
@@ -67,16 +65,7 @@ class Step:
     def __init__(self, size: Size):
         self.size = size
         config = small_llama(size.hidden, size.layers, size.vocabulary)
-        self.model = FrozenPrefixForConditionalGeneration(
-            FrozenPrefixConfig(
-                vision_encoder={"source": "timm", "name": "precomputed", "output": "pooled"},
-                mapper={"type": "mlp", "prefix_length": size.prefix, "hidden_dim": 256},
-                language_model={"path": "random", "dtype": "bfloat16"},
-                image_token_id=size.vocabulary,
-            ),
-            vision_encoder=PrecomputedFeatures(),
-            language_model=random_lm(config, torch.bfloat16),
-        ).train()
+        self.model = our_model(config, torch.bfloat16, prefix_length=size.prefix, hidden_dim=256)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         self.texts = captions(size)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import Target
-from frozenprefix.models.vision.base import VisionEncoder
+from frozenprefix.models.vision.given_features import GivenFeatures
 
 PREFIX = 10
 FEATURE = 512  # CLIP ViT-B/32's pooled feature
@@ -89,32 +89,18 @@ def targets_of(captions: list[list[list[int]]], image_token_id: int) -> list[lis
     return [[Target([image_token_id] * PREFIX + words + [END], PREFIX) for words in texts] for texts in captions]
 
 
-class PrecomputedFeatures(VisionEncoder):
-    """Stands where the encoder is: every run here reads features from a cache, as training does."""
-
-    def __init__(self, dim: int = FEATURE):
-        super().__init__(name="precomputed", layers=[-1], image_size=224, pooled=True)
-        self.encoder_dim, self.num_tokens = dim, 1
-
-    def maps(self, pixel_values: Tensor) -> list[Tensor]:
-        raise NotImplementedError("features are made before the benchmark")
-
-    def pool(self, pixel_values: Tensor) -> Tensor:
-        raise NotImplementedError("features are made before the benchmark")
-
-
-def our_model(config: PreTrainedConfig, dtype: torch.dtype) -> FrozenPrefixForConditionalGeneration:
-    """This package's model over a random LM, with ClipCap's MLP on a pooled feature."""
+def our_model(config: PreTrainedConfig, dtype: torch.dtype, **mapper: int) -> FrozenPrefixForConditionalGeneration:
+    """This package's model over a random LM, with ClipCap's MLP on a pooled feature; `mapper` changes its options."""
     language_model = random_lm(config, dtype)
     torch.manual_seed(1)
     model = FrozenPrefixForConditionalGeneration(
         FrozenPrefixConfig(
             vision_encoder={"source": "timm", "name": "precomputed", "output": "pooled"},
-            mapper={"type": "mlp", "prefix_length": PREFIX},
+            mapper={"type": "mlp", "prefix_length": PREFIX, **mapper},
             language_model={"path": "random", "dtype": str(dtype).removeprefix("torch.")},
             image_token_id=config.vocab_size,
         ),
-        vision_encoder=PrecomputedFeatures(),
+        vision_encoder=GivenFeatures(1, FEATURE),  # as when training reads features from a cache
         language_model=language_model,
     )
     return model.train()

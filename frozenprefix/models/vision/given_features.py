@@ -125,12 +125,17 @@ def _read_keys(file: Path, rows: int) -> dict[str, int]:
 
 
 class GivenFeatures(VisionEncoder):
-    """Stands in the place of an encoder: it has features, and no network to make others."""
+    """Stands in the place of an encoder: features come from elsewhere, and there is no network to make others.
 
-    def __init__(self, table: FeatureTable):
-        super().__init__(name=table.path.name, layers=[FINAL], image_size=0)
+    Args:
+        num_tokens, encoder_dim: the shape of a picture's features.
+        table: where they are found by picture; without it they have to be given as `image_features`.
+    """
+
+    def __init__(self, num_tokens: int, encoder_dim: int, table: FeatureTable | None = None):
+        super().__init__(name="features" if table is None else table.path.name, layers=[FINAL], image_size=0)
         self.table = table
-        self.num_tokens, self.encoder_dim = table.tokens, table.dim
+        self.num_tokens, self.encoder_dim = num_tokens, encoder_dim
 
     def forward(self, pixel_values: Tensor) -> NoReturn:
         raise ConfigError(
@@ -154,7 +159,7 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     table = FeatureTable(resolve(str(config.path)), None if config.keys is None else resolve(config.keys))
     identity = {"source": "features", "num_tokens": str(table.tokens), "encoder_dim": str(table.dim)}
     processor: Any = FrozenPrefixImageProcessor()
-    return BuiltEncoder(GivenFeatures(table), processor, identity)
+    return BuiltEncoder(GivenFeatures(table.tokens, table.dim, table), processor, identity)
 
 
 def given_table(encoder: torch.nn.Module) -> FeatureTable | None:
