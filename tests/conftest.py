@@ -302,3 +302,36 @@ def pixels():
     import torch
 
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_checkpoint):
+    """A tiny captioner that asks for three texts at once."""
+    from frozenprefix.inference import Captioner
+
+    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def questions(shapes):
+    """8 questions about 4 pictures, two different ones: model, blind LM and shuffled are asked 18 in all."""
+    from frozenprefix.data.sources import load_source
+
+    return load_source({"type": "qa", "path": str(shapes), "split": "val"})
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def pack_samples(collator: Any, samples: list[Any], packing: str = "trie") -> Any:
+    """A `PackedBatch` of samples that share one picture each."""
+    from frozenprefix.models.packing import pack
+
+    return pack(
+        [[collator.target(sample, text) for text in sample.targets] for sample in samples],
+        image_token_id=collator.processor.image_token_id,
+        prefix_length=collator.processor.prefix_length,
+        packing=packing,
+    )

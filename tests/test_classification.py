@@ -233,11 +233,6 @@ def test_wrong_options(tiny_checkpoint, options):
 # ── evaluation ──
 
 
-@pytest.fixture(scope="module")
-def captioner(tiny_checkpoint):
-    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
-
-
 def labelled(folder: Path) -> list[Sample]:
     return [
         Sample(f"{c}_{s}", (folder / f"images/{c}_{s}.png",), (s,), task="classification")

@@ -22,7 +22,7 @@ from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, v
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference import Captioner
 
-from .conftest import write_shapes
+from .conftest import rows_of, write_shapes
 
 KEYS = {
     "task",
@@ -38,11 +38,6 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def captioner(tiny_checkpoint):
-    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
-
-
 def samples_of(folder: Path, kind: str, **options) -> list[Sample]:
     return load_source({"type": kind, "path": str(folder), **options})
 
@@ -50,15 +45,6 @@ def samples_of(folder: Path, kind: str, **options) -> list[Sample]:
 @pytest.fixture(scope="module")
 def captions(shapes):
     return samples_of(shapes, "captions", split="val")
-
-
-@pytest.fixture(scope="module")
-def questions(shapes):
-    return samples_of(shapes, "qa", split="val")
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_captions(captioner, captions, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,10 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_checkpoint, generation
 from frozenprefix.evaluation.candidates import candidate_answers
 from frozenprefix.evaluation.generation import VQA, evaluate_generation
-from frozenprefix.inference import Captioner
+
+from .conftest import rows_of
 
 CANDIDATES = ["red", "a red circle", "red dog", "blue", "green", "circle", "cross", "the dog"]
-
-
-@pytest.fixture(scope="module")
-def captioner(tiny_checkpoint):
-    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def questions(shapes):
-    """8 questions about 4 pictures: two different ones."""
-    return load_source({"type": "qa", "path": str(shapes), "split": "val"})
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +29,6 @@ def train(shapes):
 def choosing(path: Path, candidates=CANDIDATES, **more) -> EvaluationOptions:
     extra = {"answering": "choose", "candidates": candidates}
     return EvaluationOptions(predictions=path, features=FeatureStorage("off"), extra=extra, **more)
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ── the candidates ──

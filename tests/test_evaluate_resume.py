@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 
 import pytest
@@ -12,24 +11,10 @@ from frozenprefix.data.processes import Processes
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_samples, generation
-from frozenprefix.inference import Captioner
+
+from .conftest import rows_of
 
 SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def captioner(tiny_checkpoint):
-    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def questions(shapes):
-    """8 questions about 4 pictures; model, blind LM (2 questions) and shuffled are asked 18 in all."""
-    return load_source({"type": "qa", "path": str(shapes), "split": "val"})
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ── killed and started again ──
@@ -94,7 +79,7 @@ def test_a_line_that_was_cut_is_predicted_again(captioner, questions, tmp_path, 
     rest = killed_after()
     evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
     assert len(again) + len(rest) == 18 - 2
-    assert len(lines_of(path)) == 8
+    assert len(rows_of(path)) == 8
 
 
 def test_other_settings_are_refused_until_restarted(captioner, questions, tmp_path, killed_after):
@@ -207,7 +192,7 @@ def test_pictures_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
     assert sum(encoded) == 4 + 8
     assert first["baselines"].keys() == {"blind", "shuffled", "consensus"}
     train_captions = {text for sample in train for text in sample.targets}
-    assert all(row["consensus"] in train_captions for row in lines_of(tmp_path / "1.jsonl"))
+    assert all(row["consensus"] in train_captions for row in rows_of(tmp_path / "1.jsonl"))
     encoded.clear()
     second = evaluate_samples(captioner, val, predictions=tmp_path / "2.jsonl", **options)
     assert encoded == []

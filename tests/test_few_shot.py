@@ -19,7 +19,6 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation import fewshot
 from frozenprefix.evaluation.fewshot import FEW_SHOT, evaluate_fewshot
 from frozenprefix.evaluation.tasks import EvaluationOptions
-from frozenprefix.inference import Captioner
 from frozenprefix.inference.episodes import (
     MADE_UP_NAMES,
     SimilarExamples,
@@ -44,11 +43,6 @@ def labelled(folder: Path, by: str = "shape") -> list[Sample]:
 @pytest.fixture(scope="module")
 def samples(shapes):
     return labelled(shapes)
-
-
-@pytest.fixture(scope="module")
-def captioner(tiny_checkpoint):
-    return Captioner.from_pretrained(tiny_checkpoint, device="cpu", batch_size=3)
 
 
 def class_of(path: Path) -> str:

@@ -15,7 +15,6 @@ from frozenprefix.evaluation.retrieval import evaluate_retrieval
 from frozenprefix.evaluation.tasks import EvaluationOptions
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.models.contrastive import LockedImageTextModel, load_processor
-from frozenprefix.models.freezing import frozen_tensors, hash_tensors
 from frozenprefix.training.contrastive import ContrastiveTrainer, train_contrastive
 from frozenprefix.training.contrastive_recipe import ContrastiveRecipe
 from frozenprefix.training.kinds import KINDS, load_recipe
@@ -24,6 +23,7 @@ from frozenprefix.training.tracking import read_log
 from frozenprefix.training.yaml_text import write_yaml
 
 from .lit_parts import MINILM, contrastive_recipe
+from .training_parts import assert_same_tensors, run_with_hashes
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +35,8 @@ def recipe_of(tiny_bert, shapes):
 def trained(recipe_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     trainer = ContrastiveTrainer(recipe_of(folder))
-    hashes = []
-    build = trainer._build
-
-    def build_and_hash():
-        build()
-        hashes.append(hash_tensors(frozen_tensors(trainer.model)))
-
-    trainer._build = build_and_hash
-    result = trainer.run("auto")
-    hashes.append(hash_tensors(frozen_tensors(trainer.model)))
+    result, hashes = run_with_hashes(trainer)
     return result, trainer, hashes
-
-
-def same_tensors(one: Path, other: Path) -> None:
-    before, after = load_file(one), load_file(other)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
 
 
 # ── the trained model ──
@@ -160,7 +144,7 @@ def test_a_resumed_run_is_the_undisturbed_one(trained, recipe_of, tmp_path, monk
     torch.rand(7)  # the random state must come from the checkpoint
     train_contrastive(recipe_of(tmp_path))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        same_tensors(whole.output_dir / "last" / name, tmp_path / "last" / name)
+        assert_same_tensors(whole.output_dir / "last" / name, tmp_path / "last" / name)
 
 
 def test_another_recipe_is_not_resumed(trained, recipe_of):

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import frozenprefix  # noqa: F401 - registers with the Auto classes
 from frozenprefix.data.collation import Collator
-from frozenprefix.data.samples import PictureGroup, Sample
+from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.setup import build_model
 
-from .conftest import make_tokenizer, save_tiny_lm
+from .conftest import pack_samples, save_tiny_lm
 
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "gemma", "gemma3"]
 PROMPTS = ["<image>", "a red <image> question", "<image> what color is this", "the <image> dog <image> man", ""]
@@ -196,58 +196,10 @@ def test_loss_of_labels_equals_packed_loss(made, pixels, family, side):
     assert (labels == 2).sum() == len(rows), "one end token to learn per target"
     pictures = pixels[torch.tensor([picture for picture, _ in rows])]
     plain = model(input_ids=input_ids, attention_mask=mask, labels=labels, pixel_values=pictures)
-    groups = [PictureGroup((), (sample,)) for sample in samples]
-    packed = pack_of(collator, groups, samples)
+    packed = pack_samples(collator, samples)
     assert packed.num_tokens == (labels != -100).sum()
     loss = model(packed=packed, pixel_values=pixels[:2]).loss
     assert loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["bloom", "mpt", "mistral"])
-def test_plain_batches_train_lms_that_read_no_tries(tiny_recipe, tmp_path, pixels, family):
-    """ALiBi takes its positions from the mask; the text of the third is longer than its sliding window."""
-    import transformers
-
-    configs = {
-        "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4),
-        "mpt": lambda: transformers.MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
-        "mistral": lambda: transformers.MistralConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            sliding_window=4,
-        ),
-    }  # fmt: skip
-    config = configs[family]()
-    config.update({"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2})
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    model, processor = build_model(tiny_recipe(tmp_path / "run", "training.packing=none", lm=tmp_path))
-    samples = [Sample("a", (), ("a red dog", "the man sits on grass"), prompt="<image> shape")]
-    groups, collator = [PictureGroup((), tuple(samples))], Collator(processor)
-    total = tokens = 0.0
-    for text in samples[0].targets:
-        target = collator.target(samples[0], text)
-        ids = torch.tensor([target.input_ids])
-        labels = ids.clone()
-        labels[:, : target.num_context] = -100
-        learned = int((labels != -100).sum())
-        total += model(input_ids=ids, labels=labels, pixel_values=pixels[:1]).loss.item() * learned
-        tokens += learned
-    plain = model(packed=pack_of(collator, groups, samples, packing="none"), pixel_values=pixels[:1])
-    assert plain.loss.item() == pytest.approx(total / tokens, rel=1e-5)
-    with pytest.raises(ConfigError, match=r"training\.packing: .*set training\.packing=none"):
-        model(packed=pack_of(collator, groups, samples), pixel_values=pixels[:1])
-
-
-def pack_of(collator, groups, samples, packing="trie"):
-    from frozenprefix.models.packing import pack
-
-    return pack(
-        [[collator.target(sample, text) for text in sample.targets] for sample in samples],
-        image_token_id=collator.processor.image_token_id,
-        prefix_length=collator.processor.prefix_length,
-        packing=packing,
-    )
 
 
 def test_a_padding_token_behind_the_vocabulary_does_no_harm(made, pixels):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from frozenprefix.data.samples import PictureGroup
 from frozenprefix.errors import CheckpointError, ConfigError, TrainingError
-from frozenprefix.models.freezing import frozen_tensors, hash_tensors
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.loop import Trainer, train
@@ -22,7 +21,7 @@ from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.validation import batch_bounds, validation_losses
 
-from .training_parts import assert_same_tensors, losses_of, run_python
+from .training_parts import assert_same_tensors, losses_of, run_python, run_with_hashes
 
 # dropout: a resumed run must also go on with the same random numbers
 DROPOUT = "model.mapper.dropout=0.2"
@@ -38,16 +37,7 @@ def whole(recipe_of, tmp_path_factory):
     """Six undisturbed steps, with the frozen parts' hashes before and after."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = Trainer(recipe_of(folder, DROPOUT))
-    hashes = []
-    build = trainer._build
-
-    def build_and_hash():
-        build()
-        hashes.append(hash_tensors(frozen_tensors(trainer.model)))
-
-    trainer._build = build_and_hash
-    result = trainer.run("auto")
-    hashes.append(hash_tensors(frozen_tensors(trainer.model)))
+    result, hashes = run_with_hashes(trainer)
     gradients = [name for name, p in trainer.model.named_parameters() if not p.requires_grad and p.grad is not None]
     return result, hashes, gradients
 

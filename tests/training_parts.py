@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from frozenprefix.models.freezing import frozen_tensors, hash_tensors
+from frozenprefix.training.run import TrainingResult, TrainingRun
 from frozenprefix.training.tracking import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,20 @@ def assert_same_tensors(one: Path, other: Path, **tolerance: float) -> None:
             )
         else:
             assert torch.equal(after[name], tensor), name
+
+
+def run_with_hashes(trainer: TrainingRun) -> tuple[TrainingResult, list[str]]:
+    """Run a trainer; the hashes of its frozen tensors after they were built, and at the end."""
+    hashes = []
+    build = trainer._build
+
+    def build_and_hash() -> None:
+        build()
+        hashes.append(hash_tensors(frozen_tensors(trainer.model)))
+
+    trainer._build = build_and_hash
+    result = trainer.run("auto")
+    return result, [*hashes, hash_tensors(frozen_tensors(trainer.model))]
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
