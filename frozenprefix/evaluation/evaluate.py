@@ -62,11 +62,13 @@ def evaluate_checkpoint(
         The task's result (see `EvaluationTask.run`), with `source`: what was evaluated, with which version.
 
     Raises:
-        ConfigError: for an unknown task, a checkpoint without a recipe and no `data`, a `split` without `data`, or an
-            evaluation that was begun with other settings.
+        ConfigError: for an unknown task, beams for one that searches with none, a checkpoint without a recipe and no
+            `data`, a `split` without `data`, or an evaluation that was begun with other settings.
         DataError: when there are no such samples, or too many pictures are bad.
     """
     chosen, processes = TASKS.get(task), Processes.current()
+    if num_beams is not None and not chosen.takes_beams:
+        raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = FeatureStorage.of_checkpoint(checkpoint)
     options = EvaluationOptions(

@@ -85,8 +85,8 @@ def _chooses(extra: Mapping[str, Any]) -> bool:
     return extra.get("answering") == "choose" and not isinstance(extra.get("candidates"), list | tuple)
 
 
-CAPTION = EvaluationTask(evaluate_generation, sample_task="caption", uses_train=lambda extra: True)
-VQA = EvaluationTask(evaluate_generation, sample_task="vqa", uses_train=_chooses)
+CAPTION = EvaluationTask(evaluate_generation, sample_task="caption", uses_train=lambda extra: True, takes_beams=True)
+VQA = EvaluationTask(evaluate_generation, sample_task="vqa", uses_train=_chooses, takes_beams=True)
 
 
 def generate_settings(task: str, options: EvaluationOptions) -> dict[str, int]:

@@ -73,12 +73,14 @@ class EvaluationTask:
             `predictions_sha256`; the same in every process. `evaluation.result` makes it.
         sample_task: `Sample.task` of the samples that it takes.
         uses_train: from the task's own options, whether `options.train_samples` is wanted.
+        takes_beams: whether it generates by beam search, so that `options.num_beams` has an effect.
         load: (checkpoint, device) → the model that `run` takes.
     """
 
     run: Run
     sample_task: str
     uses_train: Callable[[Mapping[str, Any]], bool] = lambda extra: False
+    takes_beams: bool = False
     load: Callable[[str | Path, str | None], Any] = load_captioner
 
 

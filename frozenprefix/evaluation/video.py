@@ -65,7 +65,7 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
     )
 
 
-VIDEO = EvaluationTask(evaluate_video, sample_task="caption")
+VIDEO = EvaluationTask(evaluate_video, sample_task="caption", takes_beams=True)
 
 
 def _settings(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ def binding_episodes(
         drawn = draw.sample(sorted(classes), ways)
         bound = dict(zip(drawn, drawn if names is None else draw.sample(list(names), ways), strict=True))
         asked = draw.choice(drawn)
-        query = draw.choice(classes[asked])
+        query = draw.choice(list(classes[asked].values()))
         support = _support(classes, bound, query, shots, draw)
         choices = tuple(bound.values())
         said = INDUCTION.format(names=_listed(draw.sample(choices, ways))) if induction else ""
@@ -195,12 +195,16 @@ def _glued(prompt: str, target: str) -> str:
 
 
 def _support(
-    classes: Mapping[str, Sequence[Path]], bound: Mapping[str, str], query: Path, shots: int, draw: random.Random
+    classes: Mapping[str, Mapping[str, Path]],
+    bound: Mapping[str, str],
+    query: Path,
+    shots: int,
+    draw: random.Random,
 ) -> tuple[Shot, ...]:
     """`shots` rounds through the classes, in an order drawn for each round."""
     own = file_sha256(query)
     pictures = {
-        name: draw.sample([path for path in classes[name] if file_sha256(path) != own], shots) for name in bound
+        name: draw.sample([path for digest, path in classes[name].items() if digest != own], shots) for name in bound
     }
     made = []
     for turn in range(shots):
@@ -209,8 +213,8 @@ def _support(
     return tuple(made)
 
 
-def _pictures_by_class(samples: Sequence[Sample], at_least: int) -> dict[str, list[Path]]:
-    """Pictures with different bytes of each class that has enough of them."""
+def _pictures_by_class(samples: Sequence[Sample], at_least: int) -> dict[str, dict[str, Path]]:
+    """Pictures with different bytes, by their hash, of each class that has enough of them."""
     classes: dict[str, dict[str, Path]] = {}
     for sample in samples:
         if len(sample.images) != 1 or len(sample.targets) != 1:
@@ -219,10 +223,10 @@ def _pictures_by_class(samples: Sequence[Sample], at_least: int) -> dict[str, li
                 "one picture and its class"
             )
         classes.setdefault(sample.targets[0], {}).setdefault(file_sha256(sample.images[0]), sample.images[0])
-    return {name: list(paths.values()) for name, paths in classes.items() if len(paths) >= at_least}
+    return {name: paths for name, paths in classes.items() if len(paths) >= at_least}
 
 
-def _named_class(sample: Sample, classes: Mapping[str, Sequence[Path]]) -> str | None:
+def _named_class(sample: Sample, classes: Iterable[str]) -> str | None:
     named = [name for name in classes if _word(name).search(sample.question or "")]
     return named[0] if len(named) == 1 and len(sample.images) == 1 and sample.targets else None
 
