@@ -7,7 +7,6 @@ and best recall over the references. CIDEr-D: Vedantam et al. 2015, section 6, n
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frozenprefix.errors import DataError
+from frozenprefix.evaluation.metrics.diversity import repetition
 from frozenprefix.evaluation.metrics.ids import check_same_ids
 from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, TfIdf
 
@@ -66,7 +66,7 @@ def caption_metrics(
     }
     total = [sum(column) for column in zip(*statistics.values(), strict=True)]
     means = {name: _mean([scores[name] for scores in per_image.values()]) for name in ("rouge_l", "cider_d")}
-    corpus = {**_bleu(total), **means, **_diversity(list(captions.values()))}
+    corpus = {**_bleu(total), **means, **repetition([tuple(caption.words) for caption in captions.values()])}
     return CaptionScores(corpus, per_image, statistics)
 
 
@@ -168,12 +168,3 @@ def _cider_d(candidate: TfIdf, references: Sequence[TfIdf]) -> float:
         )
         total += similarity * math.exp(-((candidate.length - reference.length) ** 2) / (2 * CIDER_SIGMA**2))
     return 10.0 * total / MAX_N / len(references)
-
-
-def _diversity(captions: Sequence[Caption]) -> dict[str, float]:
-    commonest = Counter(tuple(caption.words) for caption in captions)
-    return {
-        "distinct_captions": float(len(commonest)),
-        "most_common_share": max(commonest.values()) / len(captions),
-        "mean_length": _mean([len(caption.words) for caption in captions]),
-    }

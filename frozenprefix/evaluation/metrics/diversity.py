@@ -30,11 +30,14 @@ def diversity(captions: Sequence[str], *, max_n: int = 4) -> dict[str, float]:
     for n in range(1, max_n + 1):
         ngrams = [each[i : i + n] for each in words for i in range(len(each) - n + 1)]
         result[f"distinct_{n}"] = len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-    counts = Counter(words)
+    return {**result, **repetition(words), "vocabulary": len({word for each in words for word in each})}
+
+
+def repetition(captions: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    """`distinct_captions`, `most_common_share` and `mean_length` of captions that are words already, one or more."""
+    counts = Counter(captions)
     return {
-        **result,
-        "distinct_captions": float(len(counts)),
-        "most_common_share": max(counts.values()) / len(words),
-        "vocabulary": float(len({word for each in words for word in each})),
-        "mean_length": sum(map(len, words)) / len(words),
+        "distinct_captions": len(counts),
+        "most_common_share": max(counts.values()) / len(captions),
+        "mean_length": sum(map(len, captions)) / len(captions),
     }
