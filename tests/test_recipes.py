@@ -10,14 +10,16 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.recipes import small_parts
+from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.training.kinds import load_recipe
 
-from .test_quickstart import draw_easy_vqa
+from .test_quickstart import COLORS, draw_easy_vqa
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -25,10 +27,12 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALL = {
     "adalora": [f"model.language_model.peft.{key}=1" for key in ("tinit", "tfinal", "deltaT")],
     "capdec": ["model.vision_encoder.name=ViT-B-32", "model.vision_encoder.image_size=32"],
+    "dialog": ["training.init_from=null"],
     "few_shot": ["training.init_from=null"],
     "quickstart": ["data.prompts={caption: 'Caption:'}"],
     "self_critical": ["training.init_from=null"],
     "smallcap": ["training.init_from=null"],
+    "video": ["training.init_from=null"],
 }  # fmt: skip
 ADAPTED = {"peft", "adapters"}  # words in a recipe by which something in its language model is trained
 
@@ -51,18 +55,26 @@ def script(name: str):
     return module
 
 
+def samples_of(recipe: str, data: Path, base: Path) -> list[Sample]:
+    """What a recipe's first training source reads, written by the script that the recipe names."""
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    command = re.search(r"python recipes/drawings\.py (\w+) (\S+)", path.read_text())
+    assert command is not None
+    drawings = script("drawings")
+    drawings.COUNTS = {recipe: {"train": 60, "val": 2}}
+    drawings.main([command[1], str(base / command[2]), "--data", str(data)])
+    return load_source(load_recipe(path)[1].data.train[0], base=base)
+
+
 def test_prompts_of_the_few_shot_recipe(tmp_path):
     """The script writes what the recipe's data source reads: three pictures a prompt, and names bound anew in each."""
-    data = draw_easy_vqa(tmp_path / "easy", 24)
+    data = draw_easy_vqa(tmp_path / "easy", 240)
     for path in data.rglob("*.png"):
         with Image.open(path) as image:
             image.putpixel((0, 0), (int(path.stem), 0, 0))  # a copy of the query is never in the support
             image.save(path)
-    for part, count in (("train", 20), ("test", 3)):
-        script("few_shot").write_episodes(tmp_path / "data/episodes" / f"{part}.json", str(data), part, count)
-    _, recipe = load_recipe(ROOT / "recipes" / "few_shot.yaml")
-    samples = load_source(recipe.data.train[0], base=tmp_path)
-    assert len(samples) == 20
+    samples = samples_of("few_shot", data, tmp_path)
+    assert len(samples) == 60
     bound = set()
     for sample in samples:
         assert sample.prompt == "{question}"
@@ -80,6 +92,39 @@ def test_prompts_of_the_few_shot_recipe(tmp_path):
         assert sample.targets == ({kinds[0]: first, kinds[1]: second}[kinds[2]],)
         bound.add((kinds[2], sample.targets[0]))
     assert len(bound) > 6, "a class has more than one name"
+
+
+def test_chats_of_the_dialog_recipe(tmp_path):
+    """Five turns about two drawings, the second shown at the third turn; the last reply is about the first drawing."""
+    samples = samples_of("dialog", draw_easy_vqa(tmp_path / "easy", 60), tmp_path)
+    for turns in zip(*[iter(samples)] * 5, strict=True):
+        assert [len(sample.images) for sample in turns] == [1, 1, 2, 2, 2]
+        last = turns[-1]
+        assert last.question
+        assert last.history is not None
+        assert [answer for _, answer in last.history] == [sample.targets[0] for sample in turns[:4]]
+        first = {"shape": turns[0], "color": turns[1]}[last.question.split()[1]]
+        assert last.targets[0] == first.targets[0].replace(" is ", " was ")
+        shown = [int(path.stem) for path in last.images]
+        colours = [turns[place].targets[0] for place in (1, 3)]
+        assert colours == [f"It is {COLORS[number % 3]}." for number in shown]
+
+
+def test_clips_of_the_video_recipe(tmp_path):
+    """Frames are in order: the drawing goes where the caption says, and the video files show the same."""
+    av = pytest.importorskip("av")
+    samples = samples_of("video", draw_easy_vqa(tmp_path / "easy", 60), tmp_path)
+    for sample in samples:
+        centres = []
+        for path in sample.images:
+            with Image.open(path) as image:
+                far = np.abs(np.asarray(image).astype(int) - 255).sum(-1) > 100  # from the white ground
+                centres.append(np.argwhere(far).mean(0))
+        (down, right), way = centres[-1] - centres[0], sample.targets[0].split()[-1]
+        assert {"right": right, "left": -right, "down": down, "up": -down}[way] > 20
+        assert min(abs(down), abs(right)) < 1
+    with av.open(str(tmp_path / "data/clips/val_0000.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 16
 
 
 @pytest.mark.slow

@@ -48,6 +48,15 @@ def test_captions(tmp_path):
     assert [sample.split for sample in samples] == ["val", "train", "train", "train"]
 
 
+def test_captions_of_clips(tmp_path):
+    """A list of pictures is one sample, which shows them one after the other."""
+    captions_folder(tmp_path)
+    jsonl(tmp_path / "captions.jsonl", {"image": ["1.png", "2.png"], "captions": "a dog runs"})
+    (sample,) = load_source({"type": "captions", "path": str(tmp_path)})
+    assert sample.id == "1.png"
+    assert sample.images == (tmp_path / "1.png", tmp_path / "2.png")
+
+
 def test_captions_of_one_picture_in_several_rows(tmp_path):
     pictures(tmp_path, "1.png")
     jsonl(tmp_path / "captions.jsonl", {"image": "1.png", "captions": "a"}, "", {"image": "1.png", "captions": "b"})
@@ -274,6 +283,7 @@ def test_easy_vqa(tmp_path, caplog):
     [
         ('{"image": 1.png}', r"captions.jsonl:2: not JSON"),
         ("[1]", r"captions.jsonl:2: got \[1\], expected an object"),
+        ({"image": [], "captions": ["a"]}, r"field 'image': got \[\], expected a text that is not empty, or a list"),
         ({"image": "1.png"}, r"captions.jsonl:2: field 'captions' is missing; got the fields: image"),
         ({"image": "1.png", "caption": "a"}, r"field 'captions' is missing \(did you mean 'caption'\?\)"),
         ({"image": 3, "captions": []}, r"captions.jsonl:2: field 'image': got 3, expected a text that is not empty"),

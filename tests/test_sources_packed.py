@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
-from frozenprefix.data.collation import Collator
+from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import detect_sources, load_source, load_sources, parse_source
@@ -241,16 +241,17 @@ def test_llava_prompts_hold_the_earlier_turns(tmp_path, caplog):
         id="7#0.0",
         images=(tmp_path / "1.jpg",),
         targets=("a dog",),
-        prompt="Question: {question} Answer:",
         question="what is it?",
+        history=(),
         split="train",
         task="vqa",
         metadata={"answers": ("a dog",)},
     )
-    history = "Question: what is it? Answer: a dog\nQuestion: what color? Answer: red\n"
-    assert (samples[2].prompt, samples[2].question) == (history + "Question: {question} Answer:", "why?")
+    assert samples[2].history == (("what is it?", "a dog"), ("what color?", "red"))
+    assert (samples[2].prompt, samples[2].question) == (None, "why?")
     assert "1 of 2 rows have no picture and are left out: conversation about no picture 1" in caplog.text
     own = load_source({**config, "prompt": "Q {question}\n"})
+    assert own[2].history is None
     assert [sample.prompt for sample in own[:2]] == ["Q {question}\n", "Q what is it?\na dog\nQ {question}\n"]
 
 
@@ -267,8 +268,28 @@ def test_llava_turns_are_read_once_by_the_trie(tmp_path):
     assert packed.input_ids.shape == (1, lengths[-1] - 1)
     assert packed.num_targets == 3
     assert (packed.edge_label == processor.tokenizer.eos_token_id).sum() == 3
-    assert processor.prompt_for("vqa", samples[1].question, template=samples[1].prompt) == (
-        "<image>Question: what? Answer: a dog\nQuestion: color? Answer:"
+    assert prompt_of(samples[1], processor) == "<image>Question: what? Answer: a dog\nQuestion: color? Answer:"
+
+
+def test_llava_turns_are_written_as_a_dialog_writes_them(tmp_path):
+    from transformers import CLIPImageProcessor
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    processor = FrozenPrefixProcessor(CLIPImageProcessor(), tokenizer, prefix_length=2)
+    talk = ("<image>\nwhat?", "a dog", "color?", "red")
+    _, second = load_source(llava(tmp_path, conversation(*talk)))
+    start = tokenizer.bos_token
+    assert prompt_of(second, processor) == (f"{start}[user]<image>what?\n[assistant]a dog\n[user]color?\n[assistant]")
+    ids = Collator(processor).target(second, "red").input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+    two = conversation("what is <image>?", "a", "and <image>?", "b", image=["1.jpg", "2.jpg"])
+    _, second = load_source(llava(tmp_path, two))
+    assert (
+        prompt_of(second, processor) == f"{start}[user]what is <image>?\n[assistant]a\n[user]and <image>?\n[assistant]"
     )
 
 
@@ -278,7 +299,7 @@ def test_llava_several_pictures(tmp_path):
     first, second = load_source(config)
     assert (first.images, second.images) == ((tmp_path / "1.jpg",), (tmp_path / "1.jpg", tmp_path / "2.jpg"))
     assert (first.question, second.question) == ("what is <image>?", "and <image>?")
-    assert second.prompt == "Question: what is <image>? Answer: a\nQuestion: {question} Answer:"
+    assert second.history == (("what is <image>?", "a"),)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ Each test asserts what a blind model, or one that is shown wrong pictures, would
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.inference.episodes import binding_episodes
-from frozenprefix.inference.few_shot import choose_answers
+from frozenprefix.inference.few_shot import Episode, choose_answers
 from frozenprefix.inference.retrieval import PictureIndex
 from frozenprefix.models.processing import IMAGE_TOKEN
 from frozenprefix.training.loop import train
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 EASY_VQA = {"type": "easy_vqa", "path": "pypi://easy-vqa==1.0/easy_vqa/data"}
+ASKED = "what shape is in the image?"
 SHORT = [
     "data.validation=[]",
     "data.workers=0",
@@ -83,6 +85,47 @@ def seeing(train_short) -> Path:
 
 
 @pytest.fixture(scope="module")
+def conversing(train_short, drawings, seeing) -> Captioner:
+    """`seeing`, taught prompts of three pictures, and chats of two turns with a picture in each."""
+    shown = load_source({"type": "captions", "path": str(drawings), "split": "train"})
+    draw = random.Random(0)
+    pairs = [draw.sample(shown, 2) for _ in range(320)]
+    chats = [
+        ([*one.images, *two.images], [(f"{IMAGE_TOKEN}{ASKED}", shape_of(drawn.targets[0])) for drawn in (one, two)])
+        for one, two in pairs
+    ]
+    episodes = [(episode.images, [(episode.prompt, episode.answer)]) for episode in shape_episodes(shown, 320)]
+    listed = []
+    for name, talks, prompt in (("chats", chats, None), ("episodes", episodes, "{question}")):
+        rows = [
+            {
+                "image": [str(path) for path in images],
+                "conversations": [
+                    {"from": who, "value": text}
+                    for asked, reply in turns
+                    for who, text in (("human", asked), ("gpt", reply))
+                ],
+            }
+            for images, turns in talks
+        ]
+        (drawings / f"{name}.json").write_text(json.dumps(rows))
+        source = {"type": "llava", "path": str(drawings), "file": f"{name}.json", "name": name}
+        listed.append({**source, "prompt": prompt} if prompt else source)
+    run = train_short(
+        "quickstart",
+        ["conversations"],
+        f"data.train={json.dumps(listed)}",
+        f"training.init_from={seeing}",
+        "training.max_steps=60",
+        "training.pictures_per_step=8",
+        "training.learning_rate=1e-3",
+    )
+    captioner = Captioner.from_pretrained(run, device="cpu")
+    captioner.model.float()
+    return captioner
+
+
+@pytest.fixture(scope="module")
 def captioner(seeing) -> Captioner:
     """In float32, so that the same computed in two ways is the same."""
     captioner = Captioner.from_pretrained(seeing, device="cpu")
@@ -107,6 +150,12 @@ def of_shape(tested) -> dict[str, list[Path]]:
 
 def shape_of(caption: str) -> str:
     return caption.rpartition(" ")[2]
+
+
+def shape_episodes(samples: Sequence[Sample], episodes: int) -> list[Episode]:
+    """Two drawings with their shapes named, which are real words, and a third to be named."""
+    labelled = [Sample(s.id, s.images, (shape_of(s.targets[0]),), task="classification") for s in samples]
+    return binding_episodes(labelled, ways=2, shots=1, names=None, induction=False, episodes=episodes)
 
 
 def rolled(items: list) -> list:
@@ -147,7 +196,7 @@ def test_answers_follow_the_picture(seeing, captioner, drawings, of_shape):
     assert result["baselines"]["shuffled"]["exact_match"] < 0.4
     assert result["baselines"]["blind"]["exact_match"] < 0.2
     for shape, paths in of_shape.items():
-        assert captioner.answer(paths[0], "what shape is in the image?") == shape
+        assert captioner.answer(paths[0], ASKED) == shape
 
 
 def test_classes_are_told_apart(seeing, tmp_path):
@@ -243,17 +292,12 @@ def test_a_choice_is_the_likeliest_read_alone(captioner, tested):
     assert choose_answers(captioner, episodes) == alone
 
 
-def test_the_last_picture_moves_the_choice(captioner, tested, of_shape):
-    """Real names, because a model of this size binds no new ones: each is likelier, beside the other one, when the last
-    picture shows it than when that shows the other one."""
-    labelled = [Sample(s.id, s.images, (shape_of(s.targets[0]),), task="classification") for s in tested]
-    for episode in binding_episodes(labelled, ways=2, shots=1, names=None, induction=False, episodes=8):
-        margins = []
-        for shape in episode.choices:
-            query = replace(episode, query=of_shape[shape][-1])
-            first, second = (log_likelihood(captioner, query.prompt, query.images, name) for name in episode.choices)
-            margins.append(first - second)
-        assert margins[0] > margins[1], episode.prompt
+def test_the_last_picture_decides(conversing, tested, of_shape):
+    episodes = shape_episodes(tested, 24)
+    others = [next(name for name in episode.choices if name != episode.answer) for episode in episodes]
+    swapped = [replace(e, query=of_shape[other][-1]) for e, other in zip(episodes, others, strict=True)]
+    assert share_of_equal(choose_answers(conversing, episodes), [episode.answer for episode in episodes]) > 0.75
+    assert share_of_equal(choose_answers(conversing, swapped), others) > 0.75
 
 
 # ── dialog ──
@@ -279,22 +323,18 @@ def test_replies_of_a_dialog_name_the_picture(captioner, of_shape, monkeypatch):
     dialog = Dialog(captioner.model, captioner.processor)
     for shape, paths in of_shape.items():
         dialog.reset()
-        assert dialog.ask("what shape is in the image?", [paths[0]], max_new_tokens=4) == shape
+        assert dialog.ask(ASKED, [paths[0]], max_new_tokens=4) == shape
 
 
-def test_pictures_are_seen_through_the_chat_template(captioner, of_shape):
-    """It was not trained, and the replies are poor; but a circle, which looks least like the others, is made out."""
-    message = {"role": "user", "content": f"{IMAGE_TOKEN}what shape is in the image?"}
-    text = captioner.processor.apply_chat_template([message], add_generation_prompt=True)
-
-    def margin(picture: Path, other: str) -> float:
-        return log_likelihood(captioner, text, [picture], "circle") - log_likelihood(captioner, text, [picture], other)
-
-    gain = 0.0
-    for other in ("triangle", "rectangle"):
-        for circle, picture in zip(of_shape["circle"][:3], of_shape[other][:3], strict=True):
-            gain += margin(circle, other) - margin(picture, other)
-    assert gain > 0.5
+def test_a_second_turn_names_its_own_picture(conversing, of_shape):
+    """Through the chat template."""
+    dialog, right, replies = Dialog(conversing.model, conversing.processor), [], []
+    for one, two in [*permutations(of_shape, 2)] * 2:
+        dialog.reset()
+        dialog.ask(ASKED, [of_shape[one][len(right) // 6]], max_new_tokens=4)
+        replies.append(dialog.ask(ASKED, [of_shape[two][-1 - len(right) // 6]], max_new_tokens=4))
+        right.append(two)
+    assert share_of_equal(replies, right) > 0.75
 
 
 # ── video ──

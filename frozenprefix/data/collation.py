@@ -105,6 +105,8 @@ class Collator:
 
 def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:
     """The text in front of a sample's target, with its pictures' `<image>` marks."""
+    if sample.history is not None:
+        return processor.chat_prompt(sample.history, sample.question or "", pictures=len(sample.images))
     return processor.prompt_for(sample.task, sample.question, template=sample.prompt, pictures=len(sample.images))
 
 

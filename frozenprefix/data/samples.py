@@ -20,6 +20,8 @@ class Sample:
         targets: texts to learn, each on its own; empty where only a prediction is wanted.
         prompt: prompt template; None takes the task's default one.
         question: what is asked, for task "vqa".
+        history: of a chat, the (question, answer) turns before; the chat template writes them and the question, in
+            place of `prompt`. Marks in any question, or none, as in a prompt. None: no chat.
         split: "train", "val", "test", or whatever name the source gives.
         task: "caption", "vqa", or "classification", whose one target is the label.
         metadata: what the source knows beyond that. For "vqa", `answers` holds every human answer.
@@ -30,6 +32,7 @@ class Sample:
     targets: tuple[str, ...]
     prompt: str | None = None
     question: str | None = None
+    history: tuple[tuple[str, str], ...] | None = None
     split: str | None = None
     task: str = "caption"
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)

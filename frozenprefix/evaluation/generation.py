@@ -20,11 +20,10 @@ from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import SCORERS
 from frozenprefix.evaluation.tasks import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.inference.captioner import Captioner, batched
+from frozenprefix.inference.captioner import Captioner
 
 OPTIONS = {"caption": (), "vqa": ("answering", "candidates")}
 DEFAULTS = {"caption": {"num_beams": 5, "max_new_tokens": 30}, "vqa": {"num_beams": 1, "max_new_tokens": 10}}
-_PICTURES_AT_ONCE = 256
 
 #: A batch: samples, each with the one whose pictures are shown, or None for no picture.
 Pairs = Sequence[tuple[Sample, Sample | None]]
@@ -221,9 +220,8 @@ def consensus(
 
 
 def _pooled(samples: Iterable[Sample], pictures: PictureFeatures) -> np.ndarray:
-    """float[samples, D]: the mean over the feature vectors of each sample's first picture."""
-    paths = batched((sample.images[0] for sample in samples), _PICTURES_AT_ONCE)
-    return np.concatenate([pictures(batch).mean(dim=1).numpy() for batch in paths])
+    """float[samples, D]: the mean over the feature vectors of each sample's pictures."""
+    return np.stack([pictures(list(sample.images)).mean(dim=(0, 1)).numpy() for sample in samples])
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:

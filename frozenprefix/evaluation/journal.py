@@ -131,7 +131,7 @@ class Journal:
 
 def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What predictions depend on: settings, the model's weights, its prompts, and the samples."""
-    rows = [[s.id, [str(path) for path in s.images], s.prompt, s.question] for s in samples]
+    rows = [[s.id, [str(path) for path in s.images], s.prompt, s.question, s.history] for s in samples]
     return {
         **settings,
         "version": __version__,

@@ -128,10 +128,7 @@ class Dialog:
         return _Turn(message, ids, self._with_pictures(images), options)
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        start = self.processor.tokenizer.bos_token
-        # a template that writes the start token itself must not get a second one
-        return self.processor.encode_prompt(text, add_special_tokens=start is None or not text.startswith(start))
+        return self.processor.encode_prompt(self.processor.apply_chat_template(messages, add_generation_prompt=True))
 
     def _check_room(self, tokens: int, new: int) -> None:
         if self.context is None or tokens + new <= self.context:

@@ -106,6 +106,21 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ConfigError(f"prompt of task '{task}' is {template!r}, but got {got}")
         return self.with_image(template.replace("{question}", question or ""), pictures)
 
+    def chat_prompt(self, history: Sequence[tuple[str, str]], question: str, *, pictures: int = 1) -> str:
+        """A conversation up to the reply to `question`, in the words of `apply_chat_template`.
+
+        Args:
+            history: earlier questions and their replies.
+            pictures: put in front of the first question when no question has an `<image>`.
+        """
+        asked = [text for text, _ in history] + [question]
+        if not any(IMAGE_TOKEN in text for text in asked):
+            asked[0] = IMAGE_TOKEN * pictures + asked[0]
+        messages = [{"role": "user", "content": asked[0]}]
+        for (_, reply), text in zip(history, asked[1:], strict=True):
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": text}]
+        return str(self.apply_chat_template(messages, add_generation_prompt=True))
+
     @staticmethod
     def with_image(prompt: str, count: int = 1) -> str:
         return prompt if IMAGE_TOKEN in prompt else IMAGE_TOKEN * count + prompt
@@ -143,7 +158,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return _with_values(_QUESTIONS_AND_ANSWERS, MARK=IMAGE_TOKEN, BEFORE=before, AFTER=after, GLUE=glue)
 
     def encode_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own start token; an `<image>` is `prefix_length` placeholders."""
+        """Token ids of a prompt, with the tokenizer's own start token; an `<image>` is `prefix_length` placeholders.
+
+        A prompt that begins with the start token, as some chat templates write it, gets no second one.
+        """
+        start = self.tokenizer.bos_token
+        add_special_tokens = add_special_tokens and not (start and prompt.startswith(start))
         ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(self.tokenizer.eos_token):

@@ -1,4 +1,4 @@
-"""A folder with `captions.jsonl`: one picture a line, with its captions and its split."""
+"""A folder with `captions.jsonl`: one picture (or clip) a line, with its captions and its split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from frozenprefix.data.sources.rows import Row, read_jsonl
 class CaptionsSource(SourceConfig):
     """`{"image": "images/1.jpg", "captions": ["a dog", ...], "split": "train"}` a line; `split` and `id` are optional.
 
-    A sample is a row. Its id is the row's `id`, else its `image`, with the line number added if that is taken.
+    A sample is a row. `image` may be a list: the frames of a clip, which the prompt shows one after the other. The id
+    is the row's `id`, else its (first) `image`, with the line number added if that is taken.
     """
 
     type: Literal["captions"] = "captions"
@@ -32,10 +33,11 @@ class CaptionsSource(SourceConfig):
 
 
 def _sample(number: int, row: Row, root: Path, seen: set[str]) -> Sample:
-    image = row.text("image")
+    images = row.names("image")
+    image = images[0]
     return Sample(
         id=row.identifier("id") if "id" in row else (f"{image}#{number}" if image in seen else image),
-        images=(root / image,),
+        images=tuple(root / name for name in images),
         targets=row.texts("captions"),
         split=row.text_or_none("split"),
     )

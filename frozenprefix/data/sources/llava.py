@@ -14,7 +14,7 @@ from frozenprefix.data.sources.pictures import report_left_out
 from frozenprefix.data.sources.rows import Row, read_rows
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
-from frozenprefix.models.processing import DEFAULT_PROMPTS, IMAGE_TOKEN
+from frozenprefix.models.processing import IMAGE_TOKEN
 
 _QUESTION = "{question}"
 
@@ -24,8 +24,8 @@ class LlavaSource(SourceConfig):
 
     Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
     turns of a conversation share their beginnings, so packing "trie" reads a conversation once for all its answers.
-    Turns are written as dialogs are, `prompt` filled in, the answer, a new line; set `prompt` when the recipe gives
-    task "vqa" another one than its default.
+    Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they are plain
+    text: `prompt` filled in, the answer, a new line.
 
     The mark of a single picture is taken out, and the picture put in front. Of several pictures (`image` is a list)
     the marks stay where they are, and an answer's sample has the pictures shown so far. Rows without a picture are
@@ -56,10 +56,10 @@ class LlavaSource(SourceConfig):
         return samples
 
     def _samples(self, number: int, row: Row, root: Path) -> list[Sample]:
-        images = tuple(root / self.images / name for name in row.texts("image"))
+        images = tuple(root / self.images / name for name in row.names("image"))
         name = row.identifier("id") if "id" in row else "row"
-        template = self.prompt or DEFAULT_PROMPTS["vqa"]
-        history, shown, samples = "", 0, []
+        written, shown, samples = "", 0, []
+        history: tuple[tuple[str, str], ...] = ()
         for turn, (question, answer) in enumerate(_turns(row)):
             shown += question.count(IMAGE_TOKEN)
             if len(images) > 1 and not shown:
@@ -71,15 +71,18 @@ class LlavaSource(SourceConfig):
                     id=f"{name}#{number}.{turn}",
                     images=images if len(images) == 1 else images[:shown],
                     targets=(answer,),
-                    prompt=history + template,
+                    prompt=self.prompt and written + self.prompt,
                     question=question,
+                    history=None if self.prompt else history,
                     split=split_in_name(Path(self.file).name),
                     task="vqa",
                     metadata={"answers": (answer,)},
                 )
             )
-            glue = "" if template.endswith((" ", "\n")) else " "
-            history += f"{template.replace(_QUESTION, question)}{glue}{answer}\n"
+            history += ((question, answer),)
+            if self.prompt:
+                glue = "" if self.prompt.endswith((" ", "\n")) else " "
+                written += f"{self.prompt.replace(_QUESTION, question)}{glue}{answer}\n"
         if shown != len(images) and (shown, len(images)) != (0, 1):
             raise DataError(f"{row.where}: got {shown} marks {IMAGE_TOKEN}, expected {len(images)}, one a picture")
         return samples

@@ -50,6 +50,14 @@ class Row:
             raise self._wrong(field, value, "a text or a list of texts")
         return tuple(items)
 
+    def names(self, field: str) -> tuple[str, ...]:
+        """A list of texts, or a single text: at least one, and none that is empty."""
+        value = self._get(field)
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not items or not all(isinstance(item, str) and item for item in items):
+            raise self._wrong(field, value, "a text that is not empty, or a list of such texts")
+        return tuple(items)
+
     def integer(self, field: str) -> int:
         value = self._get(field)
         if not isinstance(value, int) or isinstance(value, bool):

@@ -1,0 +1,144 @@
+"""Training data for few_shot.yaml, dialog.yaml and video.yaml, made of easy-VQA's drawings of coloured shapes.
+
+    python recipes/drawings.py few_shot data/episodes
+    python recipes/drawings.py dialog data/chats
+    python recipes/drawings.py video data/clips
+
+Training and validation have different drawings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from frozenprefix.data.images import load_image
+from frozenprefix.data.samples import Sample
+from frozenprefix.data.sources import load_source
+from frozenprefix.inference.episodes import binding_episodes
+
+EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
+#: prompts, chats or clips to make
+COUNTS = {
+    "few_shot": {"train": 4800, "val": 100},
+    "dialog": {"train": 2000, "val": 40},
+    "video": {"train": 1600, "val": 60},
+}
+FRAMES = 4
+MOVES = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+
+
+def few_shot(drawings: Sequence[Sample], folder: Path, split: str) -> None:
+    """Episodes of two made-up names and one shot each: conversations of one turn, with three pictures."""
+    episodes = binding_episodes(drawings, ways=2, shots=1, episodes=COUNTS["few_shot"][split])
+    _write_talks(folder / f"{split}.json", ((e.images, [(e.prompt, e.answer)]) for e in episodes))
+
+
+def dialog(drawings: Sequence[Sample], folder: Path, split: str) -> None:
+    """Chats of five turns about two drawings; the last question is about the first of them."""
+    draw = random.Random(split)
+
+    def talks() -> Iterator[tuple[Sequence[Path], list[tuple[str, str]]]]:
+        for _ in range(COUNTS["dialog"][split]):
+            first, second = draw.sample(list(drawings), 2)
+            (colour, shape), (other_colour, other_shape) = (drawn.targets[0].split() for drawn in (first, second))
+            about_first = {"shape": f"It was a {shape}.", "color": f"It was {colour}."}
+            asked = draw.choice(sorted(about_first))
+            turns = [
+                ("<image>what shape is in the image?", f"It is a {shape}."),
+                ("what color is it?", f"It is {colour}."),
+                ("<image>and what shape is in this image?", f"It is a {other_shape}."),
+                ("what color is it?", f"It is {other_colour}."),
+                (f"what {asked} was in the first image?", about_first[asked]),
+            ]
+            yield [*first.images, *second.images], turns
+
+    _write_talks(folder / f"{split}.json", talks())
+
+
+def video(drawings: Sequence[Sample], folder: Path, split: str) -> None:
+    """Drawings that move over a larger ground: four frames a clip, and for validation the video file too."""
+    draw, rows, clips = random.Random(split), [], []
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    for number in range(COUNTS["video"][split]):
+        drawn = draw.choice(list(drawings))
+        way = draw.choice(sorted(MOVES))
+        caption, name = f"a {drawn.targets[0]} moves {way}", f"{split}_{number:04}"
+        frames = list(_moving(load_image(drawn.images[0]), *MOVES[way], draw.random()))
+        files = [f"frames/{name}_{place}.png" for place in range(FRAMES)]
+        for place, file in enumerate(files):
+            frames[(2 * place + 1) * len(frames) // (2 * FRAMES)].save(folder / file)  # as VideoCaptioner samples them
+        rows.append({"image": files, "captions": [caption], "split": split})
+        if split != "train":
+            _write_clip(folder / f"{name}.mp4", frames)
+            clips.append({"image": f"{name}.mp4", "captions": [caption]})
+    _write_lines(folder / f"{split}.jsonl", rows)
+    if clips:
+        _write_lines(folder / "captions.jsonl", clips)
+
+
+def _moving(drawing: Image.Image, right: int, down: int, aside: float, count: int = 16) -> Iterator[Image.Image]:
+    """`count` pictures of a drawing that crosses a ground twice as large; `aside` is 0 to 1, across the way."""
+    side = drawing.width
+    for number in range(count):
+        way = (number + 0.5) / count
+        ground = Image.new("RGB", (2 * side, 2 * side), drawing.getpixel((0, 0)))
+        x = {1: way, -1: 1 - way, 0: aside}[right]
+        y = {1: way, -1: 1 - way, 0: aside}[down]
+        ground.paste(drawing, (round(x * side), round(y * side)))
+        yield ground
+
+
+def _write_clip(file: Path, frames: Sequence[Image.Image]) -> None:
+    import av  # pip install 'frozenprefix[video]'
+
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.bit_rate = *frames[0].size, 2_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def _write_talks(file: Path, talks: Iterator[tuple[Sequence[Path], list[tuple[str, str]]]]) -> None:
+    """Write pictures and their (question, answer) turns in LLaVA's format."""
+    rows: list[dict[str, Any]] = []
+    for number, (images, turns) in enumerate(talks):
+        said = [
+            {"from": who, "value": text} for asked, reply in turns for who, text in (("human", asked), ("gpt", reply))
+        ]
+        rows.append({"id": str(number), "image": [str(path.resolve()) for path in images], "conversations": said})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+TASKS: dict[str, Callable[[Sequence[Sample], Path, str], None]] = {
+    "few_shot": few_shot,
+    "dialog": dialog,
+    "video": video,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("folder", type=Path, help="what is made goes here")
+    parser.add_argument("--data", default=EASY_VQA, help="easy-VQA's folder, or a reference to it")
+    given = parser.parse_args(argv)
+    for split in ("train", "val"):
+        source = {"type": "easy_vqa", "path": given.data, "split": split, "questions": False, "classes": "color shape"}
+        TASKS[given.task](load_source(source), given.folder, split)
+
+
+if __name__ == "__main__":
+    main()
