@@ -1,7 +1,7 @@
 """The pictures of tasks.md: what trained models make of drawings that anyone may show.
 
     python docs/make_images.py runs/quickstart/best --photos runs/flickr8k/best --search runs/lit_flickr8k/best \
-        --retrieval runs/retrieval/best
+        --retrieval runs/retrieval/best --dialog runs/dialog/best --video runs/video/best --clips data/clips
 
 The drawings are easy-VQA's (MIT licence) and Twitter's emoji (graphics CC-BY 4.0), fetched from PyPI and npm. A
 checkpoint that is not given leaves its picture as it is. Every word in the pictures that a model wrote is shown as it
@@ -160,13 +160,15 @@ def few_shot(captioner: Captioner, emoji: Sequence[Sample]) -> None:
     sheet.save(IMAGES / "few_shot.svg")
 
 
-def dialog(captioner: Captioner, drawings: Sequence[Sample]) -> None:
-    """Two turns in the chat template of the language model, with real replies."""
-    talk = Dialog(captioner.model, captioner.processor)
+def dialog(checkpoint: Path, drawings: Sequence[Sample]) -> None:
+    """Four turns in the chat template of the language model, with real replies."""
+    talk = Dialog.from_pretrained(checkpoint)
     first, second = (sample.images[0] for sample in drawings)
-    talk.ask("what color is the shape?", [first], max_new_tokens=12)
-    talk.ask("and in this picture?", [second], max_new_tokens=12)
-    text = captioner.processor.apply_chat_template(talk.messages)
+    talk.ask("what shape is in the image?", [first], max_new_tokens=12)
+    talk.ask("what color is it?", max_new_tokens=12)
+    talk.ask("and what shape is in this image?", [second], max_new_tokens=12)
+    talk.ask("what color was in the first image?", max_new_tokens=12)
+    text = talk.processor.apply_chat_template(talk.messages)
     sheet = Sheet()
     sheet.title("the conversation in the language model's own chat template")
     shown, y = iter((first, second)), 32.0
@@ -204,6 +206,20 @@ def video(captioner: Captioner, drawings: Sequence[Sample]) -> None:
     sheet.save(IMAGES / "video.svg")
 
 
+def moving(checkpoint: Path, clips: Path) -> None:
+    """Clips of moving drawings, their frames as the model gets them, and its captions."""
+    captioner = VideoCaptioner(Captioner.from_pretrained(checkpoint), frames=4, pooling="frames")
+    sheet, y = Sheet(), float(MARGIN)
+    for path in sorted(clips.glob("val_*.mp4"))[:4]:
+        clip = Clip(path)
+        for place in range(4):
+            frame = clip.at([clip.index_at((place + 0.5) * clip.duration / 4)])[0]
+            sheet.picture(frame.image, MARGIN + place * (SIDE + GAP), y)
+        sheet.text(captioner.caption(path).text, MARGIN + 4 * (SIDE + GAP) + GAP, y + SIDE / 2, ink=BLUE)
+        y += SIDE + GAP
+    sheet.save(IMAGES / "video_moving.svg")
+
+
 def write_clip(path: Path, images: Sequence[Image.Image], seconds: Sequence[float], rate: int = 10) -> Path:
     """A video that shows each picture for some seconds."""
     import av
@@ -220,7 +236,14 @@ def write_clip(path: Path, images: Sequence[Image.Image], seconds: Sequence[floa
 
 
 def main(
-    checkpoint: Path, photos: Path | None, search_with: Path | None, retrieval: Path | None, only: list[str]
+    checkpoint: Path,
+    photos: Path | None,
+    search_with: Path | None,
+    retrieval: Path | None,
+    dialog_with: Path | None,
+    video_with: Path | None,
+    clips: Path,
+    only: list[str],
 ) -> None:
     source = {"type": "easy_vqa", "path": EASY_VQA, "split": "test", "captions": True, "limit": 60}
     samples = load_source(source)
@@ -235,13 +258,16 @@ def main(
         "vqa": lambda: answers(captioner, asked),
         "classification": lambda: classes(checkpoint),
         "few_shot": lambda: few_shot(captioner, emoji),
-        "dialog": lambda: dialog(captioner, drawings[:2]),
         "video": lambda: video(captioner, drawings[11:14]),
     }
     if search_with is not None:
         pictures["search"] = lambda: search(search_with, emoji)
     if retrieval is not None:
         pictures["retrieval_augmented"] = lambda: retrieval_augmented(retrieval, drawings[14:17])
+    if dialog_with is not None:
+        pictures["dialog"] = lambda: dialog(dialog_with, drawings[:2])
+    if video_with is not None:
+        pictures["moving"] = lambda: moving(video_with, clips)
     for name in only or pictures:
         pictures[name]()
 
@@ -252,5 +278,8 @@ if __name__ == "__main__":
     parser.add_argument("--photos", type=Path, help="checkpoint of recipes/flickr8k.yaml")
     parser.add_argument("--search", type=Path, dest="search_with", help="checkpoint of recipes/lit_flickr8k.yaml")
     parser.add_argument("--retrieval", type=Path, help="checkpoint that was trained with data.retrieval")
+    parser.add_argument("--dialog", type=Path, dest="dialog_with", help="checkpoint of recipes/dialog.yaml")
+    parser.add_argument("--video", type=Path, dest="video_with", help="checkpoint of recipes/video.yaml")
+    parser.add_argument("--clips", type=Path, default=Path("data/clips"), help="what recipes/drawings.py video wrote")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="pictures to draw, such as vqa")
     main(**vars(parser.parse_args()))

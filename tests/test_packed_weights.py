@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from frozenprefix.models import packed_weights
-from frozenprefix.models.packed_weights import packable_layers, packed_bytes, packed_frozen_weights
+from frozenprefix.models.losses import next_token_loss
+from frozenprefix.models.packed_weights import packable_dtypes, packable_layers, packed_bytes, packed_frozen_weights
 
 from .conftest import tiny_lm_config
 
 pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="the processor has no products in bfloat16",
+    torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16"
 )
 
 
@@ -46,6 +46,42 @@ def test_logits_and_gradients_stay_what_they_are(family):
     assert torch.equal(logits_and_gradient(lm)[0], expected[0]), "outside the block nothing is packed"
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "gemma"])
+def test_in_float32_they_are_equal(family):
+    lm = frozen_lm(family, torch.float32)
+    expected = logits_and_gradient(lm)
+    with packed_frozen_weights(lm):
+        assert "forward" in vars(lm.get_output_embeddings())
+        found = logits_and_gradient(lm)
+    for before, after in zip(expected, found, strict=True):
+        assert (after - before).norm() < 1e-5 * before.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_reads_the_packed_head(dtype, bias, monkeypatch):
+    monkeypatch.setattr("frozenprefix.models.losses.CHUNK", 4)
+    head = nn.Linear(16, 50, bias=bias).to(dtype).requires_grad_(False)
+    hidden = torch.randn(10, 16).to(dtype).requires_grad_()
+    source, label = torch.arange(10).repeat(2), torch.randint(0, 50, (20,))
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = next_token_loss(hidden, head, source, label, torch.rand(20, generator=torch.Generator().manual_seed(0)))
+        return loss.detach(), torch.autograd.grad(loss, hidden)[0].float()
+
+    expected = loss_and_gradient()
+    with packed_frozen_weights(nn.ModuleList([head])):
+        asked: list[torch.Tensor] = []
+        product = packed_weights.product
+        monkeypatch.setattr(
+            "frozenprefix.models.losses.product", lambda x, packed: (asked.append(packed), product(x, packed))[1]
+        )
+        found = loss_and_gradient()
+    assert len(asked) == 6, "three chunks, forth and back"
+    for before, after in zip(expected, found, strict=True):
+        assert (after - before).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * before.norm()
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
 def test_a_product_equals_the_layers_own(layer):
     layer = layer.to(torch.bfloat16).requires_grad_(False)
@@ -62,20 +98,19 @@ def test_a_product_equals_the_layers_own(layer):
     torch.testing.assert_close(gradient.float(), wanted, rtol=0.004, atol=1e-5)
 
 
-def test_only_frozen_layers_in_bfloat16_are_packed():
+def test_only_frozen_layers_are_packed():
     lm = frozen_lm("llama")
     every = packable_layers(lm)
-    assert len(every) == 14
-    assert lm.lm_head not in every, "the loss has its own way through the head"
+    assert len(every) == 15
     assert packed_bytes(every) == 2 * sum(layer.weight.nbytes for layer in every)
     trained = lm.model.layers[0].mlp.up_proj
     trained.weight.requires_grad_()
-    assert len(packable_layers(lm)) == 13
+    assert len(packable_layers(lm)) == 14
     with packed_frozen_weights(lm):
         assert "forward" not in vars(trained)
         assert "forward" in vars(lm.model.layers[1].mlp.up_proj)
     assert "forward" not in vars(lm.model.layers[1].mlp.up_proj)
-    assert packable_layers(frozen_lm("llama", torch.float32)) == []
+    assert packable_layers(frozen_lm("llama", torch.float16)) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3"])
@@ -119,8 +154,9 @@ def test_what_a_packed_product_returns_may_be_changed_in_place():
     assert x.grad is not None
 
 
-def test_under_autocast_a_layer_does_what_it_does_outside():
-    layer = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_layer_does_what_it_does_outside(dtype):
+    layer = nn.Linear(8, 8).to(dtype).requires_grad_(False)
     x = torch.randn(2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(x)

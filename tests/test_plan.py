@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
@@ -16,6 +17,7 @@ from frozenprefix.data.samples import group_by_pictures
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
+from frozenprefix.models.packed_weights import packable_dtypes, packable_layers, packed_bytes
 from frozenprefix.training import costs
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.calibration import RandomFeatures, StepTimer
@@ -23,7 +25,7 @@ from frozenprefix.training.costs import LanguageModelShape, StepShape
 from frozenprefix.training.hardware import COMPUTE_SHARE, HARDWARE
 from frozenprefix.training.plan import cache_size, cached_bytes, language_model_shape, plan
 from frozenprefix.training.setup import build_model, load_parts
-from tests.conftest import tiny_recipe_dict
+from tests.conftest import tiny_lm_config, tiny_recipe_dict
 from tests.lit_parts import contrastive_recipe
 
 FAMILIES = ["llama", "gpt2", "opt"]
@@ -75,6 +77,16 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
     assert predicted == pytest.approx(sum(kept.values()), rel=0.3)
 
 
+@pytest.mark.skipif(torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_copies_are_those_that_training_makes(family, dtype):
+    lm = AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False)
+    step = StepShape(1, 1, 1, 1, 1, 1, 1, 1)
+    memory = costs.step_memory(LanguageModelShape.of(lm), step, encoder_bytes=0, trainable=0)
+    assert memory[costs.PACKED_COPIES] == packed_bytes(packable_layers(lm)) > 0
+
+
 def test_a_step_is_counted_by_hand(one_step):
     _, batch, step = one_step("llama")
     packed = batch["packed"]
@@ -87,8 +99,6 @@ def test_a_step_is_counted_by_hand(one_step):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shape_from_the_config_is_that_of_the_model(tiny_lm, family):
-    from transformers import AutoModelForCausalLM
-
     folder = tiny_lm(family)
     shape = language_model_shape(LanguageModelConfig(path=str(folder)))
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frozenprefix.models.packed_weights import PackedForward, product
+
 CHUNK = 256  # rows of logits at a time: large enough for the matrix product, small enough to stay near the caches
 
 
@@ -19,31 +21,34 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor, label: Tensor, count: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, source: Tensor, label: Tensor, count: Tensor) -> Tensor:
+        weight, packed = head.weight, head.forward if isinstance(head.forward, PackedForward) else None
         order = torch.argsort(source, stable=True)
         source, label, count = source[order], label[order], count[order]
         per_row = torch.zeros(len(hidden), device=hidden.device).index_add_(0, source, count)
         wanted = torch.empty_like(count)  # logits of the labels
         normaliser = torch.empty_like(per_row)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        memory = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
+        memory = weight.new_empty(0 if packed else min(CHUNK, len(hidden)), len(weight))
         starts = list(range(0, len(hidden), CHUNK))
         ends = torch.searchsorted(source, torch.tensor(starts[1:], device=source.device)).tolist()
         for start, low, high in zip(starts, [0, *ends], [*ends, len(source)], strict=True):
             rows = slice(start, start + CHUNK)
             at, words = source[low:high] - start, label[low:high]
-            logits = torch.mm(hidden[rows], weight.t(), out=memory[: len(hidden[rows])])
-            if bias is not None:
-                logits += bias
+            if packed:
+                logits = product(hidden[rows], packed.weight)
+            else:
+                logits = torch.mm(hidden[rows], weight.t(), out=memory[: len(hidden[rows])])
+            if head.bias is not None:
+                logits += head.bias
             wanted[low:high] = logits[at, words].float()
             highest = logits.amax(dim=-1).float()
             probabilities = torch.softmax(logits, dim=-1, out=logits)
             # the largest probability is exp(highest - normaliser)
             normaliser[rows] = highest - probabilities.amax(dim=-1).float().log()
             if gradient is not None:
-                expected = (probabilities @ weight).float() * per_row[rows, None]
+                back = product(probabilities, packed.transposed) if packed else probabilities @ weight
+                expected = back.float() * per_row[rows, None]
                 taken = weight[words].float() * count[low:high, None]
                 gradient[rows] = expected.index_add_(0, at, taken, alpha=-1)
         ctx.save_for_backward(gradient)
@@ -52,7 +57,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
 
 
 def next_token_loss(
@@ -71,7 +76,7 @@ def next_token_loss(
     """
     frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
     if frozen and softcap is None:
-        return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, source, label, count)
+        return _FrozenHeadLoss.apply(hidden, head, source, label, count)
     logits = head(hidden).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

@@ -150,10 +150,10 @@ PACKED_COPIES = "packed copies (on a CPU only)"
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
-    packed = 2 * lm.matrix_weights * lm.item_bytes
+    packed = 2 * (lm.matrix_weights + lm.hidden * lm.vocabulary) * lm.item_bytes
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
-        PACKED_COPIES: packed if lm.item_bytes == 2 and packed <= LARGEST else 0,
+        PACKED_COPIES: packed if packed <= LARGEST else 0,
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
         "activations": activations,
