@@ -325,7 +325,7 @@ def test_unknown_tasks_and_options_are_refused(tiny_checkpoint, shapes, tmp_path
         evaluate_checkpoint(tiny_checkpoint, task="caption", data=shapes, answering="choose")
 
 
-@pytest.mark.parametrize("task", ["classification", "few_shot", "retrieval"])
+@pytest.mark.parametrize("task", ["classification", "fewshot", "retrieval"])
 def test_beams_are_refused_where_nothing_is_searched_with_them(tiny_checkpoint, shapes, task):
     with pytest.raises(ConfigError, match=f"--beams: got 3, which has no effect on task '{task}'"):
         evaluate_checkpoint(tiny_checkpoint, task=task, data=shapes, num_beams=3)

@@ -273,7 +273,7 @@ def test_evaluation(captioner, samples, tmp_path):
     assert result["baselines"]["chance"] == {"accuracy": 0.5}
     assert result["baselines"].keys() == {"blind", "shuffled_support", "chance"}
     assert result["groups"]["model"]["accuracy"].keys() == {episode.answer for episode in episodes}
-    assert (result["task"], result["n"], result["settings"]["shots"]) == ("few_shot", 8, 2)
+    assert (result["task"], result["n"], result["settings"]["shots"]) == ("fewshot", 8, 2)
     assert done[-1] == (24, 24)
     json.dumps(result)
 

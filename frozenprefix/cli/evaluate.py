@@ -13,7 +13,7 @@ import typer
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
     task: Annotated[
-        str, typer.Option(help="caption, vqa, classification, few_shot, retrieval or video.", show_default=False)
+        str, typer.Option(help="caption, vqa, classification, fewshot, retrieval or video.", show_default=False)
     ],
     data: Annotated[
         str | None, typer.Option(help="Folder of the data; the validation data of its recipe when not given.")

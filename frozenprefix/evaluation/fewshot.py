@@ -60,10 +60,10 @@ def evaluate_fewshot(
     samples = [_as_sample(episode) for episode in episodes]
     settings = {"answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
     header = header_of(
-        captioner, samples, {"task": "few_shot", **settings, "choices": digest([e.choices for e in episodes])}
+        captioner, samples, {"task": "fewshot", **settings, "choices": digest([e.choices for e in episodes])}
     )
     what = Evaluated(
-        "few_shot",
+        "fewshot",
         samples,
         lambda made: _scores(episodes, made, answering),
         settings,
@@ -80,7 +80,7 @@ def evaluate_fewshot(
 
 def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
     """Frozen's open-ended classification, built from labelled samples by the options of `binding_episodes`."""
-    check_options("few_shot", options.extra, OPTIONS)
+    check_options("fewshot", options.extra, OPTIONS)
     extra = dict(options.extra)
     answering = extra.pop("answering", "choose")
     episodes = binding_episodes(samples, **{"names": MADE_UP_NAMES, **extra})
@@ -93,7 +93,7 @@ FEW_SHOT = EvaluationTask(_run, sample_task="classification")
 
 def _as_sample(episode: Episode) -> Sample:
     return Sample(
-        episode.id, episode.images, (episode.answer,), question=episode.prompt, prompt="{question}", task="few_shot"
+        episode.id, episode.images, (episode.answer,), question=episode.prompt, prompt="{question}", task="fewshot"
     )
 
 

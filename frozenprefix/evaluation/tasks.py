@@ -89,7 +89,7 @@ TASKS: Registry[EvaluationTask] = Registry(
     {
         "caption": "frozenprefix.evaluation.generation:CAPTION",
         "classification": "frozenprefix.evaluation.classification:CLASSIFICATION",
-        "few_shot": "frozenprefix.evaluation.fewshot:FEW_SHOT",
+        "fewshot": "frozenprefix.evaluation.fewshot:FEW_SHOT",
         "retrieval": "frozenprefix.evaluation.retrieval:RETRIEVAL",
         "video": "frozenprefix.evaluation.video:VIDEO",
         "vqa": "frozenprefix.evaluation.generation:VQA",
