@@ -10,8 +10,12 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,43 @@ def timed_rounds(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
                 seconds[name].append(time.perf_counter() - before)
         gc.collect()
     return seconds
+
+
+@dataclass
+class Arm:
+    """A process that does a run when it is asked to, see `serve`."""
+
+    command: list[str]
+    peak_rss_mib: float = 0.0
+
+    def __enter__(self) -> Arm:
+        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+
+    def run(self) -> None:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with suppress(BrokenPipeError):
+            stdin.write("\n")
+            stdin.flush()
+        answer = stdout.readline()
+        if not answer:
+            raise RuntimeError(f"an arm of the benchmark ended early: {self.command}")
+        self.peak_rss_mib = float(answer)
+
+
+def serve(run: Callable[[], Any]) -> None:
+    """Do a run for every line that comes in, and answer with the peak of this process's memory."""
+    for _ in sys.stdin:
+        run()
+        sys.stdout.write(f"{peak_rss_mib()}\n")
+        sys.stdout.flush()
 
 
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -90,22 +91,32 @@ def batches(shape: Shape, captions: list[list[list[int]]]) -> Callable[[], tuple
     return following
 
 
-def measure(shape: Shape, rounds: int, warmup: int = 1) -> dict[str, Any]:
-    """Captions per second of every arm, and what part of the machine ours uses."""
+def take_steps(name: str, shape: Shape) -> Callable[[], None]:
+    """Calls take an arm's steps, one after the other. Ours keeps freed memory, as training does."""
+    if name.startswith("ours"):
+        keep_freed_memory()
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
-    arms = {name: make_arm(name, shape, captions) for name in arm_names(shape)}
+    arm, following = make_arm(name, shape, captions), batches(shape, captions)
+    return lambda: arm(*following())
 
-    def runs(arm: Step) -> Callable[[], None]:
-        following = batches(shape, captions)
-        return lambda: arm(*following())
 
-    seconds = common.timed_rounds({name: runs(arm) for name, arm in arms.items()}, rounds, warmup)
+def measure(arguments: argparse.Namespace, shape_name: str, shape: Shape) -> dict[str, Any]:
+    """Captions per second of every arm, and its memory. Every arm has a process of its own."""
+    arms = {name: common.Arm(own_command(arguments, shape_name, "--serve", name)) for name in arm_names(shape)}
+    with ExitStack() as stack:
+        for arm in arms.values():
+            stack.enter_context(arm)
+        rounds = 1 if arguments.quick else arguments.rounds
+        seconds = common.timed_rounds({name: arm.run for name, arm in arms.items()}, rounds, warmup=2)
+    memory = {name: arm.peak_rss_mib for name, arm in arms.items()}
     report: dict[str, Any] = {
         "captions_per_s": {
             name: shape.pictures * CAPTIONS_PER_PICTURE / statistics.median(times) for name, times in seconds.items()
         },
         "ratio_fp32": common.median_ratio(seconds["clipcap"], seconds["ours_fp32"]),
         "ratio_bf16": common.median_ratio(seconds["clipcap"], seconds["ours_bf16"]),
+        "peak_rss_mib": memory,
+        "peak_rss_ratio": memory["ours_bf16"] / memory["clipcap"],
     }
     if "llava_bf16" in seconds:
         report["ratio_vs_llava"] = common.median_ratio(seconds["llava_bf16"], seconds["ours_bf16"])
@@ -201,23 +212,15 @@ def reference_loss(model: Any, features: Tensor, captions: list[list[list[int]]]
     return total / tokens
 
 
-def in_own_process(arguments: argparse.Namespace, shape_name: str, *what: str) -> dict[str, float]:
-    """What this script prints when it is started with `what`."""
+def own_command(arguments: argparse.Namespace, shape_name: str, *what: str) -> list[str]:
     quick = ["--quick"] if arguments.quick else []
-    command = [sys.executable, __file__, "--shape", shape_name, "--rounds", str(arguments.rounds), *quick, *what]
+    return [sys.executable, __file__, "--shape", shape_name, "--rounds", str(arguments.rounds), *quick, *what]
+
+
+def in_own_process(command: list[str]) -> dict[str, float]:
+    """What this script prints in its last line."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def memory_of(name: str, shape: Shape) -> dict[str, float]:
-    """Peak resident MiB of this process, which makes one arm and does two steps."""
-    if name.startswith("ours"):
-        keep_freed_memory()
-    captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
-    arm, following = make_arm(name, shape, captions), batches(shape, captions)
-    for _ in range(2):
-        arm(*following())
-    return {"peak_rss_mib": common.peak_rss_mib()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -226,14 +229,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"shapes": {}}
     for name in names:
         shape = found[name]
-        made = measure(shape, 1 if arguments.quick else arguments.rounds)
+        made = measure(arguments, name, shape)
         made["max_rel_grad_error"] = gradient_error(shape)
-        made |= in_own_process(arguments, name, "--utilisation")
-        memory = {
-            arm: in_own_process(arguments, name, "--memory-of", arm)["peak_rss_mib"] for arm in ("clipcap", "ours_bf16")
-        }
-        made["peak_rss_mib"] = memory
-        made["peak_rss_ratio"] = memory["ours_bf16"] / memory["clipcap"]
+        made |= in_own_process(own_command(arguments, name, "--utilisation"))
         report["shapes"][name] = made
     return report | headline(list(report["shapes"].values()))
 
@@ -281,13 +279,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=["gpt2", "llama"], help="one language model only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--utilisation", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.memory_of or arguments.utilisation:
+    if arguments.serve:
+        common.serve(take_steps(arguments.serve, shapes(arguments.quick)[arguments.shape]))
+        return {}
+    if arguments.utilisation:
         shape, rounds = shapes(arguments.quick)[arguments.shape], 1 if arguments.quick else arguments.rounds
-        own = memory_of(arguments.memory_of, shape) if arguments.memory_of else utilisations(shape, rounds)
-        sys.stdout.write(json.dumps(own) + "\n")
+        sys.stdout.write(json.dumps(utilisations(shape, rounds)) + "\n")
         return {}
     common.start_logging()
     report = run(arguments)

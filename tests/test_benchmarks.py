@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 
 import pytest
 import torch
@@ -33,11 +34,23 @@ def test_generation_runs(tmp_path):
 
 
 def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):
-    def alone(arguments, shape_name, *what):
-        figures = {"clipcap": {"peak_rss_mib": 400.0}, "ours_bf16": {"peak_rss_mib": 100.0}}
-        return figures.get(what[-1], {"mfu": 0.5, "mfu_small_step": 0.4, "gemm_peak_gflops": 100.0})
+    class HereArm:
+        """An arm in this process."""
 
-    monkeypatch.setattr(training_step, "in_own_process", alone)
+        def __init__(self, command: list[str]):
+            shape, arm = (command[command.index(name) + 1] for name in ("--shape", "--serve"))
+            self.run = training_step.take_steps(arm, shapes(quick=True)[shape])
+            self.peak_rss_mib = 400.0 if arm == "clipcap" else 100.0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    used = {"mfu": 0.5, "mfu_small_step": 0.4, "gemm_peak_gflops": 100.0}
+    monkeypatch.setattr(common, "Arm", HereArm)
+    monkeypatch.setattr(training_step, "in_own_process", lambda command: used)
     report = training_step.main(["--quick"])
     assert set(report["shapes"]) == {"gpt2", "llama"}
     assert report["max_rel_grad_error"] < 1e-5
@@ -47,6 +60,16 @@ def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):
     }  # fmt: skip
     assert report["ratio_bf16"] == min(made["ratio_bf16"] for made in report["shapes"].values())
     assert "| ours bf16 / ClipCap |" in training_step.markdown(report)
+
+
+def test_an_arm_runs_when_it_is_asked_to():
+    code = "from benchmarks import common; common.serve(dict)"
+    with common.Arm([sys.executable, "-c", code]) as arm:
+        arm.run()
+        arm.run()
+        assert arm.peak_rss_mib > 10
+    with common.Arm([sys.executable, "-c", ""]) as arm, pytest.raises(RuntimeError, match="ended early"):
+        arm.run()
 
 
 def test_clipcap_leaves_gradients_on_the_language_model():
