@@ -203,6 +203,34 @@ def test_shuffled_never_gives_the_own_picture(count):
     assert {other.images for other in others} == {sample.images for sample in samples}, "every picture is shown"
 
 
+def test_shuffled_gives_as_many_pictures_as_a_sample_has():
+    shown = ["a", "ab", "c", "cd", "ab", "efg"]
+    samples = [Sample(str(i), tuple(Path(name) for name in names), ()) for i, names in enumerate(shown)]
+    others = ["".join(str(path) for path in sample.images) for sample in generation.shuffled(samples)]
+    assert others == ["c", "cd", "a", "ab", "cd", "aab"]
+
+
+def test_chats_with_several_pictures_are_evaluated(captioner, captions, tmp_path):
+    """Samples with one picture and with two, in one evaluation."""
+    pictures = [sample.images[0] for sample in captions[:4]]
+    chats = [
+        Sample(
+            f"{number}.{turn}",
+            images,
+            ("a dog",),
+            question="<image>what is it?",
+            history=(("<image>what is it?", "a dog"),) * turn,
+            task="vqa",
+            metadata={"answers": ("a dog",)},
+        )
+        for number, pair in enumerate((pictures[:2], pictures[2:]))
+        for turn, images in enumerate((tuple(pair[:1]), tuple(pair)))
+    ]
+    result = evaluate_samples(captioner, chats, predictions=tmp_path / "chats.jsonl")
+    assert result["n"] == 4
+    assert set(result["baselines"]) == {"blind", "shuffled"}
+
+
 def test_shuffled_needs_two_pictures():
     with pytest.raises(DataError, match="at least 2 different pictures"):
         generation.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,7 +227,9 @@ def _pooled(samples: Iterable[Sample], pictures: PictureFeatures) -> np.ndarray:
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
-    """For each sample the one whose pictures it gets instead: half the pictures further on.
+    """For each sample the one whose pictures it gets instead: half the pictures further on, and as many as its own.
+
+    A sample that is the only one with so many pictures gets those of the others, one after the other.
 
     Raises:
         DataError: when there are not two different pictures.
@@ -233,6 +237,14 @@ def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     pictures = list(dict.fromkeys(sample.images for sample in samples))
     if len(pictures) < 2:
         raise DataError("evaluation needs at least 2 different pictures, for the shuffled baseline")
-    other = {images: pictures[(i + len(pictures) // 2) % len(pictures)] for i, images in enumerate(pictures)}
     first = {sample.images: sample for sample in reversed(samples)}
-    return [first[other[sample.images]] for sample in samples]
+    other: dict[tuple[Path, ...], Sample] = {}
+    for count in {len(images) for images in pictures}:
+        alike = [images for images in pictures if len(images) == count]
+        if len(alike) > 1:
+            half = len(alike) // 2
+            other |= {one: first[two] for one, two in zip(alike, alike[half:] + alike[:half], strict=True)}
+        else:
+            rest = cycle(path for images in pictures if images != alike[0] for path in images)
+            other[alike[0]] = replace(first[alike[0]], images=tuple(islice(rest, count)))
+    return [other[sample.images] for sample in samples]
