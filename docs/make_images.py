@@ -145,13 +145,7 @@ def few_shot(captioner: Captioner, emoji: Sequence[Sample]) -> None:
     episode = binding_episodes(emoji, ways=2, shots=1, episodes=8, seed=1)[3]
     prompt = episode.prompt.replace(IMAGE_TOKEN, f"\n{IMAGE_TOKEN}")
     sheet = Sheet()
-    sheet.text(
-        "what the language model reads; a picture takes the place of prefix_length tokens",
-        MARGIN,
-        22,
-        bold=True,
-        mono=False,
-    )
+    sheet.title("what the language model reads; a picture takes the place of prefix_length tokens")
     y = draw_prompt(sheet, prompt, episode.images, MARGIN, 32)
     chosen = choose_answers(captioner, [episode])[0]
     sheet.text(f"choices: {', '.join(episode.choices)}", MARGIN, y + 18)
@@ -161,12 +155,13 @@ def few_shot(captioner: Captioner, emoji: Sequence[Sample]) -> None:
 
 
 def dialog(checkpoint: Path, drawings: Sequence[Sample]) -> None:
-    """Four turns in the chat template of the language model, with real replies."""
+    """Five turns in the chat template of the language model, with real replies."""
     talk = Dialog.from_pretrained(checkpoint)
     first, second = (sample.images[0] for sample in drawings)
     talk.ask("what shape is in the image?", [first], max_new_tokens=12)
     talk.ask("what color is it?", max_new_tokens=12)
     talk.ask("and what shape is in this image?", [second], max_new_tokens=12)
+    talk.ask("what color is it?", max_new_tokens=12)
     talk.ask("what color was in the first image?", max_new_tokens=12)
     text = talk.processor.apply_chat_template(talk.messages)
     sheet = Sheet()

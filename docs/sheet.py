@@ -52,6 +52,10 @@ class Sheet:
         self._grow(x + length, y + 6)
         return x + length
 
+    def title(self, words: str) -> None:
+        """What the sheet shows, above everything else."""
+        self.text(words, MARGIN, 22, bold=True, mono=False)
+
     def line(self, x: float, y: float, to_x: float) -> None:
         self.parts.append(f'<path d="M{x:g} {y:g}H{to_x:g}" stroke="#999999"/>')
         self._grow(to_x, y)
