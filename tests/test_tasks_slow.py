@@ -80,7 +80,7 @@ def train_short(drawings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def seeing(train_short) -> Path:
     """The quickstart's model, trained until it tells shapes."""
-    size = ("training.max_steps=60", "training.pictures_per_step=16", "training.targets_per_picture=3")
+    size = ("training.max_steps=90", "training.pictures_per_step=16", "training.targets_per_picture=3")
     return train_short("quickstart", ["captions", "qa"], *size)
 
 
@@ -195,8 +195,8 @@ def test_answers_follow_the_picture(seeing, captioner, drawings, of_shape):
     assert result["metrics"]["exact_match"] > 0.5
     assert result["baselines"]["shuffled"]["exact_match"] < 0.4
     assert result["baselines"]["blind"]["exact_match"] < 0.2
-    for shape, paths in of_shape.items():
-        assert captioner.answer(paths[0], ASKED) == shape
+    asked = [(path, shape) for shape, paths in of_shape.items() for path in paths[:5]]
+    assert share_of_equal([captioner.answer(path, ASKED) for path, _ in asked], [shape for _, shape in asked]) > 0.75
 
 
 def test_classes_are_told_apart(seeing, tmp_path):
@@ -320,10 +320,12 @@ def test_replies_of_a_dialog_name_the_picture(captioner, of_shape, monkeypatch):
     """Without a chat template a turn has the prompt that was trained."""
     for part in (captioner.processor, captioner.processor.tokenizer):
         monkeypatch.setattr(part, "chat_template", None)
-    dialog = Dialog(captioner.model, captioner.processor)
-    for shape, paths in of_shape.items():
+    dialog, replies, right = Dialog(captioner.model, captioner.processor), [], []
+    for shape, path in [(shape, path) for shape, paths in of_shape.items() for path in paths[:4]]:
         dialog.reset()
-        assert dialog.ask(ASKED, [paths[0]], max_new_tokens=4) == shape
+        replies.append(dialog.ask(ASKED, [path], max_new_tokens=4))
+        right.append(shape)
+    assert share_of_equal(replies, right) > 0.75
 
 
 def test_a_second_turn_names_its_own_picture(conversing, of_shape):
@@ -347,7 +349,10 @@ def test_a_clip_is_told_shape_by_shape(captioner, of_shape, tmp_path):
     from .video_parts import write_clip
 
     shapes = ["circle", "triangle", "rectangle"]
-    clip = write_clip(tmp_path / "clip.mp4", [load_image(of_shape[shape][0]) for shape in shapes], each=20)
+    # drawings that it knows: what is asked here is what stands when
+    told = ((shape, made) for shape in shapes for made in captioner.caption(of_shape[shape][:5]))
+    shown = {shape: made.path for shape, made in told if shape_of(made.text) == shape}
+    clip = write_clip(tmp_path / "clip.mp4", [load_image(shown[shape]) for shape in shapes], each=20)
     segments = VideoCaptioner(captioner, frames=3).summary(clip, sampler="uniform")
     assert [shape_of(segment.caption) for segment in segments] == shapes
     assert [(segment.start, segment.end) for segment in segments] == [pytest.approx(x) for x in pairwise((0, 2, 4, 6))]
