@@ -23,6 +23,7 @@ import torch
 import transformers
 
 logger = logging.getLogger("benchmarks")
+ROOT = Path(__file__).resolve().parents[1]
 README = Path(__file__).with_name("README.md")
 
 
@@ -47,7 +48,9 @@ class Arm:
     peak_rss_mib: float = 0.0
 
     def __enter__(self) -> Arm:
-        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

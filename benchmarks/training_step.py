@@ -192,6 +192,7 @@ def gradient_error(shape: Shape, pictures: int = 2) -> float:
     model = ours.model.eval()
     model(packed=ours.pack(captions), image_features=features).loss.backward()
     found = torch.cat([p.grad.flatten() for p in ours.trained])
+    ours.packed_weights.__exit__(None, None, None)  # the reference goes through the LM as it is
     model.zero_grad()
     reference_loss(model, features, captions).backward()
     expected = torch.cat([p.grad.flatten() for p in ours.trained])
@@ -214,7 +215,16 @@ def reference_loss(model: Any, features: Tensor, captions: list[list[list[int]]]
 
 def own_command(arguments: argparse.Namespace, shape_name: str, *what: str) -> list[str]:
     quick = ["--quick"] if arguments.quick else []
-    return [sys.executable, __file__, "--shape", shape_name, "--rounds", str(arguments.rounds), *quick, *what]
+    return [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--shape",
+        shape_name,
+        "--rounds",
+        str(arguments.rounds),
+        *quick,
+        *what,
+    ]
 
 
 def in_own_process(command: list[str]) -> dict[str, float]:

@@ -64,6 +64,8 @@ def dialog(drawings: Sequence[Sample], folder: Path, split: str) -> None:
 
 def video(drawings: Sequence[Sample], folder: Path, split: str) -> None:
     """Drawings that move over a larger ground: four frames a clip, and for validation the video file too."""
+    import av  # noqa: F401 - before much is made: pip install 'frozenprefix[video]'
+
     draw, rows, clips = random.Random(split), [], []
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     for number in range(COUNTS["video"][split]):
@@ -96,7 +98,7 @@ def _moving(drawing: Image.Image, right: int, down: int, aside: float, count: in
 
 
 def _write_clip(file: Path, frames: Sequence[Image.Image]) -> None:
-    import av  # pip install 'frozenprefix[video]'
+    import av
 
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)

@@ -204,10 +204,15 @@ def test_shuffled_never_gives_the_own_picture(count):
 
 
 def test_shuffled_gives_as_many_pictures_as_a_sample_has():
-    shown = ["a", "ab", "c", "cd", "ab", "efg"]
-    samples = [Sample(str(i), tuple(Path(name) for name in names), ()) for i, names in enumerate(shown)]
-    others = ["".join(str(path) for path in sample.images) for sample in generation.shuffled(samples)]
-    assert others == ["c", "cd", "a", "ab", "cd", "aab"]
+    def others(*shown: str) -> list[str]:
+        samples = [Sample(str(i), tuple(Path(name) for name in names), ()) for i, names in enumerate(shown)]
+        return ["".join(str(path) for path in sample.images) for sample in generation.shuffled(samples)]
+
+    assert others("a", "ab", "c", "cd", "ab", "efg") == ["c", "cd", "a", "ab", "cd", "abc"]
+    assert others("x", "xy", "xyz", "a", "ab") == ["a", "ab", "aba", "x", "xy"]
+    assert others("ab", "bc", "cd") == ["cd", "ad", "ab"]
+    with pytest.raises(DataError, match="at least 2 different pictures"):
+        others("a", "ab")
 
 
 def test_chats_with_several_pictures_are_evaluated(captioner, captions, tmp_path):

@@ -139,6 +139,7 @@ def test_blind_prompts(captioner):
     assert captioner.blind_prompt("<image>Question: who? Answer:") == "Question: who? Answer:"
     assert captioner.blind_prompt("<image>") == "<s>"
     assert captioner.blind_prompt("<image><image> ") == "<s>"
+    assert captioner.blind_prompt("user\n<image>who?\nassistant\n") == "user\nwho?\nassistant\n"
 
 
 def test_a_blind_prompt_has_one_start_token(tiny_checkpoint):

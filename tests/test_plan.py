@@ -77,7 +77,7 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
     assert predicted == pytest.approx(sum(kept.values()), rel=0.3)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16")
+@pytest.mark.skipif(len(packable_dtypes()) < 2, reason="the processor has no products in bfloat16")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_copies_are_those_that_training_makes(family, dtype):

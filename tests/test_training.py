@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.data.samples import PictureGroup
-from frozenprefix.errors import CheckpointError, ConfigError, TrainingError
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.loop import Trainer, train
@@ -278,8 +278,17 @@ def test_shuffled_groups_of_pictures_keep_none_of_their_own():
 
     groups = [PictureGroup((Path(f"{i}a"), Path(f"{i}b")), ()) for i in range(3)]
     features = torch.arange(6.0).view(6, 1, 1)
-    losses = validation_losses(model, lambda *_: {"packed": Packed(), "image_features": features}, groups, 8)
-    assert shown == [[0, 1, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3]]
+
+    class Collate:
+        def __call__(self, part, chosen):
+            return {"packed": Packed(), **self.pictures([path for group in part for path in group.images])}
+
+        def pictures(self, paths):
+            known = [path for group in groups for path in group.images]
+            return {"image_features": features[[known.index(path) for path in paths]]}
+
+    losses = validation_losses(model, Collate(), groups, 2)
+    assert shown == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5], [0, 1]]
     assert losses == {"loss": 2.0, "shuffled_loss": 2.0}
 
 
@@ -292,7 +301,7 @@ def test_validation_does_not_depend_on_the_batch_size(whole, recipe_of, tmp_path
     all_at_once, in_pairs = (validation_losses(model, trainer.collator, groups, size)["loss"] for size in (5, 2))
     assert in_pairs == pytest.approx(all_at_once, rel=1e-5)
     assert model.training
-    with pytest.raises(TrainingError, match="at least 2 pictures, got 1"):
+    with pytest.raises(DataError, match="at least 2 different pictures"):
         validation_losses(model, trainer.collator, groups[:1], 2)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,37 @@ def group_by_pictures(samples: Iterable[Sample]) -> list[PictureGroup]:
     for sample in samples:
         groups.setdefault(sample.images, []).append(sample)
     return [PictureGroup(images, tuple(members)) for images, members in groups.items()]
+
+
+def swap_pictures(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
+    """For each tuple of pictures as many others, none of them its own: what a sample is shown when it is shuffled.
+
+    That is the next tuple with as many pictures, from half of these on, that shares none with it; where there is none,
+    the pictures of the others, one after the other.
+
+    Raises:
+        DataError: when a tuple has all pictures that there are.
+    """
+    alike: dict[int, list[tuple[Path, ...]]] = {}
+    for images in dict.fromkeys(shown):
+        alike.setdefault(len(images), []).append(images)
+    swapped = {}
+    for same in alike.values():
+        for place, images in enumerate(same):
+            own, start = set(images), place + len(same) // 2
+            later = (same[(start + step) % len(same)] for step in range(len(same)))
+            found = next((others for others in later if own.isdisjoint(others)), None)
+            swapped[images] = found or _foreign(shown, images)
+    return swapped
+
+
+def _foreign(shown: Sequence[tuple[Path, ...]], own: tuple[Path, ...]) -> tuple[Path, ...]:
+    pictures = dict.fromkeys(path for images in shown for path in images if path not in own)
+    if not pictures:
+        raise DataError(
+            f"shuffled pictures need at least 2 different pictures, and here are only those of one sample: {own[0]}"
+        )
+    return tuple(islice(cycle(pictures), len(own)))
 
 
 def check_unique_ids(samples: Iterable[Sample]) -> None:

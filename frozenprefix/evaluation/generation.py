@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,8 @@ import numpy as np
 from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.features import PictureFeatures
 from frozenprefix.data.retrieval import PictureLookup, picture_keys
-from frozenprefix.data.samples import Sample, check_unique_ids
-from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.data.samples import Sample, check_unique_ids, swap_pictures
+from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation.candidates import CANDIDATES, candidate_answers, choose
 from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.journal import Journal, digest, header_of
@@ -163,7 +161,7 @@ def predict_runs(
         runs |= {"shuffled": (swapped, others), "retrieval_only": (samples, others)}
     # prompts of like length together save padding
     todo = {
-        name: sorted(zip(asked, shown, strict=True), key=lambda pair: len(pair[0].question or ""))
+        name: sorted(zip(asked, shown, strict=True), key=lambda pair: len(prompts[pair[0].id]))
         for name, (asked, shown) in runs.items()
     }
     made = predict_missing(
@@ -227,24 +225,12 @@ def _pooled(samples: Iterable[Sample], pictures: PictureFeatures) -> np.ndarray:
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
-    """For each sample the one whose pictures it gets instead: half the pictures further on, and as many as its own.
-
-    A sample that is the only one with so many pictures gets those of the others, one after the other.
+    """For each sample the one whose pictures it gets instead, see `swap_pictures`.
 
     Raises:
         DataError: when there are not two different pictures.
     """
-    pictures = list(dict.fromkeys(sample.images for sample in samples))
-    if len(pictures) < 2:
-        raise DataError("evaluation needs at least 2 different pictures, for the shuffled baseline")
     first = {sample.images: sample for sample in reversed(samples)}
-    other: dict[tuple[Path, ...], Sample] = {}
-    for count in {len(images) for images in pictures}:
-        alike = [images for images in pictures if len(images) == count]
-        if len(alike) > 1:
-            half = len(alike) // 2
-            other |= {one: first[two] for one, two in zip(alike, alike[half:] + alike[:half], strict=True)}
-        else:
-            rest = cycle(path for images in pictures if images != alike[0] for path in images)
-            other[alike[0]] = replace(first[alike[0]], images=tuple(islice(rest, count)))
-    return [other[sample.images] for sample in samples]
+    swapped = swap_pictures([sample.images for sample in samples])
+    others = ((sample, swapped[sample.images]) for sample in samples)
+    return [first[images] if images in first else replace(sample, images=images) for sample, images in others]

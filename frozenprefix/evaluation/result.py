@@ -134,13 +134,17 @@ def result_of(what: Evaluated, made: Predictions, predictions: Path) -> dict[str
 def write_predictions(
     path: Path, samples: Sequence[Sample], made: Predictions, scored: Mapping[str, Scores] | None = None
 ) -> None:
-    """One JSON object per sample: id, pictures, question, references, each run's prediction; and when they are scored,
-    `scores` (run → metric → score of this sample) and `statistics` of the model's run."""
+    """One JSON object per sample: id, pictures, question, references, each run's prediction.
+
+    A chat has its `history`, the right turns before. When they are scored there are `scores` (run → metric → score of
+    this sample) and `statistics` of the model's run.
+    """
     rows = []
     for sample in samples:
         row: dict[str, Any] = {
             "id": sample.id,
             "images": [str(image) for image in sample.images],
+            **({} if sample.history is None else {"history": sample.history}),
             "question": sample.question,
             "references": list(sample.targets),
             **{name: run[sample.id] for name, run in made.items()},

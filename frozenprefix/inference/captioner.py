@@ -171,7 +171,7 @@ class Captioner:
 
     def blind_prompt(self, prompt: str) -> str:
         """The prompt without its pictures; an empty one starts with the LM's first token."""
-        text = prompt.replace(IMAGE_TOKEN, "").strip()
+        text = prompt.replace(IMAGE_TOKEN, "").lstrip()  # a chat's prompt ends in a new line
         if text or self.processor.encode_prompt(""):
             return text
         return self.processor.tokenizer.bos_token or self.processor.tokenizer.eos_token

@@ -178,6 +178,12 @@ def similar_episodes(
         choices: all answers; the first targets that occur in queries and examples when not given.
     """
     _check_numbers(shots=shots)
+    for sample in (*queries, *examples.samples):
+        if len(sample.images) != 1 or sample.history is not None:
+            raise DataError(
+                f"similar examples: sample '{sample.id}' is a chat or has {len(sample.images)} pictures, expected one "
+                "picture and one question or caption"
+            )
     known = dict.fromkeys(sample.targets[0] for sample in (*queries, *examples.samples))
     made = []
     for sample in queries:

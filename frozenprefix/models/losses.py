@@ -17,7 +17,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     The gradient of the hidden states is computed in the forward pass, chunk by chunk, while the logits are there; the
     backward pass scales it. The head itself gets no gradient. Logits and probabilities stay in the head's dtype and in
-    memory that all chunks share: passes over them cost as much as the matrix products.
+    the same memory, for passes over them cost as much as the matrix products; all chunks share it unless the head is
+    packed, when a product takes its own.
     """
 
     @staticmethod
@@ -36,11 +37,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             at, words = source[low:high] - start, label[low:high]
             if packed:
-                logits = product(hidden[rows], packed.weight)
+                logits = product(hidden[rows], packed.weight, head.bias)
             else:
                 logits = torch.mm(hidden[rows], weight.t(), out=memory[: len(hidden[rows])])
-            if head.bias is not None:
-                logits += head.bias
+                if head.bias is not None:
+                    logits += head.bias
             wanted[low:high] = logits[at, words].float()
             highest = logits.amax(dim=-1).float()
             probabilities = torch.softmax(logits, dim=-1, out=logits)
@@ -51,6 +52,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 expected = back.float() * per_row[rows, None]
                 taken = weight[words].float() * count[low:high, None]
                 gradient[rows] = expected.index_add_(0, at, taken, alpha=-1)
+            del logits, probabilities  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return (count * (normaliser[source] - wanted)).sum()
 

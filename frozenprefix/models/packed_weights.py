@@ -96,6 +96,9 @@ def packed_frozen_weights(language_model: nn.Module) -> Iterator[None]:
 def packable_layers(language_model: nn.Module) -> list[Layer]:
     """The layers that `packed_frozen_weights` changes."""
     layers = [module for module in language_model.modules() if isinstance(module, Layer) and _is_packable(module)]
+    if packed_bytes(layers) > LARGEST:  # rather all layers than the head, which is read once
+        head = getattr(language_model, "get_output_embeddings", lambda: None)()
+        layers = [layer for layer in layers if layer is not head]
     size = packed_bytes(layers)
     if size > LARGEST:
         logger.info("frozen weights are not packed: the copies would take %.1f GiB", size / 2**30)

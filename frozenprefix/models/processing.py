@@ -215,7 +215,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             images: one picture or a list of them, in reading order over all texts; or a list of lists, one per text.
             text: one prompt or a list; `<image>` marks where a picture goes, and stands in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
-            add_special_tokens: False for a chat, whose template has written the tokenizer's start token already.
+            add_special_tokens: put the tokenizer's start token in front, where the prompt does not begin with it.
 
         Returns:
             `input_ids`, `attention_mask` (with text), `pixel_values` (with images).

@@ -150,7 +150,9 @@ PACKED_COPIES = "packed copies (on a CPU only)"
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
-    packed = 2 * (lm.matrix_weights + lm.hidden * lm.vocabulary) * lm.item_bytes
+    head = lm.hidden * lm.vocabulary
+    packed = 2 * (lm.matrix_weights + head) * lm.item_bytes
+    packed -= 2 * head * lm.item_bytes if packed > LARGEST else 0  # as `packable_layers` chooses
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
         PACKED_COPIES: packed if packed <= LARGEST else 0,

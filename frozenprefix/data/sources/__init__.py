@@ -4,7 +4,7 @@
 
 | type | reads |
 |---|---|
-| captions | `captions.jsonl`: a picture a line, with its captions |
+| captions | `captions.jsonl`: a picture, or the frames of a clip, a line, with its captions |
 | qa | `qa.jsonl` or `qa.json`: a question a row, with its answers |
 | image_folder | pictures, with or without their folders' names as labels |
 | coco | COCO's caption files, and VizWiz-Captions' |
