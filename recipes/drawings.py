@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ MOVES = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 def few_shot(drawings: Sequence[Sample], folder: Path, split: str) -> None:
     """Episodes of two made-up names and one shot each: conversations of one turn, with three pictures."""
     episodes = binding_episodes(drawings, ways=2, shots=1, episodes=COUNTS["few_shot"][split])
-    _write_talks(folder / f"{split}.json", ((e.images, [(e.prompt, e.answer)]) for e in episodes))
+    write_talks(folder / f"{split}.json", ((e.images, [(e.prompt, e.answer)]) for e in episodes))
 
 
 def dialog(drawings: Sequence[Sample], folder: Path, split: str) -> None:
@@ -59,7 +59,7 @@ def dialog(drawings: Sequence[Sample], folder: Path, split: str) -> None:
             ]
             yield [*first.images, *second.images], turns
 
-    _write_talks(folder / f"{split}.json", talks())
+    write_talks(folder / f"{split}.json", talks())
 
 
 def video(drawings: Sequence[Sample], folder: Path, split: str) -> None:
@@ -108,7 +108,7 @@ def _write_clip(file: Path, frames: Sequence[Image.Image]) -> None:
         container.mux(stream.encode())
 
 
-def _write_talks(file: Path, talks: Iterator[tuple[Sequence[Path], list[tuple[str, str]]]]) -> None:
+def write_talks(file: Path, talks: Iterable[tuple[Sequence[Path], list[tuple[str, str]]]]) -> None:
     """Write pictures and their (question, answer) turns in LLaVA's format."""
     rows: list[dict[str, Any]] = []
     for number, (images, turns) in enumerate(talks):

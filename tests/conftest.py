@@ -320,6 +320,26 @@ def questions(shapes):
     return load_source({"type": "qa", "path": str(shapes), "split": "val"})
 
 
+@pytest.fixture
+def colour_embedder():
+    """An `Embedder` whose vectors are known: it sees and reads red, green and blue."""
+    from frozenprefix.inference.embedding import Embedder
+
+    from .retrieval_parts import ColourModel, ColourProcessor
+
+    return Embedder(ColourModel(), ColourProcessor(), batch_size=4)
+
+
+@pytest.fixture
+def colour_pictures(tmp_path) -> Path:
+    """A folder with a square of each colour: red.png, …"""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for colour in COLOURS:
+        draw_shape(colour, "square").save(folder / f"{colour}.png")
+    return folder
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

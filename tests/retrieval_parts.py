@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from frozenprefix.inference.embedding import Embedder
+from .conftest import COLOURS
 
-from .conftest import COLOURS, draw_shape
+EYE = np.eye(4, dtype=np.float32)
 
 
 class ColourModel:
@@ -53,15 +52,3 @@ class ColourProcessor:
     def prepare_texts(self, texts):
         ids = torch.tensor([[int(c in text) for c in COLOURS] for text in texts])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def colour_embedder() -> Embedder:
-    return Embedder(ColourModel(), ColourProcessor(), batch_size=4)
-
-
-def draw_colours(folder: Path) -> Path:
-    """A square of each colour: red.png, …"""
-    folder.mkdir()
-    for colour in COLOURS:
-        draw_shape(colour, "square").save(folder / f"{colour}.png")
-    return folder

@@ -25,20 +25,7 @@ from frozenprefix.evaluation.tasks import EvaluationOptions
 from frozenprefix.inference.embedding import Embedder
 
 from .conftest import COLOURS
-from .retrieval_parts import ColourModel, ColourProcessor, colour_embedder, draw_colours
-
-EYE = np.eye(4, dtype=np.float32)
-
-
-@pytest.fixture
-def embedder():
-    return colour_embedder()
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    return draw_colours(tmp_path / "pictures")
-
+from .retrieval_parts import EYE, ColourModel, ColourProcessor
 
 # ── metrics ──
 
@@ -104,10 +91,10 @@ def rows_of(path: Path) -> dict[str, dict]:
     return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
-def test_evaluate_retrieval(embedder, pictures, tmp_path):
+def test_evaluate_retrieval(colour_embedder, colour_pictures, tmp_path):
     path = tmp_path / "made" / "p.jsonl"
-    samples = [Sample(c, (pictures / f"{c}.png",), (f"a {c} square", f"{c} paint")) for c in COLOURS]
-    result = evaluate_retrieval(embedder, samples, options_for(path))
+    samples = [Sample(c, (colour_pictures / f"{c}.png",), (f"a {c} square", f"{c} paint")) for c in COLOURS]
+    result = evaluate_retrieval(colour_embedder, samples, options_for(path))
     assert (result["task"], result["n"], result["settings"]["texts"]) == ("retrieval", 3, 6)
     assert result["metrics"]["text_to_picture_recall@1"] == 1.0
     assert result["metrics"]["picture_to_text_recall@1"] == 1.0
@@ -119,10 +106,10 @@ def test_evaluate_retrieval(embedder, pictures, tmp_path):
     assert json.loads(json.dumps(result)) == result, "plain JSON"
 
 
-def test_metrics_intervals_and_rows_by_hand(embedder, pictures, tmp_path):
+def test_metrics_intervals_and_rows_by_hand(colour_embedder, colour_pictures, tmp_path):
     """The green picture has three texts, two of which name other colours; equal scores of others stand in front."""
-    samples = of_colours(pictures, green="green paint|blue|red")
-    result = evaluate_retrieval(embedder, samples, options_for(tmp_path / "p.jsonl"), recall_at=[1, 3])
+    samples = of_colours(colour_pictures, green="green paint|blue|red")
+    result = evaluate_retrieval(colour_embedder, samples, options_for(tmp_path / "p.jsonl"), recall_at=[1, 3])
     metrics = result["metrics"]
     assert metrics == {
         "text_to_picture_recall@1": 3 / 5,  # over texts: the mean over pictures would be 7 / 9
@@ -133,12 +120,15 @@ def test_metrics_intervals_and_rows_by_hand(embedder, pictures, tmp_path):
         "picture_to_text_median_rank": 2.0,
     }
     texts, owner = [text for sample in samples for text in sample.targets], np.array([0, 1, 1, 1, 2])
-    _, vectors = embedder.embed_pictures([sample.images[0] for sample in samples])
-    assert metrics == retrieval_metrics(vectors, embedder.embed_texts(texts), owner, (1, 3))
+    _, vectors = colour_embedder.embed_pictures([sample.images[0] for sample in samples])
+    assert metrics == retrieval_metrics(vectors, colour_embedder.embed_texts(texts), owner, (1, 3))
     rows = rows_of(tmp_path / "p.jsonl")
     assert list(rows) == list(COLOURS) == ["red", "green", "blue"]
     green = rows["green"]
-    assert (green["images"], green["references"]) == ([str(pictures / "green.png")], ["green paint", "blue", "red"])
+    assert (green["images"], green["references"]) == (
+        [str(colour_pictures / "green.png")],
+        ["green paint", "blue", "red"],
+    )
     assert green["model"] == {
         "picture_ranks": [1, 3, 3],
         "text_rank": 1,
@@ -154,7 +144,7 @@ def test_metrics_intervals_and_rows_by_hand(embedder, pictures, tmp_path):
     assert result["intervals"].keys() == {name for name in metrics if "recall" in name}, "no median"
 
 
-def test_two_models_can_be_compared(embedder, pictures, tmp_path):
+def test_two_models_can_be_compared(colour_embedder, colour_pictures, tmp_path):
     class Confused(ColourModel):
         """Takes red for blue."""
 
@@ -162,9 +152,9 @@ def test_two_models_can_be_compared(embedder, pictures, tmp_path):
             return super().encode_image(pixel_values)[:, [2, 1, 0]]
 
     loaded = []
-    for name, model in (("a", Confused()), ("b", embedder.model)):
+    for name, model in (("a", Confused()), ("b", colour_embedder.model)):
         options = options_for(tmp_path / f"{name}.jsonl")
-        result = RETRIEVAL.run(Embedder(model, ColourProcessor()), of_colours(pictures), options)
+        result = RETRIEVAL.run(Embedder(model, ColourProcessor()), of_colours(colour_pictures), options)
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
         loaded.append(Evaluation.load(tmp_path / f"{name}.json"))
     compared = compare(*loaded)
@@ -175,39 +165,45 @@ def test_two_models_can_be_compared(embedder, pictures, tmp_path):
     assert compared["metrics"]["text_to_picture_median_rank"]["p_value"] is None
 
 
-def test_the_main_process_does_it_for_all(embedder, pictures, tmp_path):
+def test_the_main_process_does_it_for_all(colour_embedder, colour_pictures, tmp_path):
     said: list[dict] = []
     main = Processes(0, 2, gather=lambda made: said.extend(made) or list(said))
     other = Processes(1, 2, gather=lambda made: [*said, *made])
     first, second = (
-        evaluate_retrieval(embedder, of_colours(pictures), options_for(tmp_path / "p.jsonl", processes=processes))
+        evaluate_retrieval(
+            colour_embedder, of_colours(colour_pictures), options_for(tmp_path / "p.jsonl", processes=processes)
+        )
         for processes in (main, other)
     )
     assert second == first
-    assert embedder.model.seen == 3
+    assert colour_embedder.model.seen == 3
 
 
-def test_evaluate_retrieval_refuses_what_it_cannot_compare(embedder, pictures, tmp_path):
+def test_evaluate_retrieval_refuses_what_it_cannot_compare(colour_embedder, colour_pictures, tmp_path):
     options = options_for(tmp_path / "p.jsonl")
-    one = Sample("a", (pictures / "red.png",), ("red",))
+    one = Sample("a", (colour_pictures / "red.png",), ("red",))
     with pytest.raises(DataError, match="got 1 pictures with texts"):
-        evaluate_retrieval(embedder, [one], options)
+        evaluate_retrieval(colour_embedder, [one], options)
     with pytest.raises(DataError, match="several pictures"):
-        evaluate_retrieval(embedder, [Sample("b", (*one.images, pictures / "blue.png"), ("x",)), one], options)
+        evaluate_retrieval(
+            colour_embedder, [Sample("b", (*one.images, colour_pictures / "blue.png"), ("x",)), one], options
+        )
     with pytest.raises(DataError, match="1 ids occur more than once"):
-        evaluate_retrieval(embedder, [one, Sample("a", (pictures / "blue.png",), ("blue",))], options)
+        evaluate_retrieval(colour_embedder, [one, Sample("a", (colour_pictures / "blue.png",), ("blue",))], options)
     for recall_at in (5, [], [0, 1], "1"):
         with pytest.raises(ConfigError, match=r"recall_at: got .*, expected a list of whole numbers from 1"):
-            evaluate_retrieval(embedder, of_colours(pictures), options, recall_at=recall_at)
+            evaluate_retrieval(colour_embedder, of_colours(colour_pictures), options, recall_at=recall_at)
     with pytest.raises(ConfigError, match=r"task 'retrieval' has no option 'recall' \(did you mean 'recall_at'\?\)"):
-        RETRIEVAL.run(embedder, of_colours(pictures), options_for(tmp_path / "p.jsonl", extra={"recall": 5}))
+        RETRIEVAL.run(
+            colour_embedder, of_colours(colour_pictures), options_for(tmp_path / "p.jsonl", extra={"recall": 5})
+        )
 
 
-def test_pictures_that_cannot_be_read_are_left_out(embedder, pictures, tmp_path):
-    (pictures / "green.png").write_bytes(b"no picture")
+def test_pictures_that_cannot_be_read_are_left_out(colour_embedder, colour_pictures, tmp_path):
+    (colour_pictures / "green.png").write_bytes(b"no picture")
     options = options_for(tmp_path / "p.jsonl", max_bad_share=0.5)
-    result = evaluate_retrieval(embedder, of_colours(pictures), options)
+    result = evaluate_retrieval(colour_embedder, of_colours(colour_pictures), options)
     assert (result["n"], result["bad_pictures"]) == (2, {"not_an_image": 1})
     assert list(rows_of(tmp_path / "p.jsonl")) == ["red", "blue"]
     with pytest.raises(DataError, match="1 of 3 pictures are bad"):
-        evaluate_retrieval(embedder, of_colours(pictures), options_for(tmp_path / "p.jsonl"))
+        evaluate_retrieval(colour_embedder, of_colours(colour_pictures), options_for(tmp_path / "p.jsonl"))

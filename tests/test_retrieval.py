@@ -16,28 +16,15 @@ from frozenprefix.inference.retrieval import PictureIndex, open_index
 from frozenprefix.inference.zero_shot import ZeroShotClassifier
 
 from .conftest import COLOURS, draw_shape
-from .retrieval_parts import ColourModel, ColourProcessor, colour_embedder, draw_colours
-
-EYE = np.eye(4, dtype=np.float32)
-
-
-@pytest.fixture
-def embedder():
-    return colour_embedder()
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    return draw_colours(tmp_path / "pictures")
-
+from .retrieval_parts import EYE, ColourModel, ColourProcessor
 
 # ── the index ──
 
 
-def test_search_finds_the_named_colour(embedder, pictures):
-    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+def test_search_finds_the_named_colour(colour_embedder, colour_pictures):
+    index = PictureIndex.build(colour_embedder, sorted(colour_pictures.iterdir()))
     for colour in COLOURS:
-        hits = index.search(embedder.embed_texts([f"something {colour}"]), k=3)[0]
+        hits = index.search(colour_embedder.embed_texts([f"something {colour}"]), k=3)[0]
         assert hits[0].path.stem == colour
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert len(index.search(EYE[:1, :3], k=99)[0]) == 3
@@ -54,21 +41,21 @@ def test_numpy_search_sorts_as_a_full_sort_does():
         assert [int(hit.path.name) for hit in hits] == np.argsort(-scores)[:7].tolist()
 
 
-def test_an_index_is_read_back_whole(embedder, pictures, tmp_path):
-    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+def test_an_index_is_read_back_whole(colour_embedder, colour_pictures, tmp_path):
+    index = PictureIndex.build(colour_embedder, sorted(colour_pictures.iterdir()))
     index.save(tmp_path / "index")
-    again = PictureIndex.load(tmp_path / "index", embedder.fingerprint())
+    again = PictureIndex.load(tmp_path / "index", colour_embedder.fingerprint())
     assert (again.paths, again.stamps) == (index.paths, index.stamps)
     assert np.array_equal(again.embeds, index.embeds)
     index.save(tmp_path / "index")
     assert len(list((tmp_path / "index").iterdir())) == 2, "older vectors are removed"
 
 
-def test_an_index_of_another_model_is_refused(embedder, pictures, tmp_path):
-    PictureIndex.build(embedder, sorted(pictures.iterdir())).save(tmp_path / "index")
+def test_an_index_of_another_model_is_refused(colour_embedder, colour_pictures, tmp_path):
+    PictureIndex.build(colour_embedder, sorted(colour_pictures.iterdir())).save(tmp_path / "index")
     other = Embedder(ColourModel("two"), ColourProcessor())
     with pytest.raises(CacheError, match="was made with model"):
-        open_index(other, sorted(pictures.iterdir()), tmp_path / "index")
+        open_index(other, sorted(colour_pictures.iterdir()), tmp_path / "index")
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"pictures": []}'])
@@ -78,43 +65,43 @@ def test_a_damaged_index_says_so(broken, tmp_path):
         PictureIndex.load(tmp_path)
 
 
-def test_only_what_changed_is_embedded_again(embedder, pictures, tmp_path):
+def test_only_what_changed_is_embedded_again(colour_embedder, colour_pictures, tmp_path):
     folder = tmp_path / "index"
-    files = lambda: sorted(pictures.iterdir())  # noqa: E731
-    open_index(embedder, files(), folder)
-    assert embedder.model.seen == 3
-    open_index(embedder, files(), folder)
-    assert embedder.model.seen == 3
-    draw_shape("blue", "cross").save(pictures / "red.png")  # no longer red
-    (pictures / "green.png").unlink()
-    draw_shape("green", "circle").save(pictures / "new.png")
-    index = open_index(embedder, files(), folder)
-    assert embedder.model.seen == 5
+    files = lambda: sorted(colour_pictures.iterdir())  # noqa: E731
+    open_index(colour_embedder, files(), folder)
+    assert colour_embedder.model.seen == 3
+    open_index(colour_embedder, files(), folder)
+    assert colour_embedder.model.seen == 3
+    draw_shape("blue", "cross").save(colour_pictures / "red.png")  # no longer red
+    (colour_pictures / "green.png").unlink()
+    draw_shape("green", "circle").save(colour_pictures / "new.png")
+    index = open_index(colour_embedder, files(), folder)
+    assert colour_embedder.model.seen == 5
     assert [path.name for path in index.paths] == ["blue.png", "new.png", "red.png"]
-    assert index.search(embedder.embed_texts(["green"]), k=1)[0][0].path.name == "new.png"
+    assert index.search(colour_embedder.embed_texts(["green"]), k=1)[0][0].path.name == "new.png"
     assert PictureIndex.load(folder).paths == index.paths
 
 
-def test_a_touched_file_counts_as_changed(embedder, pictures, tmp_path):
-    files = sorted(pictures.iterdir())
-    open_index(embedder, files, tmp_path / "index")
+def test_a_touched_file_counts_as_changed(colour_embedder, colour_pictures, tmp_path):
+    files = sorted(colour_pictures.iterdir())
+    open_index(colour_embedder, files, tmp_path / "index")
     os.utime(files[0], ns=(1, 1))
-    open_index(embedder, files, tmp_path / "index")
-    assert embedder.model.seen == 4
+    open_index(colour_embedder, files, tmp_path / "index")
+    assert colour_embedder.model.seen == 4
 
 
-def test_pictures_that_cannot_be_read(embedder, pictures):
-    (pictures / "broken.png").write_bytes(b"no picture")
-    files = sorted(pictures.iterdir())
+def test_pictures_that_cannot_be_read(colour_embedder, colour_pictures):
+    (colour_pictures / "broken.png").write_bytes(b"no picture")
+    files = sorted(colour_pictures.iterdir())
     with pytest.raises(BadImageError):
-        PictureIndex.build(embedder, files)
+        PictureIndex.build(colour_embedder, files)
     bad = BadPictures()
-    assert len(PictureIndex.build(embedder, files, bad=bad)) == 3
+    assert len(PictureIndex.build(colour_embedder, files, bad=bad)) == 3
     assert bad.counts == {"not_an_image": 1}
 
 
-def test_without_faiss_the_error_says_so(embedder, pictures):
-    index = PictureIndex.build(embedder, sorted(pictures.iterdir()))
+def test_without_faiss_the_error_says_so(colour_embedder, colour_pictures):
+    index = PictureIndex.build(colour_embedder, sorted(colour_pictures.iterdir()))
     try:
         import faiss  # noqa: F401
     except ImportError:
@@ -128,9 +115,9 @@ def test_without_faiss_the_error_says_so(embedder, pictures):
 # ── zero-shot classification ──
 
 
-def test_labels_are_the_mean_of_their_templates(embedder, pictures):
-    classifier = ZeroShotClassifier(embedder, COLOURS, ["{}", "some {} paint"])
-    named = classifier.classify(sorted(pictures.iterdir()))
+def test_labels_are_the_mean_of_their_templates(colour_embedder, colour_pictures):
+    classifier = ZeroShotClassifier(colour_embedder, COLOURS, ["{}", "some {} paint"])
+    named = classifier.classify(sorted(colour_pictures.iterdir()))
     assert [item.label for item in named] == ["blue", "green", "red"]
     assert sum(named[0].probabilities.values()) == pytest.approx(1)
     assert classifier.label_embeds == pytest.approx(EYE[:3, :3])
@@ -144,23 +131,23 @@ def test_labels_are_the_mean_of_their_templates(embedder, pictures):
         (["red", "blue"], ["a colour"], "with a place"),
     ],
 )
-def test_wrong_labels_and_templates(embedder, labels, templates, message):
+def test_wrong_labels_and_templates(colour_embedder, labels, templates, message):
     with pytest.raises(ConfigError, match=message):
-        ZeroShotClassifier(embedder, labels, templates)
+        ZeroShotClassifier(colour_embedder, labels, templates)
 
 
 # ── the command ──
 
 
-def test_search_command(embedder, pictures, tmp_path, monkeypatch):
+def test_search_command(colour_embedder, colour_pictures, tmp_path, monkeypatch):
     from frozenprefix.cli.search import command
 
-    monkeypatch.setattr(Embedder, "from_pretrained", classmethod(lambda cls, checkpoint: embedder))
+    monkeypatch.setattr(Embedder, "from_pretrained", classmethod(lambda cls, checkpoint: colour_embedder))
     import typer
 
     app = typer.Typer()
     app.command()(command)
-    arguments = ["checkpoint", str(pictures), "the blue one", "-k", "2", "--index", str(tmp_path / "kept")]
+    arguments = ["checkpoint", str(colour_pictures), "the blue one", "-k", "2", "--index", str(tmp_path / "kept")]
     for _ in range(2):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
@@ -168,6 +155,6 @@ def test_search_command(embedder, pictures, tmp_path, monkeypatch):
         assert len(lines) == 2
         score, path = lines[0].split("\t")
         assert (float(score), Path(path).name) == (pytest.approx(1.0), "blue.png")
-    assert embedder.model.seen == 3
+    assert colour_embedder.model.seen == 3
     missing = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "nowhere"), "x"])
     assert isinstance(missing.exception, DataError)

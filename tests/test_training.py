@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.data.samples import PictureGroup
-from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.errors import CheckpointError, ConfigError, TrainingError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.loop import Trainer, train
@@ -301,7 +301,7 @@ def test_validation_does_not_depend_on_the_batch_size(whole, recipe_of, tmp_path
     all_at_once, in_pairs = (validation_losses(model, trainer.collator, groups, size)["loss"] for size in (5, 2))
     assert in_pairs == pytest.approx(all_at_once, rel=1e-5)
     assert model.training
-    with pytest.raises(DataError, match="at least 2 different pictures"):
+    with pytest.raises(TrainingError, match="at least 2 pictures, got 1"):
         validation_losses(model, trainer.collator, groups[:1], 2)
 
 

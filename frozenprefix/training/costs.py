@@ -150,12 +150,12 @@ PACKED_COPIES = "packed copies (on a CPU only)"
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
-    head = lm.hidden * lm.vocabulary
-    packed = 2 * (lm.matrix_weights + head) * lm.item_bytes
-    packed -= 2 * head * lm.item_bytes if packed > LARGEST else 0  # as `packable_layers` chooses
+    # with the head or, as `packable_layers` chooses, without
+    weights = (lm.matrix_weights + lm.hidden * lm.vocabulary, lm.matrix_weights)
+    packed = [2 * number * lm.item_bytes for number in weights]
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
-        PACKED_COPIES: packed if packed <= LARGEST else 0,
+        PACKED_COPIES: next((size for size in packed if size <= LARGEST), 0),
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
         "activations": activations,

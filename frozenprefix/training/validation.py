@@ -27,9 +27,11 @@ def validation_losses(
         to look gets the same of both.
 
     Raises:
-        TrainingError: for samples without a picture.
-        DataError: when there are not two different pictures.
+        TrainingError: for fewer than two groups, or samples without a picture.
+        DataError: when one group has all pictures that there are.
     """
+    if len(groups) < 2:
+        raise TrainingError(f"data.validation: shuffled pictures need at least 2 pictures, got {len(groups)}")
     if not all(group.images for group in groups):
         raise TrainingError("data.validation: got samples without a picture, which cannot be shuffled")
     swapped = swap_pictures([group.images for group in groups])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -59,34 +60,34 @@ class LlavaSource(SourceConfig):
     def _samples(self, number: int, row: Row, root: Path) -> list[Sample]:
         images = tuple(root / self.images / name for name in row.names("image"))
         name = row.identifier("id") if "id" in row else "row"
-        written, shown, samples = "", 0, []
-        history: tuple[tuple[str, str], ...] = ()
-        for turn, (question, answer) in enumerate(_turns(row)):
-            shown += question.count(IMAGE_TOKEN)
-            if len(images) > 1 and not shown:
-                raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
-            if len(images) == 1:
-                question = question.replace(IMAGE_TOKEN, "").strip()
-            samples.append(
-                Sample(
-                    id=f"{name}#{number}.{turn}",
-                    images=images if len(images) == 1 else images[:shown],
-                    targets=(answer,),
-                    prompt=self.prompt and written + self.prompt,
-                    question=question,
-                    history=None if self.prompt else history,
-                    split=split_in_name(Path(self.file).name),
-                    task="vqa",
-                    metadata={"answers": (answer,)},
-                )
+        turns = _turns(row)
+        shown = list(accumulate(question.count(IMAGE_TOKEN) for question, _ in turns))  # pictures so far
+        if len(images) > 1 and not shown[0]:
+            raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
+        if shown[-1] != len(images) and (shown[-1], len(images)) != (0, 1):
+            raise DataError(f"{row.where}: got {shown[-1]} marks {IMAGE_TOKEN}, expected {len(images)}, one a picture")
+        if len(images) == 1:
+            turns = [(question.replace(IMAGE_TOKEN, "").strip(), answer) for question, answer in turns]
+            shown = [1] * len(turns)
+        return [
+            Sample(
+                id=f"{name}#{number}.{turn}",
+                images=images[: shown[turn]],
+                targets=(answer,),
+                prompt=None if self.prompt is None else _written(self.prompt, turns[:turn]) + self.prompt,
+                question=question,
+                history=tuple(turns[:turn]) if self.prompt is None else None,
+                split=split_in_name(Path(self.file).name),
+                task="vqa",
+                metadata={"answers": (answer,)},
             )
-            history += ((question, answer),)
-            if self.prompt:
-                glue = "" if self.prompt.endswith((" ", "\n")) else " "
-                written += f"{self.prompt.replace(_QUESTION, question)}{glue}{answer}\n"
-        if shown != len(images) and (shown, len(images)) != (0, 1):
-            raise DataError(f"{row.where}: got {shown} marks {IMAGE_TOKEN}, expected {len(images)}, one a picture")
-        return samples
+            for turn, (question, answer) in enumerate(turns)
+        ]
+
+
+def _written(prompt: str, turns: list[tuple[str, str]]) -> str:
+    glue = "" if prompt.endswith((" ", "\n")) else " "
+    return "".join(f"{prompt.replace(_QUESTION, question)}{glue}{answer}\n" for question, answer in turns)
 
 
 def _turns(row: Row) -> list[tuple[str, str]]:

@@ -44,19 +44,22 @@ class Row:
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A list of texts, or a single text. Empty ones are kept: they are counted when the data is checked."""
-        value = self._get(field)
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise self._wrong(field, value, "a text or a list of texts")
-        return tuple(items)
+        items = self._texts(field)
+        if items is None:
+            raise self._wrong(field, self._get(field), "a text or a list of texts")
+        return items
 
     def names(self, field: str) -> tuple[str, ...]:
         """A list of texts, or a single text: at least one, and none that is empty."""
+        items = self._texts(field)
+        if not items or "" in items:
+            raise self._wrong(field, self._get(field), "a text that is not empty, or a list of such texts")
+        return items
+
+    def _texts(self, field: str) -> tuple[str, ...] | None:
         value = self._get(field)
         items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not items or not all(isinstance(item, str) and item for item in items):
-            raise self._wrong(field, value, "a text that is not empty, or a list of such texts")
-        return tuple(items)
+        return tuple(items) if isinstance(items, list) and all(isinstance(item, str) for item in items) else None
 
     def integer(self, field: str) -> int:
         value = self._get(field)
