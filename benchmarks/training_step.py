@@ -153,6 +153,8 @@ def utilisation(shape: Shape, rounds: int) -> dict[str, float]:
         shares.append(rates[-1] / peaks[-1])
     return {
         "mfu": statistics.median(shares),
+        "mfu_low": min(shares),
+        "mfu_high": max(shares),
         "gflops": statistics.median(rates),
         "gemm_peak_gflops": statistics.median(peaks),
     }
@@ -272,6 +274,8 @@ def markdown(report: dict[str, Any]) -> str:
         ("bf16 matrix products, GFLOP/s", ("gemm_peak_gflops",), ""),
         ("useful share of it in our bf16 step, 8 pictures", ("mfu_small_step",), ""),
         ("the same, 32 pictures", ("mfu",), "≥ 0.65"),
+        ("the lowest of these steps", ("mfu_low",), ""),
+        ("the highest", ("mfu_high",), ""),
     ]
     rows = []
     for label, path, target in wanted:

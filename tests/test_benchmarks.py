@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import attention, blind_twin, closed_form_start, common, generation, training_step
+from benchmarks import attention, blind_twin, closed_form_start, common, generation, products, training_step
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
+from frozenprefix.models.packed_weights import packable_dtypes
 from frozenprefix.models.packing import build_trie
 
 from .conftest import tiny_recipe_dict
@@ -24,6 +25,15 @@ def test_attention_runs_and_is_exact(tmp_path):
     assert all(case["max_difference_fp32"] < 1e-5 for case in report["cases"])
     assert report["machine"]["torch"] == torch.__version__
     assert attention.markdown(report).count("\n| tiny, ") == 2
+
+
+@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+def test_products_run_and_agree():
+    report = products.main(["--quick"])
+    assert [case["name"] for case in report["cases"]] == [f"tiny, {str(d)[6:]}" for d in packable_dtypes()]
+    assert report["cases"][0]["max_difference"] < 1e-6
+    assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
+    assert products.markdown(report).count("\n| tiny, ") == len(packable_dtypes())
 
 
 def test_generation_runs(tmp_path):
@@ -48,7 +58,7 @@ def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    used = {"mfu": 0.5, "mfu_small_step": 0.4, "gemm_peak_gflops": 100.0}
+    used = {"mfu": 0.5, "mfu_low": 0.4, "mfu_high": 0.6, "mfu_small_step": 0.4, "gemm_peak_gflops": 100.0}
     monkeypatch.setattr(common, "Arm", HereArm)
     monkeypatch.setattr(training_step, "in_own_process", lambda command: used)
     report = training_step.main(["--quick"])

@@ -2,8 +2,7 @@
 
 oneDNN brings a weight into its own layout before every product. A frozen weight needs that once: one copy for the
 forward pass and one for the gradient of the input, beside the weight itself, which stays as it is. In float32 PyTorch
-takes MKL for its products; on AMD's processors oneDNN is two to four times as fast (one core of an EPYC, 512 rows
-through GPT-2's layers: 99 to 185 GFLOP/s, MKL 39 to 46).
+takes MKL for its own products, which on an AMD processor is the slower of the two: `benchmarks/products.py`.
 """
 
 from __future__ import annotations
