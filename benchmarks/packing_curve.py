@@ -47,10 +47,11 @@ def quick_recipe(folder: Path, packing: str) -> Recipe:
 
 
 def full_recipe(folder: Path, packing: str, path: Path, steps: int) -> Recipe:
-    """The recipe, but for its length and its output; photos by FROZENPREFIX_DATA where it is set."""
+    """The recipe, warm-up and all, but for its length and its output; photos by FROZENPREFIX_DATA where it is set."""
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val" if source["path"] != str(folder / "photos") else "train", "limit": 48}
     del source["limit"]
+    warmup = Recipe.load(path).training.warmup_steps
     return Recipe.load(
         path,
         [
@@ -60,6 +61,7 @@ def full_recipe(folder: Path, packing: str, path: Path, steps: int) -> Recipe:
             "training.epochs=null",
             "training.max_minutes=null",
             f"training.max_steps={steps}",
+            f"training.warmup_steps={warmup}",
             f"training.validate_every={max(1, steps // CURVES)}",
             "training.log_every=1",
             f"training.packing={packing}",

@@ -1,4 +1,4 @@
-"""Products with frozen weights on the CPU: packed for oneDNN, as training has them, against PyTorch's own.
+"""Products with frozen weights on the CPU, and whole layers, as training has them, against PyTorch's own.
 
 python benchmarks/products.py [--quick] [--json report.json]
 """
@@ -8,19 +8,28 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.models.packed_weights import packable_dtypes, packed_frozen_weights
+from benchmarks.workloads import random_lm
+from benchmarks.workloads import shapes as workload_shapes
+from frozenprefix.models.allocator import keep_freed_memory
+from frozenprefix.models.attention import additive_mask, attention_for_rows
+from frozenprefix.models.packed_product import packable_dtypes
+from frozenprefix.models.packed_weights import packable_layers, packed_frozen_weights
 
 ROWS = 512  # tokens of a step
+TEXTS = 4  # that they belong to
+LAYERS = 4
 
 
 def forth_and_back(layers: nn.ModuleList, inputs: list[Tensor]) -> list[Tensor]:
@@ -42,15 +51,38 @@ def measure(name: str, dtype: torch.dtype, sizes: list[tuple[int, int]], rounds:
     with packed_frozen_weights(packed):
         arms = {"plain": plain, "packed": packed}
         runs = {arm: lambda layers=layers: forth_and_back(layers, inputs) for arm, layers in arms.items()}
-        seconds = common.timed_rounds(runs, rounds, warmup=2)
-        pairs = list(zip(runs["packed"](), runs["plain"](), strict=True))
-    operations = 2 * 2 * ROWS * sum(width_in * width_out for width_in, width_out in sizes)
+        operations = 2 * 2 * ROWS * sum(width_in * width_out for width_in, width_out in sizes)
+        return compared(name, dtype, runs, operations, rounds)
+
+
+def compared(
+    name: str, dtype: torch.dtype, runs: dict[str, Callable[[], list[Tensor]]], operations: int, rounds: int
+) -> dict[str, Any]:
+    seconds = common.timed_rounds(runs, rounds, warmup=2)
+    pairs = list(zip(runs["packed"](), runs["plain"](), strict=True))
     return {
         "name": f"{name}, {str(dtype).removeprefix('torch.')}",
         "gflops": {arm: operations / statistics.median(times) / 1e9 for arm, times in seconds.items()},
         "ratio": common.median_ratio(seconds["plain"], seconds["packed"]),
         "max_difference": max(float((a - b).norm() / b.norm()) for a, b in pairs),
     }
+
+
+def measure_layers(name: str, config: PreTrainedConfig, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Decoder layers over rows of one text each; both arms have the attention that training has."""
+    plain, packed = (random_lm(config, dtype).requires_grad_(False).eval() for _ in range(2))
+    x = torch.randn(TEXTS, ROWS // TEXTS, config.hidden_size, dtype=dtype, requires_grad=True)
+    mask = additive_mask(torch.ones(TEXTS, *2 * x.shape[1:2], dtype=torch.bool).tril(), dtype)
+
+    def forth_and_back_through(lm: PreTrainedModel) -> list[Tensor]:
+        with attention_for_rows(lm):
+            made = lm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        return [made.detach(), *torch.autograd.grad(made, x, torch.ones_like(made))]
+
+    weights = sum(layer.weight.numel() for layer in packable_layers(plain.base_model))
+    with packed_frozen_weights(packed):
+        runs = {"plain": lambda: forth_and_back_through(plain), "packed": lambda: forth_and_back_through(packed)}
+        return compared(name, dtype, runs, 2 * 2 * ROWS * weights, rounds)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +95,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.quick:
         shapes, rounds = {"tiny": [(16, 32), (32, 16)]}, 2
     cases = [measure(name, dtype, sizes, rounds) for name, sizes in shapes.items() for dtype in packable_dtypes()]
+    config = workload_shapes(arguments.quick)["llama"].config
+    config.num_hidden_layers = LAYERS
+    cases += [measure_layers("layers of SmolLM2-135M", config, dtype, rounds) for dtype in packable_dtypes()]
     return {"cases": cases}
 
 
@@ -77,6 +112,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = common.parser(__doc__).parse_args(argv)
     common.start_logging()
+    keep_freed_memory()
     report = run(arguments)
     common.finish(report, arguments, "products", markdown(report))
     return report

@@ -63,6 +63,7 @@ def tiny_lm_config(family: str, vocab_size: int = 300):
             eos_token_id=2,
         ),
         "llama": lambda: t.LlamaConfig(**llama_like, tie_word_embeddings=True),
+        "mistral": lambda: t.MistralConfig(**llama_like, sliding_window=None),
         "qwen2": lambda: t.Qwen2Config(**llama_like),
         "qwen3": lambda: t.Qwen3Config(**llama_like, head_dim=8),
         "phi3": lambda: t.Phi3Config(**llama_like),

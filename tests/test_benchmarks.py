@@ -13,7 +13,7 @@ import yaml
 from benchmarks import attention, blind_twin, closed_form_start, common, generation, products, training_step
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
-from frozenprefix.models.packed_weights import packable_dtypes
+from frozenprefix.models.packed_product import packable_dtypes
 from frozenprefix.models.packing import build_trie
 
 from .conftest import tiny_recipe_dict

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from frozenprefix.models.losses import CHUNK, next_token_loss
+from frozenprefix.models.losses import ROWS, next_token_loss
 
 V, D = 50, 8
 
@@ -30,7 +30,7 @@ def reference(hidden, head, source, label, count, softcap=None):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_nodes", [1, 7, CHUNK, CHUNK + 1, 2 * CHUNK + 30])
+@pytest.mark.parametrize("num_nodes", [1, 7, ROWS, ROWS + 1, 2 * ROWS + 30])
 def test_loss_and_gradient_through_a_frozen_head(num_nodes, bias):
     torch.manual_seed(0)
     head = nn.Linear(D, V, bias=bias).requires_grad_(False)
@@ -42,6 +42,33 @@ def test_loss_and_gradient_through_a_frozen_head(num_nodes, bias):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
     assert head.weight.grad is None
+
+
+def small_tiles(monkeypatch):
+    """Tiles of 16 words, so that a few rows and words make several."""
+    for module in ("losses", "packed_product"):
+        monkeypatch.setattr(f"frozenprefix.models.{module}.TILE", 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_nodes", [1, 3, 4, 30])
+def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, monkeypatch):
+    """With one row in the first tile whose largest logit by far comes last, and one where it comes first."""
+    small_tiles(monkeypatch)
+    monkeypatch.setattr("frozenprefix.models.losses.ROWS", 4)
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=bias).requires_grad_(False)
+    with torch.no_grad():
+        head.weight[-1], head.weight[0] = 30 * torch.eye(D)[0], 30 * torch.eye(D)[1]
+    hidden = torch.randn(num_nodes, D)
+    hidden[0, 0], hidden[-1, 1] = 5.0, 5.0
+    hidden.requires_grad_()
+    expected = reference(hidden, head, *edges(num_nodes))
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    loss = next_token_loss(hidden, head, *edges(num_nodes))
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_one_edge_by_hand():

@@ -10,9 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from frozenprefix.models import packed_weights
 from frozenprefix.models.losses import next_token_loss
-from frozenprefix.models.packed_weights import packable_dtypes, packable_layers, packed_bytes, packed_frozen_weights
+from frozenprefix.models.packed_product import PackedWeight, packable_dtypes
+from frozenprefix.models.packed_weights import packable_layers, packed_bytes, packed_frozen_weights
 
 from .conftest import tiny_lm_config
+from .test_losses import small_tiles
 
 pytestmark = pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
 BF16 = pytest.param(
@@ -64,7 +66,8 @@ def test_in_float32_they_are_equal(family):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_the_loss_reads_the_packed_head(dtype, bias, monkeypatch):
-    monkeypatch.setattr("frozenprefix.models.losses.CHUNK", 4)
+    monkeypatch.setattr("frozenprefix.models.losses.ROWS", 4)
+    small_tiles(monkeypatch)
     head = nn.Linear(16, 50, bias=bias).to(dtype).requires_grad_(False)
     hidden = torch.randn(10, 16).to(dtype).requires_grad_()
     source, label = torch.arange(10).repeat(2), torch.randint(0, 50, (20,))
@@ -76,12 +79,10 @@ def test_the_loss_reads_the_packed_head(dtype, bias, monkeypatch):
     expected = loss_and_gradient()
     with packed_frozen_weights(nn.ModuleList([head])):
         asked: list[torch.Tensor] = []
-        product = packed_weights.product
-        monkeypatch.setattr(
-            "frozenprefix.models.losses.product", lambda x, *layer: (asked.append(x), product(x, *layer))[1]
-        )
+        forth = PackedWeight.forth
+        monkeypatch.setattr(PackedWeight, "forth", lambda tile, x: (asked.append(x), forth(tile, x))[1])
         found = loss_and_gradient()
-    assert len(asked) == 6, "three chunks, forth and back"
+    assert len(asked) == 12, "three blocks of rows, four tiles of words"
     for before, after in zip(expected, found, strict=True):
         assert (after - before).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * before.norm()
 

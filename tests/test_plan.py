@@ -17,7 +17,8 @@ from frozenprefix.data.samples import group_by_pictures
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.packed_weights import packable_dtypes, packable_layers, packed_bytes
+from frozenprefix.models.packed_product import packable_dtypes
+from frozenprefix.models.packed_weights import packable_layers, packed_bytes
 from frozenprefix.training import costs
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.calibration import RandomFeatures, StepTimer

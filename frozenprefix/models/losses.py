@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without a [tokens x vocabulary] matrix that outlives its chunk."""
+"""Cross-entropy over a large vocabulary, of which only one tile of logits exists at a time."""
 
 from __future__ import annotations
 
@@ -7,52 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.models.packed_weights import PackedForward, product
+from frozenprefix.models.packed_product import TILE, FrozenWeight, PackedWeight, head_tiles
 
-CHUNK = 256  # rows of logits at a time: large enough for the matrix product, small enough to stay near the caches
+ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near the caches
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     """Sum of weighted cross-entropies through a head that is not trained.
 
-    The gradient of the hidden states is computed in the forward pass, chunk by chunk, while the logits are there; the
-    backward pass scales it. The head itself gets no gradient. Logits and probabilities stay in the head's dtype and in
-    the same memory, for passes over them cost as much as the matrix products; all chunks share it unless the head is
-    packed, when a product takes its own.
+    Logits are made tile by tile and forgotten. The gradient of the hidden states is computed on the way; the backward
+    pass scales it. The head itself gets no gradient. Logits stay in the head's dtype, for passes over them cost as much
+    as the matrix products; sums are float32.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: nn.Linear, source: Tensor, label: Tensor, count: Tensor) -> Tensor:
-        weight, packed = head.weight, head.forward if isinstance(head.forward, PackedForward) else None
-        order = torch.argsort(source, stable=True)
+        tiles = head_tiles(head)
+        order, spans = _by_tile(source, label, len(hidden), len(tiles))
         source, label, count = source[order], label[order], count[order]
-        per_row = torch.zeros(len(hidden), device=hidden.device).index_add_(0, source, count)
+        per_row = torch.zeros(len(hidden), 1, device=hidden.device).index_add_(0, source, count[:, None])
         wanted = torch.empty_like(count)  # logits of the labels
-        normaliser = torch.empty_like(per_row)
+        normaliser = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        memory = weight.new_empty(0 if packed else min(CHUNK, len(hidden)), len(weight))
-        starts = list(range(0, len(hidden), CHUNK))
-        ends = torch.searchsorted(source, torch.tensor(starts[1:], device=source.device)).tolist()
-        for start, low, high in zip(starts, [0, *ends], [*ends, len(source)], strict=True):
-            rows = slice(start, start + CHUNK)
-            at, words = source[low:high] - start, label[low:high]
-            if packed:
-                logits = product(hidden[rows], packed.weight, head.bias)
-            else:
-                logits = torch.mm(hidden[rows], weight.t(), out=memory[: len(hidden[rows])])
-                if head.bias is not None:
-                    logits += head.bias
-            wanted[low:high] = logits[at, words].float()
-            highest = logits.amax(dim=-1).float()
-            probabilities = torch.softmax(logits, dim=-1, out=logits)
-            # the largest probability is exp(highest - normaliser)
-            normaliser[rows] = highest - probabilities.amax(dim=-1).float().log()
+        for block, start in enumerate(range(0, len(hidden), ROWS)):
+            rows = slice(start, start + ROWS)
+            softmax = _RunningSoftmax(hidden[rows], back=gradient is not None)
+            for number, (tile, edges) in enumerate(zip(tiles, spans[block], strict=True)):
+                logits = tile.forth(hidden[rows])
+                wanted[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
+                softmax.add(logits, tile)
+            normaliser[rows] = softmax.log_total()
             if gradient is not None:
-                back = product(probabilities, packed.transposed) if packed else probabilities @ weight
-                expected = back.float() * per_row[rows, None]
-                taken = weight[words].float() * count[low:high, None]
-                gradient[rows] = expected.index_add_(0, at, taken, alpha=-1)
-            del logits, probabilities  # before the next chunk's are made
+                edges = slice(spans[block][0].start, spans[block][-1].stop)
+                taken = head.weight[label[edges]].float() * count[edges, None]
+                expected = softmax.expected() * per_row[rows]
+                gradient[rows] = expected.index_add_(0, source[edges] - start, taken, alpha=-1)
         ctx.save_for_backward(gradient)
         return (count * (normaliser[source] - wanted)).sum()
 
@@ -60,6 +49,47 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+
+
+class _RunningSoftmax:
+    """Softmax over words that come tile by tile, and the row of the head that it expects.
+
+    What was summed is scaled down when a larger logit turns up, as in FlashAttention (Dao et al. 2022, section 3.1).
+    """
+
+    def __init__(self, hidden: Tensor, *, back: bool):
+        self._highest = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
+        self._total = torch.zeros_like(self._highest)
+        self._back = back
+        self._summed = torch.zeros(hidden.shape if back else 0, device=hidden.device)
+
+    def add(self, logits: Tensor, tile: FrozenWeight | PackedWeight) -> None:
+        """The next tile's logits, float[rows, words], which are overwritten."""
+        highest = torch.maximum(self._highest, logits.amax(dim=-1, keepdim=True).float())
+        scale = (self._highest - highest).exp_()
+        shares = logits.sub_(highest.to(logits.dtype)).exp_()
+        self._highest = highest
+        self._total.mul_(scale).add_(shares.sum(dim=-1, keepdim=True, dtype=torch.float32))
+        if self._back:
+            self._summed.mul_(scale).add_(tile.back(shares))
+
+    def log_total(self) -> Tensor:
+        """Log of the sum of all exponentials: float32[rows]."""
+        return (self._highest + self._total.log()).squeeze(1)
+
+    def expected(self) -> Tensor:
+        """Mean of the head's rows, weighted with the probabilities: float32[rows, D]."""
+        return self._summed / self._total
+
+
+def _by_tile(source: Tensor, label: Tensor, rows: int, tiles: int) -> tuple[Tensor, list[list[slice]]]:
+    """An order of the edges, and where in it those of each block of rows and of each tile lie."""
+    key = source.div(ROWS, rounding_mode="floor") * tiles + label.div(TILE, rounding_mode="floor")
+    key, order = key.sort(stable=True)
+    blocks = -(-rows // ROWS)
+    ends = torch.searchsorted(key, torch.arange(1, blocks * tiles + 1, device=key.device)).tolist()
+    spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return order, [spans[block * tiles : (block + 1) * tiles] for block in range(blocks)]
 
 
 def next_token_loss(

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from frozenprefix.models.language_model import word_embeddings
-from frozenprefix.models.losses import CHUNK
+from frozenprefix.models.losses import ROWS
+from frozenprefix.models.packed_product import TILE
 from frozenprefix.models.packed_weights import LARGEST
 from frozenprefix.models.packing import PackedBatch
 
@@ -161,19 +162,20 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
         "activations": activations,
         # what a layer computes and drops again, and in the backward pass the gradients of what it kept
         "layer at work": 2 * activations / lm.layers,
-        # one chunk of logits in float32, as the head gives it, and once more while it is worked on
-        "logits": CHUNK * lm.vocabulary * (8 + lm.item_bytes),
+        # one tile, and once more while it is worked on
+        "logits": 2 * ROWS * min(TILE, lm.vocabulary) * lm.item_bytes,
     }
 
 
 def step_bytes(lm: LanguageModelShape, step: StepShape, trainable: int) -> dict[str, float]:
     """Bytes that a step moves through memory, by part."""
-    chunks = -(-step.predicted // CHUNK)
+    blocks = -(-step.predicted // ROWS)
     return {
         "weights": 2 * lm.matrix_weights * lm.item_bytes,
         # written, read again by the next operation, and read once more by the backward pass
         "activations": 3 * activation_bytes(lm, step.cells, step.scores / step.cells),
-        "head": chunks * 2 * lm.vocabulary * (lm.hidden * lm.item_bytes + CHUNK * 4),
+        # its weights for every block of rows, forth and back; a tile of logits stays in the caches
+        "head": blocks * 2 * lm.vocabulary * lm.hidden * lm.item_bytes,
         "optimizer": ADAM_TRAFFIC * trainable,
     }
 

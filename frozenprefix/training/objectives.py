@@ -18,12 +18,12 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.metrics.retrieval import first_ranks
 from frozenprefix.evaluation.text_ability import read_text, text_windows
 from frozenprefix.models.contrastive.losses import contrastive_loss
-from frozenprefix.models.losses import CHUNK
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objective_sections import ContrastiveSection, DistillationSection, Weight
 
 TEXTS = 128  # texts that are encoded at once in validation
+CHUNK = 256  # rows of logits at a time
 PIECE = 64  # tokens of a piece of the text that the LM is kept near on
 Batch = dict[str, Any]
 
