@@ -30,8 +30,9 @@ def test_attention_runs_and_is_exact(tmp_path):
 @pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_products_run_and_agree():
     report = products.main(["--quick"])
-    assert [case["name"] for case in report["cases"]] == [f"tiny, {str(d)[6:]}" for d in packable_dtypes()]
-    assert report["cases"][0]["max_difference"] < 1e-6
+    names = [f"{what}, {str(dtype)[6:]}" for what in ("tiny", "layers of SmolLM2-135M") for dtype in packable_dtypes()]
+    assert [case["name"] for case in report["cases"]] == names
+    assert all(case["max_difference"] < 1e-6 for case in report["cases"] if "float32" in case["name"])
     assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
     assert products.markdown(report).count("\n| tiny, ") == len(packable_dtypes())
 

@@ -1,8 +1,8 @@
 """A frozen decoder layer of the Llama family as one function with its backward pass written out, for a CPU.
 
-Autograd records some sixty operations in such a layer, each with a result of its own. A layer that is frozen needs no
-gradient but that of its input: less is kept, results are overwritten, products that read the same input are one, and
-Python is called a third as often. The mathematics is that of the layer; where it rounds twice, this may round once.
+Autograd records every operation of such a layer, with a result of its own. A layer that is frozen needs no gradient but
+that of its input: less is kept, results are overwritten, and products that read the same input are one. The mathematics
+is that of the layer; where it rounds twice, this may round once. `benchmarks/products.py` compares.
 
 Shape letters: R rows, T tokens in a row, N = R * T, D width, H query heads and G key heads of width d, F inner width.
 """
