@@ -1,6 +1,7 @@
 """One recipe trained with and without packing: the same steps, the same seed, the two loss curves and their times.
 
 python benchmarks/packing_curve.py [--quick] [--json report.json] [--recipe recipes/flickr8k.yaml] [--steps 100]
+    [training.KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def quick_recipe(folder: Path, packing: str) -> Recipe:
     )
 
 
-def full_recipe(folder: Path, packing: str, path: Path, steps: int) -> Recipe:
+def full_recipe(folder: Path, packing: str, path: Path, steps: int, changes: list[str]) -> Recipe:
     """The recipe, warm-up and all, but for its length and its output; photos by FROZENPREFIX_DATA where it is set."""
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val" if source["path"] != str(folder / "photos") else "train", "limit": 48}
@@ -65,6 +66,7 @@ def full_recipe(folder: Path, packing: str, path: Path, steps: int) -> Recipe:
             f"training.validate_every={max(1, steps // CURVES)}",
             "training.log_every=1",
             f"training.packing={packing}",
+            *changes,
         ],
     )
 
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if arguments.quick:
                 recipe = quick_recipe(root, packing)
             else:
-                recipe = full_recipe(root, packing, arguments.recipe, arguments.steps)
+                recipe = full_recipe(root, packing, arguments.recipe, arguments.steps, arguments.changes)
             found[packing] = measure(recipe)
     return {"steps": len(found["trie"]["training_loss"]), "arms": found, **compare(found)}
 
@@ -110,8 +112,8 @@ def markdown(report: dict[str, Any]) -> str:
     rows.append(["seconds", *(arms[arm]["seconds"] for arm in ARMS)])
     text = common.table(["validation loss at step", "packed", "plain batches"], rows)
     return (
-        f"{text}\nLargest difference of the validation loss {report['max_validation_difference']:.4f} (target ≤ 0.01), "
-        f"of a step's training loss {report['max_training_difference']:.4f}; packing takes {report['time_ratio']:.2f} "
+        f"{text}\nLargest difference of the validation loss {report['max_validation_difference']:.2g} (target ≤ 0.01), "
+        f"of a step's training loss {report['max_training_difference']:.2g}; packing takes {report['time_ratio']:.2f} "
         "of the time (target ≤ 0.33), validation included.\n"
     )
 
@@ -120,10 +122,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "flickr8k.yaml")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="what else is to differ from the recipe")
     arguments = parser.parse_args(argv)
     common.start_logging()
     report = run(arguments)
-    common.finish(report, arguments, "packing_curve", markdown(report))
+    continued = any(change.startswith("training.init_from=") for change in arguments.changes)
+    common.finish(report, arguments, "packing_curve-continued" if continued else "packing_curve", markdown(report))
     return report
 
 

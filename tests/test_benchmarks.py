@@ -10,7 +10,16 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import attention, blind_twin, closed_form_start, common, generation, products, training_step
+from benchmarks import (
+    attention,
+    blind_twin,
+    closed_form_start,
+    common,
+    generation,
+    products,
+    step_profile,
+    training_step,
+)
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.models.packed_product import packable_dtypes
@@ -35,6 +44,16 @@ def test_products_run_and_agree():
     assert all(case["max_difference"] < 1e-6 for case in report["cases"] if "float32" in case["name"])
     assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
     assert products.markdown(report).count("\n| tiny, ") == len(packable_dtypes())
+
+
+@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+def test_a_step_is_accounted_for():
+    report = step_profile.main(["--quick"])
+    for made in report["shapes"].values():
+        assert sum(made["shares"].values()) == pytest.approx(1)
+        assert made["shares"]["products with frozen weights"] > 0
+    assert step_profile.kind_of("aten::addmm") != step_profile.kind_of("aten::add_")
+    assert step_profile.kind_of("aten::empty") == step_profile.REST
 
 
 def test_generation_runs(tmp_path):

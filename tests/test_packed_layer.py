@@ -171,6 +171,17 @@ def test_under_autocast_a_layer_does_what_it_does_outside(dtype, whole_layers):
     assert torch.equal(found[0], expected[0])
 
 
+def test_no_weight_is_copied_twice():
+    lm = random_lm("llama")
+    with packed_frozen_weights(lm):
+        read_rows(lm)
+        layer = lm.model.layers[0]
+        assert {"_weight", "_transposed"} <= vars(layer.forward.gate_up).keys() & vars(
+            layer.mlp.down_proj.forward
+        ).keys()
+        assert not {"_weight", "_transposed"} & vars(layer.mlp.up_proj.forward).keys()
+
+
 def test_outside_of_the_block_nothing_is_left():
     lm = random_lm("llama")
     with packed_frozen_weights(lm):

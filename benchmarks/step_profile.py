@@ -1,0 +1,101 @@
+"""Where the time of a training step goes, by torch's profiler.
+
+python benchmarks/step_profile.py [--quick] [--json report.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.training_step import DATA_SET, LARGE_STEP, OurStep, batches
+from benchmarks.workloads import Shape, shapes, synthetic_captions
+from frozenprefix.models.allocator import keep_freed_memory
+
+# operations by the beginning of their names
+KINDS = {
+    "products with frozen weights": ("mkldnn::_linear_pointwise",),
+    "attention: products and softmax": ("aten::bmm", "aten::baddbmm", "aten::_softmax"),
+    "norms and activations": (
+        "aten::native_layer_norm",
+        "aten::native_batch_norm",
+        "aten::linalg_vector_norm",
+        "aten::silu",
+        "aten::gelu",
+    ),
+    "mapper and optimizer: products, AdamW": ("aten::mm", "aten::addmm", "aten::tanh", "aten::_fused_adamw_"),
+    "copies": ("aten::copy_", "aten::cat"),
+    "other arithmetic": ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::exp", "aten::amax", "aten::sum"),
+}
+REST = "everything else, Python among it"
+
+
+def kind_of(operation: str) -> str:
+    """The kind with the longest beginning that fits: `aten::addmm` is not `aten::add`."""
+    fitting = [(len(start), kind) for kind, starts in KINDS.items() for start in starts if operation.startswith(start)]
+    return max(fitting)[1] if fitting else REST
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Median shares of the seconds of a bf16 step, once by its operations and once as a whole without the profiler."""
+    captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
+    ours, following = OurStep(shape, torch.bfloat16), batches(shape, captions)
+    for _ in range(2):
+        ours(*following())
+    plain, profiled = [], []
+    for _ in range(rounds):
+        step = following()
+        started = time.perf_counter()
+        ours(*step)
+        plain.append(time.perf_counter() - started)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            started = time.perf_counter()
+            ours(*step)
+            seconds = time.perf_counter() - started
+        spent = dict.fromkeys(KINDS, 0.0)
+        for event in found.key_averages():
+            if (kind := kind_of(event.key)) != REST:
+                spent[kind] += event.self_cpu_time_total / 1e6
+        spent[REST] = seconds - sum(spent.values())
+        profiled.append({kind: value / seconds for kind, value in spent.items()})
+    shares = {kind: statistics.median(one[kind] for one in profiled) for kind in profiled[0]}
+    return {"seconds": statistics.median(plain), "shares": shares}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    rounds, times = (1, 1) if arguments.quick else (5, LARGE_STEP)
+    found = {name: replace(one, pictures=times * one.pictures) for name, one in shapes(arguments.quick).items()}
+    return {"shapes": {name: measure(shape, rounds) | {"pictures": shape.pictures} for name, shape in found.items()}}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    made = report["shapes"]
+    rows: list[list[Any]] = [[kind, *(one["shares"][kind] for one in made.values())] for kind in [*KINDS, REST]]
+    rows.append(["seconds a step, without the profiler", *(one["seconds"] for one in made.values())])
+    header = ["share of a bf16 step", *(f"{name}, {one['pictures']} pictures" for name, one in made.items())]
+    return common.table(header, rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = common.parser(__doc__).parse_args(argv)
+    common.start_logging()
+    keep_freed_memory()
+    report = run(arguments)
+    common.finish(report, arguments, "step-profile", markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
