@@ -136,14 +136,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def finish(report: dict[str, Any], arguments: argparse.Namespace, section: str, markdown: str) -> None:
-    """Log the report, write it where asked, and renew the README's section."""
+def finish(report: dict[str, Any], arguments: argparse.Namespace, section: str | None, markdown: str) -> None:
+    """Log the report, write it where asked, and renew the README's section, if it has one."""
     report["machine"] = machine()
     text = json.dumps(report, indent=2)
     logger.info("%s", text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
-    if not arguments.quick:
+    if section is not None and not arguments.quick:
         write_section(arguments.readme, section, markdown + "\n" + machine_line(report["machine"]))
 
 

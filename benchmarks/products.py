@@ -24,7 +24,8 @@ from benchmarks.workloads import random_lm
 from benchmarks.workloads import shapes as workload_shapes
 from frozenprefix.models.allocator import keep_freed_memory
 from frozenprefix.models.attention import additive_mask, attention_for_rows
-from frozenprefix.models.packed_product import packable_dtypes
+from frozenprefix.models.packed_layer import PackedLayer
+from frozenprefix.models.packed_product import PackedForward, packable_dtypes
 from frozenprefix.models.packed_weights import packable_layers, packed_frozen_weights
 
 ROWS = 512  # tokens of a step
@@ -68,7 +69,9 @@ def compared(
     }
 
 
-def measure_layers(name: str, config: PreTrainedConfig, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure_layers(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, rounds: int, *, whole: bool
+) -> dict[str, Any]:
     """Decoder layers over rows of one text each; both arms have the attention that training has."""
     plain, packed = (random_lm(config, dtype).requires_grad_(False).eval() for _ in range(2))
     x = torch.randn(TEXTS, ROWS // TEXTS, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -81,8 +84,20 @@ def measure_layers(name: str, config: PreTrainedConfig, dtype: torch.dtype, roun
 
     weights = sum(layer.weight.numel() for layer in packable_layers(plain.base_model))
     with packed_frozen_weights(packed):
+        if not whole:
+            layers_own_way(packed)
         runs = {"plain": lambda: forth_and_back_through(plain), "packed": lambda: forth_and_back_through(packed)}
         return compared(name, dtype, runs, 2 * 2 * ROWS * weights, rounds)
+
+
+def layers_own_way(language_model: PreTrainedModel) -> None:
+    """Inside `packed_frozen_weights`: leave the packed products, and take the layers' functions away."""
+    for module in language_model.modules():
+        found = vars(module).get("forward")
+        if isinstance(found, PackedLayer):
+            del module.forward
+        elif isinstance(found, PackedForward):
+            found.packed_elsewhere = False
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +112,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = [measure(name, dtype, sizes, rounds) for name, sizes in shapes.items() for dtype in packable_dtypes()]
     config = workload_shapes(arguments.quick)["llama"].config
     config.num_hidden_layers = LAYERS
-    cases += [measure_layers("layers of SmolLM2-135M", config, dtype, rounds) for dtype in packable_dtypes()]
+    for name, whole in (("layers of SmolLM2-135M", True), ("the same, products alone packed", False)):
+        cases += [measure_layers(name, config, dtype, rounds, whole=whole) for dtype in packable_dtypes()]
     return {"cases": cases}
 
 

@@ -38,8 +38,9 @@ def test_attention_runs_and_is_exact(tmp_path):
 
 @pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_products_run_and_agree():
+    kinds = ("tiny", "layers of SmolLM2-135M", "the same, products alone packed")
     report = products.main(["--quick"])
-    names = [f"{what}, {str(dtype)[6:]}" for what in ("tiny", "layers of SmolLM2-135M") for dtype in packable_dtypes()]
+    names = [f"{what}, {str(dtype)[6:]}" for what in kinds for dtype in packable_dtypes()]
     assert [case["name"] for case in report["cases"]] == names
     assert all(case["max_difference"] < 1e-6 for case in report["cases"] if "float32" in case["name"])
     assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
@@ -51,7 +52,7 @@ def test_a_step_is_accounted_for():
     report = step_profile.main(["--quick"])
     for made in report["shapes"].values():
         assert sum(made["shares"].values()) == pytest.approx(1)
-        assert made["shares"]["products with frozen weights"] > 0
+        assert all(0 < share < 1 for share in made["shares"].values()), "nothing is counted twice"
     assert step_profile.kind_of("aten::addmm") != step_profile.kind_of("aten::add_")
     assert step_profile.kind_of("aten::empty") == step_profile.REST
 

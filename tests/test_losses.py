@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from frozenprefix.models.losses import ROWS, next_token_loss
+from frozenprefix.models.packed_product import FrozenWeight
 
 V, D = 50, 8
 
@@ -69,6 +72,22 @@ def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, monkeypatch):
     (grad,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_one_tile_of_logits_at_a_time(monkeypatch):
+    small_tiles(monkeypatch)
+    forth, made, alive = FrozenWeight.forth, [], []
+
+    def counting(tile, x):
+        alive.append(sum(logits() is not None for logits in made))
+        logits = forth(tile, x)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(FrozenWeight, "forth", counting)
+    head = nn.Linear(D, V).requires_grad_(False)
+    next_token_loss(torch.randn(9, D, requires_grad=True), head, *edges(9))
+    assert alive == [0, 0, 0, 0]
 
 
 def test_one_edge_by_hand():

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from frozenprefix.models import packed_layer
 from frozenprefix.models.attention import attention_for_rows
+from frozenprefix.models.losses import next_token_loss
 from frozenprefix.models.packed_product import packable_dtypes
 from frozenprefix.models.packed_weights import packed_frozen_weights
 from frozenprefix.models.packing import Target, ancestor_mask, pack
@@ -60,9 +61,18 @@ def whole_layers(monkeypatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("family", WHOLE)
-def test_in_float32_result_and_gradient_are_the_layers_own(family, whole_layers):
-    lm = random_lm(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in WHOLE),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 16}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"num_key_value_heads": 4}),
+    ],
+)
+def test_in_float32_result_and_gradient_are_the_layers_own(family, changes, whole_layers):
+    lm = random_lm(family, **changes)
     expected = read_rows(lm)
     with packed_frozen_weights(lm):
         found = read_rows(lm)
@@ -149,15 +159,52 @@ def test_with_a_cache_the_layer_itself_is_used(whole_layers):
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_states_can_be_asked_for():
+def test_hidden_states_can_be_asked_for(whole_layers):
     lm = random_lm("llama")
     ids, mask = torch.tensor([[1, 5, 6, 7]]), torch.full((1, 1, 4, 4), torch.finfo().min).triu(1)
     expected = lm(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
     with packed_frozen_weights(lm), attention_for_rows(lm):
         found = lm(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    assert not whole_layers, "transformers' hooks, which record attention too, are on the layers' parts"
     assert len(found) == len(expected) == 3
     for own, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_on_the_way_back_are_called(whole_layers):
+    lm, seen = random_lm("llama"), []
+    with packed_frozen_weights(lm):
+        lm.model.layers[0].mlp.register_full_backward_hook(lambda *call: seen.append(call) or None)
+        read_rows(lm)
+    assert (len(seen), len(whole_layers)) == (1, 1)
+
+
+def test_what_a_layer_returns_may_be_changed_in_place(whole_layers):
+    lm = random_lm("llama")
+    lm.model.layers[0].register_forward_hook(lambda layer, args, output: output.add_(1))
+    expected = read_rows(lm)
+    with packed_frozen_weights(lm):
+        found = read_rows(lm)
+    assert len(whole_layers) == 2
+    assert (found[1] - expected[1]).norm() < 2e-6 * expected[1].norm()
+
+
+@pytest.mark.parametrize("method", ["LNTuningConfig", "AdaptionPromptConfig", "LoraConfig"])
+def test_adapters_keep_the_layers_way(method, whole_layers):
+    peft = pytest.importorskip("peft")
+    options = {"AdaptionPromptConfig": {"adapter_len": 2, "adapter_layers": 1}}.get(method, {})
+    lm = peft.get_peft_model(random_lm("llama"), getattr(peft, method)(task_type="CAUSAL_LM", **options))
+    ids = torch.tensor([[1, 5, 6, 7]])
+    expected = lm(input_ids=ids).logits
+    with packed_frozen_weights(lm.get_base_model()):
+        changed = [layer for layer in lm.modules() if isinstance(vars(layer).get("forward"), packed_layer.PackedLayer)]
+        assert not any(parameter.requires_grad for layer in changed for parameter in layer.parameters())
+        assert len(changed) == (1 if method == "AdaptionPromptConfig" else 0)
+        found = lm(input_ids=ids).logits
+        found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in lm.parameters())
+    assert not any("forward" in vars(layer) for layer in lm.modules() if isinstance(layer, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -175,11 +222,16 @@ def test_no_weight_is_copied_twice():
     lm = random_lm("llama")
     with packed_frozen_weights(lm):
         read_rows(lm)
+        edges = torch.arange(3), torch.arange(3), torch.ones(3)
+        next_token_loss(torch.randn(3, 32, requires_grad=True), lm.lm_head, *edges)
+        lm.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2)
         layer = lm.model.layers[0]
         assert {"_weight", "_transposed"} <= vars(layer.forward.gate_up).keys() & vars(
             layer.mlp.down_proj.forward
         ).keys()
         assert not {"_weight", "_transposed"} & vars(layer.mlp.up_proj.forward).keys()
+        assert {"_weight", "_transposed"} <= vars(lm.lm_head.forward.tiles[0]).keys()
+        assert not {"_weight", "_transposed"} & vars(lm.lm_head.forward).keys()
 
 
 def test_outside_of_the_block_nothing_is_left():

@@ -36,6 +36,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 logits = tile.forth(hidden[rows])
                 wanted[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
                 softmax.add(logits, tile)
+                del logits  # before the next tile's are made
             normaliser[rows] = softmax.log_total()
             if gradient is not None:
                 edges = slice(spans[block][0].start, spans[block][-1].stop)

@@ -16,19 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from frozenprefix.models.attention import NAME
 from frozenprefix.models.packed_product import PackedForward, PackedWeight
 
-LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+# layers, and what they are made of: attention, gated layer, norms
+KNOWN = {
+    llama.LlamaDecoderLayer: (llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+    mistral.MistralDecoderLayer: (mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm),
+    qwen2.Qwen2DecoderLayer: (qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+}
 
 
 class PackedLayer:
-    """Stands in for the forward pass of one layer, which does itself what this does not: caches, hooks, autocast."""
+    """Stands in for the forward pass of one layer, which does itself what this does not: caches, hooks, autocast.
+
+    Hooks on a layer's parts count, and transformers leaves some behind once hidden states or attentions were asked for.
+    """
 
     def __init__(self, layer: Any):
         self.own, self.layer = layer.forward, layer
@@ -36,6 +45,8 @@ class PackedLayer:
         self.dim, self.scaling = attention.head_dim, attention.scaling
         self.queries, self.keys = (part.out_features // self.dim for part in (attention.q_proj, attention.k_proj))
         self.out, self.down = attention.o_proj.forward, layer.mlp.down_proj.forward
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            part.forward.packed_elsewhere = True
 
     @cached_property
     def query_key_value(self) -> PackedWeight:
@@ -49,29 +60,35 @@ class PackedLayer:
     def __call__(
         self,
         hidden_states: Tensor,
+        *args: Any,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         if (
-            attention_mask is None
+            args
+            or attention_mask is None
             or position_embeddings is None
             or past_key_values is not None
             or self.layer.self_attn.config._attn_implementation != NAME
             or hidden_states.dtype != self.out.dtype
             or torch.is_autocast_enabled("cpu")
-            or any(module._forward_hooks or module._forward_pre_hooks for module in self._parts)
+            or _has_any_global_hook()
+            or any(map(_has_hooks, self._parts))
         ):
             return self.own(
                 hidden_states,
+                *args,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        cos, sin = position_embeddings
-        return _LayerFunction.apply(hidden_states.contiguous(), self, cos, sin, attention_mask)
+        shape = hidden_states.shape
+        # reshaped outside of the function: what it returns may be changed in place
+        rows = hidden_states.reshape(-1, shape[-1])
+        return _LayerFunction.apply(rows, self, shape[:2], *position_embeddings, attention_mask).view(shape)
 
     @cached_property
     def _parts(self) -> list[nn.Module]:
@@ -80,29 +97,37 @@ class PackedLayer:
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer can be had as a `PackedLayer`, its linear layers having their `PackedForward` already."""
-    if type(layer) not in LAYERS or layer.self_attn.attention_dropout:
+    if type(layer) not in KNOWN or any(parameter.requires_grad for parameter in layer.parameters()):
         return False
     attention, mlp = layer.self_attn, layer.mlp
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if any((type(attention), type(mlp), type(norm)) != KNOWN[type(layer)] for norm in norms):
+        return False
     linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    packed = all(isinstance(vars(part).get("forward"), PackedForward) for part in linear)
+    if not all(isinstance(vars(part).get("forward"), PackedForward) for part in linear):
+        return False
     own = all("forward" not in vars(part) for part in (layer, attention, mlp, *norms))
     alike = len({part.bias is None for part in linear[:3]}) == len({part.bias is None for part in linear[4:6]}) == 1
-    frozen = not any(norm.weight.requires_grad for norm in norms)
-    return packed and own and alike and frozen and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+    return own and alike and not attention.attention_dropout and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)
 
 
 class _LayerFunction(torch.autograd.Function):
-    """[R, T, D] -> [R, T, D]; no gradient but that of the hidden states."""
+    """[N, D] -> [N, D]; no gradient but that of the hidden states."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: PackedLayer, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        layer, shape = parts.layer, x.shape
-        x = x.view(-1, shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, parts: PackedLayer, shape: torch.Size, cos: Tensor, sin: Tensor, mask: Tensor
+    ) -> Tensor:
+        layer = parts.layer
         normed, variance = _norm(x, layer.input_layernorm)
         # [N, (H + 2 G) d] -> [R, T, H + 2 G, d]
-        heads = parts.query_key_value.forth(normed).view(*shape[:2], -1, parts.dim)
+        heads = parts.query_key_value.forth(normed).view(*shape, -1, parts.dim)
         half = parts.dim // 2
         turn = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         _rotate(heads[:, :, : parts.queries + parts.keys], cos, turn)
@@ -112,16 +137,15 @@ class _LayerFunction(torch.autograd.Function):
         inner = parts.gate_up.forth(normed)
         gate, up = inner.chunk(2, dim=-1)
         made = parts.down.forth(F.silu(gate).mul_(up)).add_(middle)
-        ctx.parts = parts
+        ctx.parts, ctx.shape = parts, shape
         ctx.save_for_backward(x, variance, middle, middle_variance, inner, cos, turn, *attended)
-        return made.view(shape)
+        return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, variance, middle, middle_variance, inner, cos, turn, *attended = ctx.saved_tensors
-        parts, shape = ctx.parts, grad_outputs[0].shape
-        layer, given = parts.layer, grad_outputs[0].reshape(x.shape)
+        parts, layer, given = ctx.parts, ctx.parts.layer, grad_outputs[0]
         # through the gated layer
         gate, up = inner.chunk(2, dim=-1)
         grad = parts.down.back(given)
@@ -133,11 +157,11 @@ class _LayerFunction(torch.autograd.Function):
         grad = _norm_backward(grad, middle, middle_variance, layer.post_attention_layernorm).add_(given)
         # through the attention
         grad_mixed = parts.out.back(grad)
-        grad_heads = _attend_backward(grad_mixed.view(*shape[:2], -1, parts.dim), parts, *attended)
+        grad_heads = _attend_backward(grad_mixed.view(*ctx.shape, -1, parts.dim), parts, *attended)
         _rotate(grad_heads[:, :, : parts.queries + parts.keys], cos, turn, back=True)
         grad_normed = parts.query_key_value.back(grad_heads.view(len(x), -1))
         grad = _norm_backward(grad_normed, x, variance, layer.input_layernorm).add_(grad)
-        return grad.view(shape), None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

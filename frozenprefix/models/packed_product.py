@@ -23,7 +23,7 @@ Layer = nn.Linear | Conv1D
 
 
 class FrozenWeight:
-    """Weights as they are, [out, in], for products forth and back. No gradient is recorded."""
+    """Weights as they are, [out, in], for products forth and back inside an autograd function."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.plain, self.bias = weight, bias
@@ -40,13 +40,13 @@ class FrozenWeight:
 class PackedWeight:
     """The weights of one layer, or of several that read the same input, as one; copied when they are first needed.
 
-    Of several layers either all have a bias or none has. With `words` only these of the outputs.
+    Of several layers either all have a bias or none has. With `words` only these outputs of each.
     """
 
     def __init__(self, *layers: Layer, words: slice = slice(None)):
         self._layers, self._words = layers, words
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases)[words] if biases else None
+        biases = [layer.bias.detach()[words] for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
 
     def forth(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
@@ -65,19 +65,24 @@ class PackedWeight:
         return _packed(self._plain().t())
 
     def _plain(self) -> Tensor:
-        weights = [_out_by_in(layer) for layer in self._layers]
-        return (torch.cat(weights) if len(weights) > 1 else weights[0])[self._words]
+        weights = [_out_by_in(layer)[self._words] for layer in self._layers]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]
 
 
 class PackedForward(PackedWeight):
-    """Stands in for the forward pass of one layer."""
+    """Stands in for the forward pass of one layer.
+
+    With `packed_elsewhere` its weight is a part of other copies, and a second one is not made: when it is called, the
+    layer does what it always did.
+    """
 
     def __init__(self, layer: Layer):
         super().__init__(layer)
+        self.packed_elsewhere = False
         self.layer, self.own, self.dtype = layer, layer.forward, layer.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != self.dtype or torch.is_autocast_enabled("cpu"):  # the layer knows what to do
+        if self.packed_elsewhere or x.dtype != self.dtype or torch.is_autocast_enabled("cpu"):
             return self.own(x)
         # reshaped outside of the function: what it returns may be changed in place
         rows = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), self)

@@ -138,7 +138,8 @@ def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) ->
 
     A layer keeps, for each cell, the inputs of its two norms (in float32), the query, key and value, the attention
     weights of all heads, and of the inner width the activation's input, or that, its output and what they are
-    multiplied with when there is a gate. A linear layer with frozen weights keeps nothing.
+    multiplied with when there is a gate. A linear layer with frozen weights keeps nothing. Layers of the Llama family
+    keep less than this on a CPU (`models/packed_layer.py`).
     """
     attention = lm.head_dim * (lm.heads + 2 * lm.kv_heads) + lm.heads * row_length
     per_cell = 2 * 4 * lm.hidden + lm.item_bytes * (attention + (3 if lm.gated else 1) * lm.inner)
@@ -162,7 +163,7 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
         "activations": activations,
         # what a layer computes and drops again, and in the backward pass the gradients of what it kept
         "layer at work": 2 * activations / lm.layers,
-        # one tile, and once more while it is worked on
+        # one tile, and once more for freed ones of another length
         "logits": 2 * ROWS * min(TILE, lm.vocabulary) * lm.item_bytes,
     }
 
