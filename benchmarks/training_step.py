@@ -52,7 +52,6 @@ class OurStep:
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.model = our_model(shape.config, dtype)
-        self.model.parts()
         self.packed_weights = packed_frozen_weights(self.model.language_model)
         self.packed_weights.__enter__()  # for as long as this object lives
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

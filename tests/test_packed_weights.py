@@ -205,8 +205,5 @@ def test_training_packs_while_it_steps(monkeypatch):
     trainer = Trainer.__new__(Trainer)
     trainer.model = nn.Module()
     trainer.model.language_model = frozen_lm("llama")
-    read = []
-    trainer.model.parts = lambda: read.append(vars(trainer.model.language_model.lm_head).get("forward"))
     with trainer._stepping():
-        assert read == [None], "the check of the LM's parts comes first, and has no copies made"
         assert "forward" in vars(trainer.model.language_model.model.layers[0].mlp.up_proj)

@@ -10,7 +10,6 @@ from dataclasses import asdict
 import torch
 
 from frozenprefix.models.packed_weights import packed_frozen_weights
-from frozenprefix.models.seq2seq import is_seq2seq
 from frozenprefix.training.assembly import RunParts
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objective_sections import weight_at
@@ -47,10 +46,7 @@ class Trainer(RunParts):
         self.wrapped.train()
 
     def _stepping(self) -> AbstractContextManager[None]:
-        language_model = self.model.language_model
-        if not is_seq2seq(language_model):
-            self.model.parts()  # the check reads the whole LM once; inside it would have copies made for that alone
-        return packed_frozen_weights(language_model)
+        return packed_frozen_weights(self.model.language_model)
 
     # ── the loop ──
 
