@@ -89,10 +89,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = common.parser(__doc__).parse_args(argv)
-    common.start_logging()
-    report = run(arguments)
-    common.finish(report, arguments, "attention", markdown(report))
-    return report
+    return common.publish(run, arguments, "attention", markdown)
 
 
 if __name__ == "__main__":

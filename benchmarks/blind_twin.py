@@ -100,10 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--task", choices=["vqa", "caption"], default="vqa")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the evaluation's task")
     arguments = parser.parse_intermixed_args(argv)
-    common.start_logging()
-    report = run(arguments)
-    common.finish(report, arguments, "blind-twin", markdown(report))
-    return report
+    return common.publish(run, arguments, "blind-twin", markdown)
 
 
 if __name__ == "__main__":

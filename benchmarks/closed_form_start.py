@@ -105,10 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=80)
     arguments = parser.parse_args(argv)
-    common.start_logging()
-    report = run(arguments)
-    common.finish(report, arguments, "closed_form", markdown(report))
-    return report
+    return common.publish(run, arguments, "closed_form", markdown)
 
 
 if __name__ == "__main__":

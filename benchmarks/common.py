@@ -147,6 +147,19 @@ def finish(report: dict[str, Any], arguments: argparse.Namespace, section: str |
         write_section(arguments.readme, section, markdown + "\n" + machine_line(report["machine"]))
 
 
+def publish(
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    arguments: argparse.Namespace,
+    section: str | None,
+    markdown: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Run a benchmark, and `finish` with its report."""
+    start_logging()
+    report = run(arguments)
+    finish(report, arguments, section, markdown(report))
+    return report
+
+
 def machine_line(found: dict[str, Any]) -> str:
     return (
         f"\nMeasured on {found['cpu']}, {found['cores']} cores, {found['threads']} threads, torch {found['torch']}, "

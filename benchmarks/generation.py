@@ -133,10 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--alone", type=int, default=4, help="pictures for the method that takes one at a time")
     arguments = parser.parse_args(argv)
-    common.start_logging()
-    report = run(arguments)
-    common.finish(report, arguments, "generation", markdown(report))
-    return report
+    return common.publish(run, arguments, "generation", markdown)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def quick_recipe(folder: Path, packing: str) -> Recipe:
     )
 
 
-def full_recipe(folder: Path, packing: str, path: Path, steps: int, changes: list[str]) -> Recipe:
+def full_recipe(folder: Path, packing: str, path: Path, steps: int, overrides: list[str]) -> Recipe:
     """The recipe, warm-up and all, but for its length and its output; photos by FROZENPREFIX_DATA where it is set."""
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val" if source["path"] != str(folder / "photos") else "train", "limit": 48}
-    del source["limit"]
+    source.pop("limit", None)
     warmup = Recipe.load(path).training.warmup_steps
     return Recipe.load(
         path,
@@ -66,7 +66,7 @@ def full_recipe(folder: Path, packing: str, path: Path, steps: int, changes: lis
             f"training.validate_every={max(1, steps // CURVES)}",
             "training.log_every=1",
             f"training.packing={packing}",
-            *changes,
+            *overrides,
         ],
     )
 
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if arguments.quick:
                 recipe = quick_recipe(root, packing)
             else:
-                recipe = full_recipe(root, packing, arguments.recipe, arguments.steps, arguments.changes)
+                recipe = full_recipe(root, packing, arguments.recipe, arguments.steps, arguments.overrides)
             found[packing] = measure(recipe)
     return {"steps": len(found["trie"]["training_loss"]), "arms": found, **compare(found)}
 
@@ -122,17 +122,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "flickr8k.yaml")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="what else is to differ from the recipe")
-    arguments = parser.parse_args(argv)
-    if arguments.quick and arguments.changes:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `frozenprefix train` takes them")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.quick and arguments.overrides:
         parser.error("--quick has a recipe of its own; leave KEY=VALUE out")
-    common.start_logging()
-    report = run(arguments)
     # the README has a table of the recipe as it is, and one of a run that goes on from a trained mapper
-    keys = sorted(change.split("=")[0] for change in arguments.changes)
+    keys = sorted(override.split("=")[0] for override in arguments.overrides)
     sections = {(): "packing_curve", ("training.init_from", "training.precision"): "packing_curve-continued"}
-    common.finish(report, arguments, sections.get(tuple(keys)), markdown(report))
-    return report
+    return common.publish(run, arguments, sections.get(tuple(keys)), markdown)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def layers_own_way(language_model: PreTrainedModel) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    keep_freed_memory()
     width, vocabulary = 768, 50257
     shapes = {
         "a layer of GPT-2 small": [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)],
@@ -126,12 +127,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = common.parser(__doc__).parse_args(argv)
-    common.start_logging()
-    keep_freed_memory()
-    report = run(arguments)
-    common.finish(report, arguments, "products", markdown(report))
-    return report
+    return common.publish(run, common.parser(__doc__).parse_args(argv), "products", markdown)
 
 
 if __name__ == "__main__":

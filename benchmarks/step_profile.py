@@ -75,6 +75,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    keep_freed_memory()
     rounds, times = (1, 1) if arguments.quick else (5, LARGE_STEP)
     found = {name: replace(one, pictures=times * one.pictures) for name, one in shapes(arguments.quick).items()}
     return {"shapes": {name: measure(shape, rounds) | {"pictures": shape.pictures} for name, shape in found.items()}}
@@ -89,12 +90,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = common.parser(__doc__).parse_args(argv)
-    common.start_logging()
-    keep_freed_memory()
-    report = run(arguments)
-    common.finish(report, arguments, "step-profile", markdown(report))
-    return report
+    return common.publish(run, common.parser(__doc__).parse_args(argv), "step-profile", markdown)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from benchmarks import (
     closed_form_start,
     common,
     generation,
+    packing_curve,
     products,
     step_profile,
     training_step,
 )
 from benchmarks.baselines import clipcap_beam_search
+from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.models.packed_product import packable_dtypes
 from frozenprefix.models.packing import build_trie
@@ -55,6 +58,25 @@ def test_a_step_is_accounted_for():
         assert all(0 < share < 1 for share in made["shares"].values()), "nothing is counted twice"
     assert step_profile.kind_of("aten::addmm") != step_profile.kind_of("aten::add_")
     assert step_profile.kind_of("aten::empty") == step_profile.REST
+
+
+def test_packing_gives_the_curve_of_plain_batches():
+    report = packing_curve.main(["--quick"])
+    assert report["steps"] == 5
+    assert report["max_training_difference"] < 1e-4
+    assert "| 5 | " in packing_curve.markdown(report)
+
+
+def test_the_curve_is_that_of_the_recipe(tmp_path, monkeypatch):
+    """Its warm-up stays, which a recipe of few steps would not have; overrides come last."""
+    photos = synthetic_photos(tmp_path / "photos", 2, (32, 32))
+    monkeypatch.setattr(packing_curve, "photos", lambda folder, count: (dict(photos), "made here"))
+    path = Path(__file__).parents[1] / "recipes" / "flickr8k.yaml"
+    recipe = packing_curve.full_recipe(tmp_path, "flat", path, 80, ["training.precision=fp32"])
+    assert (recipe.training.max_steps, recipe.training.warmup_steps, recipe.training.packing) == (80, 50, "flat")
+    assert recipe.training.precision == "fp32"
+    with pytest.raises(SystemExit):
+        packing_curve.main(["--quick", "training.precision=fp32"])
 
 
 def test_generation_runs(tmp_path):
