@@ -53,9 +53,10 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(f"frozenprefix.models.{module}.TILE", 16)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_nodes", [1, 3, 4, 30])
-def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, monkeypatch):
+def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, softcap, monkeypatch):
     """With one row in the first tile whose largest logit by far comes last, and one where it comes first."""
     small_tiles(monkeypatch)
     monkeypatch.setattr("frozenprefix.models.losses.ROWS", 4)
@@ -66,9 +67,9 @@ def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, monkeypatch):
     hidden = torch.randn(num_nodes, D)
     hidden[0, 0], hidden[-1, 1] = 5.0, 5.0
     hidden.requires_grad_()
-    expected = reference(hidden, head, *edges(num_nodes))
+    expected = reference(hidden, head, *edges(num_nodes), softcap)
     (expected_grad,) = torch.autograd.grad(expected, hidden)
-    loss = next_token_loss(hidden, head, *edges(num_nodes))
+    loss = next_token_loss(hidden, head, *edges(num_nodes), softcap=softcap)
     (grad,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
@@ -120,13 +121,14 @@ def test_softcap():
     assert hidden.grad.abs().sum() > 0
 
 
-def test_in_bfloat16_the_loss_is_float32():
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_in_bfloat16_the_loss_is_float32(softcap):
     torch.manual_seed(0)
     head = nn.Linear(D, V).requires_grad_(False)
     hidden = torch.randn(300, D)
-    exact = reference(hidden, head, *edges(300)).item()
+    exact = reference(hidden, head, *edges(300), softcap).item()
     short = hidden.bfloat16().requires_grad_()
-    loss = next_token_loss(short, head.bfloat16(), *edges(300))
+    loss = next_token_loss(short, head.bfloat16(), *edges(300), softcap=softcap)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-2)
     loss.backward()

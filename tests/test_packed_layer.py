@@ -52,6 +52,11 @@ def read_rows(lm) -> tuple[Tensor, Tensor]:
     return out.detach().float(), embeds.grad.float()
 
 
+def assert_alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for ours, own in zip(found, expected, strict=True):
+        assert (ours - own).norm() < 2e-6 * own.norm()
+
+
 @pytest.fixture
 def whole_layers(monkeypatch) -> list[int]:
     """Grows by one for every layer that is read as one function."""
@@ -77,8 +82,7 @@ def test_in_float32_result_and_gradient_are_the_layers_own(family, changes, whol
     with packed_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
-    for own, ours in zip(expected, found, strict=True):
-        assert (ours - own).norm() < 2e-6 * own.norm()
+    assert_alike(found, expected)
 
 
 @pytest.mark.skipif(torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16")
@@ -145,8 +149,7 @@ def test_hooks_on_the_layer_go_on(whole_layers):
     with packed_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
-    for own, ours in zip(expected, found, strict=True):
-        assert (ours - own).norm() < 2e-6 * own.norm()
+    assert_alike(found, expected)
 
 
 def test_with_a_cache_the_layer_itself_is_used(whole_layers):

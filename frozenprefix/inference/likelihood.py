@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models.language_model import cap
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import PackedBatch, Target, pack
 from frozenprefix.models.processing import IMAGE_TOKEN
@@ -187,9 +188,7 @@ def _score(
     values = torch.empty(len(packed.edge_label), device=hidden.device)
     for start in range(0, len(hidden), LOGIT_ROWS):
         # [K', D_lm] -> [K', V]
-        logits = head(hidden[start : start + LOGIT_ROWS]).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = cap(head(hidden[start : start + LOGIT_ROWS]).float(), softcap)
         mine = (packed.edge_source >= start) & (packed.edge_source < start + LOGIT_ROWS)
         at = packed.edge_source[mine] - start
         values[mine] = logits[at, packed.edge_label[mine]] - logits.logsumexp(dim=-1)[at]

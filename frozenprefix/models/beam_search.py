@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.models.attention import additive_mask, attention_for_rows, mask_per_kind
-from frozenprefix.models.language_model import check_packable, positions_from_mask
+from frozenprefix.models.language_model import cap, check_packable, positions_from_mask
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
@@ -237,8 +237,7 @@ class BeamSearch:
             ).last_hidden_state
         if self.beams.score.shape[1] == 1:
             hidden = hidden[:, -1:]
-        logits = self.head(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return cap(self.head(hidden), self.softcap)
 
     # ── the beams ──
 

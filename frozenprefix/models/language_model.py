@@ -196,13 +196,18 @@ def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Mod
     with torch.no_grad():
         whole = language_model(inputs_embeds=embeddings).logits.float()
         logits = head(decoder(inputs_embeds=embeddings).last_hidden_state).float()
-        parts = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        parts = cap(logits, softcap)
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"model.language_model: {type(language_model).__name__} changes its logits behind the output layer in a "
             "way that this package does not know; it cannot be trained through"
         )
     return decoder, head, softcap
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; without one the logits themselves."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def check_packable(language_model: PreTrainedModel) -> str | None:

@@ -163,8 +163,7 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
         "activations": activations,
         # what a layer computes and drops again, and in the backward pass the gradients of what it kept
         "layer at work": 2 * activations / lm.layers,
-        # one tile, and once more for freed ones of another length
-        "logits": 2 * ROWS * min(TILE, lm.vocabulary) * lm.item_bytes,
+        "logits": ROWS * min(TILE, lm.vocabulary) * lm.item_bytes,
     }
 
 

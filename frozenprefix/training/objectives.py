@@ -18,6 +18,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.metrics.retrieval import first_ranks
 from frozenprefix.evaluation.text_ability import read_text, text_windows
 from frozenprefix.models.contrastive.losses import contrastive_loss
+from frozenprefix.models.language_model import cap
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objective_sections import ContrastiveSection, DistillationSection, Weight
@@ -168,10 +169,7 @@ def _divergence(head: nn.Module, softcap: float | None, bare: Tensor, adapted: T
 
 
 def _log_probabilities(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
-    logits = head(hidden).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits.log_softmax(dim=-1)
+    return cap(head(hidden).float(), softcap).log_softmax(dim=-1)
 
 
 class Objectives(nn.Module):
