@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 STAMP := $(VENV)/.installed
 BENCHMARKS := training_step step_profile packing_curve attention products generation cache scaling plan_check methods closed_form_start
 # Tests and recipes must not reach for a model hub.
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow bench lint format clean
+.PHONY: help install quickstart test test-slow test-oldest bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,15 @@ test: install lint ## lint, then the fast tests with coverage
 
 test-slow: install ## the tests with real weights
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10
+
+test-oldest: $(OLDEST)/.installed ## the fast tests with the oldest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m "not slow and not gpu"
+
+$(OLDEST)/.installed: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[test]'
+	touch $@
 
 bench: install ## run every benchmark
 	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done

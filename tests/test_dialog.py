@@ -12,6 +12,7 @@ from frozenprefix.cli import chat
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, ConfigError, DataError
 from frozenprefix.inference.dialog import Dialog
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.setup import build_model
 
@@ -113,7 +114,7 @@ def test_cached_turns_are_the_whole_history(made, monkeypatch, family, kind, tem
     whole = torch.tensor([dialog._ids[: dialog._cache.get_seq_length()]])
     embeds, seen = model.embed_shown(whole, dialog._prefix_embeds)
     with torch.no_grad(), model.fusion.showing(seen):
-        cache = model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values
+        cache = model.language_model(inputs_embeds=embeds, use_cache=True).get(CACHE)
     # a cache that the model makes itself may drop what lies before a sliding window
     for held, scratch in zip(dialog._cache.layers, cache.layers, strict=True):
         places = scratch.keys.shape[2]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.peft import validate_peft
 from frozenprefix.training.recipe import Recipe
@@ -204,6 +205,7 @@ def test_greedy_generation_reads_the_same_as_one_pass(built, pixels, method):
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # peft's own call
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
 def test_virtual_tokens_give_the_logits_of_peft(built, lm_of, pixels, tmp_path, method, family):
@@ -228,24 +230,24 @@ def test_the_cache_counts_texts_only(built, pixels):
         with torch.no_grad():
             first = model(**inputs, use_cache=True)
             length = inputs["input_ids"].shape[1]
-            assert first.past_key_values.get_seq_length() == length
+            assert first.cache.get_seq_length() == length
             whole = torch.cat([inputs["input_ids"], torch.tensor([[7, 8]])], dim=1)
             mask = torch.ones_like(whole)
             following = model(
                 input_ids=whole[:, length:],
                 attention_mask=mask,
-                past_key_values=first.past_key_values,
+                cache=first.cache,
             )
             again = model(input_ids=whole, attention_mask=mask, pixel_values=pixels[:1])
-            cache = first.past_key_values
+            cache = first.cache
             cache.crop(-2)
-            cut = model(input_ids=whole[:, length:], attention_mask=mask, past_key_values=cache)
+            cut = model(input_ids=whole[:, length:], attention_mask=mask, cache=cache)
         assert torch.equal(cut.logits, following.logits)
         torch.testing.assert_close(following.logits, again.logits[:, length:], rtol=1e-4, atol=1e-4)
         bare = AutoModelForCausalLM.from_pretrained(model.language_model.name_or_path)
-        foreign = bare(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+        foreign = bare(torch.tensor([[5, 6]]), use_cache=True).get(CACHE)
         with pytest.raises(ConfigError, match="made without the virtual tokens"):
-            model.language_model(torch.tensor([[5]]), past_key_values=foreign)
+            model.language_model(torch.tensor([[5]]), **{CACHE: foreign})
 
 
 @pytest.mark.parametrize("fusion", ["deep_prefix", "cross_attention", "adapters", "residual"])

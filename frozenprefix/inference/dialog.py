@@ -17,13 +17,14 @@ from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreame
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 Picture = str | Path | Image.Image
 
 # options of `generate` that several rows, or another form of output, would need
-REFUSED = {"max_length", "past_key_values", "return_dict_in_generate", "streamer"}
+REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ class Dialog:
                 None,
                 inputs_embeds=inputs_embeds,  # the whole history, of which transformers takes what the cache lacks
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 streamer=streamer,
+                **{CACHE: cache},
                 **options,
             )[0].tolist()
         reply = self.processor.decode(new)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.models.attention import additive_mask, attention_for_rows, mask_per_kind
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.language_model import cap, check_packable, positions_from_mask
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
@@ -232,8 +233,8 @@ class BeamSearch:
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask_per_kind(self.config, mask),
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{CACHE: self.cache},
             ).last_hidden_state
         if self.beams.score.shape[1] == 1:
             hidden = hidden[:, -1:]

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models import seq2seq
 from frozenprefix.models.adapted import freeze_around, split_peft_model
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
     FusionConfig,
@@ -49,13 +50,13 @@ class FrozenPrefixOutput(ModelOutput):
     Attributes:
         loss: float32 scalar, mean over trained tokens.
         logits: float[B, T, V]; None for a packed batch.
-        past_key_values: the LM's cache.
+        cache: the LM's keys and values.
         prefix_embeds: float[pictures, P, D_lm].
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     prefix_embeds: Tensor | None = None
 
 
@@ -193,7 +194,7 @@ class FrozenPrefixForConditionalGeneration(
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         packed: PackedBatch | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FrozenPrefixOutput:
@@ -209,6 +210,7 @@ class FrozenPrefixForConditionalGeneration(
         Raises:
             DataError: when placeholders and pictures do not match.
         """
+        cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         # [pictures, 3, H, W] -> [pictures, N, D_enc] -> [pictures, P, D_lm]
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
@@ -219,7 +221,7 @@ class FrozenPrefixForConditionalGeneration(
             return FrozenPrefixOutput(*made, None, prefix_embeds)
         # [B, T] -> [B, T, D_lm]
         inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
-        if position_ids is None and attention_mask is not None and past_key_values is None:
+        if position_ids is None and attention_mask is not None and cache is None:
             position_ids = positions_from_mask(attention_mask)
         # -> [B, T, V]
         with self.fusion.showing(shown):
@@ -227,14 +229,14 @@ class FrozenPrefixForConditionalGeneration(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: cache},
                 **kwargs,
             )
         loss = None
         if labels is not None:
             loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
-        return FrozenPrefixOutput(loss, outputs.logits, outputs.past_key_values, prefix_embeds)
+        return FrozenPrefixOutput(loss, outputs.logits, outputs.get(CACHE), prefix_embeds)
 
     def embed(
         self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None

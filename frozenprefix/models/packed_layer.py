@@ -23,6 +23,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from frozenprefix.models.attention import NAME
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.packed_product import PackedForward, PackedWeight
 
 # layers, and what they are made of: attention, gated layer, norms
@@ -63,14 +64,13 @@ class PackedLayer:
         *args: Any,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         if (
             args
             or attention_mask is None
             or position_embeddings is None
-            or past_key_values is not None
+            or kwargs.get(CACHE) is not None
             or self.layer.self_attn.config._attn_implementation != NAME
             or hidden_states.dtype != self.out.dtype
             or torch.is_autocast_enabled("cpu")
@@ -82,7 +82,6 @@ class PackedLayer:
                 *args,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         shape = hidden_states.shape

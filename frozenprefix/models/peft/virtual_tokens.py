@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.compat import CACHE
 from frozenprefix.models.fusion import Fusion, Shown
 
 Mask = Tensor | dict[str, Any] | None
@@ -66,7 +67,7 @@ class VirtualTokens(nn.Module):
         token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
         reason = "its decoder keeps no keys and values of them"
         try:
-            cache = language_model(inputs_embeds=self._embeddings()(token), use_cache=True).past_key_values
+            cache = language_model(inputs_embeds=self._embeddings()(token), use_cache=True).get(CACHE)
             held = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             held, reason = [], str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -83,7 +84,7 @@ class VirtualTokens(nn.Module):
             return None
         names = list(inspect.signature(decoder.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if cache is not None:
             self._check_is_ours(cache)
             show_length(cache)
@@ -103,7 +104,7 @@ class VirtualTokens(nn.Module):
         if embeds is None:
             embeds = self._embeddings()(kwargs["input_ids"])
         if self.in_layers:
-            kwargs["past_key_values"] = self._fill(kwargs.get("past_key_values"), embeds)
+            kwargs[CACHE] = self._fill(kwargs.get(CACHE), embeds)
             return
         prompt = self._prompt(1).to(embeds.dtype).expand(len(embeds), -1, -1)
         # [B, T, D_lm] -> [B, V + T, D_lm]
@@ -138,14 +139,14 @@ class VirtualTokens(nn.Module):
             output.last_hidden_state = output.last_hidden_state[:, self.count :]
             if output.get("hidden_states") is not None:
                 output.hidden_states = tuple(hidden[:, self.count :] for hidden in output.hidden_states)
-        if output.get("past_key_values") is not None:
-            hide_length(output.past_key_values, self.count)
+        if output.get(CACHE) is not None:
+            hide_length(output[CACHE], self.count)
 
     # ── masks and positions ──
 
     def _check_is_ours(self, cache: Cache) -> None:
         if cache.get_seq_length() > 0 and not hides_length(cache):
-            raise ConfigError("past_key_values: got a cache that was made without the virtual tokens; start a new one")
+            raise ConfigError(f"{CACHE}: got a cache that was made without the virtual tokens; start a new one")
 
     def _shift(self, positions: Tensor, rows: bool) -> Tensor:
         """int64[B, T] -> int64[B, T] or, with rows for the virtual tokens, int64[B, V + T]."""
