@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.models.attention import additive_mask, packed_attention
+from frozenprefix.kernels.attention import additive_mask, packed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

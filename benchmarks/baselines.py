@@ -41,7 +41,7 @@ class ClipCapStep:
     def __call__(self, features: Tensor, captions: list[list[list[int]]]) -> None:
         rows = [caption for texts in captions for caption in texts]
         words, mask = padded(rows, self.length)
-        # a picture's feature once for each of its captions
+        # an image's feature once for each of its captions
         repeated = features.repeat_interleave(len(captions[0]), dim=0)
         prefix = self.mapper(repeated)
         embeds = torch.cat([prefix, self.language_model.get_input_embeddings()(words)], dim=1)
@@ -74,7 +74,7 @@ class LlavaStep:
         self.dtype = dtype
 
     def __call__(self, features: Tensor, captions: list[list[list[int]]]) -> None:
-        """`features`: float32[pictures, 1, 512]; the tower would give PREFIX tokens of that width."""
+        """`features`: float32[images, 1, 512]; the tower would give PREFIX tokens of that width."""
         rows = [[*caption, END] for texts in captions for caption in texts]
         words, mask = padded(rows, max(map(len, rows)))
         tokens = features.repeat_interleave(len(captions[0]), dim=0).expand(-1, PREFIX, -1).to(self.dtype)
@@ -90,7 +90,7 @@ class LlavaStep:
 def clipcap_beam_search(
     language_model: nn.Module, prefix: Tensor, *, num_beams: int, new_tokens: int, end: int | None
 ) -> Tensor:
-    """Beam search for one picture as ClipCap's script does it: the whole sequence is read again for every word.
+    """Beam search for one image as ClipCap's script does it: the whole sequence is read again for every word.
 
     Args:
         prefix: float[1, P, D].

@@ -1,9 +1,9 @@
-"""What a recipe owes to its pictures: beside it its twin, trained with one and the same vector for all of them.
+"""What a recipe owes to its images: beside it its twin, trained with one and the same vector for all of them.
 
 python benchmarks/blind_twin.py RECIPE [KEY=VALUE ...] --task vqa [--option answering=choose] [--json report.json]
 
 Trains what is not trained yet, in the recipe's output_dir and beside it, evaluates both on the recipe's validation
-data, and compares them by paired bootstrap over pictures.
+data, and compares them by paired bootstrap over images.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.data.features import PictureEncoder
+from frozenprefix.config.recipe import Recipe
+from frozenprefix.data.features import ImageEncoder
 from frozenprefix.data.sources import load_sources
 from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.evaluation.comparison import Evaluation, compare
-from frozenprefix.training.loop import train
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.trainer import train
 
 
 def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe with features of the same shape but equal for all pictures, in a folder beside the recipe's own.
+    """The recipe with features of the same shape but equal for all images, in a folder beside the recipe's own.
 
-    What it starts from has seen pictures, and is left out.
+    What it starts from has seen images, and is left out.
     """
     recipe = Recipe.load(path, overrides)
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}_blind")
     table = folder / "constant.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = PictureEncoder.build(recipe.model.vision_encoder).module
+    encoder = ImageEncoder.build(recipe.model.vision_encoder).module
     feature = torch.ones(encoder.num_tokens, encoder.encoder_dim)
-    pictures = {p for s in load_sources([*recipe.data.train, *recipe.data.validation]) for p in s.images}
-    save_file({"/".join(picture.absolute().parts[1:]): feature.clone() for picture in pictures}, table)
+    images = {p for s in load_sources([*recipe.data.train, *recipe.data.validation]) for p in s.images}
+    save_file({"/".join(image.absolute().parts[1:]): feature.clone() for image in images}, table)
     changes = {
         "output_dir": str(folder),
         "model.vision_encoder": {"source": "features", "path": str(table)},
@@ -89,7 +89,7 @@ def markdown(report: dict[str, Any]) -> str:
         gain = between(difference["difference"], difference["low"], difference["high"])
         rows.append([name, own, report["blind_twin"][name], gain, report["shuffled"].get(name, "–")])
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    head = ["", "trained on pictures (95 %)", "blind twin", "difference (95 %)", "shown another's picture"]
+    head = ["", "trained on images (95 %)", "blind twin", "difference (95 %)", "shown another's image"]
     return f"`{report['recipe']}`, {report['n']} samples, {settings}.\n\n{common.table(head, rows)}"
 
 

@@ -1,4 +1,4 @@
-"""Pictures per second into the feature cache, against the bare encoder; training steps with and without the cache.
+"""Images per second into the feature cache, against the bare encoder; training steps with and without the cache.
 
 python benchmarks/cache.py [--quick] [--json report.json]
 """
@@ -18,24 +18,24 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.data.features import PictureEncoder
+from frozenprefix.config.recipe import Recipe
+from frozenprefix.data.features import ImageEncoder
 from frozenprefix.data.images import load_image
 from frozenprefix.training.caching import fill_cache
-from frozenprefix.training.loop import Trainer
-from frozenprefix.training.recipe import Recipe
 from frozenprefix.training.setup import load_parts
+from frozenprefix.training.trainer import Trainer
 
 
 def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
-    """The recipe of Flickr8k in small, or a tiny one; and what the pictures are."""
-    training = {"max_steps": 100, "targets_per_picture": 4, "pictures_per_step": 12}
+    """The recipe of Flickr8k in small, or a tiny one; and what the images are."""
+    training = {"max_steps": 100, "targets_per_image": 4, "images_per_step": 12}
     if quick:
         model = {
             "vision_encoder": {"source": "timm", "name": "test_vit", "weights": "random", "image_size": 32},
             "mapper": {"type": "mlp", "prefix_length": 4},
             "language_model": {"path": str(save_random_lm(folder / "lm", small_llama(48, 2)))},
         }
-        source, name = synthetic_photos(folder / "photos", 48, (64, 64)), "synthetic pictures of 64 x 64"
+        source, name = synthetic_photos(folder / "photos", 48, (64, 64)), "synthetic images of 64 x 64"
         return make_recipe(folder, "cache", source, model=model, training=training), name
     source, name = photos(folder / "photos", 320)
     model = {
@@ -50,7 +50,7 @@ def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
 
 def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
     """Bare encoder on pixels that are ready, decoding on one core, and the command from files to shards."""
-    encoder = PictureEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.build(recipe.model.vision_encoder)
     paths = [path for sample in load_parts(recipe.data)["train"] for path in sample.images]
     before = time.perf_counter()
     pixels = [encoder.pixels(load_image(path)) for path in paths[: encoder.batch_size]]
@@ -72,13 +72,13 @@ def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
         command.append(filled.encoded / filled.seconds)
     again = fill_cache(recipe.model_copy(update={"data": data}))
     return {
-        "pictures": len(paths),
+        "images": len(paths),
         "bare_encoder_per_s": statistics.median(bare),
         "decode_per_s_per_core": decoding,
         "cache_per_s": statistics.median(command),
         "share_of_bare_encoder": statistics.median(c / b for c, b in zip(command, bare, strict=True)),
         "cached_already_per_s": len(paths) / again.seconds,
-        "bytes_per_picture": filled.bytes / filled.features,
+        "bytes_per_image": filled.bytes / filled.features,
     }
 
 
@@ -99,16 +99,16 @@ class Steps(Trainer):
 
 
 def training(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
-    """Targets per second of the same steps, from the cache and from picture files, in turns.
+    """Targets per second of the same steps, from the cache and from image files, in turns.
 
-    Pictures are read by the training process itself: workers would prepare them while the other arm is timed.
+    Images are read by the training process itself: workers would prepare them while the other arm is timed.
     """
     arms = {}
     for name, cache in (("with_cache", str(folder / "round-0")), ("without_cache", "off")):
         data = recipe.data.model_copy(update={"feature_cache": cache, "workers": 0})
         arms[name] = Steps(recipe.model_copy(update={"data": data}))
     seconds = common.timed_rounds(arms, rounds, warmup=min(2, rounds))
-    targets = (recipe.training.targets_per_picture or 0) * recipe.training.pictures_per_step
+    targets = (recipe.training.targets_per_image or 0) * recipe.training.images_per_step
     report = {f"{name}_targets_per_s": targets / statistics.median(times) for name, times in seconds.items()}
     return {**report, "speed_up": common.median_ratio(seconds["without_cache"], seconds["with_cache"])}
 
@@ -118,21 +118,21 @@ def main() -> None:
     common.start_logging()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe, pictures = make(folder, arguments.quick)
+        recipe, images = make(folder, arguments.quick)
         found = encoding(recipe, folder, 1 if arguments.quick else 3)
         steps = training(recipe, folder, 1 if arguments.quick else 12)
     rows = [
-        ["encoder alone, on pixels that are ready", "pictures/s", found["bare_encoder_per_s"]],
-        ["decoding and resizing, one core", "pictures/s", found["decode_per_s_per_core"]],
-        ["`frozenprefix cache`, from files to shards", "pictures/s", found["cache_per_s"]],
+        ["encoder alone, on pixels that are ready", "images/s", found["bare_encoder_per_s"]],
+        ["decoding and resizing, one core", "images/s", found["decode_per_s_per_core"]],
+        ["`frozenprefix cache`, from files to shards", "images/s", found["cache_per_s"]],
         ["share of the encoder alone", "", found["share_of_bare_encoder"]],
-        ["pictures that are in the cache already", "pictures/s", found["cached_already_per_s"]],
+        ["images that are in the cache already", "images/s", found["cached_already_per_s"]],
         ["training with the cache", "targets/s", steps["with_cache_targets_per_s"]],
-        ["training from picture files", "targets/s", steps["without_cache_targets_per_s"]],
+        ["training from image files", "targets/s", steps["without_cache_targets_per_s"]],
         ["steps with the cache, times as fast", "", steps["speed_up"]],
     ]
-    report = {"benchmark": "cache", "data": pictures, **found, **steps}
-    title = f"EfficientNet-Lite0 at 224 pixels in bf16, {found['pictures']} {pictures}; SmolLM2-135M in training.\n\n"
+    report = {"benchmark": "cache", "data": images, **found, **steps}
+    title = f"EfficientNet-Lite0 at 224 pixels in bf16, {found['images']} {images}; SmolLM2-135M in training.\n\n"
     common.finish(report, arguments, "cache", title + common.table(["", "", ""], rows))
 
 

@@ -21,13 +21,13 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from frozenprefix.config.recipe import Recipe
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.training.loop import train
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-POINTS, PICTURES = 8, 48  # validations along the way, and their photos
+POINTS, IMAGES = 8, 48  # validations along the way, and their photos
 
 
 def closed_form(photo: Path, folder: Path) -> Path:
@@ -50,7 +50,7 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
         "training.max_minutes": None,
         "training.max_steps": steps,
         "training.validate_every": max(1, steps // POINTS),
-        "training.validation_pictures": PICTURES,
+        "training.validation_images": IMAGES,
         "training.init_from": str(start) if from_start else None,
         "output_dir": str(folder),
     }

@@ -1,4 +1,4 @@
-"""Pictures captioned per second with beam search, against ClipCap's script.
+"""Images captioned per second with beam search, against ClipCap's script.
 
     python benchmarks/generation.py [--quick] [--json report.json]
 
@@ -53,8 +53,8 @@ def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -
     """Rates of all arms at one length.
 
     Args:
-        batch: pictures generated for at once; alone: pictures for the method that takes one at a time, and for the
-            check that a batch writes what single pictures get.
+        batch: images generated for at once; alone: images for the method that takes one at a time, and for the
+            check that a batch writes what single images get.
     """
     config = shapes(quick)["gpt2"].config
     models = {dtype: our_model(config, FLOAT[dtype]).eval() for dtype in FLOAT}
@@ -62,9 +62,9 @@ def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -
     prefix = models["fp32"].map_features(features[:alone])
 
     def clipcap() -> None:
-        for picture in prefix:
+        for image in prefix:
             clipcap_beam_search(
-                models["fp32"].language_model, picture[None], num_beams=BEAMS, new_tokens=new_tokens, end=None
+                models["fp32"].language_model, image[None], num_beams=BEAMS, new_tokens=new_tokens, end=None
             )
 
     arms: dict[str, Any] = {
@@ -85,7 +85,7 @@ def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -
 
 
 def same_captions(model: Any, features: Tensor, new_tokens: int, alone: int) -> float:
-    """Share of captions that a picture gets alone as it gets in the batch."""
+    """Share of captions that an image gets alone as it gets in the batch."""
     together = ours(model, features, new_tokens)
     singles = [ours(model, features[i : i + 1], new_tokens)[0] for i in range(alone)]
     return sum(a == b for a, b in zip(singles, together, strict=False)) / alone
@@ -107,10 +107,10 @@ def markdown(report: dict[str, Any]) -> str:
     lengths: dict[int, Any] = report["new_tokens"]
     rows: list[list[Any]] = []
     names = {
-        "clipcap": "pictures/s, ClipCap's script (fp32, one at a time, no cache)",
-        "transformers_bf16": "pictures/s, transformers' `generate`, bf16",
-        "ours_fp32": "pictures/s, ours fp32",
-        "ours_bf16": "pictures/s, ours bf16",
+        "clipcap": "images/s, ClipCap's script (fp32, one at a time, no cache)",
+        "transformers_bf16": "images/s, transformers' `generate`, bf16",
+        "ours_fp32": "images/s, ours fp32",
+        "ours_bf16": "images/s, ours bf16",
     }
     for name, label in names.items():
         rows.append([label, *(made["images_per_s"][name] for made in lengths.values()), ""])
@@ -124,14 +124,14 @@ def markdown(report: dict[str, Any]) -> str:
         shares = [made["same_captions"][dtype] for made in lengths.values()]
         rows.append([f"captions that a batch does not change, {dtype}", *shares, target])
     head = ["", *(f"{tokens} words" for tokens in lengths), "target"]
-    return f"Beam search with {BEAMS} beams, {report['batch']} pictures in a batch.\n\n" + common.table(head, rows)
+    return f"Beam search with {BEAMS} beams, {report['batch']} images in a batch.\n\n" + common.table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--alone", type=int, default=4, help="pictures for the method that takes one at a time")
+    parser.add_argument("--alone", type=int, default=4, help="images for the method that takes one at a time")
     arguments = parser.parse_args(argv)
     return common.publish(run, arguments, "generation", markdown)
 

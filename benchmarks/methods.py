@@ -3,7 +3,7 @@
 python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--targets 3840]
 
 Each method is a recipe in `recipes/`, trained on the same number of captions by a process of its own, then asked for
-captions of validation photos, with the right pictures, with shuffled ones, and with none. What one run has measured is
+captions of validation photos, with the right images, with shuffled ones, and with none. What one run has measured is
 kept in `--json`, and is not measured again; methods that are done stay when others are added.
 """
 
@@ -25,13 +25,13 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks import common
 from benchmarks.recipes import photos, small_parts
+from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation.evaluate import evaluate_samples
 from frozenprefix.evaluation.text_ability import text_ability
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.loop import Trainer
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.trainer import Trainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # recipe -> what it is, in the table
@@ -61,7 +61,7 @@ def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
     """The recipe as it stands, but for its length, its data's place and its output; with `quick` in small."""
     path = RECIPES / f"{name}.yaml"
     settings = Recipe.load(path).training
-    steps = math.ceil(targets / settings.pictures_per_step / (settings.targets_per_picture or 1))
+    steps = math.ceil(targets / settings.images_per_step / (settings.targets_per_image or 1))
     length = [
         "training.epochs=null",
         "training.max_minutes=null",
@@ -70,7 +70,7 @@ def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
         f"training.log_every={max(1, steps // 8)}",
         f"training.validate_every={steps}",
         f"training.save_every={steps}",
-        f"training.validation_pictures={LOSS_OF}",
+        f"training.validation_images={LOSS_OF}",
         f"output_dir={folder / 'run'}",
     ]
     if name == "adalora":  # the ranks' schedule belongs to the run's length

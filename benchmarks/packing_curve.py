@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 
 from benchmarks import common
 from benchmarks.recipes import make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.training.loop import train
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.config.recipe import Recipe
+from frozenprefix.training.trainer import train
 
 ARMS = ("trie", "none")
 CURVES = 5  # validations along the way
@@ -43,7 +43,7 @@ def quick_recipe(folder: Path, packing: str) -> Recipe:
             "language_model": {"path": str(save_random_lm(folder / "lm", config))},
         },
         data={"validation": [source]},
-        training={"max_steps": 5, "pictures_per_step": 4, "validate_every": 1, "log_every": 1, "packing": packing},
+        training={"max_steps": 5, "images_per_step": 4, "validate_every": 1, "log_every": 1, "packing": packing},
     )
 
 

@@ -22,18 +22,18 @@ from transformers import GPT2Config, LlamaConfig
 
 from benchmarks import common
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
+from frozenprefix.config.recipe import Recipe
 from frozenprefix.models.freezing import count_parameters
+from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
-from frozenprefix.training.loop import Trainer
-from frozenprefix.training.plan import plan
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.training.trainer import Trainer
 
 STEPS = 20
 TOLERANCE = 0.25
 COLUMNS = {
     "seconds_per_step": "s/step",
     "seconds_to_train": "whole run",
-    "encode_per_second": "pictures/s to encode",
+    "encode_per_second": "images/s to encode",
     "cache_bytes": "cache size",
     "memory": "memory",
     "trainable": "trainable parameters",
@@ -66,7 +66,7 @@ def quick_recipes(folder: Path) -> Iterator[Recipe]:
             "mapper": {"type": "mlp", "prefix_length": 4},
             "language_model": {"path": str(lm)},
         },
-        training={"max_steps": 6, "pictures_per_step": 4},
+        training={"max_steps": 6, "images_per_step": 4},
     )
 
 
@@ -112,7 +112,7 @@ def recipes(folder: Path) -> Iterator[Recipe]:
             "language_model": {"path": str(save_random_lm(folder / "llama", small_llama(384, 8, 20_000)))},
         },
         data={**validation, "feature_dtype": "int8"},
-        training={"max_steps": STEPS, "pictures_per_step": 8, "targets_per_picture": None, "packing": "none"},
+        training={"max_steps": STEPS, "images_per_step": 8, "targets_per_image": None, "packing": "none"},
     )
 
 

@@ -22,11 +22,11 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.workloads import random_lm
 from benchmarks.workloads import shapes as workload_shapes
-from frozenprefix.models.allocator import keep_freed_memory
-from frozenprefix.models.attention import additive_mask, attention_for_rows
-from frozenprefix.models.packed_layer import PackedLayer
-from frozenprefix.models.packed_product import PackedForward, packable_dtypes
-from frozenprefix.models.packed_weights import packable_layers, packed_frozen_weights
+from frozenprefix.kernels.allocator import keep_freed_memory
+from frozenprefix.kernels.attention import additive_mask, attention_for_rows
+from frozenprefix.kernels.linear import PackedForward, packable_dtypes
+from frozenprefix.kernels.llama_layer import PackedLayer
+from frozenprefix.kernels.prepack import packable_layers, packed_frozen_weights
 
 ROWS = 512  # tokens of a step
 TEXTS = 4  # that they belong to

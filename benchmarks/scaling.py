@@ -1,4 +1,4 @@
-"""How the time of a training step grows with targets per picture, pictures, prefix length and the LM's size.
+"""How the time of a training step grows with targets per image, images, prefix length and the LM's size.
 
 python benchmarks/scaling.py [--quick] [--json report.json]
 """
@@ -20,9 +20,9 @@ import torch
 
 from benchmarks import common
 from benchmarks.plan_check import small_llama
-from benchmarks.workloads import CAPTIONS_PER_PICTURE, features_of, our_model, synthetic_captions
-from frozenprefix.models.packing import Target, pack
-from frozenprefix.training.costs import LanguageModelShape
+from benchmarks.workloads import CAPTIONS_PER_IMAGE, features_of, our_model, synthetic_captions
+from frozenprefix.models.packing.trie import Target, pack
+from frozenprefix.planning.costs import LanguageModelShape
 
 END = 1
 TARGET_EXPONENT = 1.05
@@ -32,7 +32,7 @@ TARGET_EXPONENT = 1.05
 class Size:
     """Of one step."""
 
-    pictures: int = 4
+    images: int = 4
     targets: int = 4
     prefix: int = 10
     hidden: int = 384
@@ -40,19 +40,19 @@ class Size:
     vocabulary: int = 16_000
 
 
-QUICK = Size(pictures=2, targets=2, hidden=48, layers=2, vocabulary=500)
+QUICK = Size(images=2, targets=2, hidden=48, layers=2, vocabulary=500)
 # what is changed, and its values, in multiples of the size at hand in the quick run
 SWEEPS: dict[str, tuple[int, ...]] = {
     "targets": (1, 2, 4, 8, 16, 32),
-    "pictures": (1, 2, 4, 8, 16, 32),
+    "images": (1, 2, 4, 8, 16, 32),
     "prefix": (4, 8, 16, 32, 64),
     "hidden": (192, 384, 576, 768),
     "layers": (4, 8, 16, 32),
 }
-QUICK_SWEEPS: dict[str, tuple[int, ...]] = {"targets": (1, 4), "pictures": (1, 4), "prefix": (4, 16), "layers": (1, 2)}
+QUICK_SWEEPS: dict[str, tuple[int, ...]] = {"targets": (1, 4), "images": (1, 4), "prefix": (4, 16), "layers": (1, 2)}
 LABELS = {
-    "targets": "targets per picture",
-    "pictures": "pictures per step",
+    "targets": "targets per image",
+    "images": "images per step",
     "prefix": "prefix length",
     "hidden": "LM width (8 layers)",
     "layers": "LM layers",
@@ -69,7 +69,7 @@ class Step:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         self.texts = captions(size)
-        self.features = features_of(size.pictures)
+        self.features = features_of(size.images)
         self.weights = LanguageModelShape.of(self.model.language_model).matrix_weights
 
     def __call__(self) -> None:
@@ -83,10 +83,10 @@ class Step:
 
 
 def captions(size: Size) -> list[list[list[int]]]:
-    """`targets` captions for each picture. Past five they share no more words than captions of different pictures."""
-    fives = -(-size.targets // CAPTIONS_PER_PICTURE)
-    made = synthetic_captions(size.pictures * fives, size.vocabulary)
-    joined = [[text for five in made[i * fives : (i + 1) * fives] for text in five] for i in range(size.pictures)]
+    """`targets` captions for each image. Past five they share no more words than captions of different images."""
+    fives = -(-size.targets // CAPTIONS_PER_IMAGE)
+    made = synthetic_captions(size.images * fives, size.vocabulary)
+    joined = [[text for five in made[i * fives : (i + 1) * fives] for text in five] for i in range(size.images)]
     return [texts[: size.targets] for texts in joined]
 
 
@@ -101,7 +101,7 @@ def sweep(base: Size, name: str, values: tuple[int, ...], rounds: int) -> dict[s
     arms: dict[str, Callable[[], None]] = {str(value): step for value, step in steps.items()}
     timed = common.timed_rounds(arms, rounds)
     seconds = [statistics.median(timed[str(value)]) for value in values]
-    per_target = [s / (step.size.pictures * step.size.targets) for s, step in zip(seconds, steps.values(), strict=True)]
+    per_target = [s / (step.size.images * step.size.targets) for s, step in zip(seconds, steps.values(), strict=True)]
     return {
         "values": list(values),
         "lm_weights": [step.weights for step in steps.values()],

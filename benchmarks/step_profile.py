@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.training_step import DATA_SET, LARGE_STEP, OurStep, batches
 from benchmarks.workloads import Shape, shapes, synthetic_captions
-from frozenprefix.models.allocator import keep_freed_memory
+from frozenprefix.kernels.allocator import keep_freed_memory
 
 # operations by the beginning of their names
 KINDS = {
@@ -77,15 +77,15 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keep_freed_memory()
     rounds, times = (1, 1) if arguments.quick else (5, LARGE_STEP)
-    found = {name: replace(one, pictures=times * one.pictures) for name, one in shapes(arguments.quick).items()}
-    return {"shapes": {name: measure(shape, rounds) | {"pictures": shape.pictures} for name, shape in found.items()}}
+    found = {name: replace(one, images=times * one.images) for name, one in shapes(arguments.quick).items()}
+    return {"shapes": {name: measure(shape, rounds) | {"images": shape.images} for name, shape in found.items()}}
 
 
 def markdown(report: dict[str, Any]) -> str:
     made = report["shapes"]
     rows: list[list[Any]] = [[kind, *(one["shares"][kind] for one in made.values())] for kind in [*KINDS, REST]]
     rows.append(["seconds a step, without the profiler", *(one["seconds"] for one in made.values())])
-    header = ["share of a bf16 step", *(f"{name}, {one['pictures']} pictures" for name, one in made.items())]
+    header = ["share of a bf16 step", *(f"{name}, {one['images']} images" for name, one in made.items())]
     return common.table(header, rows)
 
 

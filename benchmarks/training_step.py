@@ -27,7 +27,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.baselines import ClipCapStep, LlavaStep
 from benchmarks.workloads import (
-    CAPTIONS_PER_PICTURE,
+    CAPTIONS_PER_IMAGE,
     PREFIX,
     Shape,
     features_of,
@@ -36,13 +36,13 @@ from benchmarks.workloads import (
     synthetic_captions,
     targets_of,
 )
-from frozenprefix.models.allocator import keep_freed_memory
+from frozenprefix.kernels.allocator import keep_freed_memory
+from frozenprefix.kernels.prepack import packed_frozen_weights
 from frozenprefix.models.fusion import fuse_prefix
-from frozenprefix.models.packed_weights import packed_frozen_weights
-from frozenprefix.models.packing import PackedBatch, pack
+from frozenprefix.models.packing.trie import PackedBatch, pack
 
-LARGE_STEP = 4  # times the pictures of a small step
-DATA_SET = 2000  # pictures whose captions say how long ClipCap's rows are
+LARGE_STEP = 4  # times the images of a small step
+DATA_SET = 2000  # images whose captions say how long ClipCap's rows are
 FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor, list[list[list[int]]]], None]
 
@@ -85,8 +85,8 @@ def batches(shape: Shape, captions: list[list[list[int]]]) -> Callable[[], tuple
     numbers = count()
 
     def following() -> tuple[Tensor, list[list[list[int]]]]:
-        start = next(numbers) * shape.pictures % (len(captions) - shape.pictures + 1)
-        return features_of(shape.pictures, start), captions[start : start + shape.pictures]
+        start = next(numbers) * shape.images % (len(captions) - shape.images + 1)
+        return features_of(shape.images, start), captions[start : start + shape.images]
 
     return following
 
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace, shape_name: str, shape: Shape) -> dic
     memory = {name: arm.peak_rss_mib for name, arm in arms.items()}
     report: dict[str, Any] = {
         "captions_per_s": {
-            name: shape.pictures * CAPTIONS_PER_PICTURE / statistics.median(times) for name, times in seconds.items()
+            name: shape.images * CAPTIONS_PER_IMAGE / statistics.median(times) for name, times in seconds.items()
         },
         "ratio_fp32": common.median_ratio(seconds["clipcap"], seconds["ours_fp32"]),
         "ratio_bf16": common.median_ratio(seconds["clipcap"], seconds["ours_bf16"]),
@@ -125,11 +125,10 @@ def measure(arguments: argparse.Namespace, shape_name: str, shape: Shape) -> dic
 
 
 def utilisations(shape: Shape, rounds: int) -> dict[str, float]:
-    """Our bf16 step with few and with many pictures, in a process that keeps freed memory, as training does."""
+    """Our bf16 step with few and with many images, in a process that keeps freed memory, as training does."""
     keep_freed_memory()
     small, large = (
-        utilisation(replace(shape, pictures=n), max(2 * rounds, 1))
-        for n in (shape.pictures, LARGE_STEP * shape.pictures)
+        utilisation(replace(shape, images=n), max(2 * rounds, 1)) for n in (shape.images, LARGE_STEP * shape.images)
     )
     return large | {"mfu_small_step": small["mfu"], "gflops_small_step": small["gflops"]}
 
@@ -186,10 +185,10 @@ def is_embedding(name: str) -> bool:
     return any(part in ("wte", "wpe", "embed_tokens") for part in name.split("."))
 
 
-def gradient_error(shape: Shape, pictures: int = 2) -> float:
+def gradient_error(shape: Shape, images: int = 2) -> float:
     """Distance of our mapper gradient from that of captions one by one through the LM's own forward, in fp32."""
-    captions = synthetic_captions(pictures, shape.config.vocab_size, seed=7)
-    features = features_of(pictures, 7)
+    captions = synthetic_captions(images, shape.config.vocab_size, seed=7)
+    features = features_of(images, 7)
     ours = OurStep(shape, torch.float32)
     model = ours.model.eval()
     model(packed=ours.pack(captions), image_features=features).loss.backward()
@@ -272,8 +271,8 @@ def markdown(report: dict[str, Any]) -> str:
         ("relative error of the mapper's gradient, fp32", ("max_rel_grad_error",), "< 1e-5"),
         ("peak memory, ours bf16 / ClipCap", ("peak_rss_ratio",), "≤ 0.5"),
         ("bf16 matrix products, GFLOP/s", ("gemm_peak_gflops",), ""),
-        ("useful share of it in our bf16 step, 8 pictures", ("mfu_small_step",), ""),
-        ("the same, 32 pictures", ("mfu",), "≥ 0.65"),
+        ("useful share of it in our bf16 step, 8 images", ("mfu_small_step",), ""),
+        ("the same, 32 images", ("mfu",), "≥ 0.65"),
         ("the lowest of these steps", ("mfu_low",), ""),
         ("the highest", ("mfu_high",), ""),
     ]

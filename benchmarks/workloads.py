@@ -11,24 +11,24 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing import Target
+from frozenprefix.models.packing.trie import Target
 from frozenprefix.models.vision.given_features import GivenFeatures
 
 PREFIX = 10
 FEATURE = 512  # CLIP ViT-B/32's pooled feature
-CAPTIONS_PER_PICTURE = 5
+CAPTIONS_PER_IMAGE = 5
 END, OPENINGS, SUBJECTS = 1, 20, 400
-# probability that a caption which agrees with its picture's main phrase so far also agrees in its next word; with them
+# probability that a caption which agrees with its image's main phrase so far also agrees in its next word; with them
 # 9 % of all words are shared, as in Flickr8k
 AGREE = (0.85, 0.5, 0.4, 0.4, 0.4)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model's size, and how many pictures make a step."""
+    """A language model's size, and how many images make a step."""
 
     config: PreTrainedConfig
-    pictures: int = 8
+    images: int = 8
 
 
 def shapes(quick: bool = False) -> dict[str, Shape]:
@@ -53,8 +53,8 @@ def random_lm(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> P
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def synthetic_captions(pictures: int, vocab_size: int, seed: int = 0) -> list[list[list[int]]]:
-    """Five captions per picture as token ids, end token not included.
+def synthetic_captions(images: int, vocab_size: int, seed: int = 0) -> list[list[list[int]]]:
+    """Five captions per image as token ids, end token not included.
 
     Lengths are like those of COCO captions: 11.4 tokens on average, deviation 2.7, from 7 on, and 3 in 2000 long ones.
     """
@@ -71,10 +71,10 @@ def synthetic_captions(pictures: int, vocab_size: int, seed: int = 0) -> list[li
         return low + int((high - low) * draw.random() ** 2)
 
     made = []
-    for _ in range(pictures):
+    for _ in range(images):
         phrase = [word(place) for place in range(len(AGREE))]
         captions = []
-        for _ in range(CAPTIONS_PER_PICTURE):
+        for _ in range(CAPTIONS_PER_IMAGE):
             length = draw.randint(20, 45) if draw.random() < 0.0015 else 7 + int(draw.gammavariate(3.9, 1.25))
             agreed = 0
             while agreed < len(AGREE) and draw.random() < AGREE[agreed]:
@@ -106,6 +106,6 @@ def our_model(config: PreTrainedConfig, dtype: torch.dtype, **mapper: int) -> Fr
     return model.train()
 
 
-def features_of(pictures: int, seed: int = 0) -> Tensor:
-    """float32[pictures, 1, 512]."""
-    return torch.randn(pictures, 1, FEATURE, generator=torch.Generator().manual_seed(seed))
+def features_of(images: int, seed: int = 0) -> Tensor:
+    """float32[images, 1, 512]."""
+    return torch.randn(images, 1, FEATURE, generator=torch.Generator().manual_seed(seed))

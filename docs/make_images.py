@@ -1,10 +1,10 @@
-"""The pictures of tasks.md: what trained models make of drawings that anyone may show.
+"""The images of tasks.md: what trained models make of drawings that anyone may show.
 
     python docs/make_images.py runs/quickstart/best --photos runs/flickr8k/best --search runs/lit_flickr8k/best \
         --retrieval runs/retrieval/best --dialog runs/dialog/best --video runs/video/best --clips data/clips
 
 The drawings are easy-VQA's (MIT licence) and Twitter's emoji (graphics CC-BY 4.0), fetched from PyPI and npm. A
-checkpoint that is not given leaves its picture as it is. Every word in the pictures that a model wrote is shown as it
+checkpoint that is not given leaves its image as it is. Every word in the images that a model wrote is shown as it
 wrote it.
 """
 
@@ -22,16 +22,16 @@ from PIL import Image
 from sheet import BLUE, GAP, GREY, LINE, MARGIN, RED, SIDE, Sheet, draw_prompt
 
 from frozenprefix import Captioner
+from frozenprefix.data.caption_retriever import image_keys
 from frozenprefix.data.images import load_image
-from frozenprefix.data.retrieval import picture_keys
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation.evaluate import evaluate_checkpoint
+from frozenprefix.evaluation.tasks.few_shot_episodes import binding_episodes
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
-from frozenprefix.inference.episodes import binding_episodes
 from frozenprefix.inference.few_shot import choose_answers
-from frozenprefix.inference.retrieval import PictureIndex
+from frozenprefix.inference.image_index import ImageIndex
 from frozenprefix.inference.video import Clip, VideoCaptioner
 from frozenprefix.models.processing import IMAGE_TOKEN
 
@@ -42,7 +42,7 @@ SHOWN_TO_PHOTO_MODEL = ("bicycle", "sailboat", "dog", "slice of pizza")
 QUERIES = ("a dog", "people riding a bike", "a boat on the water", "a red flower")
 
 
-# ── one picture each ──
+# ── one image each ──
 
 
 def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sample], emoji: Sequence[Sample]) -> None:
@@ -52,7 +52,7 @@ def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sampl
     paths = [sample.images[0] for sample in drawings]
     for number, caption in enumerate(captioner.caption(paths)):
         x, y = MARGIN + number % 4 * 190, 36 + number // 4 * (SIDE + 40)
-        sheet.picture(caption.path, x, y)
+        sheet.image(caption.path, x, y)
         sheet.text(caption.text, x, y + SIDE + 18, ink=BLUE)
     if photos is not None:
         y, shown = sheet.height + 36, [sample.images[0] for sample in emoji]
@@ -65,7 +65,7 @@ def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sampl
         )
         for number, caption in enumerate(Captioner.from_pretrained(photos).caption(shown)):
             top = y + 14 + number * (SIDE + 8)
-            sheet.picture(caption.path, MARGIN, top)
+            sheet.image(caption.path, MARGIN, top)
             sheet.text(caption.text, MARGIN + SIDE + GAP, top + 38, ink=BLUE)
     sheet.save(IMAGES / "caption.svg")
 
@@ -73,12 +73,12 @@ def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sampl
 def answers(captioner: Captioner, questions: Sequence[Sample]) -> None:
     """Questions about drawings with the model's answers, and the right one where it is another."""
     sheet = Sheet()
-    by_picture: dict[Path, list[Sample]] = {}
+    by_image: dict[Path, list[Sample]] = {}
     for sample in questions:
-        by_picture.setdefault(sample.images[0], []).append(sample)
-    for number, (path, asked) in enumerate(by_picture.items()):
+        by_image.setdefault(sample.images[0], []).append(sample)
+    for number, (path, asked) in enumerate(by_image.items()):
         y = MARGIN + number * (4 * LINE + 24)
-        sheet.picture(path, MARGIN, y + 8)
+        sheet.image(path, MARGIN, y + 8)
         for row, sample in enumerate(asked):
             base = y + 18 + row * LINE
             made = captioner.answer(path, sample.question or "")
@@ -110,20 +110,20 @@ def classes(checkpoint: Path) -> None:
 def search(checkpoint: Path, emoji: Sequence[Sample]) -> None:
     """The first five emoji for each of some queries."""
     embedder = Embedder.from_pretrained(checkpoint)
-    index = PictureIndex.build(embedder, [sample.images[0] for sample in emoji])
+    index = ImageIndex.build(embedder, [sample.images[0] for sample in emoji])
     sheet = Sheet()
     for row, (query, hits) in enumerate(zip(QUERIES, index.search(embedder.embed_texts(QUERIES)), strict=True)):
         y = MARGIN + row * (SIDE + 30)
         sheet.text(query, MARGIN, y + 38, bold=True)
         for column, hit in enumerate(hits):
             x = MARGIN + 190 + column * (SIDE + GAP)
-            sheet.picture(hit.path, x, y)
+            sheet.image(hit.path, x, y)
             sheet.text(f"{hit.score:.2f}", x + 16, y + SIDE + 16, ink=GREY)
     sheet.save(IMAGES / "search.svg")
 
 
 def retrieval_augmented(checkpoint: Path, drawings: Sequence[Sample]) -> None:
-    """Prompts with captions of similar pictures, and the captions that the model writes behind them."""
+    """Prompts with captions of similar images, and the captions that the model writes behind them."""
     captioner = Captioner.from_pretrained(checkpoint)
     if captioner.retriever is None:
         raise SystemExit(f"{checkpoint} was trained without data.retrieval")
@@ -133,7 +133,7 @@ def retrieval_augmented(checkpoint: Path, drawings: Sequence[Sample]) -> None:
         pixel_values = captioner.processor.image_processor(load_image(path), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             features = captioner.model.encode(pixel_values).float()
-        keys = picture_keys(captioner.model.vision_encoder, [path])
+        keys = image_keys(captioner.model.vision_encoder, [path])
         prompt = captioner.retriever.prompts([captioner.processor.prompt_for("caption")], features, keys)[0]
         made = captioner.generate([prompt], image_features=features, num_beams=5, max_new_tokens=10)[0].text
         draw_prompt(sheet, prompt, [path], MARGIN + number * 250, MARGIN, answer=made)
@@ -141,11 +141,11 @@ def retrieval_augmented(checkpoint: Path, drawings: Sequence[Sample]) -> None:
 
 
 def few_shot(captioner: Captioner, emoji: Sequence[Sample]) -> None:
-    """One episode: two made-up names are bound to classes, then a new picture is to be named."""
+    """One episode: two made-up names are bound to classes, then a new image is to be named."""
     episode = binding_episodes(emoji, ways=2, shots=1, episodes=8, seed=1)[3]
     prompt = episode.prompt.replace(IMAGE_TOKEN, f"\n{IMAGE_TOKEN}")
     sheet = Sheet()
-    sheet.title("what the language model reads; a picture takes the place of prefix_length tokens")
+    sheet.title("what the language model reads; an image takes the place of prefix_length tokens")
     y = draw_prompt(sheet, prompt, episode.images, MARGIN, 32)
     chosen = choose_answers(captioner, [episode])[0]
     sheet.text(f"choices: {', '.join(episode.choices)}", MARGIN, y + 18)
@@ -194,7 +194,7 @@ def video(captioner: Captioner, drawings: Sequence[Sample]) -> None:
     sheet, scale = Sheet(), 150.0
     for segment, image in zip(segments, shown, strict=True):
         x = MARGIN + segment.start * scale
-        sheet.picture(image, x, MARGIN)
+        sheet.image(image, x, MARGIN)
         sheet.line(x, MARGIN + SIDE + 12, MARGIN + segment.end * scale - 4)
         sheet.text(f"{segment.start:.1f} to {segment.end:.1f} s", x, MARGIN + SIDE + 30, ink=GREY)
         sheet.text(segment.caption, x, MARGIN + SIDE + 50, ink=BLUE)
@@ -209,14 +209,14 @@ def moving(checkpoint: Path, clips: Path) -> None:
         clip = Clip(path)
         for place in range(4):
             frame = clip.at([clip.index_at((place + 0.5) * clip.duration / 4)])[0]
-            sheet.picture(frame.image, MARGIN + place * (SIDE + GAP), y)
+            sheet.image(frame.image, MARGIN + place * (SIDE + GAP), y)
         sheet.text(captioner.caption(path).text, MARGIN + 4 * (SIDE + GAP) + GAP, y + SIDE / 2, ink=BLUE)
         y += SIDE + GAP
     sheet.save(IMAGES / "video_moving.svg")
 
 
 def write_clip(path: Path, images: Sequence[Image.Image], seconds: Sequence[float], rate: int = 10) -> Path:
-    """A video that shows each picture for some seconds."""
+    """A video that shows each image for some seconds."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -248,7 +248,7 @@ def main(
     emoji = load_source({"type": "emoji", "path": EMOJI})
     known = [next(s for s in emoji if s.metadata["name"] == name) for name in SHOWN_TO_PHOTO_MODEL]
     captioner = Captioner.from_pretrained(checkpoint)
-    pictures: dict[str, Callable[[], None]] = {
+    images: dict[str, Callable[[], None]] = {
         "caption": lambda: captions(captioner, photos, drawings[:8], known),
         "vqa": lambda: answers(captioner, asked),
         "classification": lambda: classes(checkpoint),
@@ -256,19 +256,19 @@ def main(
         "video": lambda: video(captioner, drawings[11:14]),
     }
     if search_with is not None:
-        pictures["search"] = lambda: search(search_with, emoji)
+        images["search"] = lambda: search(search_with, emoji)
     if retrieval is not None:
-        pictures["retrieval_augmented"] = lambda: retrieval_augmented(retrieval, drawings[14:17])
+        images["retrieval_augmented"] = lambda: retrieval_augmented(retrieval, drawings[14:17])
     if dialog_with is not None:
-        pictures["dialog"] = lambda: dialog(dialog_with, drawings[:2])
+        images["dialog"] = lambda: dialog(dialog_with, drawings[:2])
     if video_with is not None:
-        pictures["moving"] = lambda: moving(video_with, clips)
-    for name in only or pictures:
-        pictures[name]()
+        images["moving"] = lambda: moving(video_with, clips)
+    for name in only or images:
+        images[name]()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the pictures of tasks.md.")
+    parser = argparse.ArgumentParser(description="Draw the images of tasks.md.")
     parser.add_argument("checkpoint", type=Path, help="of recipes/quickstart.yaml")
     parser.add_argument("--photos", type=Path, help="checkpoint of recipes/flickr8k.yaml")
     parser.add_argument("--search", type=Path, dest="search_with", help="checkpoint of recipes/lit_flickr8k.yaml")
@@ -276,5 +276,5 @@ if __name__ == "__main__":
     parser.add_argument("--dialog", type=Path, dest="dialog_with", help="checkpoint of recipes/dialog.yaml")
     parser.add_argument("--video", type=Path, dest="video_with", help="checkpoint of recipes/video.yaml")
     parser.add_argument("--clips", type=Path, default=Path("data/clips"), help="what recipes/drawings.py video wrote")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="pictures to draw, such as vqa")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="images to draw, such as vqa")
     main(**vars(parser.parse_args()))

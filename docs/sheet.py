@@ -1,4 +1,4 @@
-"""A sheet to put pictures and words on, saved as SVG."""
+"""A sheet to put images and words on, saved as SVG."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GREY, BLUE, RED = "#666666", "#1f4e8c", "#a32020"
 
 @dataclass
 class Sheet:
-    """An SVG picture that grows as things are put on it; places are in pixels from the upper left corner."""
+    """An SVG image that grows as things are put on it; places are in pixels from the upper left corner."""
 
     parts: list[str] = field(default_factory=list)
     width: float = 0
     height: float = 0
 
-    def picture(self, image: Image.Image | Path, x: float, y: float, side: float = SIDE) -> None:
-        """A picture in a thin frame."""
+    def image(self, image: Image.Image | Path, x: float, y: float, side: float = SIDE) -> None:
+        """An image in a thin frame."""
         image = load_image(image) if isinstance(image, Path) else image
         buffer = io.BytesIO()
         image.resize((SIDE, SIDE)).quantize(64).save(buffer, "PNG", optimize=True)
@@ -83,7 +83,7 @@ def draw_prompt(
     answer: str = "",
     columns: int = 80,
 ) -> float:
-    """A prompt as the language model reads it, a small picture at every `<image>`, and its answer in blue.
+    """A prompt as the language model reads it, a small image at every `<image>`, and its answer in blue.
 
     Returns:
         where the next line goes.
@@ -93,7 +93,7 @@ def draw_prompt(
         at, height = x, room if IMAGE_TOKEN in line else LINE
         for place, part in enumerate(line.split(IMAGE_TOKEN)):
             if place:
-                sheet.picture(next(shown), at, y, side)
+                sheet.image(next(shown), at, y, side)
                 at += side + 6
             base = y + height / 2 + 5
             at = sheet.text(part, at, base)

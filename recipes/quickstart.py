@@ -34,8 +34,8 @@ from frozenprefix.interpret.report import write_report
 from frozenprefix.training.tracking import read_log
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
-# Test pictures, with 1,470 questions, unless evaluation.limit says otherwise.
-PICTURES = 150
+# Test images, with 1,470 questions, unless evaluation.limit says otherwise.
+IMAGES = 150
 # Answers are one word and captions three, so greedy and short loses nothing.
 GENERATION = {"vqa": {"num_beams": 1, "max_new_tokens": 4}, "caption": {"num_beams": 1, "max_new_tokens": 10}}
 RUNS = ("model", "blind", "shuffled")
@@ -61,7 +61,7 @@ def main(overrides: list[str]) -> None:
     trained = train(recipe, resume="auto")
 
     evaluation_started = time.monotonic()
-    test = {**recipe.data.train[0], "split": "test", "limit": recipe.evaluation.limit or PICTURES}
+    test = {**recipe.data.train[0], "split": "test", "limit": recipe.evaluation.limit or IMAGES}
     samples = load_source(test)
     captioner = Captioner.from_pretrained(trained.best, batch_size=recipe.evaluation.batch_size)
     vqa, answers = evaluate_task(captioner, samples, "vqa", trained.output_dir, console)
@@ -88,20 +88,20 @@ def main(overrides: list[str]) -> None:
     results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     console.print(
-        table_of(vqa, ROWS, f"{vqa['n']} questions"), table_of(caption, CAPTION_ROWS, f"{caption['n']} pictures")
+        table_of(vqa, ROWS, f"{vqa['n']} questions"), table_of(caption, CAPTION_ROWS, f"{caption['n']} images")
     )
-    console.print("blind: the language model without the picture; shuffled: the model shown another picture")
+    console.print("blind: the language model without the image; shuffled: the model shown another image")
     console.print(
         f"{trained.targets_seen} targets in {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
     )
-    picture, checkpoint = shlex.quote(str(samples[0].images[0])), shlex.quote(str(trained.best))
+    image, checkpoint = shlex.quote(str(samples[0].images[0])), shlex.quote(str(trained.best))
     for line in (
         f"\nlook at      {report}",
         f"scores       {results_file}",
         f"checkpoint   {trained.best}",
         "\ntry",
-        f"  frozenprefix caption {checkpoint} {picture}",
-        f"  frozenprefix ask {checkpoint} {picture} 'what color is the shape?'",
+        f"  frozenprefix caption {checkpoint} {image}",
+        f"  frozenprefix ask {checkpoint} {image} 'what color is the shape?'",
     ):
         # whole lines, so that they can be copied
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -132,7 +132,7 @@ def evaluate_task(
 
 
 def with_question_types(result: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Put the accuracy by question type among the metrics; shape and color together are those that need the picture."""
+    """Put the accuracy by question type among the metrics; shape and color together are those that need the image."""
 
     def flat(metrics: dict[str, float], by_type: dict[str, float]) -> dict[str, float]:
         named = {f"accuracy_{kind.replace('-', '_')}": value for kind, value in by_type.items()}
@@ -149,7 +149,7 @@ def with_question_types(result: dict[str, Any], counts: Mapping[str, int]) -> di
 
 
 def with_exact_match(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add the share of captions that are the reference: the data have one right caption a picture."""
+    """Add the share of captions that are the reference: the data have one right caption an image."""
     references = {row["id"]: row["references"] for row in rows}
     exact = {}
     for name in RUNS:

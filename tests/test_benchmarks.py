@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,10 +24,10 @@ from benchmarks import (
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
-from frozenprefix.models.packed_product import packable_dtypes
-from frozenprefix.models.packing import build_trie
-
-from .conftest import tiny_recipe_dict
+from frozenprefix.kernels.linear import packable_dtypes
+from frozenprefix.models.packing.trie import build_trie
+from tests.helpers import ROOT
+from tests.helpers.recipes import tiny_recipe_dict
 
 
 def test_attention_runs_and_is_exact(tmp_path):
@@ -71,7 +70,7 @@ def test_the_curve_is_that_of_the_recipe(tmp_path, monkeypatch):
     """Its warm-up stays, which a recipe of few steps would not have; overrides come last."""
     photos = synthetic_photos(tmp_path / "photos", 2, (32, 32))
     monkeypatch.setattr(packing_curve, "photos", lambda folder, count: (dict(photos), "made here"))
-    path = Path(__file__).parents[1] / "recipes" / "flickr8k.yaml"
+    path = ROOT / "recipes" / "flickr8k.yaml"
     recipe = packing_curve.full_recipe(tmp_path, "flat", path, 80, ["training.precision=fp32"])
     assert (recipe.training.max_steps, recipe.training.warmup_steps, recipe.training.packing) == (80, 50, "flat")
     assert recipe.training.precision == "fp32"

@@ -15,7 +15,7 @@ from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.mappers import MAPPERS
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.training.loop import train
+from frozenprefix.training.trainer import train
 
 # test_vit at 32 pixels gives 4 tokens of 64 channels
 PREFIX_LENGTH = {"pixel_shuffle": 4}

@@ -1,21 +1,20 @@
-"""What the documents say exists: commands and their options, recipes, links and pictures."""
+"""What the documents say exists: commands and their options, recipes, links and images."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import typer
 
 from frozenprefix.cli.main import app
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md")
 DOCUMENTS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
-PICTURES = sorted(path for path in (ROOT / "docs" / "images").glob("*") if path.is_file())
+IMAGES = sorted(path for path in (ROOT / "docs" / "images").glob("*") if path.is_file())
 LARGEST, LARGEST_OF_ALL = 60_000, 400_000  # bytes
 COMMAND = typer.main.get_command(app)
 USAGE_ERROR = typer.BadParameter.__base__  # Click's, which newer versions of typer carry within them
@@ -50,7 +49,7 @@ def check(line: str) -> None:
 
 
 def links(text: str) -> list[str]:
-    """Targets of links and pictures that lie in the repository."""
+    """Targets of links and images that lie in the repository."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     return [target.partition("#")[0] for target in found if not re.match(r"[a-z]+:|#", target)]
@@ -71,7 +70,7 @@ def test_commands_and_their_options_exist(path):
 
 
 @DOCUMENT
-def test_links_and_pictures_exist(path):
+def test_links_and_images_exist(path):
     missing = [link for link in links(path.read_text(encoding="utf-8")) if not (path.parent / link).exists()]
     assert missing == []
 
@@ -82,14 +81,14 @@ def test_recipes_exist(path):
     assert sorted(name for name in named if not (ROOT / name).is_file()) == []
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=[path.name for path in PICTURES])
-def test_pictures_are_small_and_shown(path):
+@pytest.mark.parametrize("path", IMAGES, ids=[path.name for path in IMAGES])
+def test_images_are_small_and_shown(path):
     assert path.stat().st_size < LARGEST
     assert any(f"images/{path.name}" in document.read_text(encoding="utf-8") for document in DOCUMENTS)
 
 
-def test_all_pictures_together_are_small():
-    assert 0 < sum(path.stat().st_size for path in PICTURES) < LARGEST_OF_ALL
+def test_all_images_together_are_small():
+    assert 0 < sum(path.stat().st_size for path in IMAGES) < LARGEST_OF_ALL
 
 
 # ── the checks themselves ──

@@ -67,7 +67,7 @@ def test_version_is_the_distribution_s():
 def checkpoint(tmp_path_factory, tiny_lm) -> str:
     """A whole checkpoint of a tiny random model."""
     from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, VisionEncoderConfig
-    from frozenprefix.models.language_model import load_tokenizer
+    from frozenprefix.models.language_model.loading import load_tokenizer
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import FrozenPrefixProcessor
     from frozenprefix.models.vision import build_vision_encoder

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from frozenprefix.errors import ConfigError
+from tests.helpers import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "recipes" / "quickstart.py"
+SCRIPT = ROOT / "recipes" / "quickstart.py"
 COLORS = ("red", "blue", "green")
 SHAPES = ("circle", "rectangle")
 
@@ -64,7 +65,7 @@ def test_quickstart_trains_evaluates_and_reports(script, tiny_lm, tmp_path, caps
         "training.epochs=null",
         "training.max_steps=3",
         "training.warmup_steps=1",
-        "training.pictures_per_step=2",
+        "training.images_per_step=2",
         "evaluation.limit=6",
     ]
     script.main(overrides)
@@ -81,8 +82,8 @@ def test_quickstart_trains_evaluates_and_reports(script, tiny_lm, tmp_path, caps
     shown = capsys.readouterr().out
     assert "shape and color together" in shown
     command = next(line for line in shown.splitlines() if line.startswith("  frozenprefix ask "))
-    _, _, checkpoint, picture, question = shlex.split(command)
-    assert (Path(checkpoint), Path(picture)) == (run / "best", data / "test" / "images" / "0.png")
+    _, _, checkpoint, image, question = shlex.split(command)
+    assert (Path(checkpoint), Path(image)) == (run / "best", data / "test" / "images" / "0.png")
     assert question == "what color is the shape?"
 
     before = (run / "best" / "model.safetensors").read_bytes()

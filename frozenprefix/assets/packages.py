@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from frozenprefix.assets.cache import build_once
-from frozenprefix.assets.hashing import hash_file
 from frozenprefix.errors import AssetError
+from frozenprefix.utils.hashing import hash_file
+from frozenprefix.utils.user_cache import build_once
 
 
 def is_safe(member: str) -> bool:

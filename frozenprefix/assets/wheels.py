@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from frozenprefix.assets.cache import user_cache
 from frozenprefix.assets.packages import is_safe, own_folder, unpack_once
 from frozenprefix.errors import AssetError
+from frozenprefix.utils.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from frozenprefix.errors import DataError
 
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture file.", show_default=False)],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.", show_default=False)],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.", show_default=False)],
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     if not image.is_file():
-        raise DataError(f"IMAGE: got '{image}', expected a picture file that exists")
+        raise DataError(f"IMAGE: got '{image}', expected an image file that exists")
     from frozenprefix.inference import Captioner
 
     typer.echo(Captioner.from_pretrained(checkpoint).answer(image, question))

@@ -18,27 +18,27 @@ def command(
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.feature_dtype=int8", show_default=False),
     ] = None,
 ) -> None:
-    """Encode every picture of a recipe once, into the feature cache that `train` reads."""
-    from frozenprefix.training.kinds import load_recipe
+    """Encode every image of a recipe once, into the feature cache that `train` reads."""
+    from frozenprefix.training.registry import load_recipe
 
     _, loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from frozenprefix.training.caching import fill_cache
 
     with _bar() as bar:
-        task = bar.add_task("encoding pictures", total=None)
+        task = bar.add_task("encoding images", total=None)
         filled = fill_cache(loaded, progress=lambda done, total: bar.update(task, completed=done, total=total))
     if not filled.is_main:
         return
-    rate = f" in {filled.seconds:.1f} s, {filled.encoded / filled.seconds:.1f} pictures/s" if filled.encoded else ""
+    rate = f" in {filled.seconds:.1f} s, {filled.encoded / filled.seconds:.1f} images/s" if filled.encoded else ""
     tokens, dim = filled.shape
     typer.echo(f"folder: {filled.folder}")
-    typer.echo(f"pictures: {filled.pictures}, {filled.encoded} encoded now{rate}")
+    typer.echo(f"images: {filled.images}, {filled.encoded} encoded now{rate}")
     typer.echo(f"features: {filled.features} x {tokens} x {dim} {filled.dtype}, {filled.bytes / 1e6:.1f} MB on disk")
     if len(filled.bad):
         by_reason = ", ".join(f"{count} {reason}" for reason, count in filled.bad.counts.items())
-        typer.echo(f"bad pictures: {len(filled.bad)} ({by_reason}), listed in {filled.bad_list}")
+        typer.echo(f"bad images: {len(filled.bad)} ({by_reason}), listed in {filled.bad_list}")
     else:
-        typer.echo("bad pictures: none")
+        typer.echo("bad images: none")
 
 
 def _bar() -> Progress:
@@ -51,7 +51,7 @@ def _bar() -> Progress:
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:.1f} pictures/s")
+            return Text(f"{task.speed or 0:.1f} images/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TextColumn("left"), Left())
     # as accelerate and torchrun number processes

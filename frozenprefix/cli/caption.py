@@ -12,45 +12,45 @@ import typer
 from frozenprefix.errors import BadImageError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.data.images import BadPictures
+    from frozenprefix.data.images import BadImages
     from frozenprefix.inference import Caption
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH", help="Pictures, and folders of them.", show_default=False)
+        list[Path], typer.Argument(metavar="PATH", help="Images, and folders of them.", show_default=False)
     ],
     beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 30,
     prompt: Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
 ) -> None:
-    """Write a caption for every picture. Exit code 1 when some could not be read."""
-    pictures = find_pictures(paths)  # first: the model takes seconds to import
-    from frozenprefix.data.images import BadPictures
+    """Write a caption for every image. Exit code 1 when some could not be read."""
+    images = find_images(paths)  # first: the model takes seconds to import
+    from frozenprefix.data.images import BadImages
     from frozenprefix.inference import Captioner
 
     captioner = Captioner.from_pretrained(checkpoint)
-    bad = BadPictures()
-    captions = captioner.caption(readable(pictures, bad), prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
+    bad = BadImages()
+    captions = captioner.caption(readable(images, bad), prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
     if out is None:
         for caption in captions:
             typer.echo(f"{caption.path}\t{caption.text}")
     else:
         write_jsonl(captions, out)
-        typer.echo(f"{len(pictures) - len(bad)} captions in {out}", err=True)
+        typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)
     for _, error in bad:
         typer.secho(f"skipped, {error.reason}: {error}", fg=typer.colors.RED, err=True)
     if len(bad):
         raise typer.Exit(1)
 
 
-def readable(pictures: Iterable[Path], bad: BadPictures) -> Iterator[Path]:
-    """The pictures that can be read; the others go to `bad`, so that one broken file does not end a long run."""
+def readable(images: Iterable[Path], bad: BadImages) -> Iterator[Path]:
+    """The images that can be read; the others go to `bad`, so that one broken file does not end a long run."""
     from frozenprefix.data.images import load_image
 
-    for path in pictures:
+    for path in images:
         try:
             load_image(path)
         except BadImageError as error:
@@ -69,8 +69,8 @@ def write_jsonl(captions: Iterable[Caption], out: Path) -> None:
             file.flush()
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them, however deep; each picture once.
+def find_images(paths: list[Path]) -> list[Path]:
+    """Files as they are, folders as the images in them, however deep; each image once.
 
     Raises:
         DataError: naming every path that is not there.

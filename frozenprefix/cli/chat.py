@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
     from frozenprefix.inference.dialog import Dialog
 
-HELP = "/image PATH adds a picture to the next message, /reset forgets everything, /quit ends."
+HELP = "/image PATH adds an image to the next message, /reset forgets everything, /quit ends."
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of the first message.")
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Images of the first message.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, where the LM's template takes one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
 ) -> None:
-    """Talk about pictures. Lines are messages; /image PATH, /reset and /quit are commands."""
+    """Talk about images. Lines are messages; /image PATH, /reset and /quit are commands."""
     missing = [str(path) for path in images or [] if not path.is_file()]
     if missing:
-        raise DataError(f"IMAGE: got {', '.join(missing)}, expected picture files that exist")
+        raise DataError(f"IMAGE: got {', '.join(missing)}, expected image files that exist")
     from rich.console import Console
 
     from frozenprefix.inference.dialog import Dialog
@@ -50,12 +50,12 @@ class _Chat:
     """Reads lines until there are no more.
 
     Args:
-        pictures: for the next message.
+        images: for the next message.
         options: of every reply.
     """
 
-    def __init__(self, dialog: Dialog, console: Console, pictures: list[Path], options: dict[str, Any]):
-        self.dialog, self.console, self.pictures, self.options = dialog, console, pictures, options
+    def __init__(self, dialog: Dialog, console: Console, images: list[Path], options: dict[str, Any]):
+        self.dialog, self.console, self.images, self.options = dialog, console, images, options
 
     def run(self) -> None:
         typed = sys.stdin.isatty()
@@ -80,7 +80,7 @@ class _Chat:
             self.add(Path(argument.strip()).expanduser())
         elif name == "/reset":
             self.dialog.reset()
-            self.pictures = []
+            self.images = []
         elif name.startswith("/"):
             raise DataError(f"got the command {name}; {HELP}")
         elif line:
@@ -90,11 +90,11 @@ class _Chat:
         from frozenprefix.data.images import load_image
 
         load_image(path)  # now, so that the message is not lost
-        self.pictures.append(path)
+        self.images.append(path)
 
     def say(self, line: str) -> None:
-        pieces = self.dialog.stream(line, self.pictures, **self.options)
-        self.pictures = []
+        pieces = self.dialog.stream(line, self.images, **self.options)
+        self.images = []
         try:
             for piece in pieces:
                 self.console.print(piece, end="", markup=False, soft_wrap=True)

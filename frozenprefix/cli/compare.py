@@ -30,7 +30,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    title = f"{result['task']}, n = {result['n']}, {result['pictures']} pictures"
+    title = f"{result['task']}, n = {result['n']}, {result['images']} images"
     table = Table(Column("metric", no_wrap=True), "A", "B", "B - A", "95 %", "p", title=title, title_justify="left")
     for name, row in result["metrics"].items():
         known = row["p_value"] is not None

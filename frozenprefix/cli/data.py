@@ -21,7 +21,7 @@ def check(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the data.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole report to.")] = None,
 ) -> None:
-    """Read every picture once; report what is broken, and what is in two splits. Exit code 1 when there is any."""
+    """Read every image once; report what is broken, and what is in two splits. Exit code 1 when there is any."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -30,7 +30,7 @@ def check(
 
     samples = load_sources(detect_sources(folder))
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading pictures", total=None)
+        task = bar.add_task("reading images", total=None)
         report = check_samples(samples, progress=lambda done, total: bar.update(task, completed=done, total=total))
     result = report.to_dict()
     if out is not None:
@@ -39,7 +39,7 @@ def check(
     for name, value in result.items():
         for line in _lines(name, value):
             typer.echo(line)
-    if report.bad_pictures or report.leaks:
+    if report.bad_images or report.leaks:
         raise typer.Exit(1)
 
 
@@ -54,5 +54,5 @@ def _lines(name: str, value: Any) -> list[str]:
 
 def _example(item: Any) -> str:
     if isinstance(item, dict):
-        return f"{item['picture']} ({item['split']}) and {item['other']} ({item['other_split']})"
+        return f"{item['image']} ({item['split']}) and {item['other']} ({item['other_split']})"
     return str(item)

@@ -19,7 +19,7 @@ def command(
         str | None, typer.Option(help="Folder of the data; the validation data of its recipe when not given.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the folder to take; all when not given.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N images.")] = None,
     beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5 for captions and 1 for answers when not given.")
     ] = None,
@@ -34,7 +34,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
 ) -> None:
-    """Measure a checkpoint, beside what it scores without the picture and with a wrong one.
+    """Measure a checkpoint, beside what it scores without the image and with a wrong one.
 
     Started with torchrun or accelerate launch, the processes share the work.
     """

@@ -28,7 +28,7 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     cls=_Group,
-    help="Give a frozen language model eyes: train a mapper, caption pictures, answer questions about them.",
+    help="Give a frozen language model eyes: train a mapper, caption images, answer questions about them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from frozenprefix.training.plan import Plan
+    from frozenprefix.planning.plan import Plan
 
 
 def command(
@@ -25,12 +25,12 @@ def command(
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
 ) -> None:
     """Work out what a recipe costs: parameters, memory, cache, and time here and on other machines."""
-    from frozenprefix.training.kinds import load_recipe
+    from frozenprefix.training.registry import load_recipe
 
     _, loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from rich.console import Console
 
-    from frozenprefix.training.plan import plan
+    from frozenprefix.planning.plan import plan
 
     names = [name.strip() for name in hardware.split(",") if name.strip()]
     result = plan(loaded, names, calibrate=calibrate)
@@ -68,20 +68,20 @@ def _memory(plan: Plan) -> Table:
 def _step(plan: Plan) -> Table:
     step, cache = plan.step, plan.cache_bytes
     table = _table("one step", "")
-    table.add_row("pictures, targets", f"{plan.pictures_per_step}, {step.targets:.0f}")
+    table.add_row("images, targets", f"{plan.images_per_step}, {step.targets:.0f}")
     table.add_row("tokens learned, read after sharing", f"{step.tokens:.0f}, {step.nodes:.0f}")
     table.add_row("padding", f"{1 - step.nodes / step.cells:.0%}")
     for name, flops in {**plan.flops, "all": sum(plan.flops.values())}.items():
         table.add_row(f"GFLOP, {name}", f"{flops / 1e9:,.1f}")
     table.add_row("GB moved", f"{sum(plan.bytes.values()) / 1e9:,.2f}")
-    table.add_row("GFLOP to encode a picture", f"{plan.encoder_flops / 1e9:,.2f}")
-    table.add_row("feature cache", f"{cache / 1e6:,.1f} MB, {plan.pictures['all']:,} pictures")
-    table.add_row("pictures in it already", f"{plan.pictures['cached']:,}")
+    table.add_row("GFLOP to encode an image", f"{plan.encoder_flops / 1e9:,.2f}")
+    table.add_row("feature cache", f"{cache / 1e6:,.1f} MB, {plan.images['all']:,} images")
+    table.add_row("images in it already", f"{plan.images['cached']:,}")
     return table
 
 
 def _machines(plan: Plan) -> Table:
-    table = _table("machine", "s/step", "pictures/s", "encode", "train", "steps", "fits")
+    table = _table("machine", "s/step", "images/s", "encode", "train", "steps", "fits")
     for machine in plan.machines.values():
         table.add_row(
             machine.label,
@@ -96,7 +96,7 @@ def _machines(plan: Plan) -> Table:
 
 
 def _scale(plan: Plan) -> Table:
-    table = _table("at scale", *(f"{row['pictures'] / 1e6:,.0f} M pictures" for row in plan.scale))
+    table = _table("at scale", *(f"{row['images'] / 1e6:,.0f} M images" for row in plan.scale))
     table.add_row("cache", *(f"{row['cache_bytes'] / 1e9:,.0f} GB" for row in plan.scale))
     for name, machine in plan.machines.items():
         figures = [row["machines"][name] for row in plan.scale]

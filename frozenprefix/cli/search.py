@@ -10,35 +10,35 @@ import typer
 
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.", show_default=False)],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the pictures should show.", show_default=False)],
-    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Pictures to find.")] = 5,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the images should show.", show_default=False)],
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Images to find.")] = 5,
     index: Annotated[
         Path | None, typer.Option(help="Folder to keep the index in; the user's cache when not given.")
     ] = None,
-    faiss: Annotated[bool, typer.Option("--faiss", help="Search with faiss, for very many pictures.")] = False,
+    faiss: Annotated[bool, typer.Option("--faiss", help="Search with faiss, for very many images.")] = False,
 ) -> None:
-    """Find the pictures of a folder that fit a text. The folder is indexed once; later only what has changed."""
-    from frozenprefix.cli.caption import find_pictures
+    """Find the images of a folder that fit a text. The folder is indexed once; later only what has changed."""
+    from frozenprefix.cli.caption import find_images
     from frozenprefix.errors import DataError
 
     if not folder.is_dir():
-        raise DataError(f"DIR: got {folder}, expected a folder of pictures")
-    pictures = find_pictures([folder])  # first: the model takes seconds to import
+        raise DataError(f"DIR: got {folder}, expected a folder of images")
+    images = find_images([folder])  # first: the model takes seconds to import
     from rich.console import Console
     from rich.progress import Progress
 
-    from frozenprefix.data.images import BadPictures
+    from frozenprefix.data.images import BadImages
     from frozenprefix.inference.embedding import Embedder
-    from frozenprefix.inference.retrieval import index_folder, open_index
+    from frozenprefix.inference.image_index import index_folder, open_index
 
     embedder = Embedder.from_pretrained(checkpoint)
-    bad = BadPictures()
+    bad = BadImages()
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task("indexing pictures", total=None)
+        line = bar.add_task("indexing images", total=None)
         found = open_index(
             embedder,
-            pictures,
+            images,
             index or index_folder(folder, embedder.fingerprint()),
             bad=bad,
             progress=lambda done, total: bar.update(line, completed=done, total=total),

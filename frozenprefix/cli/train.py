@@ -20,7 +20,7 @@ def command(
     ] = "auto",
 ) -> None:
     """Train the mapper of a recipe. With `kind: contrastive` it is a text tower that meets a locked image encoder."""
-    from frozenprefix.training.kinds import load_recipe, train_recipe
+    from frozenprefix.training.registry import load_recipe, train_recipe
 
     kind, loaded = load_recipe(recipe, overrides or [])  # first: the loop takes seconds to import
     result = train_recipe(kind, loaded, resume=resume)

@@ -1,4 +1,4 @@
-"""The feature cache: pictures are encoded once, kept in WebDataset shards, and read at random through an index.
+"""The feature cache: images are encoded once, kept in WebDataset shards, and read at random through an index.
 
     cache = FeatureCache.open("features", fingerprint)
     features = cache.get([cache.key_of(path) for path in paths])          # float16[n, N, D]
@@ -32,21 +32,21 @@ from frozenprefix.data.cache_format import (
     scan_shard,
     shard_paths,
 )
-from frozenprefix.data.cache_keys import PictureKeys
+from frozenprefix.data.cache_keys import ImageKeys
 from frozenprefix.errors import CacheError
 
 log = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """Features of pictures by key, read from memory-mapped shards. Built by `FeatureCache.open`.
+    """Features of images by key, read from memory-mapped shards. Built by `FeatureCache.open`.
 
     It can be handed to worker processes: each maps the shards anew.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, places: dict[str, tuple[Path, Entry]], keys: PictureKeys):
+    def __init__(self, folder: Path, manifest: Manifest, places: dict[str, tuple[Path, Entry]], keys: ImageKeys):
         self.folder, self.manifest = folder, manifest
-        self._places, self._picture_keys = places, keys
+        self._places, self._image_keys = places, keys
         self._maps: dict[Path, mmap.mmap] = {}
         # computed once: `get` is called for every training step
         self._features_header, self._scale_header = manifest.features_header, manifest.scale_header
@@ -72,11 +72,11 @@ class FeatureCache:
             if not shard.exists():
                 load_index(shard)  # raises, naming the shard
         places = {key: (shard, entry) for shard in shard_paths(folder) for key, entry in load_index(shard).items()}
-        return cls(folder, manifest, places, PictureKeys(folder))
+        return cls(folder, manifest, places, ImageKeys(folder))
 
     @property
     def tokens(self) -> int:
-        """N: feature vectors a picture."""
+        """N: feature vectors an image."""
         return self.manifest.tokens
 
     @property
@@ -103,31 +103,31 @@ class FeatureCache:
         return iter(self._places)
 
     def key_of(self, path: str | PathLike[str]) -> str:
-        """Key of a picture file, whether or not its features are there. Hashed once, then remembered.
+        """Key of an image file, whether or not its features are there. Hashed once, then remembered.
 
         Raises:
             BadImageError: `missing`, `empty` or `unreadable`.
         """
-        return self._picture_keys.key_of(path)
+        return self._image_keys.key_of(path)
 
     def keys_of(self, paths: Iterable[str | PathLike[str]]) -> list[str]:
-        """Keys of many picture files; what had to be hashed is remembered for the next run."""
+        """Keys of many image files; what had to be hashed is remembered for the next run."""
         keys = [self.key_of(path) for path in paths]
         try:
-            self._picture_keys.save()
+            self._image_keys.save()
         except OSError as error:
             log.info("%s: keys are not remembered, the folder cannot be written (%s)", self.folder, error)
         return keys
 
     def get(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the features of pictures, in the order asked for: a new array [n, N, D].
+        """Return the features of images, in the order asked for: a new array [n, N, D].
 
         Its dtype is float16 for a cache stored as that, and float32 for bfloat16 and int8.
 
         Raises:
             CacheError: for a key that is not there, and for damaged bytes.
         """
-        # NumPy casts to float16 so slowly (15 ms for 64 pictures of 49 x 1280) that it would be most of the work
+        # NumPy casts to float16 so slowly (15 ms for 64 images of 49 x 1280) that it would be most of the work
         wanted = np.float16 if self.manifest.dtype == "float16" else np.float32
         out = np.empty((len(keys), *self.manifest.shape), wanted)
         for row, key in enumerate(keys):
@@ -141,7 +141,7 @@ class FeatureCache:
         return out
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksums; `CacheError` names the first picture that differs."""
+        """Read everything and compare it with the checksums; `CacheError` names the first image that differs."""
         for key, (shard, entry) in self._places.items():
             mapped = self._map(shard)
             crc = zlib.crc32(mapped[entry.offset : entry.offset + entry.length])
@@ -189,9 +189,9 @@ class FeatureCache:
 
 
 def rebuild_index(folder: str | PathLike[str]) -> int:
-    """Make the indexes anew from the shards. Returns the number of pictures that are there.
+    """Make the indexes anew from the shards. Returns the number of images that are there.
 
-    A damaged shard is renamed to `.damaged`: its pictures are encoded again by the next run. No writer may be at work.
+    A damaged shard is renamed to `.damaged`: its images are encoded again by the next run. No writer may be at work.
 
     Raises:
         CacheError: when the manifest itself is gone: nothing says then what the features were made with.
@@ -201,7 +201,7 @@ def rebuild_index(folder: str | PathLike[str]) -> int:
     for index in folder.glob("features-*.index.json"):
         if not index.with_name(index.name.removesuffix(".index.json") + ".tar").exists():
             index.unlink()
-    pictures = 0
+    images = 0
     for shard in shard_paths(folder):
         try:
             entries = scan_shard(shard, manifest)
@@ -212,8 +212,8 @@ def rebuild_index(folder: str | PathLike[str]) -> int:
             shard.rename(shard.with_suffix(".tar.damaged"))
             continue
         save_index(shard, entries)
-        pictures += len(entries)
-    return pictures
+        images += len(entries)
+    return images
 
 
 def _check_against_index(shard: Path, entries: dict[str, Entry]) -> None:

@@ -2,8 +2,8 @@
 
     manifest.json                     fingerprint, storage dtype, shape
     features-r00-000001.tar           WebDataset shard: KEY.features.npy (and KEY.scale.npy for int8)
-    features-r00-000001.index.json    where each picture's bytes are in that shard, and their CRC-32
-    picture-keys-r00.jsonl            path, size, time of change → key, to spare hashing (see `cache_keys`)
+    features-r00-000001.index.json    where each image's bytes are in that shard, and their CRC-32
+    image-keys-r00.jsonl            path, size, time of change → key, to spare hashing (see `cache_keys`)
 
 A shard is written under a `.tmp` name, renamed when complete, and then gets its index: what has both, counts.
 """
@@ -40,7 +40,7 @@ _REBUILD = "run frozenprefix.data.cache.rebuild_index(folder), then encode again
 
 
 class Entry(NamedTuple):
-    """Where one picture's features are in a shard, in bytes; `scale_offset` is 0 where there is no scale."""
+    """Where one image's features are in a shard, in bytes; `scale_offset` is 0 where there is no scale."""
 
     offset: int
     length: int
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the whole cache has in common: `tokens` x `dim` features a picture, stored as `dtype`."""
+    """What the whole cache has in common: `tokens` x `dim` features an image, stored as `dtype`."""
 
     fingerprint: Fingerprint
     dtype: StorageDType
@@ -94,9 +94,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise CacheError(f"{path}: dtype: got {values['dtype']!r}, expected one of {get_args(StorageDType)}")
         return Manifest(dict(values["fingerprint"]), values["dtype"], int(values["tokens"]), int(values["dim"]))
     except FileNotFoundError as error:
-        raise CacheError(
-            f"{folder}: not a feature cache, manifest.json is missing; encode the pictures first"
-        ) from error
+        raise CacheError(f"{folder}: not a feature cache, manifest.json is missing; encode the images first") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path}: damaged ({error!r}); delete the cache folder and encode again") from error
 
@@ -191,7 +189,7 @@ def load_index(shard: Path) -> dict[str, Entry]:
 
 
 def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
-    """Find every picture of a shard by reading the tar itself; `CacheError` when it is damaged."""
+    """Find every image of a shard by reading the tar itself; `CacheError` when it is damaged."""
     found: dict[str, dict[str, tuple[int, bytes]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:

@@ -1,4 +1,4 @@
-"""Picture file → key of its features: the picture's bytes decide, not its name or place."""
+"""Image file → key of its features: the image's bytes decide, not its name or place."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from frozenprefix.data.images import read_picture
+from frozenprefix.data.images import read_image
 
 log = logging.getLogger(__name__)
 
 _Stat = tuple[int, int]
 
 
-def picture_key(data: bytes) -> str:
-    """SHA-256 of a picture file's bytes, first 32 hex digits."""
+def image_key(data: bytes) -> str:
+    """SHA-256 of an image file's bytes, first 32 hex digits."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-class PictureKeys:
-    """Keys of picture files, remembered by path, size and time of change, so that a file is hashed once.
+class ImageKeys:
+    """Keys of image files, remembered by path, size and time of change, so that a file is hashed once.
 
     The memory is a file in the cache folder, one for each writing process; all of them are read. A line that cannot be
     read costs one hashing.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
-        self._file = folder / f"picture-keys-r{rank:02d}.jsonl"
+        self._file = folder / f"image-keys-r{rank:02d}.jsonl"
         self._known: dict[str, tuple[_Stat, str]] = {}
         self._unsaved: list[str] = []
-        for file in sorted(folder.glob("picture-keys-r*.jsonl")):
+        for file in sorted(folder.glob("image-keys-r*.jsonl")):
             self._load(file)
 
     def lookup(self, path: str | PathLike[str]) -> str | None:
@@ -49,8 +49,8 @@ class PictureKeys:
         """
         name = os.path.abspath(path)
         stat = _stat(name)  # before reading: a file that changes meanwhile is hashed again next time
-        data = read_picture(path)
-        key = picture_key(data)
+        data = read_image(path)
+        key = image_key(data)
         if stat is not None:
             self._known[name] = (stat, key)
             self._unsaved.append(json.dumps([name, *stat, key]))
@@ -78,7 +78,7 @@ class PictureKeys:
             except (ValueError, TypeError):
                 unreadable += 1
         if unreadable:
-            log.info("%s: %d unreadable lines; these pictures are hashed again", file, unreadable)
+            log.info("%s: %d unreadable lines; these images are hashed again", file, unreadable)
 
 
 def _stat(name: str) -> _Stat | None:

@@ -49,7 +49,7 @@ class FeatureCacheWriter:
         folder: made when it is not there.
         fingerprint: what the features depend on; it must equal that of a cache that is already in the folder.
         dtype: how features are stored.
-        pictures_per_shard: a kill costs at most these.
+        images_per_shard: a kill costs at most these.
         rank: number of this process; each writes shards of its own name. One writer a rank at a time.
 
     Raises:
@@ -62,16 +62,16 @@ class FeatureCacheWriter:
         fingerprint: Fingerprint,
         *,
         dtype: StorageDType = "float16",
-        pictures_per_shard: int = 500,
+        images_per_shard: int = 500,
         rank: int = 0,
     ):
         if dtype not in get_args(StorageDType):
             raise CacheError(f"dtype: got {dtype!r}, expected one of {', '.join(get_args(StorageDType))}")
-        if pictures_per_shard < 1:
-            raise CacheError(f"pictures_per_shard must be >= 1, got {pictures_per_shard}")
+        if images_per_shard < 1:
+            raise CacheError(f"images_per_shard must be >= 1, got {images_per_shard}")
         self.folder = Path(folder)
         self._fingerprint, self._dtype = plain_fingerprint(fingerprint), dtype
-        self._pictures_per_shard, self._prefix = pictures_per_shard, f"features-r{rank:02d}-"
+        self._images_per_shard, self._prefix = images_per_shard, f"features-r{rank:02d}-"
         self._manifest: Manifest | None = None
         self._stream: BinaryIO | None = None
         self._tar: tarfile.TarFile | None = None
@@ -142,7 +142,7 @@ class FeatureCacheWriter:
             elif shard.name.startswith(self._prefix):  # killed between the two renames; others' may be in the middle
                 save_index(shard, scan_shard(shard, self._manifest))
                 done |= load_index(shard).keys()
-        log.info("%s: %d pictures are there already", self.folder, len(done))
+        log.info("%s: %d images are there already", self.folder, len(done))
         return done
 
     def _checked(self, manifest: Manifest) -> Manifest:
@@ -168,10 +168,10 @@ class FeatureCacheWriter:
                     crc, scale_offset = zlib.crc32(scale_data, crc), self._append(f"{key}.{SCALE}", scale_data)
             complete = True
         finally:
-            if not complete:  # interrupted in the middle of a picture
+            if not complete:  # interrupted in the middle of an image
                 self._give_up_shard()
         self._entries[key] = Entry(offset, len(data), crc, scale_offset)
-        if len(self._entries) >= self._pictures_per_shard:
+        if len(self._entries) >= self._images_per_shard:
             self.close()
 
     def _manifest_for(self, tokens: int, dim: int) -> Manifest:
@@ -183,7 +183,7 @@ class FeatureCacheWriter:
             self._manifest = self._checked(load_manifest(self.folder))
         if self._manifest.shape != (tokens, dim):
             raise CacheError(
-                f"features: got [{tokens}, {dim}] a picture, expected {list(self._manifest.shape)} as before"
+                f"features: got [{tokens}, {dim}] an image, expected {list(self._manifest.shape)} as before"
             )
         return self._manifest
 
@@ -221,5 +221,5 @@ class FeatureCacheWriter:
             full = "the disk is full; make room" if error.errno == errno.ENOSPC else "make the folder writable"
             raise CacheError(
                 f"{self.folder}: cannot write ({error.strerror or error}): {full} and run again. "
-                f"Finished shards stay good; {lost} pictures of the unfinished one are to be encoded again"
+                f"Finished shards stay good; {lost} images of the unfinished one are to be encoded again"
             ) from error

@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it: bad pictures, empty targets, pictures that leak across splits."""
+"""What is in a data set, and what is wrong with it: bad images, empty targets, images that leak across splits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from frozenprefix.data.images import BadPictures, decode_image, read_picture
+from frozenprefix.data.images import BadImages, decode_image, read_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import BadImageError
 
-#: Two pictures are near-duplicates when at most this many of the 64 bits of their hashes differ.
+#: Two images are near-duplicates when at most this many of the 64 bits of their hashes differ.
 NEAR_BITS = 4
 #: Reports list this many examples of a finding, and count all.
 EXAMPLES = 20
@@ -30,9 +30,9 @@ _BITS_SET = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.u
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """A picture of one split that is in another one too; `bits` differ between the hashes (0: same bytes)."""
+    """An image of one split that is in another one too; `bits` differ between the hashes (0: same bytes)."""
 
-    picture: str
+    image: str
     split: str
     other: str
     other_split: str
@@ -41,21 +41,21 @@ class Leak:
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts of a data set. Pictures are files; targets are texts; words are what blanks separate."""
+    """Counts of a data set. Images are files; targets are texts; words are what blanks separate."""
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     targets: int = 0
-    pictures_by_split: dict[str, int] = field(default_factory=dict)
+    images_by_split: dict[str, int] = field(default_factory=dict)
     samples_by_split: dict[str, int] = field(default_factory=dict)
-    targets_per_picture: float = 0.0
+    targets_per_image: float = 0.0
     target_words: dict[str, float] = field(default_factory=dict)
     empty_targets: int = 0
     samples_without_targets: int = 0
-    bad_pictures: dict[str, int] = field(default_factory=dict)
+    bad_images: dict[str, int] = field(default_factory=dict)
     bad_examples: list[str] = field(default_factory=list)
     duplicate_files: int = 0
-    pictures_in_two_splits: int = 0
+    images_in_two_splits: int = 0
     same_bytes_across_splits: int = 0
     near_duplicates_across_splits: int = 0
     in_two_splits: list[Leak] = field(default_factory=list)
@@ -64,8 +64,8 @@ class DataReport:
 
     @property
     def leaks(self) -> int:
-        """Pictures known to be in two splits: by name or by their bytes. Near-duplicates are for a person to judge."""
-        return self.pictures_in_two_splits + self.same_bytes_across_splits
+        """Images known to be in two splits: by name or by their bytes. Near-duplicates are for a person to judge."""
+        return self.images_in_two_splits + self.same_bytes_across_splits
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -82,18 +82,18 @@ def check_samples(
     samples: Sequence[Sample],
     *,
     workers: int = 2,
-    bad: BadPictures | None = None,
+    bad: BadImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Read every picture of the samples once and report what was found.
+    """Read every image of the samples once and report what was found.
 
     Args:
         workers: decoding threads.
-        bad: takes the pictures that cannot be read, to be listed in a file.
-        progress: called with (pictures done, pictures in all).
+        bad: takes the images that cannot be read, to be listed in a file.
+        progress: called with (images done, images in all).
     """
-    bad = BadPictures() if bad is None else bad
-    splits = _splits_by_picture(samples)
+    bad = BadImages() if bad is None else bad
+    splits = _splits_by_image(samples)
     report = _count_texts(samples, splits)
     seen: dict[Path, _Seen] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -104,7 +104,7 @@ def check_samples(
                 seen[path] = result
             if progress is not None:
                 progress(done, len(splits))
-    report.bad_pictures, report.bad_examples = bad.counts, [str(error) for _, error in list(bad)[:EXAMPLES]]
+    report.bad_images, report.bad_examples = bad.counts, [str(error) for _, error in list(bad)[:EXAMPLES]]
     report.duplicate_files = len(seen) - len({item.digest for item in seen.values()})
     _find_leaks(report, splits, seen)
     return report
@@ -131,13 +131,13 @@ def near_pairs(left: np.ndarray, right: np.ndarray, bits: int = NEAR_BITS) -> np
 
 def _look_at(path: Path) -> _Seen | BadImageError:
     try:
-        data = read_picture(path)
+        data = read_image(path)
         return _Seen(hashlib.sha256(data).digest(), difference_hash(decode_image(data, path)))
     except BadImageError as error:
         return error
 
 
-def _splits_by_picture(samples: Sequence[Sample]) -> dict[Path, list[str]]:
+def _splits_by_image(samples: Sequence[Sample]) -> dict[Path, list[str]]:
     splits: dict[Path, list[str]] = {}
     for sample in samples:
         name = sample.split or "(none)"
@@ -153,11 +153,11 @@ def _count_texts(samples: Sequence[Sample], splits: dict[Path, list[str]]) -> Da
     words = [len(target.split()) for target in targets]
     return DataReport(
         samples=len(samples),
-        pictures=len(splits),
+        images=len(splits),
         targets=len(targets),
-        pictures_by_split=dict(Counter(name for names in splits.values() for name in names)),
+        images_by_split=dict(Counter(name for names in splits.values() for name in names)),
         samples_by_split=dict(Counter(sample.split or "(none)" for sample in samples)),
-        targets_per_picture=len(targets) / len(splits) if splits else 0.0,
+        targets_per_image=len(targets) / len(splits) if splits else 0.0,
         target_words={"min": min(words), "median": statistics.median(words), "max": max(words)} if words else {},
         empty_targets=sum(count == 0 for count in words),
         samples_without_targets=sum(not sample.targets for sample in samples),
@@ -166,7 +166,7 @@ def _count_texts(samples: Sequence[Sample], splits: dict[Path, list[str]]) -> Da
 
 def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _Seen]) -> None:
     shared = [Leak(str(path), names[0], str(path), names[1]) for path, names in splits.items() if len(names) > 1]
-    report.pictures_in_two_splits, report.in_two_splits = len(shared), shared[:EXAMPLES]
+    report.images_in_two_splits, report.in_two_splits = len(shared), shared[:EXAMPLES]
 
     same = _same_bytes(splits, seen)
     report.same_bytes_across_splits, report.same_bytes = len(same), same[:EXAMPLES]
@@ -176,7 +176,7 @@ def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Pa
         for name in splits[path]:
             by_split[name].append(path)
     near = [leak for one, two in combinations(by_split, 2) for leak in _near(by_split, one, two, seen)]
-    report.near_duplicates_across_splits = len({leak.picture for leak in near})
+    report.near_duplicates_across_splits = len({leak.image for leak in near})
     report.near_duplicates = sorted(near, key=lambda leak: leak.bits)[:EXAMPLES]
 
 
@@ -193,7 +193,7 @@ def _same_bytes(splits: dict[Path, list[str]], seen: dict[Path, _Seen]) -> list[
 
 
 def _near(by_split: dict[str, list[Path]], one: str, two: str, seen: dict[Path, _Seen]) -> list[Leak]:
-    """The nearest look-alike in the bigger split of each picture in the smaller one, same bytes excepted."""
+    """The nearest look-alike in the bigger split of each image in the smaller one, same bytes excepted."""
     small, big = sorted((one, two), key=lambda name: len(by_split[name]))
     left, right = (np.array([seen[path].hash for path in by_split[name]], np.uint64) for name in (small, big))
     nearest: dict[Path, Leak] = {}

@@ -1,4 +1,4 @@
-"""From pictures and their samples to model inputs."""
+"""From images and their samples to model inputs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.data import Dataset
 
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
-from frozenprefix.data.samplers import PictureStream, choose_targets
-from frozenprefix.data.samples import PictureGroup, Sample
-from frozenprefix.models.packing import PackedBatch, Packing, Target, pack
+from frozenprefix.data.samplers import ImageStream, choose_targets
+from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 logger = logging.getLogger(__name__)
 
 
 class Collator:
-    """Turns groups of samples that share pictures into `{"packed": …, "image_features" or "pixel_values": …}`.
+    """Turns groups of samples that share images into `{"packed": …, "image_features" or "pixel_values": …}`.
 
     Args:
         processor: tokenizer, image processor and prompts.
-        features: features made earlier; pictures are decoded when there are none.
+        features: features made earlier; images are decoded when there are none.
         packing: see `models.packing.pack`; tokens_per_row: as there.
         max_target_tokens: longer targets are cut (and still closed by the end token), and counted.
         keep_samples: also hand on which groups and targets the batch is made of, as `samples`: a list of
@@ -53,18 +53,16 @@ class Collator:
         self._prompt_ids: dict[str, list[int]] = {}
         self._target_ids: dict[tuple[str, str], list[int]] = {}
 
-    def __call__(
-        self, groups: Sequence[PictureGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]
-    ) -> dict[str, Any]:
-        """Collate pictures with the (sample, target) pairs chosen for each."""
-        batch: dict[str, Any] = self.pictures([path for group in groups for path in group.images])
+    def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
+        """Collate images with the (sample, target) pairs chosen for each."""
+        batch: dict[str, Any] = self.image_inputs([path for group in groups for path in group.images])
         batch["packed"] = self.pack(chosen, [len(group.images) for group in groups])
         if self.keep_samples:
             batch["samples"] = list(zip(groups, chosen, strict=True))
         return batch
 
     def pack(self, chosen: Sequence[Sequence[tuple[Sample, str]]], images_per_group: Sequence[int]) -> PackedBatch:
-        """Rows of the (sample, target) pairs of each group of pictures."""
+        """Rows of the (sample, target) pairs of each group of images."""
         return pack(
             [[self.target(sample, text) for sample, text in pairs] for pairs in chosen],
             image_token_id=self.processor.image_token_id,
@@ -74,8 +72,8 @@ class Collator:
             tokens_per_row=self.tokens_per_row,
         )
 
-    def pictures(self, paths: Sequence[Path]) -> dict[str, Tensor]:
-        """Model inputs of pictures: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""
+    def image_inputs(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+        """Model inputs of images: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""
         if self.features is not None:
             keys = [self.features.key_of(path) for path in paths]
             return {"image_features": torch.from_numpy(self.features.get(keys)).float()}
@@ -104,36 +102,36 @@ class Collator:
 
 
 def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:
-    """The text in front of a sample's target, with its pictures' `<image>` marks."""
+    """The text in front of a sample's target, with its images' `<image>` marks."""
     if sample.history is not None:
-        return processor.chat_prompt(sample.history, sample.question or "", pictures=len(sample.images))
-    return processor.prompt_for(sample.task, sample.question, template=sample.prompt, pictures=len(sample.images))
+        return processor.chat_prompt(sample.history, sample.question or "", images=len(sample.images))
+    return processor.prompt_for(sample.task, sample.question, template=sample.prompt, images=len(sample.images))
 
 
 class StepDataset(Dataset):
     """Micro-batch number i of this process, collated: the same whatever was asked for before.
 
     Args:
-        groups: training pictures with their samples.
-        stream: which pictures each optimizer step takes.
+        groups: training images with their samples.
+        stream: which images each optimizer step takes.
         collator: makes the batch.
-        targets_per_picture: how many of a picture's targets a step takes; None takes all.
+        targets_per_image: how many of an image's targets a step takes; None takes all.
         num_parts: micro-batches that a step is divided into, over all processes; part: those of this process.
     """
 
     def __init__(
         self,
-        groups: Sequence[PictureGroup],
-        stream: PictureStream,
+        groups: Sequence[ImageGroup],
+        stream: ImageStream,
         collator: Collator,
         *,
         num_steps: int,
-        targets_per_picture: int | None = None,
+        targets_per_image: int | None = None,
         num_parts: int = 1,
         parts: Sequence[int] = (0,),
     ):
         self.groups, self.stream, self.collator = groups, stream, collator
-        self.num_steps, self.targets_per_picture = num_steps, targets_per_picture
+        self.num_steps, self.targets_per_image = num_steps, targets_per_image
         self.num_parts, self.parts = num_parts, list(parts)
 
     def __len__(self) -> int:
@@ -141,11 +139,11 @@ class StepDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step, micro = divmod(index, len(self.parts))
-        # part k of n takes every n-th picture
-        pictures = self.stream.step(step)[self.parts[micro] :: self.num_parts]
+        # part k of n takes every n-th image
+        images = self.stream.step(step)[self.parts[micro] :: self.num_parts]
         chosen = []
-        for epoch, picture in pictures:
-            pairs = [(sample, text) for sample in self.groups[picture].samples for text in sample.targets]
+        for epoch, image in images:
+            pairs = [(sample, text) for sample in self.groups[image].samples for text in sample.targets]
             seed = self.stream.seed
-            chosen.append(choose_targets(pairs, self.targets_per_picture, seed=seed, picture=picture, epoch=epoch))
-        return self.collator([self.groups[picture] for _, picture in pictures], chosen)
+            chosen.append(choose_targets(pairs, self.targets_per_image, seed=seed, image=image, epoch=epoch))
+        return self.collator([self.groups[image] for _, image in images], chosen)

@@ -1,4 +1,4 @@
-"""Image features of picture files: what they depend on, where they are kept, and how they are made."""
+"""Image features of image files: what they depend on, where they are kept, and how they are made."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from frozenprefix.assets import user_cache
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_pictures
+from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.checkpoint_recipe import data_section
-from frozenprefix.data.images import BadPictures, load_image
+from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.models.configuration import VisionEncoderConfig
@@ -65,15 +65,15 @@ class FeatureStorage:
 
 
 @dataclass(frozen=True)
-class PictureEncoder:
-    """The frozen encoder, the image processor that feeds it, and what its features depend on besides the picture."""
+class ImageEncoder:
+    """The frozen encoder, the image processor that feeds it, and what its features depend on besides the image."""
 
     module: VisionEncoder
     image_processor: Any
     fingerprint: Fingerprint
 
     @classmethod
-    def build(cls, config: VisionEncoderConfig) -> PictureEncoder:
+    def build(cls, config: VisionEncoderConfig) -> ImageEncoder:
         """Build the encoder alone, without a language model."""
         built = build_vision_encoder(config)
         return cls(
@@ -81,7 +81,7 @@ class PictureEncoder:
         )
 
     @classmethod
-    def of(cls, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> PictureEncoder:
+    def of(cls, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> ImageEncoder:
         """The encoder of a model."""
         config = VisionEncoderConfig.model_validate(model.config.vision_encoder)
         identity = model.config.identity["vision_encoder"]
@@ -92,13 +92,13 @@ class PictureEncoder:
         )
 
     def pixels(self, image: Image) -> Tensor:
-        """RGB picture -> float[1, 3, H, W]."""
+        """RGB image -> float[1, 3, H, W]."""
         return self.image_processor(image, return_tensors="pt")["pixel_values"]
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at once. On CPUs few: a layer's output then stays in the caches until the next reads it
-        (EfficientNet-Lite0 in bfloat16 made 230 pictures/s in eights and 150 in batches of 32)."""
+        """Images to encode at once. On CPUs few: a layer's output then stays in the caches until the next reads it
+        (EfficientNet-Lite0 in bfloat16 made 230 images/s in eights and 150 in batches of 32)."""
         return 8 if next(self.module.parameters()).device.type == "cpu" else 64
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class PictureEncoder:
 
 
 def feature_fingerprint(config: VisionEncoderConfig, identity: dict[str, str], image_processor: Any) -> Fingerprint:
-    """What image features depend on, apart from the picture."""
+    """What image features depend on, apart from the image."""
     return {
         **{f"encoder.{k}": json.dumps(v) for k, v in config.feature_fields().items()},
         **{f"weights.{k}": v for k, v in identity.items()},
@@ -127,20 +127,20 @@ def feature_folder(options: FeatureOptions, fingerprint: Fingerprint) -> Path:
 
 
 def fill_feature_cache(
-    encoder: PictureEncoder,
+    encoder: ImageEncoder,
     paths: Sequence[Path],
     options: FeatureOptions,
     *,
-    bad: BadPictures,
+    bad: BadImages,
     max_bad_share: float = 0.01,
     workers: int = 2,
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> tuple[FeatureCache | None, int]:
-    """Encode what is not in the feature cache yet, each process its share, and open the cache; see `encode_pictures`.
+    """Encode what is not in the feature cache yet, each process its share, and open the cache; see `encode_images`.
 
     Returns:
-        The cache (None when not one picture could be read), and how many pictures this process had to encode.
+        The cache (None when not one image could be read), and how many images this process had to encode.
     """
     processes = processes or Processes()
     encoded = 0
@@ -150,7 +150,7 @@ def fill_feature_cache(
         encoded += len(pixel_values)
         return encoder.encode(pixel_values)
 
-    cache = encode_pictures(
+    cache = encode_images(
         paths,
         encode,
         feature_folder(options, encoder.fingerprint),
@@ -169,20 +169,20 @@ def fill_feature_cache(
     return cache, encoded
 
 
-def share_bad_pictures(bad: BadPictures, processes: Processes) -> None:
-    """Let every process know the bad pictures of all: they must leave out the same ones."""
+def share_bad_images(bad: BadImages, processes: Processes) -> None:
+    """Let every process know the bad images of all: they must leave out the same ones."""
     for path, reason, message in processes.gather([(path, error.reason, str(error)) for path, error in bad]):
         bad.record(path, BadImageError(reason, message))
 
 
-class PictureFeatures:
-    """Features of the pictures that can be read, by path: from a feature cache, or from memory when it is off.
+class ImageFeatures:
+    """Features of the images that can be read, by path: from a feature cache, or from memory when it is off.
 
     Attributes:
-        bad: the pictures that cannot be read.
+        bad: the images that cannot be read.
     """
 
-    def __init__(self, source: FeatureCache | FeatureTable | dict[Path, Tensor], bad: BadPictures):
+    def __init__(self, source: FeatureCache | FeatureTable | dict[Path, Tensor], bad: BadImages):
         self._source, self.bad = source, bad
 
     @classmethod
@@ -196,18 +196,18 @@ class PictureFeatures:
         max_bad_share: float = 0.01,
         processes: Processes | None = None,
         progress: Progress | None = None,
-    ) -> PictureFeatures:
-        """Encode pictures with a model's encoder, or find their features in the cache or among the given ones.
+    ) -> ImageFeatures:
+        """Encode images with a model's encoder, or find their features in the cache or among the given ones.
 
         A cache serves frozen encoders only. Several processes share the work of filling it; without it each of them
-        encodes all pictures.
+        encodes all images.
 
         Raises:
-            DataError: when more than `max_bad_share` of the pictures cannot be read.
+            DataError: when more than `max_bad_share` of the images cannot be read.
             CacheError: for a cache folder that is damaged, or was made with another encoder.
         """
         processes = processes or Processes()
-        paths, bad = list(dict.fromkeys(paths)), BadPictures()
+        paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
         source: FeatureCache | FeatureTable | dict[Path, Tensor]
         given = given_table(model.vision_encoder)
@@ -217,7 +217,7 @@ class PictureFeatures:
         elif options.feature_cache == "off" or trainable:
             source = _encode_in_memory(model, processor, paths, bad, progress)
         else:
-            encoder = PictureEncoder.of(model, processor)
+            encoder = ImageEncoder.of(model, processor)
             cache, _ = fill_feature_cache(
                 encoder,
                 paths,
@@ -228,7 +228,7 @@ class PictureFeatures:
                 progress=progress,
             )
             source = {} if cache is None else cache
-            share_bad_pictures(bad, processes)
+            share_bad_images(bad, processes)
         bad.check(len(paths), max_bad_share)
         return cls(source, bad)
 
@@ -244,7 +244,7 @@ def _encode_in_memory(
     model: FrozenPrefixForConditionalGeneration,
     processor: FrozenPrefixProcessor,
     paths: Sequence[Path],
-    bad: BadPictures,
+    bad: BadImages,
     progress: Progress | None,
 ) -> dict[Path, Tensor]:
     features: dict[Path, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Picture files → RGB pictures, and the book of those that could not be read."""
+"""Image files → RGB images, and the book of those that could not be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from frozenprefix.errors import BadImageError, DataError
 
-#: Larger pictures are refused before any pixel is decoded (Pillow's own warning limit: a quarter of a gigabyte as RGB).
+#: Larger images are refused before any pixel is decoded (Pillow's own warning limit: a quarter of a gigabyte as RGB).
 MAX_PIXELS = 89_478_485
 
 # Formats that Pillow renders by starting another program or a system library.
@@ -48,7 +48,7 @@ _UPRIGHT = {
 
 
 def load_image(path: str | PathLike[str]) -> Image.Image:
-    """Read a picture file as upright 8-bit RGB.
+    """Read an image file as upright 8-bit RGB.
 
     Transparent parts become white, 16-bit values are scaled to 8 bits, an animation gives its first frame, and the
     orientation that the camera noted is applied.
@@ -57,11 +57,11 @@ def load_image(path: str | PathLike[str]) -> Image.Image:
         BadImageError: with reason `missing`, `empty`, `unreadable`, `not_an_image`, `truncated`, `too_large` or
             `unsupported`.
     """
-    return decode_image(read_picture(path), path)
+    return decode_image(read_image(path), path)
 
 
-def read_picture(path: str | PathLike[str]) -> bytes:
-    """Return the bytes of a picture file, or raise `BadImageError` (`missing`, `empty`, `unreadable`)."""
+def read_image(path: str | PathLike[str]) -> bytes:
+    """Return the bytes of an image file, or raise `BadImageError` (`missing`, `empty`, `unreadable`)."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -73,13 +73,13 @@ def read_picture(path: str | PathLike[str]) -> bytes:
 
 
 def decode_image(data: bytes, name: str | PathLike[str]) -> Image.Image:
-    """Decode the bytes of a picture file as `load_image` does; `name` is for the message."""
+    """Decode the bytes of an image file as `load_image` does; `name` is for the message."""
     try:
         image = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_large", f"{name}: {error}") from error
     except _DECODE_ERRORS as error:
-        raise BadImageError("not_an_image", f"{name}: no known picture format in its {len(data)} bytes") from error
+        raise BadImageError("not_an_image", f"{name}: no known image format in its {len(data)} bytes") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(
             "too_large", f"{name}: {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}"
@@ -122,13 +122,13 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     try:
         orientation = original.getexif().get(_ORIENTATION_TAG)
     except _DECODE_ERRORS:
-        return rgb  # a broken note about the camera says nothing about the picture
+        return rgb  # a broken note about the camera says nothing about the image
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if turn is None else rgb.transpose(turn)
 
 
-class BadPictures:
-    """Pictures that could not be used, each counted once, by reason."""
+class BadImages:
+    """Images that could not be used, each counted once, by reason."""
 
     def __init__(self) -> None:
         self._errors: dict[str, BadImageError] = {}
@@ -148,7 +148,7 @@ class BadPictures:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of pictures by reason, the commonest first."""
+        """Number of images by reason, the commonest first."""
         return dict(Counter(error.reason for error in self._errors.values()).most_common())
 
     def write(self, path: str | PathLike[str]) -> None:
@@ -158,13 +158,13 @@ class BadPictures:
         self._written = Path(path)
 
     def check(self, total: int, max_share: float = 0.01) -> None:
-        """Raise `DataError` when more than `max_share` (0 to 1) of `total` pictures are bad."""
+        """Raise `DataError` when more than `max_share` (0 to 1) of `total` images are bad."""
         if len(self) <= max_share * total:
             return
         by_reason = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         examples = "\n".join(f"  {error.reason}: {error}" for _, error in list(self)[:3])
         listed = f"; all are listed in {self._written}" if self._written else ""
         raise DataError(
-            f"{len(self)} of {total} pictures are bad ({by_reason}), expected at most {max_share:.2%} "
+            f"{len(self)} of {total} images are bad ({by_reason}), expected at most {max_share:.2%} "
             f"(max_bad_share {max_share}); repair the files or raise max_bad_share{listed}\n{examples}"
         )

@@ -1,4 +1,4 @@
-"""The nearest pictures by their features, and which of their captions agree with each other."""
+"""The nearest images by their features, and which of their captions agree with each other."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 _QUERIES_AT_ONCE = 256
 
 
-class NearestPictures:
-    """Finds known pictures by the cosine of features from which the mean of the known ones is subtracted.
+class NearestImages:
+    """Finds known images by the cosine of features from which the mean of the known ones is subtracted.
 
     Args:
         known: float[M, D].
@@ -27,7 +27,7 @@ class NearestPictures:
     def __call__(
         self, queries: ArrayLike, k: int, *, exclude: Sequence[int | None] | None = None
     ) -> list[NDArray[np.int64]]:
-        """Return the rows of the k nearest known pictures of each query, nearest first; all rows when there are fewer.
+        """Return the rows of the k nearest known images of each query, nearest first; all rows when there are fewer.
 
         Args:
             queries: float[Q, D].
@@ -65,10 +65,10 @@ class CaptionVectors:
 
     @classmethod
     def of(cls, counts: Sequence[Sequence[Mapping[tuple[str, ...], int]]]) -> CaptionVectors:
-        """Weigh n-grams by the inverse document frequency over pictures, as CIDEr does (Vedantam et al. 2015).
+        """Weigh n-grams by the inverse document frequency over images, as CIDEr does (Vedantam et al. 2015).
 
         Args:
-            counts: for each picture, for each of its captions: n-gram → how often it occurs.
+            counts: for each image, for each of its captions: n-gram → how often it occurs.
         """
         frequencies = Counter(ngram for captions in counts for ngram in {n for each in captions for n in each})
         column = {ngram: i for i, ngram in enumerate(frequencies)}

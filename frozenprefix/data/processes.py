@@ -17,7 +17,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the pictures among them; the default is one alone.
+    """The processes that share the images among them; the default is one alone.
 
     Args:
         rank, count: number of this process, and how many there are.

@@ -13,11 +13,11 @@ from frozenprefix.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Pictures, what is asked about them, and what is to be learned.
+    """Images, what is asked about them, and what is to be learned.
 
     Args:
         id: unique within a list of samples.
-        images: picture files, in the order in which the prompt names them.
+        images: image files, in the order in which the prompt names them.
         targets: texts to learn, each on its own; empty where only a prediction is wanted.
         prompt: prompt template; None takes the task's default one.
         question: what is asked, for task "vqa".
@@ -40,29 +40,29 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureGroup:
-    """The samples that show exactly the same pictures in the same order."""
+class ImageGroup:
+    """The samples that show exactly the same images in the same order."""
 
     images: tuple[Path, ...]
     samples: tuple[Sample, ...]
 
 
-def group_by_pictures(samples: Iterable[Sample]) -> list[PictureGroup]:
-    """Group samples by their pictures. Groups, and samples within one, keep the order in which they are first seen."""
+def group_by_images(samples: Iterable[Sample]) -> list[ImageGroup]:
+    """Group samples by their images. Groups, and samples within one, keep the order in which they are first seen."""
     groups: dict[tuple[Path, ...], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.images, []).append(sample)
-    return [PictureGroup(images, tuple(members)) for images, members in groups.items()]
+    return [ImageGroup(images, tuple(members)) for images, members in groups.items()]
 
 
-def swap_pictures(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
-    """For each tuple of pictures as many others, none of them its own: what a sample is shown when it is shuffled.
+def swap_images(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
+    """For each tuple of images as many others, none of them its own: what a sample is shown when it is shuffled.
 
-    That is the next tuple with as many pictures, from half of these on, that shares none with it; where there is none,
-    the pictures of the others, one after the other.
+    That is the next tuple with as many images, from half of these on, that shares none with it; where there is none,
+    the images of the others, one after the other.
 
     Raises:
-        DataError: when a tuple has all pictures that there are.
+        DataError: when a tuple has all images that there are.
     """
     alike: dict[int, list[tuple[Path, ...]]] = {}
     for images in dict.fromkeys(shown):
@@ -78,12 +78,12 @@ def swap_pictures(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], t
 
 
 def _foreign(shown: Sequence[tuple[Path, ...]], own: tuple[Path, ...]) -> tuple[Path, ...]:
-    pictures = dict.fromkeys(path for images in shown for path in images if path not in own)
-    if not pictures:
+    others = dict.fromkeys(path for images in shown for path in images if path not in own)
+    if not others:
         raise DataError(
-            f"shuffled pictures need at least 2 different pictures, and here are only those of one sample: {own[0]}"
+            f"shuffled images need at least 2 different images, and here are only those of one sample: {own[0]}"
         )
-    return tuple(islice(cycle(pictures), len(own)))
+    return tuple(islice(cycle(others), len(own)))
 
 
 def check_unique_ids(samples: Iterable[Sample]) -> None:

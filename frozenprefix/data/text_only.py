@@ -1,4 +1,4 @@
-"""Training on texts alone: a text's own vector stands for the picture that it describes, as in CapDec."""
+"""Training on texts alone: a text's own vector stands for the image that it describes, as in CapDec."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frozenprefix.data.collation import Collator
-from frozenprefix.data.samples import PictureGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
@@ -76,13 +76,13 @@ class TextVectors:
         return self._vectors.shape[1]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """image_features in place of the pictures': unit float32[n, 1, D]."""
+        """image_features in place of the images': unit float32[n, 1, D]."""
         places = [self._place[text] for text in texts]
         return F.normalize(self._vectors[places].float(), dim=-1)[:, None]
 
 
 class TextOnlyCollator(Collator):
-    """Gives every target the vector of its own text in place of its picture, which is never read.
+    """Gives every target the vector of its own text in place of its image, which is never read.
 
     Nukrai et al. 2022, section 3, without the noise: `Objectives` adds it, anew in every step.
 
@@ -94,13 +94,11 @@ class TextOnlyCollator(Collator):
         super().__init__(processor, **options)
         self.vectors = vectors
 
-    def __call__(
-        self, groups: Sequence[PictureGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]
-    ) -> dict[str, Any]:
+    def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
         pairs = [pair for listed in chosen for pair in listed]
         several = next((sample for sample, _ in pairs if len(sample.images) != 1), None)
         if several is not None:
-            raise DataError(f"data.text_only: sample '{several.id}' has {len(several.images)} pictures, expected 1")
+            raise DataError(f"data.text_only: sample '{several.id}' has {len(several.images)} images, expected 1")
         batch: dict[str, Any] = {"image_features": self.vectors([text for _, text in pairs])}
         batch["packed"] = self.pack([[pair] for pair in pairs], [1] * len(pairs))
         if self.keep_samples:

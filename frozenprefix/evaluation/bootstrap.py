@@ -55,8 +55,8 @@ def bootstrap_interval(
         scores: per sample its score, float[N], or with `metric` its statistics, float[N, K].
         metric: from sums of statistics to the score; the mean of the scores when not given.
         n: draws.
-        clusters: for each sample what it shares with others, such as its picture: whole clusters are drawn, as answers
-            about one picture are right or wrong together. Samples are drawn when not given.
+        clusters: for each sample what it shares with others, such as its image: whole clusters are drawn, as answers
+            about one image are right or wrong together. Samples are drawn when not given.
 
     Raises:
         DataError: for no samples, values that are no numbers, or lengths that differ.

@@ -55,10 +55,10 @@ class Evaluation:
 
 
 def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Compare the model's scores of two evaluations by paired bootstrap, drawing pictures with all their samples.
+    """Compare the model's scores of two evaluations by paired bootstrap, drawing images with all their samples.
 
     Returns:
-        `{"task", "n", "pictures", "metrics", "settings"}`. A metric has `a`, `b`, `difference` = b − a, and where it
+        `{"task", "n", "images", "metrics", "settings"}`. A metric has `a`, `b`, `difference` = b − a, and where it
         can be had sample by sample `low`, `high` (95 %) and `p_value`, else None. `settings`: what differs, [a, b].
 
     Raises:
@@ -66,7 +66,7 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     """
     _check_same(a, b)
     ids = list(a.rows)
-    pictures = [tuple(a.rows[key]["images"]) for key in ids]
+    images = [tuple(a.rows[key]["images"]) for key in ids]
     metrics: dict[str, dict[str, float | None]] = {}
     shared = [name for name in a.result["metrics"] if name in b.result["metrics"]]
     for name in sorted({*a.result["metrics"], *b.result["metrics"]} - set(shared)):
@@ -74,7 +74,7 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     for name in shared:
         (rows_a, metric, known), (rows_b, _, known_b) = (_rows(each, name, ids) for each in (a, b))
         if known and known_b:
-            metrics[name] = asdict(paired_bootstrap(rows_a, rows_b, metric, n=n, seed=seed, clusters=pictures))
+            metrics[name] = asdict(paired_bootstrap(rows_a, rows_b, metric, n=n, seed=seed, clusters=images))
         else:
             first, second = a.result["metrics"][name], b.result["metrics"][name]
             nothing = dict.fromkeys(("low", "high", "p_value"))
@@ -82,7 +82,7 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     return {
         "task": a.result["task"],
         "n": len(ids),
-        "pictures": len(set(pictures)),
+        "images": len(set(images)),
         "metrics": metrics,
         "settings": _different(a.result.get("settings", {}), b.result.get("settings", {})),
     }

@@ -14,7 +14,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def confusion_svg(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
-    """Draw counts as shades: each row is a true label, whose pictures are all of a full shade.
+    """Draw counts as shades: each row is a true label, whose images are all of a full shade.
 
     Args:
         confusion: int[L, L], rows true, columns predicted, as `classification_report` gives it.
@@ -29,7 +29,7 @@ def confusion_svg(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> 
     width, height = left + size + _MARGIN, top + size + _MARGIN
     hits = sum(row[i] for i, row in enumerate(confusion))
     total = sum(map(sum, confusion))
-    about = f"Confusion matrix of {len(names)} labels: {hits} of {total} pictures on the diagonal."
+    about = f"Confusion matrix of {len(names)} labels: {hits} of {total} images on the diagonal."
     middle = f"{left + size / 2:.0f}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

@@ -1,7 +1,7 @@
 """Captions by retrieval, without any training: the bar that a trained mapper must clear.
 
 Devlin et al. 2015, "Exploring Nearest Neighbor Approaches for Image Captioning": of all captions of the nearest
-training pictures, take the one that agrees best with the others.
+training images, take the one that agrees best with the others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from frozenprefix.data.neighbours import CaptionVectors, NearestPictures
+from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.ptb import ptb_tokenize
 from frozenprefix.evaluation.metrics.references import ngram_counts
@@ -25,26 +25,26 @@ def consensus_captions(
     *,
     exclude: Sequence[int | None] | None = None,
 ) -> list[str]:
-    """Return for each query picture the training caption that its neighbours agree on.
+    """Return for each query image the training caption that its neighbours agree on.
 
     Neighbours: largest cosine of features from which the training mean is subtracted. Agreement: mean over the other
     captions of the tf-idf cosine, averaged over n-grams of one to four words, with the inverse document frequencies of
-    all training captions. Of equals the caption of the nearest picture wins.
+    all training captions. Of equals the caption of the nearest image wins.
 
     Args:
         query_features: float[Q, D].
         train_features: float[M, D].
-        train_captions: the captions of each of the M training pictures, at least one each.
-        k: neighbours per query; with fewer training pictures than that, all are used.
-        exclude: for each query the row of the training picture that must not be used, its own, or None.
+        train_captions: the captions of each of the M training images, at least one each.
+        k: neighbours per query; with fewer training images than that, all are used.
+        exclude: for each query the row of the training image that must not be used, its own, or None.
 
     Raises:
-        DataError: shapes or lengths that do not fit, a picture without captions, or nothing left to retrieve from.
+        DataError: shapes or lengths that do not fit, an image without captions, or nothing left to retrieve from.
     """
     # queries: [Q, D], train: [M, D]
     queries, train = np.asarray(query_features, dtype=np.float32), np.asarray(train_features, dtype=np.float32)
     _check(queries, train, train_captions, k, exclude)
-    neighbours = NearestPictures(train)(queries, k, exclude=exclude)
+    neighbours = NearestImages(train)(queries, k, exclude=exclude)
     texts = [text for captions in train_captions for text in captions]
     first_caption = np.concatenate([[0], np.cumsum([len(captions) for captions in train_captions])])
     vectors = CaptionVectors.of([[ngram_counts(ptb_tokenize(text)) for text in each] for each in train_captions])
@@ -65,11 +65,11 @@ def _check(
     if queries.ndim != 2 or train.ndim != 2 or queries.shape[1] != train.shape[1]:
         raise DataError(
             f"query_features and train_features must be [Q, D] and [M, D], got {list(queries.shape)} and "
-            f"{list(train.shape)}; pool the features to one vector per picture"
+            f"{list(train.shape)}; pool the features to one vector per image"
         )
     if len(train) != len(train_captions):
         raise DataError(
-            f"train_captions must have one list per training picture, {len(train)}; got {len(train_captions)}"
+            f"train_captions must have one list per training image, {len(train)}; got {len(train_captions)}"
         )
     if k < 1:
         raise DataError(f"k must be ≥ 1, got {k}")
@@ -83,4 +83,4 @@ def _check(
     if exclude is not None and any(i is not None and not 0 <= i < len(train) for i in exclude):
         raise DataError(f"exclude must name rows of train_features, 0 to {len(train) - 1}, or None")
     if len(train) - (exclude is not None and any(i is not None for i in exclude)) < 1:
-        raise DataError("no training picture is left to retrieve captions from")
+        raise DataError("no training image is left to retrieve captions from")

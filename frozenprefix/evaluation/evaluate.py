@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from frozenprefix import __version__
-from frozenprefix.data.features import FeatureOptions, FeatureStorage, PictureFeatures
-from frozenprefix.data.images import BadPictures
+from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
+from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.generation import evaluate_generation, shuffled
 from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
-from frozenprefix.evaluation.tasks import TASKS, EvaluationOptions
+from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
+from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
 
 __all__ = [
@@ -51,7 +51,7 @@ def evaluate_checkpoint(
         task: one of `TASKS.names()`.
         data: the folder; the validation sources of the checkpoint's recipe when None, with its training sources for
             baselines.
-        split: which rows of the folder; all when None. limit: the first so many pictures.
+        split: which rows of the folder; all when None. limit: the first so many images.
         num_beams: the task's own number when None: 5 for captions and 1 for answers.
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
         feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     Raises:
         ConfigError: for an unknown task, beams for one that searches with none, a checkpoint without a recipe and no
             `data`, a `split` without `data`, or an evaluation that was begun with other settings.
-        DataError: when there are no such samples, or too many pictures are bad.
+        DataError: when there are no such samples, or too many images are bad.
     """
     chosen, processes = TASKS.get(task), Processes.current()
     if num_beams is not None and not chosen.takes_beams:
@@ -146,17 +146,17 @@ def evaluate_samples(
 
 def encode_samples(
     captioner: Captioner, samples: Iterable[Sample], features: FeatureOptions | None = None
-) -> tuple[dict[Path, Tensor], BadPictures]:
-    """Image features float[N, D_enc] of every picture that can be read, and the others. All are held in memory.
+) -> tuple[dict[Path, Tensor], BadImages]:
+    """Image features float[N, D_enc] of every image that can be read, and the others. All are held in memory.
 
     Args:
-        features: where features are kept; each picture is encoded anew when not given.
+        features: where features are kept; each image is encoded anew when not given.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-    pictures = PictureFeatures.of(
+    images = ImageFeatures.of(
         captioner.model, captioner.processor, paths, features or FeatureStorage("off"), max_bad_share=1.0
     )
-    return {path: pictures([path])[0] for path in paths if path not in pictures.bad}, pictures.bad
+    return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
 
 
 def _device(processes: Processes) -> str | None:

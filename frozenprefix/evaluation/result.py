@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from frozenprefix.data.images import BadPictures
+from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.evaluation.journal import Journal
 from frozenprefix.evaluation.scoring import Scorer, Scores, intervals
-from frozenprefix.evaluation.tasks import EvaluationOptions
+from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference.captioner import batched
-from frozenprefix.models.allocator import keep_freed_memory
+from frozenprefix.kernels.allocator import keep_freed_memory
 
 T = TypeVar("T")
 #: Run ("model", or the name of a baseline) → sample id → what was predicted: a text, or another plain JSON value.
@@ -31,8 +31,8 @@ class Evaluated:
         samples: those that are scored; each is a row of the predictions file.
         score: predictions of one run → their scores.
         settings: what the predictions were made with.
-        bad: the pictures that could not be read.
-        drawn: sample id → what the bootstrap draws as a whole; a sample's pictures when not given.
+        bad: the images that could not be read.
+        drawn: sample id → what the bootstrap draws as a whole; a sample's images when not given.
         chance: metrics of guessing, which are known without any run.
         more: predictions → further keys of the result.
     """
@@ -41,7 +41,7 @@ class Evaluated:
     samples: Sequence[Sample]
     score: Scorer
     settings: Mapping[str, Any]
-    bad: BadPictures
+    bad: BadImages
     drawn: Mapping[str, Hashable] | None = None
     chance: Mapping[str, float] | None = None
     more: Callable[[Predictions], dict[str, Any]] | None = None
@@ -123,7 +123,7 @@ def result_of(what: Evaluated, made: Predictions, predictions: Path) -> dict[str
         "baselines": baselines,
         "n": len(what.samples),
         "groups": {name: scores.groups for name, scores in scored.items() if scores.groups},
-        "bad_pictures": what.bad.counts,
+        "bad_images": what.bad.counts,
         "settings": dict(what.settings),
         "predictions": str(predictions),
         "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
@@ -134,7 +134,7 @@ def result_of(what: Evaluated, made: Predictions, predictions: Path) -> dict[str
 def write_predictions(
     path: Path, samples: Sequence[Sample], made: Predictions, scored: Mapping[str, Scores] | None = None
 ) -> None:
-    """One JSON object per sample: id, pictures, question, references, each run's prediction.
+    """One JSON object per sample: id, images, question, references, each run's prediction.
 
     A chat has its `history`, the right turns before. When they are scored there are `scores` (run → metric → score of
     this sample) and `statistics` of the model's run.

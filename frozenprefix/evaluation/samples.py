@@ -8,7 +8,7 @@ from typing import Any
 from frozenprefix.data.checkpoint_recipe import data_section
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
-from frozenprefix.data.sources.selection import first_pictures
+from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError
 
 #: (type of source, task) → what it must be asked for, or it gives no sample of that task.
@@ -41,16 +41,16 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
 
     Args:
         part: "train", which is empty after training on texts alone, or "validation".
-        limit: the first so many pictures.
+        limit: the first so many images.
 
     Raises:
         ConfigError: the checkpoint holds no recipe, or one without such sources.
     """
     section = data_section(checkpoint)
     if part == "train" and section is not None and section.get("text_only"):
-        return []  # training has never seen their pictures
+        return []  # training has never seen their images
     sources = (section or {}).get(part)
     if not sources:
         why = "holds no recipe.yaml" if section is None else f"has a recipe without data.{part}"
         raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
-    return first_pictures([sample for sample in load_sources(sources) if sample.task == task], limit)
+    return first_images([sample for sample in load_sources(sources) if sample.task == task], limit)

@@ -115,7 +115,7 @@ def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **
     """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or made of statistics.
 
     Args:
-        clusters: sample id → what is drawn as a whole, such as its picture; see `bootstrap_interval`.
+        clusters: sample id → what is drawn as a whole, such as its image; see `bootstrap_interval`.
         options: `n` and `seed` of the bootstrap.
     """
     found: dict[str, list[float]] = {}

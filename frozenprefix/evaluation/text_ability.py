@@ -1,4 +1,4 @@
-"""What a language model can do with text alone, to know whether it lost any of it to the pictures."""
+"""What a language model can do with text alone, to know whether it lost any of it to the images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def text_perplexity(
     text: str,
     adapted: bool = True,
 ) -> float:
-    """Perplexity of a model's LM on a text, without a picture; see `text_ability`."""
+    """Perplexity of a model's LM on a text, without an image; see `text_ability`."""
     return text_ability(model, tokenizer, text, adapted=adapted).perplexity
 
 
@@ -51,7 +51,7 @@ def text_ability(
     text: str,
     adapted: bool = True,
 ) -> TextAbility:
-    """Measure a model's LM on a text, without a picture.
+    """Measure a model's LM on a text, without an image.
 
     The text is read in windows of up to 512 tokens that do not overlap, each behind the LM's start token if it has one.
 

@@ -1,4 +1,4 @@
-"""Captions and answers: pictures in, text out, in batches."""
+"""Captions and answers: images in, text out, in batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.images import load_image
-from frozenprefix.data.retrieval import CaptionRetriever, picture_keys
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 from frozenprefix.models.vision.given_features import given_table
@@ -31,7 +31,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Caption:
-    """A picture's caption, with its score as in `Generation`."""
+    """An image's caption, with its score as in `Generation`."""
 
     path: Path
     text: str
@@ -44,7 +44,7 @@ class Captioner:
     Args:
         model, processor: as saved together in a checkpoint.
         batch_size: prompts generated for at once.
-        retriever: finds the captions of similar pictures that caption prompts were trained with.
+        retriever: finds the captions of similar images that caption prompts were trained with.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Captioner:
         max_new_tokens: int = 30,
         **generate: Any,
     ) -> Iterator[Caption]:
-        """Caption picture files, in order.
+        """Caption image files, in order.
 
         Args:
             prompt: text before the caption; the prompt of the training when not given. Retrieved captions, if the
@@ -85,18 +85,18 @@ class Captioner:
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9, num_beams=1`.
 
         Raises:
-            BadImageError: for a picture that cannot be read.
+            BadImageError: for an image that cannot be read.
         """
         text = self.processor.prompt_for("caption") if prompt is None else self.processor.with_image(prompt)
         for batch in batched(paths, self.batch_size):
-            prompts, pictures = [text] * len(batch), self._pictures(batch)
+            prompts, images = [text] * len(batch), self._images(batch)
             if self.retriever is not None:
-                features = self._features(pictures)
-                keys = picture_keys(self.model.vision_encoder, batch)
-                prompts, pictures = self.retriever.prompts(prompts, features, keys), {"image_features": features}
+                features = self._features(images)
+                keys = image_keys(self.model.vision_encoder, batch)
+                prompts, images = self.retriever.prompts(prompts, features, keys), {"image_features": features}
             texts = self.generate(
                 prompts,
-                **pictures,
+                **images,
                 num_beams=num_beams,
                 max_new_tokens=max_new_tokens,
                 **generate,
@@ -107,25 +107,25 @@ class Captioner:
     def answer(
         self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any
     ) -> str:
-        """Answer a question about one picture, greedily unless `generate` says otherwise."""
-        picture = {"images": [image]} if isinstance(image, Image.Image) else self._pictures([image])
+        """Answer a question about one image, greedily unless `generate` says otherwise."""
+        shown = {"images": [image]} if isinstance(image, Image.Image) else self._images([image])
         prompt = self.processor.prompt_for("vqa", question)
         options = {"max_new_tokens": max_new_tokens, "num_beams": 1, **generate}
-        return self.generate([prompt], **picture, **options)[0].text
+        return self.generate([prompt], **shown, **options)[0].text
 
-    def _pictures(self, paths: Sequence[str | Path]) -> dict[str, Any]:
-        """The argument of `generate` that shows picture files: decoded, or features that are given for them."""
+    def _images(self, paths: Sequence[str | Path]) -> dict[str, Any]:
+        """The argument of `generate` that shows image files: decoded, or features that are given for them."""
         given = given_table(self.model.vision_encoder)
         if given is not None:
             return {"image_features": given.features(paths)}
         return {"images": [load_image(path) for path in paths]}
 
     @torch.inference_mode()
-    def _features(self, pictures: dict[str, Any]) -> Tensor:
-        """image_features float32[n, N, D_enc] of what `_pictures` gives."""
-        if "image_features" in pictures:
-            return pictures["image_features"]
-        pixel_values = self.processor.image_processor(pictures["images"], return_tensors="pt")["pixel_values"]
+    def _features(self, images: dict[str, Any]) -> Tensor:
+        """image_features float32[n, N, D_enc] of what `_images` gives."""
+        if "image_features" in images:
+            return images["image_features"]
+        pixel_values = self.processor.image_processor(images["images"], return_tensors="pt")["pixel_values"]
         return self.model.encode(pixel_values.to(self.model.device)).float().cpu()
 
     def generate(
@@ -139,8 +139,8 @@ class Captioner:
         """Continue one batch of prompts.
 
         Args:
-            prompts: texts with an `<image>` for every picture; without pictures the LM continues them blind.
-            images: pictures in reading order, or `image_features` float[n, N, D_enc] made of them earlier.
+            prompts: texts with an `<image>` for every image; without images the LM continues them blind.
+            images: images in reading order, or `image_features` float[n, N, D_enc] made of them earlier.
             generate: options of transformers' `generate`.
         """
         if images is None and image_features is None:
@@ -170,7 +170,7 @@ class Captioner:
         ]
 
     def blind_prompt(self, prompt: str) -> str:
-        """The prompt without its pictures; an empty one starts with the LM's first token."""
+        """The prompt without its images; an empty one starts with the LM's first token."""
         text = prompt.replace(IMAGE_TOKEN, "").lstrip()  # a chat's prompt ends in a new line
         if text or self.processor.encode_prompt(""):
             return text

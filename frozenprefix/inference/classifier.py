@@ -1,4 +1,4 @@
-"""Classification: which of some labels a picture makes likely."""
+"""Classification: which of some labels an image makes likely."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import log_likelihoods
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing import Target
+from frozenprefix.models.packing.trie import Target
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 LABEL_MARK = "{label}"
-Pictures = Sequence[str | Path | Image.Image] | Tensor
+Images = Sequence[str | Path | Image.Image] | Tensor
 Normalise = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A picture's most likely label, and the softmax of the scores of all of them."""
+    """An image's most likely label, and the softmax of the scores of all of them."""
 
     label: str
     probabilities: dict[str, float]
 
 
 class Classifier:
-    """Scores labels by the likelihood that the language model gives them behind a picture and a prompt.
+    """Scores labels by the likelihood that the language model gives them behind an image and a prompt.
 
-    All labels of a picture, behind all prompts, are read in one row: the picture's prefix is computed once for them.
+    All labels of an image, behind all prompts, are read in one row: the image's prefix is computed once for them.
 
     Args:
         model, processor: as saved together in a checkpoint.
         templates: prompts, such as "A photo of a"; a label follows each after a space, or stands in place of
             "{label}": "A photo of a {label}." The scores of several are averaged. Without any, the processor's prompt
             of task "classification".
-        calibrate: subtract the log-likelihood of a label without the picture, so that common words do not win by
-            themselves. What is left is the pointwise mutual information of picture and label (Holtzman et al. 2021,
+        calibrate: subtract the log-likelihood of a label without the image, so that common words do not win by
+            themselves. What is left is the pointwise mutual information of image and label (Holtzman et al. 2021,
             "Surface Form Competition"). It costs accuracy where the mapper has learned such labels, and with them how
             common they are: one early quickstart model named the colour of 42 % of 120 validation drawings without it
             and of 21 % with it.
         normalise: "sum" over a label's tokens, or their "mean".
         end_token: let the text end behind the label. Then "dog" is not also the beginning of "dog house"; a model that
             has not learned where texts of this kind end is better judged without.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Classifier:
         self.calibrate, self.normalise, self.end_token = calibrate, normalise, end_token
         self.batch_size = batch_size
 
-    def classify(self, images: Pictures, labels: Sequence[str]) -> list[Classification]:
-        """The most likely label of each picture; see `scores`."""
+    def classify(self, images: Images, labels: Sequence[str]) -> list[Classification]:
+        """The most likely label of each image; see `scores`."""
         made = []
         for row in self.scores(images, labels):
             probabilities = dict(zip(labels, row.softmax(dim=0).tolist(), strict=True))
@@ -83,16 +83,16 @@ class Classifier:
         return made
 
     @torch.inference_mode()
-    def scores(self, images: Pictures, labels: Sequence[str]) -> Tensor:
-        """Score every label for every picture: float32[B, L], larger is likelier.
+    def scores(self, images: Images, labels: Sequence[str]) -> Tensor:
+        """Score every label for every image: float32[B, L], larger is likelier.
 
         Args:
-            images: files, pictures, or image features float[B, N, D_enc] made of them earlier.
+            images: files, images, or image features float[B, N, D_enc] made of them earlier.
 
         Raises:
             ConfigError: for no label, or one that occurs twice.
             DataError: for an empty label.
-            BadImageError: for a picture that cannot be read.
+            BadImageError: for an image that cannot be read.
         """
         targets = self._targets(labels)
         prior = self.blind_scores(labels) if self.calibrate else torch.zeros(len(labels))
@@ -106,10 +106,10 @@ class Classifier:
 
     @torch.inference_mode()
     def blind_scores(self, labels: Sequence[str]) -> Tensor:
-        """What the language model makes of the labels without any picture: float32[L]."""
+        """What the language model makes of the labels without any image: float32[L]."""
         targets = []
         for target, prompt in zip(self._targets(labels), self._prompts(len(labels)), strict=True):
-            # the tokens of the label stay those that it has behind the picture
+            # the tokens of the label stay those that it has behind the image
             context = self.processor.encode_prompt(self.captioner.blind_prompt(prompt))
             targets.append(Target([*context, *target.input_ids[target.num_context :]], len(context)))
         return self._combined(log_likelihoods(self.model, [targets])[0], targets)
@@ -141,9 +141,9 @@ class Classifier:
             values = values / torch.tensor([len(target.input_ids) - target.num_context for target in targets])
         return values.view(len(self.templates), -1).mean(dim=0)
 
-    def _features(self, images: Pictures) -> Tensor:
+    def _features(self, images: Images) -> Tensor:
         if isinstance(images, Tensor):
             return images
-        pictures = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixel_values = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        opened = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
         return self.model.encode(pixel_values.to(self.model.device))

@@ -1,4 +1,4 @@
-"""Conversations about pictures: several turns, pictures at any of them, the history kept in the LM's cache."""
+"""Conversations about images: several turns, images at any of them, the history kept in the LM's cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreame
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.models.compat import CACHE
+from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
-Picture = str | Path | Image.Image
+ImageInput = str | Path | Image.Image
 
 # options of `generate` that several rows, or another form of output, would need
 REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
@@ -29,11 +29,11 @@ REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What is asked, ready for the LM: all messages so far as token ids, all pictures as prefix embeddings."""
+    """What is asked, ready for the LM: all messages so far as token ids, all images as prefix embeddings."""
 
     message: dict[str, str]
     ids: list[int]
-    prefix_embeds: Tensor | None  # float[pictures, P, D_lm]
+    prefix_embeds: Tensor | None  # float[images, P, D_lm]
     options: dict[str, Any]
 
 
@@ -71,7 +71,7 @@ class Dialog:
         return cls(captioner.model, captioner.processor, system=system)
 
     def reset(self) -> None:
-        """Forget all messages and pictures, but not the system message."""
+        """Forget all messages and images, but not the system message."""
         self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
         self._ids: list[int] = []  # of the whole history; the cache holds all but the last few
         self._prefix_embeds: Tensor | None = None
@@ -79,7 +79,7 @@ class Dialog:
 
     @property
     def num_tokens(self) -> int:
-        """Places that the history takes in the LM's context, `prefix_length` for every picture."""
+        """Places that the history takes in the LM's context, `prefix_length` for every image."""
         return len(self._ids)
 
     @property
@@ -88,31 +88,31 @@ class Dialog:
         places = getattr(self.model.language_model.config.get_text_config(), "max_position_embeddings", None)
         return None if places is None else places - self.model.num_virtual_tokens
 
-    def ask(self, text: str, images: Sequence[Picture] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
+    def ask(self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
         """Say something and get the whole reply; arguments and errors as of `stream`."""
         return self._reply(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
 
     def stream(
-        self, text: str, images: Sequence[Picture] = (), *, max_new_tokens: int = 64, **generate: Any
+        self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any
     ) -> Iterator[str]:
         """Say something and get the reply word by word.
 
         Args:
-            text: the message; every `<image>` in it is one of `images`. Without marks the pictures stand in front.
-            images: picture files or pictures of this turn; earlier ones stay in the history.
+            text: the message; every `<image>` in it is one of `images`. Without marks the images stand in front.
+            images: image files or images of this turn; earlier ones stay in the history.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9`. Greedy without.
 
         Returns:
             An iterator over pieces of text. Closing it ends the reply, and what was written stays in the history.
 
         Raises:
-            DataError: for marks without pictures, a picture that cannot be read, or more tokens than the LM can read;
+            DataError: for marks without images, an image that cannot be read, or more tokens than the LM can read;
                 the history stays as it was.
             ConfigError: for options that need several rows, such as `num_beams`.
         """
         return self._pieces(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
 
-    def _begin(self, text: str, images: Sequence[Picture], options: dict[str, Any]) -> _Turn:
+    def _begin(self, text: str, images: Sequence[ImageInput], options: dict[str, Any]) -> _Turn:
         refused = sorted(REFUSED & options.keys())
         refused += [name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1]
         if refused:
@@ -120,13 +120,13 @@ class Dialog:
         marks = text.count(IMAGE_TOKEN)
         if marks not in (0, len(images)):
             raise DataError(
-                f"message: got {marks} {IMAGE_TOKEN} marks and {len(images)} pictures; give one picture for every "
-                "mark, or leave the marks out to have the pictures in front"
+                f"message: got {marks} {IMAGE_TOKEN} marks and {len(images)} images; give one image for every "
+                "mark, or leave the marks out to have the images in front"
             )
         message = {"role": "user", "content": text if marks else IMAGE_TOKEN * len(images) + text}
         ids = self._encode([*self.messages, message])
         self._check_room(len(ids), options["max_new_tokens"])
-        return _Turn(message, ids, self._with_pictures(images), options)
+        return _Turn(message, ids, self._with_images(images), options)
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         return self.processor.encode_prompt(self.processor.apply_chat_template(messages, add_generation_prompt=True))
@@ -141,11 +141,11 @@ class Dialog:
             f"start anew with reset(){lower}"
         )
 
-    def _with_pictures(self, images: Sequence[Picture]) -> Tensor | None:
+    def _with_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         if not images:
             return self._prefix_embeds
-        pictures = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixel_values = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        opened = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             prefix_embeds = cast(Tensor, self.model.prefix(pixel_values.to(self.model.device)))
         return prefix_embeds if self._prefix_embeds is None else torch.cat([self._prefix_embeds, prefix_embeds])
@@ -178,7 +178,7 @@ class Dialog:
         cache = self._take_cache(turn.ids)
         known = cache.get_seq_length() if cache is not None else 0
         if shown is not None:
-            shown = replace(shown, prefix_index=shown.prefix_index[:, known:], picture=shown.picture[:, known:])
+            shown = replace(shown, prefix_index=shown.prefix_index[:, known:], image=shown.image[:, known:])
         options = {
             "do_sample": False,
             "eos_token_id": self._captioner.end_tokens(),
@@ -198,7 +198,7 @@ class Dialog:
                 **options,
             )[0].tolist()
         reply = self.processor.decode(new)
-        # spelled out by the LM, the mark would ask for a picture in the next turn
+        # spelled out by the LM, the mark would ask for an image in the next turn
         reply = reply.replace(IMAGE_TOKEN, IMAGE_TOKEN.replace("<", "< "))
         self._cache, self._ids, self._prefix_embeds = cache, turn.ids + new, turn.prefix_embeds
         self.messages += [turn.message, {"role": "assistant", "content": reply}]

@@ -1,4 +1,4 @@
-"""Pictures and texts -> unit vectors, with any model that has both in one space."""
+"""Images and texts -> unit vectors, with any model that has both in one space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from frozenprefix.data.images import BadPictures, load_image
+from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.models.freezing import hash_tensors
@@ -21,7 +21,7 @@ from frozenprefix.registry import Registry
 
 
 class EmbeddingModel(Protocol):
-    """A model with pictures and texts in one space. Vectors have length 1."""
+    """A model with images and texts in one space. Vectors have length 1."""
 
     config: Any
 
@@ -43,7 +43,7 @@ class EmbeddingModel(Protocol):
 
 
 class EmbeddingProcessor(Protocol):
-    """What prepares pictures and texts for an `EmbeddingModel`."""
+    """What prepares images and texts for an `EmbeddingModel`."""
 
     image_processor: Any
 
@@ -72,11 +72,11 @@ LOADERS.register("frozenprefix")(_load_prefix)
 
 
 class Embedder:
-    """Embeds picture files and texts in batches.
+    """Embeds image files and texts in batches.
 
     Args:
         model, processor: as saved together in a checkpoint.
-        batch_size: pictures or texts embedded at once.
+        batch_size: images or texts embedded at once.
     """
 
     def __init__(self, model: EmbeddingModel, processor: EmbeddingProcessor, *, batch_size: int = 32):
@@ -93,7 +93,7 @@ class Embedder:
         return cls(*LOADERS.get(kind)(str(checkpoint), device), batch_size=batch_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the trained tensors, the identity of the frozen parts, and the preprocessing of pictures."""
+        """SHA-256 over the trained tensors, the identity of the frozen parts, and the preprocessing of images."""
         parts = [
             hash_tensors(self.model.trainable_state()),
             json.dumps(self.model.config.identity, sort_keys=True),
@@ -102,13 +102,11 @@ class Embedder:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @torch.inference_mode()
-    def embed_pictures(
-        self, paths: Iterable[str | Path], bad: BadPictures | None = None
-    ) -> tuple[list[Path], np.ndarray]:
-        """Embed picture files.
+    def embed_images(self, paths: Iterable[str | Path], bad: BadImages | None = None) -> tuple[list[Path], np.ndarray]:
+        """Embed image files.
 
         Args:
-            bad: takes the pictures that cannot be read, which are left out; without it the first one raises.
+            bad: takes the images that cannot be read, which are left out; without it the first one raises.
 
         Returns:
             The paths that could be read, and float32[n, D].

@@ -1,4 +1,4 @@
-"""Few-shot prompts: pictures and texts in turn, then a picture to be named or asked about."""
+"""Few-shot prompts: images and texts in turn, then an image to be named or asked about."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import likeliest
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
-#: Picture files → image_features float[n, N, D_enc], such as `data.features.PictureFeatures`.
-PicturesToFeatures = Callable[[Sequence[Path]], Tensor]
+#: Image files → image_features float[n, N, D_enc], such as `data.features.ImageFeatures`.
+ImagesToFeatures = Callable[[Sequence[Path]], Tensor]
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture of the context, and the text that goes with it. `<image>` stands where the picture goes."""
+    """An image of the context, and the text that goes with it. `<image>` stands where the image goes."""
 
     image: Path
     text: str
@@ -33,7 +33,7 @@ class Episode:
     Args:
         id: unique within a list of episodes.
         support: the shots in the order of the prompt, repeats included.
-        query: the picture that is asked about; question: the text around it, up to the answer.
+        query: the image that is asked about; question: the text around it, up to the answer.
         answer: what is right; choices: what can be chosen, `answer` among them.
         induction: text in front of everything.
     """
@@ -48,24 +48,24 @@ class Episode:
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """Pictures in reading order."""
+        """Images in reading order."""
         return (*(shot.image for shot in self.support), self.query)
 
     @property
     def prompt(self) -> str:
-        """The whole text, with an `<image>` for every picture."""
+        """The whole text, with an `<image>` for every image."""
         texts = [*(shot.text for shot in self.support), self.question]
         return self.induction + "".join(FrozenPrefixProcessor.with_image(text) for text in texts)
 
     @property
     def blind_prompt(self) -> str:
-        """The text without any picture."""
+        """The text without any image."""
         texts = [self.induction, *(shot.text for shot in self.support), self.question]
         words = (text.replace(IMAGE_TOKEN, "").strip() for text in texts)
         return " ".join(word for word in words if word)
 
     def with_support_of(self, other: Episode) -> Episode:
-        """The same texts and query, with the support pictures of another episode."""
+        """The same texts and query, with the support images of another episode."""
         shots = [replace(shot, image=theirs.image) for shot, theirs in zip(self.support, other.support, strict=True)]
         return replace(self, support=tuple(shots))
 
@@ -75,14 +75,14 @@ def choose_answers(
     captioner: Captioner,
     episodes: Sequence[Episode],
     *,
-    features: PicturesToFeatures | None = None,
+    features: ImagesToFeatures | None = None,
     blind: bool = False,
 ) -> list[str]:
     """The likeliest of each episode's choices, by the sum over its tokens. What precedes them is read once.
 
     Args:
         features: gives the image features float[n, N, D_enc] of files; they are read and encoded when not given.
-        blind: show no picture.
+        blind: show no image.
     """
     prefix_embeds = None
     if not blind:
@@ -96,7 +96,7 @@ def write_answers(
     captioner: Captioner,
     episodes: Sequence[Episode],
     *,
-    features: PicturesToFeatures | None = None,
+    features: ImagesToFeatures | None = None,
     blind: bool = False,
     max_new_tokens: int = 10,
 ) -> list[str]:
@@ -112,13 +112,13 @@ def write_answers(
 
 @torch.inference_mode()
 def _features(
-    captioner: Captioner, episodes: Sequence[Episode], known: PicturesToFeatures | None
+    captioner: Captioner, episodes: Sequence[Episode], known: ImagesToFeatures | None
 ) -> tuple[Tensor, list[int]]:
-    """Features of the different pictures float[n, N, D_enc], and which one stands at each place of all prompts."""
+    """Features of the different images float[n, N, D_enc], and which one stands at each place of all prompts."""
     place: dict[Path, int] = {}
     order = [place.setdefault(path, len(place)) for episode in episodes for path in episode.images]
     if known is not None:
         return known(list(place)), order
-    pictures = [load_image(path) for path in place]
-    pixel_values = captioner.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [load_image(path) for path in place]
+    pixel_values = captioner.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return captioner.model.encode(pixel_values.to(captioner.model.device)), order

@@ -1,4 +1,4 @@
-"""How likely texts are behind pictures: all texts of a picture share one row, as a token trie."""
+"""How likely texts are behind images: all texts of an image share one row, as a token trie."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.models.language_model import cap
+from frozenprefix.models.language_model.decoder_only import refuse_rows
+from frozenprefix.models.language_model.loading import cap
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing import PackedBatch, Target, pack
+from frozenprefix.models.packing.trie import PackedBatch, Target, pack
 from frozenprefix.models.processing import IMAGE_TOKEN
-from frozenprefix.models.rows import refuse_rows
 
 TOKENS_PER_ROW = 512  # beyond that attention costs more than reading the prefix once more
 LOGIT_ROWS = 256  # places whose logits are in memory at once
@@ -47,9 +47,9 @@ def likeliest(
     """The likeliest of each prompt's choices, by the sum over its tokens; the first of equally likely ones.
 
     Args:
-        prompts: texts with an `<image>` for every picture. What precedes the choices is read once.
+        prompts: texts with an `<image>` for every image. What precedes the choices is read once.
         choices: of each prompt.
-        prefix_embeds: float[pictures, P, D_lm] of all prompts in order; without them the LM is asked blind.
+        prefix_embeds: float[images, P, D_lm] of all prompts in order; without them the LM is asked blind.
         end_token: let the text end behind the choice. Without it one that begins another always wins over it.
     """
     if prefix_embeds is None:
@@ -73,16 +73,16 @@ def log_likelihoods(
     images_per_group: Sequence[int] | None = None,
     rows_at_once: int = 16,
 ) -> list[Tensor]:
-    """Sum over a target's free tokens of log p(token | pictures and tokens before it).
+    """Sum over a target's free tokens of log p(token | images and tokens before it).
 
-    The pictures and the first tokens that targets share are read once for as many targets as a row holds. An LM that
+    The images and the first tokens that targets share are read once for as many targets as a row holds. An LM that
     cannot read tries (ALiBi, recurrent layers), or not of that length (sliding window), reads a target a row.
 
     Args:
-        groups: for each group of pictures shown together its targets. A list that occurs several times is laid out
+        groups: for each group of images shown together its targets. A list that occurs several times is laid out
             once.
-        prefix_embeds: float[pictures, P, D_lm] of all groups in order; None for targets without pictures.
-        images_per_group: pictures of each group; 1 each when not given, 0 without `prefix_embeds`.
+        prefix_embeds: float[images, P, D_lm] of all groups in order; None for targets without images.
+        images_per_group: images of each group; 1 each when not given, 0 without `prefix_embeds`.
 
     Returns:
         for each group float32[targets].
@@ -94,7 +94,7 @@ def log_likelihoods(
     longest = max(len(target.input_ids) for group in groups for target in group)
     packable = refuse_rows(model.language_model, longest) is None
     known: dict[tuple[int, int], list[_Row]] = {}
-    units: list[tuple[int, int, _Row]] = []  # group, its first picture, row
+    units: list[tuple[int, int, _Row]] = []  # group, its first image, row
     firsts = accumulate(counts, initial=0)
     for number, (group, count, first) in enumerate(zip(groups, counts, firsts, strict=False)):
         if (id(group), count) not in known:
@@ -106,7 +106,7 @@ def log_likelihoods(
         first = batch[0][1]
         last = batch[-1][1] + counts[batch[-1][0]]
         shown = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
-        scores = _score(model, [(row, picture - first) for _, picture, row in batch], shown)
+        scores = _score(model, [(row, image - first) for _, image, row in batch], shown)
         for (number, _, row), score in zip(batch, scores, strict=True):
             values[number][row.targets] = score
     return values
@@ -125,7 +125,7 @@ def _rows_of(
         packed = pack(
             [targets],
             image_token_id=image_token_id,
-            prefix_length=model.placeholders_per_picture,
+            prefix_length=model.placeholders_per_image,
             images_per_group=[count],
         )
         rows.append(_Row(packed, numbers, *_steps(packed, targets)))
@@ -181,8 +181,8 @@ def _score(
     rows: Sequence[tuple[_Row, int]],
     prefix_embeds: Tensor | None,
 ) -> list[Tensor]:
-    """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first picture."""
-    packed = _stack(rows, model.placeholders_per_picture).to(model.device)
+    """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first image."""
+    packed = _stack(rows, model.placeholders_per_image).to(model.device)
     hidden = model.packed_hidden(packed, prefix_embeds)
     _, head, softcap = model.parts()
     values = torch.empty(len(packed.edge_label), device=hidden.device)
@@ -198,7 +198,7 @@ def _score(
     ]
 
 
-def _stack(rows: Sequence[tuple[_Row, int]], per_picture: int) -> PackedBatch:
+def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:
     """One batch of rows, padded on the right, whose edges are the steps of all targets in order."""
     lengths = [row.length for row, _ in rows]
     width = max(lengths)
@@ -206,13 +206,13 @@ def _stack(rows: Sequence[tuple[_Row, int]], per_picture: int) -> PackedBatch:
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     ends = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
     prefix, shown = torch.full(shape, -1), torch.full(shape, -1)
-    for r, (row, picture) in enumerate(rows):
+    for r, (row, image) in enumerate(rows):
         packed, real = row.packed, slice(0, row.length)
         ids[r, real], positions[r, real], ends[r, real] = (
             part[0] for part in (packed.input_ids, packed.position_ids, packed.subtree_end)
         )
         for made, own in ((prefix, packed.prefix_index[0]), (shown, packed.shown_index[0])):
-            made[r, real] = torch.where(own >= 0, own + picture * per_picture, -1)
+            made[r, real] = torch.where(own >= 0, own + image * per_image, -1)
     nodes = torch.cat([row.node + r * width for r, (row, _) in enumerate(rows)])
     predict_index, edge_source = nodes.unique(return_inverse=True)
     return replace(

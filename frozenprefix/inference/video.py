@@ -24,7 +24,7 @@ Sampler = Literal["scenes", "uniform"]
 
 @dataclass(frozen=True)
 class Frame:
-    """An upright RGB picture, and the second at which it is first shown, counted from the first frame."""
+    """An upright RGB image, and the second at which it is first shown, counted from the first frame."""
 
     time: float
     image: Image.Image
@@ -69,7 +69,7 @@ def open_video(source: str | Path, **options: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def upright(frame: Any) -> Image.Image:
-    """An RGB picture of PyAV's frame, turned as the camera noted."""
+    """An RGB image of PyAV's frame, turned as the camera noted."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
@@ -160,7 +160,7 @@ def scene_spans(clip: Clip, **options: float) -> list[tuple[float, float]]:
 
 
 def colour_histogram(image: Image.Image) -> np.ndarray:
-    """float32[4, 64]: shares of 64 colours in each quarter of a picture."""
+    """float32[4, 64]: shares of 64 colours in each quarter of an image."""
     pixels = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX)) >> 6
     colours = pixels[..., 0] * 16 + pixels[..., 1] * 4 + pixels[..., 2]
     quarters = colours.reshape(2, 16, 2, 16).swapaxes(1, 2).reshape(4, 256)
@@ -168,7 +168,7 @@ def colour_histogram(image: Image.Image) -> np.ndarray:
 
 
 class SceneDetector:
-    """Says which frames begin a new scene, by how their colours are spread over the picture.
+    """Says which frames begin a new scene, by how their colours are spread over the image.
 
     Args:
         cut: share of the colours, 0 to 1, that must be others than in the frame before. Two unrelated photos differ in
@@ -207,13 +207,13 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class VideoCaptioner:
-    """Captions of clips from a model trained on pictures.
+    """Captions of clips from a model trained on images.
 
     Args:
         captioner: the model.
         frames: frames per clip, spread evenly over it.
         pooling: "mean" shows one prefix, made from the mean of the frames' image features; "frames" shows a prefix per
-            frame, one after the other, which a model trained on single pictures has not learned to read.
+            frame, one after the other, which a model trained on single images has not learned to read.
     """
 
     def __init__(self, captioner: Captioner, *, frames: int = 8, pooling: Pooling = "mean"):
@@ -238,7 +238,7 @@ class VideoCaptioner:
         features = self.features(path)
         processor = self.captioner.processor
         text = (
-            processor.prompt_for("caption", pictures=len(features))
+            processor.prompt_for("caption", images=len(features))
             if prompt is None
             else processor.with_image(prompt, len(features))
         )

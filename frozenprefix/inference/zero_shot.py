@@ -1,4 +1,4 @@
-"""Zero-shot classification: the label whose texts lie nearest to the picture (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification: the label whose texts lie nearest to the image (Radford et al. 2021, section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.embedding import Embedder
 
-TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "there is a {}.", "a {} in the scene.")
+TEMPLATES = ("a photo of a {}.", "an image of a {}.", "there is a {}.", "a {} in the scene.")
 
 
 @dataclass(frozen=True)
-class LabelledPicture:
-    """A picture and the share of each label, in the order of the classifier's labels."""
+class LabelledImage:
+    """An image and the share of each label, in the order of the classifier's labels."""
 
     path: Path
     label: str
@@ -24,10 +24,10 @@ class LabelledPicture:
 
 
 class ZeroShotClassifier:
-    """Names the label of pictures.
+    """Names the label of images.
 
     Args:
-        embedder: a model with pictures and texts in one space.
+        embedder: a model with images and texts in one space.
         labels: at least two different ones.
         templates: texts with a place for the label, `{}`. A label is the mean of its texts' unit vectors.
         scale: of the cosines in the softmax: the model's logit scale for probabilities as trained.
@@ -53,17 +53,17 @@ class ZeroShotClassifier:
         self.label_embeds = means / np.linalg.norm(means, axis=1, keepdims=True)
         self.scale = scale
 
-    def classify(self, paths: Iterable[str | Path]) -> list[LabelledPicture]:
-        """Label picture files.
+    def classify(self, paths: Iterable[str | Path]) -> list[LabelledImage]:
+        """Label image files.
 
         Raises:
-            BadImageError: for a picture that cannot be read.
+            BadImageError: for an image that cannot be read.
         """
-        paths, embeds = self.embedder.embed_pictures(paths)
+        paths, embeds = self.embedder.embed_images(paths)
         logits = self.scale * embeds @ self.label_embeds.T
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [
-            LabelledPicture(path, self.labels[int(row.argmax())], dict(zip(self.labels, row.tolist(), strict=True)))
+            LabelledImage(path, self.labels[int(row.argmax())], dict(zip(self.labels, row.tolist(), strict=True)))
             for path, row in zip(paths, shares, strict=True)
         ]

@@ -12,7 +12,7 @@ from frozenprefix.interpret.markup import escape, number
 CURVES = {
     "loss": ("train", "training"),
     "validation/loss": ("validation", "validation"),
-    "validation/shuffled_loss": ("shuffled", "validation, shuffled pictures"),
+    "validation/shuffled_loss": ("shuffled", "validation, shuffled images"),
 }
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 466, 10, 252

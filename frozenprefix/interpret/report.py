@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: pictures with what the model says of them, scores, loss, recipe."""
+"""One self-contained HTML page about a run: images with what the model says of them, scores, loss, recipe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_report(
     predictions: Sequence[Row],
     log: Sequence[dict[str, Any]],
     recipe_yaml: str,
-    max_pictures: int = 48,
+    max_images: int = 48,
 ) -> Path:
     """Write a page that needs no other file and no network. The same arguments give the same bytes.
 
@@ -44,7 +44,7 @@ def write_report(
         predictions: rows of the predictions file, of all tasks together: `id`, `images`, `question` (None for a
             caption), `references`, `model`, and `blind` and `shuffled` if there are any.
         log: rows of `training.tracking.read_log`.
-        max_pictures: pictures on the page, taken at even distances from all.
+        max_images: images on the page, taken at even distances from all.
 
     Returns:
         The path.
@@ -52,20 +52,20 @@ def write_report(
     Raises:
         DataError: for results without metrics, or a prediction without one of its keys.
     """
-    if max_pictures < 1:
-        raise DataError(f"max_pictures must be ≥ 1, got {max_pictures}")
-    pictures = _by_pictures(predictions)
-    count = min(max_pictures, len(pictures))
-    chosen = [list(pictures)[i * len(pictures) // count] for i in range(count)]
-    spread = ", at even distances" if len(chosen) < len(pictures) else ""
+    if max_images < 1:
+        raise DataError(f"max_images must be ≥ 1, got {max_images}")
+    images = _by_images(predictions)
+    count = min(max_images, len(images))
+    chosen = [list(images)[i * len(images) // count] for i in range(count)]
+    spread = ", at even distances" if len(chosen) < len(images) else ""
     template = Template(files("frozenprefix.interpret").joinpath("report.html").read_text(encoding="utf-8"))
     page = template.substitute(
         title=escape(title),
         summary=escape(f"Written by frozenprefix {__version__}."),
         scores="\n".join(_scores(task, result) for task, result in _by_task(results).items()),
         curve=loss_curve(log),
-        shown=f"{len(chosen)} of {len(pictures)} evaluated pictures{spread}.",
-        pictures="\n".join(_article(images, pictures[images]) for images in chosen),
+        shown=f"{len(chosen)} of {len(images)} evaluated images{spread}.",
+        images="\n".join(_article(key, images[key]) for key in chosen),
         recipe=escape(recipe_yaml),
     )
     path = Path(path)
@@ -114,17 +114,17 @@ def _score_row(name: str, values: Sequence[Any]) -> str:
     return f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
 
 
-# ── pictures ──
+# ── images ──
 
 
-def _by_pictures(predictions: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
-    pictures: dict[tuple[str, ...], list[Row]] = {}
+def _by_images(predictions: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    images: dict[tuple[str, ...], list[Row]] = {}
     for place, row in enumerate(predictions):
         missing = [key for key in ("images", "references", "model") if key not in row]
         if missing:
             raise DataError(f"predictions[{place}] has no {missing[0]!r}; expected rows of a predictions file")
-        pictures.setdefault(tuple(map(str, row["images"])), []).append(row)
-    return pictures
+        images.setdefault(tuple(map(str, row["images"])), []).append(row)
+    return images
 
 
 def _article(images: tuple[str, ...], rows: Sequence[Row]) -> str:
@@ -137,7 +137,7 @@ def _article(images: tuple[str, ...], rows: Sequence[Row]) -> str:
         [
             "<article>",
             f"<h3>{escape(', '.join(Path(image).name for image in images))}</h3>",
-            *(_picture(image, truth) for image in images),
+            *(_image(image, truth) for image in images),
             '<ul class="answers">',
             *(_entry(row) for row in shown),
             *([f"<li><small>and {left_out} more</small></li>"] if left_out else []),
@@ -148,7 +148,7 @@ def _article(images: tuple[str, ...], rows: Sequence[Row]) -> str:
 
 
 def _entry(row: Row) -> str:
-    """What the model says of a picture, the truth, and beneath it what it says without the picture or of another."""
+    """What the model says of an image, the truth, and beneath it what it says without the image or of another."""
     asked, references = row.get("question"), [str(text) for text in row["references"]]
     style, mark = _verdict(row)
     label = "Caption" if asked is None else foreign(str(asked))
@@ -176,13 +176,13 @@ def _verdict(row: Row) -> tuple[str, str]:
     return ("right", "✓ same words") if same else ("open", "≠ other words")
 
 
-def _picture(path: str, truth: str) -> str:
-    """An `img` with its data inside; a picture that has gone since is named in its place."""
+def _image(path: str, truth: str) -> str:
+    """An `img` with its data inside; an image that has gone since is named in its place."""
     try:
         image = load_image(path)
     except BadImageError as error:
-        return f'<p class="missing">This picture cannot be shown: {escape(error.reason)}.</p>'
-    alt = f"Picture {Path(path).name}" + (f": {truth}" if truth else "")
+        return f'<p class="missing">This image cannot be shown: {escape(error.reason)}.</p>'
+    alt = f"Image {Path(path).name}" + (f": {truth}" if truth else "")
     # Small drawings are embedded as they are, and scaled up by the browser without smoothing.
     scale = max(1, _LONG_SIDE // max(image.size))
     style = ' class="crisp"' if scale > 1 else ""

@@ -29,7 +29,7 @@ class PeftMethodConfig(BaseModel):
 
 
 class EncoderPart(Section):
-    """One of several fused encoders; what concerns the pictures and the tokens stands beside the list."""
+    """One of several fused encoders; what concerns the images and the tokens stands beside the list."""
 
     source: Literal["timm", "open_clip", "transformers"]
     name: str = Field(description="as for a single encoder, and so `weights`, `revision` and `layer`")
@@ -59,7 +59,7 @@ class VisionEncoderConfig(Section):
     image_size: int | None = Field(None, ge=8, description="pixels; the encoder's own size when not given")
     resize: Literal["squash"] | None = Field(
         None,
-        description="'squash' shows the whole picture, its sides made equal; the encoder's own crop when not given",
+        description="'squash' shows the whole image, its sides made equal; the encoder's own crop when not given",
     )
     dtype: DType = "float32"
     trainable: Literal["none", "all"] | Annotated[int, Field(ge=1)] = Field(
@@ -67,7 +67,7 @@ class VisionEncoderConfig(Section):
     )
     peft: PeftMethodConfig | None = Field(None, description="trained layers inside the frozen encoder, with a `type`")
     encoders: list[EncoderPart] | None = Field(None, description="the encoders of source 'fused'")
-    path: str | None = Field(None, description="for source 'features': .safetensors or .npy file of [N, D] per picture")
+    path: str | None = Field(None, description="for source 'features': .safetensors or .npy file of [N, D] per image")
     keys: str | None = Field(None, description="for a .npy file: JSON list of its rows' keys; NAME.json if not given")
 
     @model_validator(mode="before")
@@ -79,7 +79,7 @@ class VisionEncoderConfig(Section):
         return data
 
     def feature_fields(self) -> dict[str, Any]:
-        """The fields that the features of a picture depend on, but for weights, which their identity names."""
+        """The fields that the features of an image depend on, but for weights, which their identity names."""
         data = self.model_dump(mode="json", exclude={"weights", "revision", "trainable", "peft", "path", "keys"})
         if self.encoders is None:
             del data["encoders"]
@@ -94,7 +94,7 @@ class MapperConfig(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     type: str = "mlp"
-    prefix_length: int = Field(10, ge=1, description="prefix embeddings per picture")
+    prefix_length: int = Field(10, ge=1, description="prefix embeddings per image")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class LanguageModelConfig(Section):
 
 
 class FusionConfig(BaseModel):
-    """How the picture enters the language model. Further keys are the fusion's own options, as with mappers."""
+    """How the image enters the language model. Further keys are the fusion's own options, as with mappers."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -127,7 +127,7 @@ class FusionConfig(BaseModel):
 
 
 class ContrastiveConfig(Section):
-    """Heads that make vectors of one space of pictures and texts."""
+    """Heads that make vectors of one space of images and texts."""
 
     dim: int = Field(256, ge=1, description="size of the space")
     loss: Literal["infonce", "sigmoid"] = "infonce"

@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from frozenprefix.models.configuration import VisionEncoderConfig
 
 _LIBRARY_FIELDS = ("weights", "revision", "layer")
-_PICTURE_FIELDS = ("output", "grid", "image_size", "resize")
+_IMAGE_FIELDS = ("output", "grid", "image_size", "resize")
 _NO_EFFECT = {
     "fused": (*_LIBRARY_FIELDS, "peft", "path", "keys"),
-    "features": (*_LIBRARY_FIELDS, *_PICTURE_FIELDS, "trainable", "peft", "encoders"),
+    "features": (*_LIBRARY_FIELDS, *_IMAGE_FIELDS, "trainable", "peft", "encoders"),
 }
 _NO_EFFECT_ELSEWHERE = ("encoders", "path", "keys")
 

@@ -1,4 +1,4 @@
-"""Generation with pictures in the prompt."""
+"""Generation with images in the prompt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models import seq2seq
-from frozenprefix.models.beam_search import BeamSearch, beam_options
 from frozenprefix.models.fusion import Fusion, Shown
-from frozenprefix.models.seq2seq import is_seq2seq
+from frozenprefix.models.language_model import encoder_decoder as seq2seq
+from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
+from frozenprefix.models.language_model.encoder_decoder import is_seq2seq
 
 
-class PictureGeneration:
-    """`generate` for a model that puts pictures into the input of a language model. A mixin over its other methods."""
+class ImageGeneration:
+    """`generate` for a model that puts images into the input of a language model. A mixin over its other methods."""
 
     if TYPE_CHECKING:  # what the model has besides
         language_model: PreTrainedModel
@@ -45,11 +45,11 @@ class PictureGeneration:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue texts with pictures in them. Pad `input_ids` on the left.
+        """Continue texts with images in them. Pad `input_ids` on the left.
 
         Args:
             input_ids: int64[B, T], also as first argument; attention_mask: int64[B, T]; as the processor gives them.
-            pixel_values or image_features: the pictures, in reading order; encoded and mapped once each, not per beam.
+            pixel_values or image_features: the images, in reading order; encoded and mapped once each, not per beam.
             args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
 
         Returns:
@@ -58,7 +58,7 @@ class PictureGeneration:
             step; ask for `output_logits` to have transformers' search, which also serves all other options.
         """
         if "max_length" in kwargs:
-            raise ConfigError("max_length counts the picture's prefix for some models; give max_new_tokens instead")
+            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
         input_ids = inputs if input_ids is None else input_ids
@@ -68,7 +68,7 @@ class PictureGeneration:
         inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        self.parts()  # checked at the first call, by a pass that must not meet these pictures
+        self.parts()  # checked at the first call, by a pass that must not meet these images
         with self.fusion.showing(shown):
             return self._generate(inputs_embeds, attention_mask, args, kwargs)
 

@@ -12,9 +12,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models import seq2seq
-from frozenprefix.models.adapted import freeze_around, split_peft_model
-from frozenprefix.models.compat import CACHE
+from frozenprefix.kernels.compat import CACHE
+from frozenprefix.models.checkpoint import AdaptedCheckpoint, check_identity
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
     FusionConfig,
@@ -22,11 +21,14 @@ from frozenprefix.models.configuration import (
     MapperConfig,
     VisionEncoderConfig,
 )
+from frozenprefix.models.contrastive.heads import ContrastiveHeads, ImageTextEmbedding
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Shown, build_fusion, index_placeholders
-from frozenprefix.models.generation import PictureGeneration
-from frozenprefix.models.heads import ContrastiveHeads, PictureTextEmbedding
-from frozenprefix.models.language_model import (
+from frozenprefix.models.generation import ImageGeneration
+from frozenprefix.models.language_model import encoder_decoder as seq2seq
+from frozenprefix.models.language_model.decoder_only import RowReading
+from frozenprefix.models.language_model.encoder_decoder import check_seq2seq, is_seq2seq
+from frozenprefix.models.language_model.loading import (
     embedding_rms,
     fuse_activations,
     load_language_model,
@@ -35,10 +37,8 @@ from frozenprefix.models.language_model import (
     word_embeddings,
 )
 from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.packing import PackedBatch
-from frozenprefix.models.rows import RowReading
-from frozenprefix.models.saving import AdaptedCheckpoint, check_identity
-from frozenprefix.models.seq2seq import check_seq2seq, is_seq2seq
+from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
 
@@ -51,7 +51,7 @@ class FrozenPrefixOutput(ModelOutput):
         loss: float32 scalar, mean over trained tokens.
         logits: float[B, T, V]; None for a packed batch.
         cache: the LM's keys and values.
-        prefix_embeds: float[pictures, P, D_lm].
+        prefix_embeds: float[images, P, D_lm].
     """
 
     loss: Tensor | None = None
@@ -61,7 +61,7 @@ class FrozenPrefixOutput(ModelOutput):
 
 
 class FrozenPrefixForConditionalGeneration(
-    AdaptedCheckpoint, RowReading, PictureTextEmbedding, PictureGeneration, PreTrainedModel, GenerationMixin
+    AdaptedCheckpoint, RowReading, ImageTextEmbedding, ImageGeneration, PreTrainedModel, GenerationMixin
 ):
     """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
 
@@ -154,13 +154,13 @@ class FrozenPrefixForConditionalGeneration(
         return self.language_model.dtype
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """float[pictures, 3, H, W] -> image_features: float[pictures, N, D_enc], with a gradient if any is trained."""
+        """float[images, 3, H, W] -> image_features: float[images, N, D_enc], with a gradient if any is trained."""
         trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision_encoder(pixel_values)
 
     def map_features(self, image_features: Tensor) -> Tensor:
-        """float[pictures, N, D_enc] -> prefix_embeds: float[pictures, P, D_lm].
+        """float[images, N, D_enc] -> prefix_embeds: float[images, P, D_lm].
 
         The mapper's float32 weights are used in the LM's compute dtype, through autocast.
         """
@@ -168,7 +168,7 @@ class FrozenPrefixForConditionalGeneration(
         if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
             raise ConfigError(
                 f"image_features: got shape {tuple(image_features.shape)}, "
-                f"expected (pictures, {expected[0]}, {expected[1]})"
+                f"expected (images, {expected[0]}, {expected[1]})"
             )
         image_features = image_features.float()
         if self.config.unit_features:
@@ -178,7 +178,7 @@ class FrozenPrefixForConditionalGeneration(
             return self.mapper(image_features)
 
     def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
-        """Prefix embeddings of pictures, or of features made earlier; None without either."""
+        """Prefix embeddings of images, or of features made earlier; None without either."""
         if pixel_values is not None and image_features is not None:
             raise ConfigError("give pixel_values or image_features, not both")
         if pixel_values is not None:
@@ -201,17 +201,17 @@ class FrozenPrefixForConditionalGeneration(
         """Run the model on a plain batch, or on a packed one (`packed` alone, without `input_ids`).
 
         Args:
-            input_ids: int64[B, T] with `prefix_length` placeholders per picture.
-            pixel_values: float[pictures, 3, H, W], or image_features: float[pictures, N, D_enc].
+            input_ids: int64[B, T] with `prefix_length` placeholders per image.
+            pixel_values: float[images, 3, H, W], or image_features: float[images, N, D_enc].
             attention_mask: int64[B, T], 0 on padding (either side).
             labels: int64[B, T], -100 where nothing is learned; shifted inside, as in transformers. With an
                 encoder-decoder LM int64[B, L], what its decoder writes.
 
         Raises:
-            DataError: when placeholders and pictures do not match.
+            DataError: when placeholders and images do not match.
         """
         cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
-        # [pictures, 3, H, W] -> [pictures, N, D_enc] -> [pictures, P, D_lm]
+        # [images, 3, H, W] -> [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
             penalty = self.adapter_penalty() if self.training else 0.0
@@ -255,16 +255,16 @@ class FrozenPrefixForConditionalGeneration(
         if attention_mask is not None and attention_mask.ndim == 2:
             # a padding token may have been added to the tokenizer alone, behind the LM's vocabulary
             input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
-        per_picture = self.placeholders_per_picture
-        pictures = 0 if prefix_embeds is None else len(prefix_embeds)
-        prefix_index = index_placeholders(input_ids, image_token_id, pictures * per_picture)
+        per_image = self.placeholders_per_image
+        images = 0 if prefix_embeds is None else len(prefix_embeds)
+        prefix_index = index_placeholders(input_ids, image_token_id, images * per_image)
         inputs_embeds = self.fuse(input_ids, prefix_index, prefix_embeds)
         if prefix_embeds is None:
             return inputs_embeds, None
         latest = prefix_index.cummax(dim=1).values
-        return inputs_embeds, Shown(prefix_embeds, prefix_index, latest.div(per_picture, rounding_mode="floor"))
+        return inputs_embeds, Shown(prefix_embeds, prefix_index, latest.div(per_image, rounding_mode="floor"))
 
     @property
-    def placeholders_per_picture(self) -> int:
-        """Places that a picture takes in the text."""
+    def placeholders_per_image(self) -> int:
+        """Places that an image takes in the text."""
         return self.fusion.placeholders(self.config.prefix_length)

@@ -1,4 +1,4 @@
-"""The processor: pictures and texts in, model inputs out."""
+"""The processor: images and texts in, model inputs out."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _PARTS_TO_TEXT = """
 {%- set messages = turns.all -%}
 {{- '' }}"""
 
-# For tokenizers without a template: the prompt that questions were trained with, pictures in front of it.
+# For tokenizers without a template: the prompt that questions were trained with, images in front of it.
 _QUESTIONS_AND_ANSWERS = """
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
-        {%- set turn = namespace(pictures='', text='') -%}
+        {%- set turn = namespace(images='', text='') -%}
         {%- for part in message.content.split(MARK) -%}
             {%- if not loop.first and turn.text | trim -%}
                 {%- set turn.text = turn.text ~ MARK -%}
             {%- elif not loop.first -%}
-                {%- set turn.pictures = turn.pictures ~ MARK -%}
+                {%- set turn.images = turn.images ~ MARK -%}
             {%- endif -%}
             {%- set turn.text = turn.text ~ part -%}
         {%- endfor -%}
-        {{- turn.pictures ~ BEFORE ~ (turn.text | trim) ~ AFTER -}}
+        {{- turn.images ~ BEFORE ~ (turn.text | trim) ~ AFTER -}}
     {%- elif message.role == 'assistant' -%}
         {{- GLUE ~ message.content ~ '\n' -}}
     {%- else -%}
@@ -64,7 +64,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     Args:
         image_processor: a transformers image processor.
         tokenizer: the LM's tokenizer; `<image>` is added to it, with an id behind the LM's vocabulary.
-        prefix_length: placeholders per picture.
+        prefix_length: placeholders per image.
         prompts: prompt template per task; "{question}" is filled in.
     """
 
@@ -88,9 +88,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prompt_for(
-        self, task: str, question: str | None = None, *, template: str | None = None, pictures: int = 1
+        self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
     ) -> str:
-        """The prompt of a task, question filled in; a prompt without `<image>` gets one in front for every picture.
+        """The prompt of a task, question filled in; a prompt without `<image>` gets one in front for every image.
 
         Args:
             template: the prompt's template, in place of the task's own.
@@ -104,18 +104,18 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if ("{question}" in template) != (question is not None):
             got = "no question" if question is None else f"the question {question!r}"
             raise ConfigError(f"prompt of task '{task}' is {template!r}, but got {got}")
-        return self.with_image(template.replace("{question}", question or ""), pictures)
+        return self.with_image(template.replace("{question}", question or ""), images)
 
-    def chat_prompt(self, history: Sequence[tuple[str, str]], question: str, *, pictures: int = 1) -> str:
+    def chat_prompt(self, history: Sequence[tuple[str, str]], question: str, *, images: int = 1) -> str:
         """A conversation up to the reply to `question`, in the words of `apply_chat_template`.
 
         Args:
             history: earlier questions and their replies.
-            pictures: put in front of the first question when no question has an `<image>`.
+            images: put in front of the first question when no question has an `<image>`.
         """
         asked = [text for text, _ in history] + [question]
         if not any(IMAGE_TOKEN in text for text in asked):
-            asked[0] = IMAGE_TOKEN * pictures + asked[0]
+            asked[0] = IMAGE_TOKEN * images + asked[0]
         messages = [{"role": "user", "content": asked[0]}]
         for (_, reply), text in zip(history, asked[1:], strict=True):
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": text}]
@@ -176,7 +176,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def encode_target(self, prompt: str, target: str, max_tokens: int | None = None) -> list[int]:
         """Token ids of what is learned after `prompt`, closed by the end token.
 
-        A target that follows words starts with a space; one that follows the picture does not. A target over
+        A target that follows words starts with a space; one that follows the image does not. A target over
         `max_tokens` is cut, and still closed.
         """
         if not target.strip():
@@ -188,7 +188,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [*ids, self.tokenizer.eos_token_id]
 
     def prepare_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, Tensor]:
-        """Texts without pictures, each closed by the end token and padded on the right: inputs of `encode_text`.
+        """Texts without images, each closed by the end token and padded on the right: inputs of `encode_text`.
 
         Args:
             max_tokens: longer texts are cut, and still closed.
@@ -209,11 +209,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare pictures and prompts.
+        """Prepare images and prompts.
 
         Args:
-            images: one picture or a list of them, in reading order over all texts; or a list of lists, one per text.
-            text: one prompt or a list; `<image>` marks where a picture goes, and stands in front when it is missing.
+            images: one image or a list of them, in reading order over all texts; or a list of lists, one per text.
+            text: one prompt or a list; `<image>` marks where an image goes, and stands in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
             add_special_tokens: put the tokenizer's start token in front, where the prompt does not begin with it.
 

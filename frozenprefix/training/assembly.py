@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
-from frozenprefix.data.samples import PictureGroup, Sample, group_by_pictures
+from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model import check_packable
+from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training import checkpoints
-from frozenprefix.training.objectives import (
+from frozenprefix.training.base_trainer import TrainingRun
+from frozenprefix.training.objectives.self_critical import SelfCritical, reward_references
+from frozenprefix.training.objectives.weighted_sum import (
     Batch,
     Contrastive,
     Distillation,
@@ -27,9 +30,6 @@ from frozenprefix.training.objectives import (
     check_captions,
     distillation_pieces,
 )
-from frozenprefix.training.recipe import Recipe
-from frozenprefix.training.run import TrainingRun
-from frozenprefix.training.self_critical import SelfCritical, reward_references
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 
 logger = logging.getLogger(__name__)
@@ -63,23 +63,23 @@ class RunParts(TrainingRun):
 
     def _prepare_data(self) -> None:
         samples = load_parts(self.recipe.data)
-        # with text alone, the pictures of the training part are never looked at
-        unseen = {"train": group_by_pictures(samples.pop("train"))} if self.recipe.data.text_only else {}
-        prepared = self._encode_pictures(samples)
+        # with text alone, the images of the training part are never looked at
+        unseen = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
+        prepared = self._encode_images(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
         self._use_data(prepared.groups | unseen, prepared.features)
 
-    def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
+    def _use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
         if not groups["train"]:
-            raise DataError("data.train: not one picture can be read; bad_pictures.jsonl in the output folder says why")
+            raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
         self._take_groups(groups)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
-        per_step = self.settings.pictures_per_step
+        per_step = self.settings.images_per_step
         self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
             raise ConfigError(
-                f"training.pictures_per_step must be a multiple of gradient_accumulation_steps x processes = "
+                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
                 f"{self.num_parts}, got {per_step}"
             )
 
@@ -119,8 +119,8 @@ class RunParts(TrainingRun):
                     "one; remove this, or train adapters in it"
                 )
             pieces = distillation_pieces(self.processor, sections.distillation.texts)
-            pictures = self.settings.pictures_per_step // self.num_parts
-            others.append(Distillation(self.model, sections.distillation, pieces, pictures, self.recipe.seed))
+            images = self.settings.images_per_step // self.num_parts
+            others.append(Distillation(self.model, sections.distillation, pieces, images, self.recipe.seed))
         if sections.self_critical is not None:
             check_captions(self._train_samples(), "objectives.self_critical")
             references = reward_references(self.train_groups)

@@ -10,28 +10,28 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from frozenprefix.data.features import PictureEncoder, feature_folder
-from frozenprefix.data.images import BadPictures
+from frozenprefix.config.recipe_base import RecipeFile
+from frozenprefix.data.features import ImageEncoder, feature_folder
+from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.training.recipe_file import RecipeFile
-from frozenprefix.training.setup import load_parts, prepare_pictures
+from frozenprefix.training.setup import load_parts, prepare_images
 
 
 @dataclass(frozen=True)
 class FilledCache:
-    """A feature cache that holds every picture of a recipe.
+    """A feature cache that holds every image of a recipe.
 
     Attributes:
-        pictures: picture files of the recipe; bad: those that cannot be read, listed in `bad_list`.
+        images: image files of the recipe; bad: those that cannot be read, listed in `bad_list`.
         features: what the folder holds, in all; encoded: what was added now, in `seconds`.
-        bytes: size of the folder; shape: (N, D_enc) of a picture's features, stored as `dtype`.
+        bytes: size of the folder; shape: (N, D_enc) of an image's features, stored as `dtype`.
         is_main: whether this is the process that should say so.
     """
 
     folder: Path
-    pictures: int
-    bad: BadPictures
+    images: int
+    bad: BadImages
     bad_list: Path
     features: int
     encoded: int
@@ -43,16 +43,16 @@ class FilledCache:
 
 
 def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
-    """Encode every picture of a recipe's sources that is not in its feature cache yet.
+    """Encode every image of a recipe's sources that is not in its feature cache yet.
 
-    Under `accelerate launch` the processes share the pictures. A run that was killed goes on where it was.
+    Under `accelerate launch` the processes share the images. A run that was killed goes on where it was.
 
     Args:
-        progress: called with (pictures done, pictures in all) of this process.
+        progress: called with (images done, images in all) of this process.
 
     Raises:
         ConfigError: when the recipe uses no cache.
-        DataError, CacheError: as `prepare_pictures`.
+        DataError, CacheError: as `prepare_images`.
     """
     if recipe.data.feature_cache == "off":
         raise ConfigError("data.feature_cache: got 'off', expected 'auto' or a folder to encode into")
@@ -60,12 +60,12 @@ def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | Non
         raise ConfigError("model.vision_encoder.source: got 'features', which are there already: nothing to encode")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
-    encoder = PictureEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.build(recipe.model.vision_encoder)
     encoder.module.to(accelerator.device)
     folder = feature_folder(recipe.data, encoder.fingerprint)
-    bad_list = folder / "bad_pictures.jsonl"
+    bad_list = folder / "bad_images.jsonl"
     started = time.monotonic()
-    prepared = prepare_pictures(
+    prepared = prepare_images(
         encoder,
         samples,
         recipe.data,
@@ -75,10 +75,10 @@ def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | Non
     )
     features = prepared.features
     if features is None:
-        raise DataError(f"data: not one of {prepared.pictures} pictures can be read; {bad_list} lists them")
+        raise DataError(f"data: not one of {prepared.images} images can be read; {bad_list} lists them")
     return FilledCache(
         folder=folder,
-        pictures=prepared.pictures,
+        images=prepared.images,
         bad=prepared.bad,
         bad_list=bad_list,
         features=len(features),

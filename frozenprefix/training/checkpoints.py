@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from frozenprefix.errors import CheckpointError
-from frozenprefix.models.adapted import FOLDERS
+from frozenprefix.models.checkpoint import check_identity, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.saving import check_identity, read_checkpoint
+from frozenprefix.models.peft.adapter_set import FOLDERS
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"

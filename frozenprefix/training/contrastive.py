@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.samples import PictureGroup
+from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.retrieval import texts_of
+from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.contrastive_recipe import ContrastiveRecipe
+from frozenprefix.training.base_trainer import TrainingResult, TrainingRun
 from frozenprefix.training.contrastive_setup import ContrastiveCollator, build_locked_model
 from frozenprefix.training.contrastive_validation import contrastive_scores, embed_by_length
 from frozenprefix.training.guards import check_finite
-from frozenprefix.training.run import TrainingResult, TrainingRun
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_parts
 from frozenprefix.training.validation import batch_bounds
@@ -53,21 +53,21 @@ class ContrastiveTrainer(TrainingRun):
         logger.info("%s", count_parameters(self.model))
 
     def _prepare_data(self) -> None:
-        prepared = self._encode_pictures(load_parts(self.recipe.data))
+        prepared = self._encode_images(load_parts(self.recipe.data))
         self._use_data(prepared.groups, prepared.features)
 
-    def _use_data(self, groups: dict[str, list[PictureGroup]], features: FeatureCache | None) -> None:
+    def _use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
         if any(len(group.images) != 1 for listed in groups.values() for group in listed):
-            raise DataError("data: got samples with several pictures or none; contrastive training needs one each")
-        per_step, processes = self.settings.pictures_per_step, self.accelerator.num_processes
+            raise DataError("data: got samples with several images or none; contrastive training needs one each")
+        per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
         if per_step % processes:
             raise ConfigError(
-                f"training.pictures_per_step: got {per_step}, expected a multiple of the {processes} processes"
+                f"training.images_per_step: got {per_step}, expected a multiple of the {processes} processes"
             )
         if len(groups["train"]) < per_step:
             raise DataError(
-                f"data.train: got {len(groups['train'])} pictures that can be read, expected at least "
-                f"training.pictures_per_step = {per_step}"
+                f"data.train: got {len(groups['train'])} images that can be read, expected at least "
+                f"training.images_per_step = {per_step}"
             )
         self._take_groups(groups)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
@@ -98,16 +98,16 @@ class ContrastiveTrainer(TrainingRun):
         batch = next(batches)
         learning_rate = self._set_learning_rate()
         features = self._features(batch)
-        ids = [batch[name].to(self.accelerator.device) for name in ("picture_ids", "text_ids")]
+        ids = [batch[name].to(self.accelerator.device) for name in ("image_ids", "text_ids")]
 
-        def loss_of(pictures: Tensor, texts: Tensor) -> Tensor:
-            return self.model.loss(pictures, texts, *ids)
+        def loss_of(images: Tensor, texts: Tensor) -> Tensor:
+            return self.model.loss(images, texts, *ids)
 
         if self.settings.gradient_cache:
-            loss = cached_contrastive_step(self._embed_pictures, [features], self._embed_texts, batch["texts"], loss_of)
+            loss = cached_contrastive_step(self._embed_images, [features], self._embed_texts, batch["texts"], loss_of)
         else:
             texts = torch.cat([self._embed_texts(chunk) for chunk in batch["texts"]])
-            loss = loss_of(self._embed_pictures(features), texts)
+            loss = loss_of(self._embed_images(features), texts)
             loss.backward()
             loss = loss.detach()
         self._average_gradients()
@@ -131,7 +131,7 @@ class ContrastiveTrainer(TrainingRun):
         half = self.settings.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16 if half else None, enabled=half)
 
-    def _embed_pictures(self, image_features: Tensor) -> Tensor:
+    def _embed_images(self, image_features: Tensor) -> Tensor:
         with self._autocast():
             return self.model.encode_image(image_features=image_features)
 
@@ -164,11 +164,11 @@ class ContrastiveTrainer(TrainingRun):
         """Loss and recall."""
         self.model.eval()
         texts, owner = texts_of(self.validation_groups)
-        bounds = batch_bounds(len(self.validation_groups), self.settings.pictures_per_step)
+        bounds = batch_bounds(len(self.validation_groups), self.settings.images_per_step)
         with torch.no_grad():
-            pictures = torch.cat([self._embed_pictures(self._validation_features(*part)) for part in bounds])
+            images = torch.cat([self._embed_images(self._validation_features(*part)) for part in bounds])
             text_embeds = embed_by_length(texts, self.settings.texts_per_chunk, self._embed_raw_texts)
-            measured = contrastive_scores(self.model, pictures.float(), text_embeds.float(), owner, bounds)
+            measured = contrastive_scores(self.model, images.float(), text_embeds.float(), owner, bounds)
         self.model.train()
         return measured
 
@@ -176,4 +176,6 @@ class ContrastiveTrainer(TrainingRun):
         return self._embed_texts(self.processor.prepare_texts(texts))
 
     def _validation_features(self, start: int, end: int) -> Tensor:
-        return self._features(self.collator.pictures([group.images[0] for group in self.validation_groups[start:end]]))
+        return self._features(
+            self.collator.image_inputs([group.images[0] for group in self.validation_groups[start:end]])
+        )

@@ -25,7 +25,7 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
 
 
 def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float = 0.01) -> bool:
-    """True when a wrong picture serves the model as well as the right one: it has not learned to look."""
+    """True when a wrong image serves the model as well as the right one: it has not learned to look."""
     return shuffled_loss - validation_loss < margin
 
 
@@ -33,8 +33,8 @@ def warn_if_blind(step: int, losses: Mapping[str, float]) -> None:
     """Say so in the log when the validation losses are those of a model that does not look."""
     if looks_blind(losses["loss"], losses["shuffled_loss"]):
         logger.warning(
-            "step %d: validation loss is %.3f with the right picture and %.3f with a wrong one: the model does not "
-            "look at the picture",
+            "step %d: validation loss is %.3f with the right image and %.3f with a wrong one: the model does not "
+            "look at the image",
             step,
             losses["loss"],
             losses["shuffled_loss"],

@@ -11,23 +11,23 @@ from typing import Any, cast
 
 import torch
 
+from frozenprefix.config.recipe import Recipe
+from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.features import PictureEncoder, fill_feature_cache, share_bad_pictures
-from frozenprefix.data.images import BadPictures, load_image
+from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
+from frozenprefix.data.features import ImageEncoder, fill_feature_cache, share_bad_images
+from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
-from frozenprefix.data.retrieval import CaptionRetriever, PictureLookup
-from frozenprefix.data.samples import PictureGroup, Sample, check_unique_ids, group_by_pictures
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.fusion import FUSIONS
-from frozenprefix.models.language_model import load_tokenizer
+from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.given_features import given_table
-from frozenprefix.training.recipe import Recipe
-from frozenprefix.training.sections import DataSection
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +56,16 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
     return FrozenPrefixForConditionalGeneration(config, vision_encoder=encoder.module), processor
 
 
-def load_samples(sources: Sequence[Any], part: str, *, pictures: bool = True) -> list[Sample]:
+def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> list[Sample]:
     """Load and join sources. Empty targets, and samples that have no other, are left out and counted in the log.
 
     Args:
-        pictures: False for texts alone, whose pictures need not be there.
+        images: False for texts alone, whose images need not be there.
 
     Raises:
         DataError: when nothing is left, or two sources share sample ids.
     """
-    samples = [sample for source in sources for sample in load_source(source, pictures=pictures)]
+    samples = [sample for source in sources for sample in load_source(source, images=images)]
     check_unique_ids(samples)
     kept = [replace(s, targets=tuple(text for text in s.targets if text.strip())) for s in samples]
     empty = sum(len(before.targets) - len(after.targets) for before, after in zip(samples, kept, strict=True))
@@ -78,64 +78,64 @@ def load_samples(sources: Sequence[Any], part: str, *, pictures: bool = True) ->
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:
     """Load the samples for training and, when there are sources for it, for validation."""
-    samples = {"train": load_samples(data.train, "train", pictures=data.text_only is None)}
+    samples = {"train": load_samples(data.train, "train", images=data.text_only is None)}
     if data.validation:
         samples["validation"] = load_samples(data.validation, "validation")
     return samples
 
 
-def pictures_of(groups: Iterable[PictureGroup]) -> list[Path]:
-    """Every picture file once, in order of first use."""
+def images_of(groups: Iterable[ImageGroup]) -> list[Path]:
+    """Every image file once, in order of first use."""
     return list(dict.fromkeys(path for group in groups for path in group.images))
 
 
 @dataclass
-class PreparedPictures:
-    """What training needs to know about its pictures.
+class PreparedImages:
+    """What training needs to know about its images.
 
     Attributes:
-        groups: for each part, the groups whose pictures can be read.
-        features: the features of their pictures, when cached or given.
+        groups: for each part, the groups whose images can be read.
+        features: the features of their images, when cached or given.
         bad: what cannot be read.
-        pictures: picture files, bad ones included; encoded: those that were encoded now. Of all processes.
+        images: image files, bad ones included; encoded: those that were encoded now. Of all processes.
     """
 
-    groups: dict[str, list[PictureGroup]]
+    groups: dict[str, list[ImageGroup]]
     features: FeatureCache | None
-    bad: BadPictures
-    pictures: int
+    bad: BadImages
+    images: int
     encoded: int
 
 
-def prepare_pictures(
-    encoder: PictureEncoder,
+def prepare_images(
+    encoder: ImageEncoder,
     samples: dict[str, list[Sample]],
     data: DataSection,
     *,
     processes: Processes | None = None,
     bad_list: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> PreparedPictures:
-    """Encode every picture once into the feature cache, and drop groups with a picture that cannot be read.
+) -> PreparedImages:
+    """Encode every image once into the feature cache, and drop groups with an image that cannot be read.
 
-    With `feature_cache: off` pictures are only read, to know the bad ones before the first step. Features that are
-    given are looked up, and no picture is read. Several processes
-    each take their share of the pictures; all of them get the same result.
+    With `feature_cache: off` images are only read, to know the bad ones before the first step. Features that are
+    given are looked up, and no image is read. Several processes
+    each take their share of the images; all of them get the same result.
 
     Args:
-        data: the recipe's section: where features are kept and how, and what share of pictures may be bad.
+        data: the recipe's section: where features are kept and how, and what share of images may be bad.
         processes: who takes part.
-        bad_list: JSONL file that lists the bad pictures; removed when there are none.
-        progress: called with (pictures done, pictures in all) of this process.
+        bad_list: JSONL file that lists the bad images; removed when there are none.
+        progress: called with (images done, images in all) of this process.
 
     Raises:
-        DataError: when too many pictures are bad, or given features lack some.
+        DataError: when too many images are bad, or given features lack some.
         CacheError: for a cache folder that is damaged, or was made with another encoder.
     """
     processes = processes or Processes()
-    groups = {part: group_by_pictures(listed) for part, listed in samples.items()}
-    paths = pictures_of(group for listed in groups.values() for group in listed)
-    bad = BadPictures()
+    groups = {part: group_by_images(listed) for part, listed in samples.items()}
+    paths = images_of(group for listed in groups.values() for group in listed)
+    bad = BadImages()
     features, encoded = None, 0
 
     given = given_table(encoder.module)
@@ -157,26 +157,26 @@ def prepare_pictures(
                 processes=processes,
                 progress=progress,
             )
-        share_bad_pictures(bad, processes)
+        share_bad_images(bad, processes)
     finally:
         if bad_list is not None:
             bad_list.unlink(missing_ok=True)
             if len(bad):
                 bad.write(bad_list)
-                logger.warning("%d of %d pictures cannot be used; %s lists them", len(bad), len(paths), bad_list)
+                logger.warning("%d of %d images cannot be used; %s lists them", len(bad), len(paths), bad_list)
     bad.check(len(paths), data.max_bad_share)
     kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
-    return PreparedPictures(kept, features, bad, len(paths), sum(processes.gather([encoded])))
+    return PreparedImages(kept, features, bad, len(paths), sum(processes.gather([encoded])))
 
 
-def add_similar_captions(prepared: PreparedPictures, data: DataSection) -> CaptionRetriever | None:
-    """Put captions of similar training pictures into all caption prompts of `prepared`, when the recipe asks for it.
+def add_similar_captions(prepared: PreparedImages, data: DataSection) -> CaptionRetriever | None:
+    """Put captions of similar training images into all caption prompts of `prepared`, when the recipe asks for it.
 
     Returns:
         What retrieves them, to be saved with the model; None for a recipe without `data.retrieval`.
 
     Raises:
-        DataError: for a caption sample with several pictures, or captions of fewer than two training pictures.
+        DataError: for a caption sample with several images, or captions of fewer than two training images.
     """
     if data.retrieval is None:
         return None
@@ -184,21 +184,21 @@ def add_similar_captions(prepared: PreparedPictures, data: DataSection) -> Capti
     assert cache is not None  # a recipe without features is refused
     samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
     retriever = CaptionRetriever.of(samples["train"], cache, data.retrieval.options)
-    lookup = PictureLookup.of_cache(cache)
+    lookup = ImageLookup.of_cache(cache)
     for part, listed in samples.items():
         shown = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
-        prepared.groups[part] = group_by_pictures(shown)
+        prepared.groups[part] = group_by_images(shown)
     return retriever
 
 
 def find_unreadable(
     paths: Sequence[Path],
-    bad: BadPictures,
+    bad: BadImages,
     *,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Decode every picture once, in threads, and record those that cannot be read."""
+    """Decode every image once, in threads, and record those that cannot be read."""
 
     def error_of(path: Path) -> BadImageError | None:
         try:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from frozenprefix.config.sections import TrackingSection
 from frozenprefix.errors import TrainingError
-from frozenprefix.training.sections import TrackingSection
 
 log = logging.getLogger(__name__)
 

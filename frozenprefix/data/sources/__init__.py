@@ -4,19 +4,19 @@
 
 | type | reads |
 |---|---|
-| captions | `captions.jsonl`: a picture, or the frames of a clip, a line, with its captions |
+| captions | `captions.jsonl`: an image, or the frames of a clip, a line, with its captions |
 | qa | `qa.jsonl` or `qa.json`: a question a row, with its answers |
-| image_folder | pictures, with or without their folders' names as labels |
+| image_folder | images, with or without their folders' names as labels |
 | coco | COCO's caption files, and VizWiz-Captions' |
 | karpathy | Karpathy's splits of COCO, Flickr8k and Flickr30k |
 | flickr_tokens | Flickr8k's and Flickr30k's token files |
-| conceptual_captions | tables of captions and addresses, with downloaded pictures: CC3M, CC12M |
+| conceptual_captions | tables of captions and addresses, with downloaded images: CC3M, CC12M |
 | visual_genome | region descriptions as captions; questions and answers |
 | vqa_v2 | VQAv2's question and annotation files, and OK-VQA's |
 | vizwiz, gqa, clevr, daquar | these data sets' own files |
-| llava | conversations of several turns about a picture |
+| llava | conversations of several turns about an image |
 | hf_dataset | `datasets`' saved folders, parquet and arrow files |
-| webdataset | tars of pictures and texts, such as img2dataset's |
+| webdataset | tars of images and texts, such as img2dataset's |
 | easy_vqa, emoji | data that come from PyPI and npm |
 
 A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.data.sources.base import Holdout, SourceConfig
-from frozenprefix.data.sources.selection import check_pictures_exist, first_pictures, hold_out, of_split
+from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.registry import Registry
 
@@ -87,29 +87,29 @@ def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:
 
 
 def load_source(
-    config: dict[str, Any] | SourceConfig, *, base: Path | None = None, pictures: bool = True
+    config: dict[str, Any] | SourceConfig, *, base: Path | None = None, images: bool = True
 ) -> list[Sample]:
-    """Read one source: all its samples, of the wanted splits, held-out part and first pictures, in file order.
+    """Read one source: all its samples, of the wanted splits, held-out part and first images, in file order.
 
     Args:
         config: a typed source config, or the dict of one.
         base: folder against which a relative `path` is taken; the working directory when not given.
-        pictures: False for texts alone, whose pictures need not be there.
+        images: False for texts alone, whose images need not be there.
 
     Raises:
         ConfigError: for a wrong config.
         AssetError: when `path` cannot be found or fetched.
         DataError: for a malformed row, naming file, line and field; a split that is not there; repeated ids; and when
-            not one of the pictures exists. Single missing pictures are left to be counted by their readers.
+            not one of the images exists. Single missing images are left to be counted by their readers.
     """
     source = parse_source(config)
     root = resolve(source.path, base=base)
     samples = of_split(source.read(root), source.split, where=source.path)
     if source.holdout is not None:
         samples = hold_out(samples, source.holdout, root)
-    samples = first_pictures(samples, source.limit)
-    if pictures:
-        check_pictures_exist(samples, where=source.path)
+    samples = first_images(samples, source.limit)
+    if images:
+        check_images_exist(samples, where=source.path)
     samples = [_labelled(sample, source) for sample in samples]
     check_unique_ids(samples)
     log.info("%s %s: %d samples", source.type, source.path, len(samples))
@@ -141,7 +141,7 @@ MARKS: dict[str, dict[str, Any]] = {
     "state.json": {"type": "hf_dataset"},
     "*-of-*.parquet": {"type": "hf_dataset"},
     "data/*-of-*.parquet": {"type": "hf_dataset"},
-    # tars with a number: an archive of pictures that lies beside them is not meant
+    # tars with a number: an archive of images that lies beside them is not meant
     "0*.tar": {"type": "webdataset"},
     "*-0*.tar": {"type": "webdataset"},
     "train/*0.tar": {"type": "webdataset"},
@@ -149,7 +149,7 @@ MARKS: dict[str, dict[str, Any]] = {
 
 
 def detect_sources(path: str | Path) -> list[dict[str, Any]]:
-    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of pictures."""
+    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of images."""
     root = resolve(str(path))
     if not root.is_dir():
         raise DataError(f"data folder: got '{path}', expected a folder that exists")

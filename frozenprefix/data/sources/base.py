@@ -12,11 +12,11 @@ from frozenprefix.data.samples import Sample
 
 
 class Holdout(BaseModel):
-    """Split off a validation part by picture. The part of a picture depends on its name and the seed alone."""
+    """Split off a validation part by image. The part of an image depends on its name and the seed alone."""
 
     model_config = ConfigDict(extra="forbid")
 
-    fraction: float = Field(0.1, gt=0, lt=1, description="share of the pictures in the validation part")
+    fraction: float = Field(0.1, gt=0, lt=1, description="share of the images in the validation part")
     seed: int = 0
     part: Literal["train", "val"] = Field(description="the part to return")
 
@@ -29,8 +29,8 @@ class SourceConfig(BaseModel, ABC):
     type: str
     path: str = Field(min_length=1, description="folder: local, or a pypi:// or npm:// reference")
     split: str | list[str] | None = Field(None, description="name(s) of the split(s) to return; all when not given")
-    holdout: Holdout | None = Field(None, description="return only one part of a split by picture")
-    limit: int | None = Field(None, ge=1, description="return only the samples of the first N pictures")
+    holdout: Holdout | None = Field(None, description="return only one part of a split by image")
+    limit: int | None = Field(None, ge=1, description="return only the samples of the first N images")
     prompt: str | None = Field(None, description="prompt template of these samples; the task's own when not given")
     name: str | None = Field(None, description="put before every id as 'name:', to join sources that share ids")
 

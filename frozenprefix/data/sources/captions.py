@@ -1,4 +1,4 @@
-"""A folder with `captions.jsonl`: one picture (or clip) a line, with its captions and its split."""
+"""A folder with `captions.jsonl`: one image (or clip) a line, with its captions and its split."""
 
 from __future__ import annotations
 

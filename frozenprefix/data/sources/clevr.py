@@ -22,7 +22,7 @@ class ClevrSource(SourceConfig):
 
     type: Literal["clevr"] = "clevr"
     questions: str = Field("questions/*_questions.json", description="question file, or pattern of several")
-    images: str = Field("images/{split}", description="folder of a split's pictures")
+    images: str = Field("images/{split}", description="folder of a split's images")
 
     def read(self, root: Path) -> list[Sample]:
         return [

@@ -1,4 +1,4 @@
-"""COCO captions as published: `captions_train2017.json` and a folder of pictures; VizWiz-Captions' are alike."""
+"""COCO captions as published: `captions_train2017.json` and a folder of images; VizWiz-Captions' are alike."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from frozenprefix.errors import DataError
 
 
 class CocoSource(SourceConfig):
-    """One sample a picture, with all its captions. The split is read from the file name."""
+    """One sample an image, with all its captions. The split is read from the file name."""
 
     type: Literal["coco"] = "coco"
     annotations: str = Field(description="file under `path`, e.g. annotations/captions_val2017.json")
-    images: str = Field(description="folder of the pictures under `path`, e.g. val2017")
+    images: str = Field(description="folder of the images under `path`, e.g. val2017")
 
     def read(self, root: Path) -> list[Sample]:
         file = read_json_object(root / self.annotations)

@@ -1,4 +1,4 @@
-"""Conceptual Captions: tables of captions and the addresses of their pictures, which everyone downloads anew.
+"""Conceptual Captions: tables of captions and the addresses of their images, which everyone downloads anew.
 
 CC3M's columns are caption and url, CC12M's url and caption. https://ai.google.com/research/ConceptualCaptions
 """
@@ -14,29 +14,29 @@ from pydantic import Field, field_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.pictures import picture_ending, report_left_out
+from frozenprefix.data.sources.image_files import image_ending, report_left_out
 from frozenprefix.data.sources.rows import read_text
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 
 
 class ConceptualCaptionsSource(SourceConfig):
-    """A row `caption<tab>url` a line. Its picture is the file in `images` that is named by the number of the row.
+    """A row `caption<tab>url` a line. Its image is the file in `images` that is named by the number of the row.
 
-    Rows count from 0; `17.jpg`, `000017.png` and `00000/000000017.jpg` are all the picture of row 17, which is how
+    Rows count from 0; `17.jpg`, `000017.png` and `00000/000000017.jpg` are all the image of row 17, which is how
     img2dataset writes single files when a shard has a power of ten of them. With a column "image" that holds paths
-    under `images`, the numbers play no part. Rows without a picture are left out and counted by reason, or kept for
+    under `images`, the numbers play no part. Rows without an image are left out and counted by reason, or kept for
     training on texts alone. The id is the row's number, the split is read from the file's name.
     """
 
     type: Literal["conceptual_captions"] = "conceptual_captions"
     file: str = Field(description="table under `path`, e.g. Train_GCC-training.tsv")
-    images: str = Field("images", description="folder of the downloaded pictures under `path`")
+    images: str = Field("images", description="folder of the downloaded images under `path`")
     columns: list[str] | None = Field(
         ["caption", "url"], description="what the columns are: caption, url, image, others unread; null: see line 1"
     )
 
-    keep_missing: bool = Field(False, description="rows without a picture are samples too, of a picture NUMBER.jpg")
+    keep_missing: bool = Field(False, description="rows without an image are samples too, of an image NUMBER.jpg")
 
     @field_validator("columns")
     @classmethod
@@ -97,11 +97,11 @@ class ConceptualCaptionsSource(SourceConfig):
 
 
 def _by_number(folder: Path) -> dict[int, Path]:
-    """Number in the file's name → picture. Two pictures with the same number are an error."""
+    """Number in the file's name → image. Two images with the same number are an error."""
     found: dict[int, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if picture_ending(path.name) and path.stem.isdecimal():
+        if image_ending(path.name) and path.stem.isdecimal():
             other = found.setdefault(int(path.stem), path)
             if other != path:
-                raise DataError(f"{path}: is picture {int(path.stem)}, as {other} is, expected one file for a row")
+                raise DataError(f"{path}: is image {int(path.stem)}, as {other} is, expected one file for a row")
     return found

@@ -1,4 +1,4 @@
-"""DAQUAR as published: `qa.894.raw.train.txt`, questions and answers line by line, and NYU Depth's pictures."""
+"""DAQUAR as published: `qa.894.raw.train.txt`, questions and answers line by line, and NYU Depth's images."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from frozenprefix.data.sources.rows import read_text
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
 
-_PICTURE = re.compile(r"\bimage\s?(\d+)\b")
-# "what is on the desk in the image3 ?": the picture's name says nothing about the picture
+_IMAGE = re.compile(r"\bimage\s?(\d+)\b")
+# "what is on the desk in the image3 ?": the image's name says nothing about the image
 _NAMED_LAST = re.compile(r"\s+in\s+(?:the|this)\s+image\s?\d+\s*(\??)\s*$")
 
 
 class DaquarSource(SourceConfig):
-    """A line with a question that names its picture, "what is on the desk in the image3 ?", and one with the answer.
+    """A line with a question that names its image, "what is on the desk in the image3 ?", and one with the answer.
 
-    The words that name the picture are taken off the end of the question. An answer of several things stays one text,
+    The words that name the image are taken off the end of the question. An answer of several things stays one text,
     with commas between them; things are written with underscores (`garbage_bin`).
     """
 
     type: Literal["daquar"] = "daquar"
     questions: str = Field("qa.894.raw.*.txt", description="file, or pattern of files, whose names tell the split")
-    images: str = Field("nyu_depth_images", description="folder of the pictures")
-    ending: str = Field(".png", description="ending of the pictures' names")
+    images: str = Field("nyu_depth_images", description="folder of the images")
+    ending: str = Field(".png", description="ending of the images' names")
     underscores: Literal["keep", "space"] = Field("keep", description="'space' reads garbage_bin as two words")
 
     def read(self, root: Path) -> list[Sample]:
@@ -50,9 +50,9 @@ class DaquarSource(SourceConfig):
         ]
 
     def _sample(self, file: Path, line: int, question: str, answer: str, root: Path) -> Sample:
-        named = _PICTURE.search(question)
+        named = _IMAGE.search(question)
         if named is None:
-            raise DataError(f"{file}:{line}: got {question[:60]!r}, expected a question that names its picture: image3")
+            raise DataError(f"{file}:{line}: got {question[:60]!r}, expected a question that names its image: image3")
         if not answer:
             raise DataError(f"{file}:{line + 1}: got an empty line, expected the answer to {question[:60]!r}")
         question = _NAMED_LAST.sub(r" \1", question).strip()

@@ -28,21 +28,21 @@ _Question = tuple[str, str]
 
 
 class EasyVqaSource(SourceConfig):
-    """`train/questions.json` and `test/questions.json`: lists of `[question, answer, picture number]`.
+    """`train/questions.json` and `test/questions.json`: lists of `[question, answer, image number]`.
 
-    A `val` split is carved out of `train` by picture. `metadata["question_type"]` is shape, color or yes-no. With
-    `captions`, a picture whose questions and answers give away its colour and its shape adds a caption sample,
+    A `val` split is carved out of `train` by image. `metadata["question_type"]` is shape, color or yes-no. With
+    `captions`, an image whose questions and answers give away its colour and its shape adds a caption sample,
     "a blue rectangle", before its questions, and with `classes` one of task "classification", whose target is what
-    `classes` names; the number of pictures that give too little away is logged.
+    `classes` names; the number of images that give too little away is logged.
     """
 
     type: Literal["easy_vqa"] = "easy_vqa"
     questions: bool = Field(True, description="return the question samples")
-    captions: bool = Field(False, description="return one caption sample a picture")
+    captions: bool = Field(False, description="return one caption sample an image")
     classes: Literal["shape", "color", "color shape"] | None = Field(
-        None, description="return one classification sample a picture, with this as its label"
+        None, description="return one classification sample an image, with this as its label"
     )
-    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training pictures in split 'val'")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training images in split 'val'")
     val_seed: int = 0
 
     def read(self, root: Path) -> list[Sample]:
@@ -51,25 +51,25 @@ class EasyVqaSource(SourceConfig):
     def _read_folder(self, root: Path, folder: str) -> list[Sample]:
         samples: list[Sample] = []
         without = 0
-        for picture, questions in _by_picture(root / "questions.json").items():
-            held_out = folder == "train" and in_validation(str(picture), self.val_fraction, self.val_seed)
+        for number, questions in _by_image(root / "questions.json").items():
+            held_out = folder == "train" and in_validation(str(number), self.val_fraction, self.val_seed)
             name, image, split = (
-                f"{folder}/{picture}",
-                root / "images" / f"{picture}.png",
+                f"{folder}/{number}",
+                root / "images" / f"{number}.png",
                 "val" if held_out else folder,
             )
             if self.captions or self.classes:
-                caption = derive_caption(questions, where=f"{root / 'questions.json'}: picture {picture}")
+                caption = derive_caption(questions, where=f"{root / 'questions.json'}: image {image}")
                 without += caption is None
                 if caption is not None:
-                    samples += self._whole_picture_samples(caption, name, image, split)
+                    samples += self._whole_image_samples(caption, name, image, split)
             if self.questions:
                 samples.extend(_question_samples(questions, name, image, split))
         if without:
-            log.info("easy_vqa %s: %d pictures get no caption: their questions do not tell both words", folder, without)
+            log.info("easy_vqa %s: %d images get no caption: their questions do not tell both words", folder, without)
         return samples
 
-    def _whole_picture_samples(self, caption: str, name: str, image: Path, split: str) -> list[Sample]:
+    def _whole_image_samples(self, caption: str, name: str, image: Path, split: str) -> list[Sample]:
         samples = []
         if self.captions:
             samples.append(Sample(id=f"{name}#caption", images=(image,), targets=(caption,), split=split))
@@ -83,7 +83,7 @@ class EasyVqaSource(SourceConfig):
 
 
 def derive_caption(questions: list[_Question], *, where: str) -> str | None:
-    """Compose "a COLOR SHAPE" from what a picture's questions and answers say is there; None when a word is missing."""
+    """Compose "a COLOR SHAPE" from what an image's questions and answers say is there; None when a word is missing."""
     there: set[str] = set()
     for question, answer in questions:
         words = re.findall(r"[a-z]+", question.lower())
@@ -122,21 +122,21 @@ def _question_samples(questions: list[_Question], name: str, image: Path, split:
     ]
 
 
-def _by_picture(path: Path) -> dict[int, list[_Question]]:
+def _by_image(path: Path) -> dict[int, list[_Question]]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(
-            f"{path}: got a JSON {type(rows).__name__}, expected a list of [question, answer, picture number]"
+            f"{path}: got a JSON {type(rows).__name__}, expected a list of [question, answer, image number]"
         )
-    pictures: dict[int, list[_Question]] = {}
+    images: dict[int, list[_Question]] = {}
     known = COLORS | SHAPES | {"yes", "no"}
     for number, row in enumerate(rows):
         match row:
-            case [str(question), str(answer), int(picture)] if answer in known:
-                pictures.setdefault(picture, []).append((question, answer))
+            case [str(question), str(answer), int(image)] if answer in known:
+                images.setdefault(image, []).append((question, answer))
             case _:
                 raise DataError(
-                    f"{path}: [{number}]: got {row!r}, expected [question, answer, picture number] "
+                    f"{path}: [{number}]: got {row!r}, expected [question, answer, image number] "
                     f"with an answer out of {', '.join(sorted(known))}"
                 )
-    return pictures
+    return images

@@ -17,22 +17,22 @@ log = logging.getLogger(__name__)
 
 
 class FlickrTokensSource(SourceConfig):
-    """Lines of `PICTURE.jpg#NUMBER<tab>caption`; one sample a picture, with all its captions.
+    """Lines of `IMAGE.jpg#NUMBER<tab>caption`; one sample an image, with all its captions.
 
-    With `split_files`, pictures that are in none of the lists are left out, and their number is logged.
+    With `split_files`, images that are in none of the lists are left out, and their number is logged.
     """
 
     type: Literal["flickr_tokens"] = "flickr_tokens"
     tokens: str = Field("Flickr8k.token.txt", description="the caption file under `path`")
-    images: str = Field(description="folder of the pictures under `path`")
-    split_files: dict[str, str] = Field(default_factory=dict, description="split → list of its pictures, under `path`")
+    images: str = Field(description="folder of the images under `path`")
+    split_files: dict[str, str] = Field(default_factory=dict, description="split → list of its images, under `path`")
 
     def read(self, root: Path) -> list[Sample]:
         captions = _captions(root / self.tokens)
         splits = _splits({split: root / file for split, file in self.split_files.items()})
         left_out = sum(name not in splits for name in captions) if splits else 0
         if left_out:
-            log.info("%s: %d pictures are in none of the split files and are left out", self.tokens, left_out)
+            log.info("%s: %d images are in none of the split files and are left out", self.tokens, left_out)
         return [
             Sample(id=name, images=(root / self.images / name,), targets=tuple(texts), split=splits.get(name))
             for name, texts in captions.items()
@@ -48,7 +48,7 @@ def _captions(path: Path) -> dict[str, list[str]]:
         key, tab, caption = line.partition("\t")
         name, mark, index = key.rpartition("#")
         if not (tab and mark and name and index.isdigit()):
-            raise DataError(f"{path}:{number}: got {line[:60]!r}, expected PICTURE.jpg#NUMBER, a tab and a caption")
+            raise DataError(f"{path}:{number}: got {line[:60]!r}, expected IMAGE.jpg#NUMBER, a tab and a caption")
         captions.setdefault(name, []).append(caption.strip())
     return captions
 
@@ -59,7 +59,7 @@ def _splits(files: dict[str, Path]) -> dict[str, str]:
         for number, line in enumerate(read_text(path).split("\n"), start=1):
             name = line.strip()
             if splits.get(name, split) != split:
-                raise DataError(f"{path}:{number}: picture {name} is in split '{splits[name]}' too, expected one split")
+                raise DataError(f"{path}:{number}: image {name} is in split '{splits[name]}' too, expected one split")
             if name:
                 splits[name] = split
     return splits

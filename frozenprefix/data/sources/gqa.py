@@ -1,4 +1,4 @@
-"""GQA: questions composed from scene graphs of Visual Genome's pictures. https://cs.stanford.edu/people/dorarad/gqa"""
+"""GQA: questions composed from scene graphs of Visual Genome's images. https://cs.stanford.edu/people/dorarad/gqa"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GqaSource(SourceConfig):
     questions: str = Field(
         "*_balanced_questions.json", description="file, or pattern of files, whose names tell the split"
     )
-    images: str = Field("images", description="folder of the pictures, named ID.jpg")
+    images: str = Field("images", description="folder of the images, named ID.jpg")
 
     def read(self, root: Path) -> list[Sample]:
         samples = []

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.hf_tables import Table, tables_of, take_pictures
-from frozenprefix.data.sources.pictures import report_left_out, unpack_once
+from frozenprefix.data.sources.hf_tables import Table, tables_of, take_images
+from frozenprefix.data.sources.image_files import report_left_out, unpack_once
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
@@ -31,19 +31,19 @@ _USUAL = (
 
 
 class HfDatasetSource(SourceConfig):
-    """Rows with a column of pictures, and columns with captions, a question and its answers, or a label.
+    """Rows with a column of images, and columns with captions, a question and its answers, or a label.
 
     Columns hold texts or lists of texts; a label may be a number that the data set has a name for. When no column is
     named, the first of question and answers (or answer), captions, caption, text, and label is taken that is there.
 
-    Pictures are taken out of the tables into the user's cache when they are read for the first time, which needs their
-    size once more. Rows without a picture are left out and counted. Splits are called what the data set calls them; of
+    Images are taken out of the tables into the user's cache when they are read for the first time, which needs their
+    size once more. Rows without an image are left out and counted. Splits are called what the data set calls them; of
     a parquet file, what stands before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
     """
 
     type: Literal["hf_dataset"] = "hf_dataset"
     files: str | None = Field(None, description="parquet or arrow file(s) under `path`, e.g. data/train-*.parquet")
-    image: str = Field("image", description="column of the pictures: of type Image, or their files' bytes")
+    image: str = Field("image", description="column of the images: of type Image, or their files' bytes")
     captions: str | None = Field(None, description="column of the caption(s)")
     question: str | None = Field(None, description="column of the question; needs `answers`")
     answers: str | None = Field(None, description="column of the answer(s); the commonest one is the target")
@@ -68,14 +68,14 @@ class HfDatasetSource(SourceConfig):
     def _samples(self, table: Table, root: Path, without: Counter[str]) -> Iterator[Sample]:
         columns = self._columns(table)
         what = f"{table.name} {self.image}"
-        folder, pictures = unpack_once(table.files, partial(take_pictures, table, self.image), what=what)
+        folder, entries = unpack_once(table.files, partial(take_images, table, self.image), what=what)
         rows = table.load(list(columns.values()))
         names = getattr(rows.features[columns["label"]], "names", None) if "label" in columns else None
-        for number, (values, picture) in enumerate(zip(rows, pictures, strict=True)):
-            if picture["file"] is None and picture["path"] is None:
-                without["no picture in the row"] += 1
+        for number, (values, entry) in enumerate(zip(rows, entries, strict=True)):
+            if entry["file"] is None and entry["path"] is None:
+                without["no image in the row"] += 1
                 continue
-            image = folder / picture["file"] if picture["file"] else root / picture["path"]
+            image = folder / entry["file"] if entry["file"] else root / entry["path"]
             if names is not None:
                 values[columns["label"]] = _named(values[columns["label"]], names)
             row = Row(str(table.files[0]), values, f"row {number}")

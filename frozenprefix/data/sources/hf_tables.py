@@ -1,4 +1,4 @@
-"""The tables of a data set of Hugging Face's library `datasets`, and the pictures in them."""
+"""The tables of a data set of Hugging Face's library `datasets`, and the images in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.data.sources.pictures import picture_ending, write_picture
+from frozenprefix.data.sources.image_files import image_ending, write_image
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
 
@@ -37,8 +37,8 @@ def tables_of(root: Path, pattern: str | None) -> list[Table]:
     return _in_files(root, pattern or "**/*.parquet")
 
 
-def take_pictures(table: Table, column: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Write the pictures of a table; yield the file of each row, or the path that the row has in its place."""
+def take_images(table: Table, column: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Write the images of a table; yield the file of each row, or the path that the row has in its place."""
     rows = table.load([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -47,9 +47,9 @@ def take_pictures(table: Table, column: str, folder: Path) -> Iterator[dict[str,
         if value is None or isinstance(value, bytes):
             value = {"bytes": value, "path": None}
         if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
-            raise DataError(f"{table.files[0]}: row {number}: column '{column}': got {value!r:.60}, expected a picture")
+            raise DataError(f"{table.files[0]}: row {number}: column '{column}': got {value!r:.60}, expected an image")
         data, path = value["bytes"], value["path"]
-        yield {"file": write_picture(folder, data, picture_ending(path or "")) if data else None, "path": path}
+        yield {"file": write_image(folder, data, image_ending(path or "")) if data else None, "path": path}
 
 
 def _is_saved(root: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A folder of pictures, to be captioned or to be named after their folders."""
+"""A folder of images, to be captioned or to be named after their folders."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic import Field
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.pictures import PICTURE_ENDINGS
+from frozenprefix.data.sources.image_files import IMAGE_ENDINGS
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.errors import DataError
 
 
 class ImageFolderSource(SourceConfig):
-    """All pictures under `path`, however deep, sorted by name; the id is the place under `path`.
+    """All images under `path`, however deep, sorted by name; the id is the place under `path`.
 
-    With `labels`, a picture is a sample of task "classification" whose target is the name of the folder it lies in;
+    With `labels`, an image is a sample of task "classification" whose target is the name of the folder it lies in;
     `label_file` gives folders other names: `{"n02084071": "dog"}`. With `split_folders`, the first folder below `path`
     is the split: `train/cat/1.jpg`.
     """
@@ -26,13 +26,13 @@ class ImageFolderSource(SourceConfig):
     labels: bool = Field(False, description="take the folder's name as the target")
     label_file: str | None = Field(None, description="JSON file under `path`: folder's name to label; for all folders")
     split_folders: bool = Field(False, description="take the first folder's name as the split")
-    extensions: list[str] = Field(list(PICTURE_ENDINGS), min_length=1, description="file name endings, with the dot")
+    extensions: list[str] = Field(list(IMAGE_ENDINGS), min_length=1, description="file name endings, with the dot")
 
     def read(self, root: Path) -> list[Sample]:
         endings = {extension.lower() for extension in self.extensions}
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file())
         if not files:
-            raise DataError(f"{root}: got no picture, expected files ending in {', '.join(sorted(endings))}")
+            raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(endings))}")
         names = read_json_object(root / self.label_file) if self.labels and self.label_file else None
         return [self._sample(path, root, names) for path in files]
 
@@ -40,7 +40,7 @@ class ImageFolderSource(SourceConfig):
         folders = path.relative_to(root).parts[:-1]
         needed = int(self.labels) + int(self.split_folders)
         if len(folders) < needed:
-            form = "/".join(["SPLIT"] * self.split_folders + ["LABEL"] * self.labels + ["PICTURE"])
+            form = "/".join(["SPLIT"] * self.split_folders + ["LABEL"] * self.labels + ["IMAGE"])
             raise DataError(f"{path}: lies too high in the folder, expected {root}/{form}")
         label = folders[-1] if self.labels else None
         if label is not None and names is not None:

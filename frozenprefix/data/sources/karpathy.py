@@ -1,4 +1,4 @@
-"""Karpathy's splits of COCO, Flickr8k and Flickr30k: `dataset_coco.json` and a folder of pictures (CVPR 2015)."""
+"""Karpathy's splits of COCO, Flickr8k and Flickr30k: `dataset_coco.json` and a folder of images (CVPR 2015)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frozenprefix.data.sources.rows import Row, read_json_object
 
 
 class KarpathySource(SourceConfig):
-    """One sample a picture, with all its sentences as people wrote them (`raw`).
+    """One sample an image, with all its sentences as people wrote them (`raw`).
 
     COCO has a fourth split, `restval`: what was left over of the official validation part. Published results count it
     as training data, and so does the default.
@@ -21,7 +21,7 @@ class KarpathySource(SourceConfig):
 
     type: Literal["karpathy"] = "karpathy"
     file: str = Field(description="file under `path`, e.g. dataset_coco.json")
-    images: str = Field(".", description="folder under `path` that the picture names start from")
+    images: str = Field(".", description="folder under `path` that the image names start from")
     restval: Literal["train", "keep", "drop"] = Field("train", description="train: counts as split 'train'")
 
     def read(self, root: Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""LLaVA's conversations: several questions and answers about a picture. https://llava-vl.github.io"""
+"""LLaVA's conversations: several questions and answers about an image. https://llava-vl.github.io"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.pictures import report_left_out
+from frozenprefix.data.sources.image_files import report_left_out
 from frozenprefix.data.sources.rows import Row, read_rows
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
@@ -25,18 +25,18 @@ class LlavaSource(SourceConfig):
 
     Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
     turns of a conversation share their beginnings, so packing "trie" reads them once for all answers behind the same
-    pictures.
+    images.
     Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they are plain
     text: `prompt` filled in, the answer, a new line.
 
-    The mark of a single picture is taken out, and the picture put in front. Of several pictures (`image` is a list)
-    the marks stay where they are, and an answer's sample has the pictures shown so far. Rows without a picture are
+    The mark of a single image is taken out, and the image put in front. Of several images (`image` is a list)
+    the marks stay where they are, and an answer's sample has the images shown so far. Rows without an image are
     left out and counted. The id is ID#ROW.TURN.
     """
 
     type: Literal["llava"] = "llava"
     file: str = Field(description="JSON or JSON-lines file under `path`, e.g. llava_instruct_150k.json")
-    images: str = Field(".", description="folder under `path` that the pictures' names start from")
+    images: str = Field(".", description="folder under `path` that the images' names start from")
 
     @field_validator("prompt")
     @classmethod
@@ -53,7 +53,7 @@ class LlavaSource(SourceConfig):
             if "image" in row:
                 samples += self._samples(number, row, root)
             else:
-                without["conversation about no picture"] += 1
+                without["conversation about no image"] += 1
         report_left_out(root / self.file, len(rows), without)
         return samples
 
@@ -61,11 +61,11 @@ class LlavaSource(SourceConfig):
         images = tuple(root / self.images / name for name in row.names("image"))
         name = row.identifier("id") if "id" in row else "row"
         turns = _turns(row)
-        shown = list(accumulate(question.count(IMAGE_TOKEN) for question, _ in turns))  # pictures so far
+        shown = list(accumulate(question.count(IMAGE_TOKEN) for question, _ in turns))  # images so far
         if len(images) > 1 and not shown[0]:
             raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
         if shown[-1] != len(images) and (shown[-1], len(images)) != (0, 1):
-            raise DataError(f"{row.where}: got {shown[-1]} marks {IMAGE_TOKEN}, expected {len(images)}, one a picture")
+            raise DataError(f"{row.where}: got {shown[-1]} marks {IMAGE_TOKEN}, expected {len(images)}, one an image")
         if len(images) == 1:
             turns = [(question.replace(IMAGE_TOKEN, "").strip(), answer) for question, answer in turns]
             shown = [1] * len(turns)

@@ -1,4 +1,4 @@
-"""Which files of a source are read, and which samples returned: by split, by held-out part, by number of pictures."""
+"""Which files of a source are read, and which samples returned: by split, by held-out part, by number of images."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ def _check_splits(wanted: list[str], splits: Iterable[str | None], where: str) -
             raise DataError(f"{where}: split '{name}' is not there{did_you_mean(name, known)}; splits: {there}")
 
 
-def in_validation(picture: str, fraction: float, seed: int) -> bool:
-    """Say whether a picture belongs to the validation part: SHA-256 of seed and name, read as a number from 0 to 1."""
-    digest = hashlib.sha256(f"{seed}:{picture}".encode()).digest()
+def in_validation(image: str, fraction: float, seed: int) -> bool:
+    """Say whether an image belongs to the validation part: SHA-256 of seed and name, read as a number from 0 to 1."""
+    digest = hashlib.sha256(f"{seed}:{image}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sample]:
-    """Return one part of a split by picture, with `split` set to its name.
+    """Return one part of a split by image, with `split` set to its name.
 
-    A sample whose pictures fall on both sides belongs to neither part, so that no picture is ever in both.
+    A sample whose images fall on both sides belongs to neither part, so that no image is ever in both.
     """
     kept, mixed = [], 0
     for sample in samples:
@@ -88,12 +88,12 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         elif sides == {holdout.part == "val"}:
             kept.append(replace(sample, split=holdout.part))
     if mixed:
-        log.warning("holdout: %d samples show pictures of both parts and are in neither", mixed)
+        log.warning("holdout: %d samples show images of both parts and are in neither", mixed)
     return kept
 
 
-def first_pictures(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """Keep all samples of the first `limit` pictures (or sets of pictures), in the order in which these appear."""
+def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """Keep all samples of the first `limit` images (or sets of images), in the order in which these appear."""
     if limit is None:
         return samples
     wanted: dict[tuple[Path, ...], None] = {}
@@ -104,15 +104,15 @@ def first_pictures(samples: list[Sample], limit: int | None) -> list[Sample]:
     return [sample for sample in samples if sample.images in wanted]
 
 
-def check_pictures_exist(samples: list[Sample], *, where: str) -> None:
-    """Raise `DataError` when there is no sample, or when not one picture file exists: the path is wrong then."""
+def check_images_exist(samples: list[Sample], *, where: str) -> None:
+    """Raise `DataError` when there is no sample, or when not one image file exists: the path is wrong then."""
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
     if not any(image.exists() for sample in samples for image in sample.images):
-        pictures = len({image for sample in samples for image in sample.images})
+        images = len({image for sample in samples for image in sample.images})
         raise DataError(
-            f"{where}: none of its {pictures} pictures exists, first looked for {samples[0].images[0]}; "
-            "check the source's `path` and where its pictures are"
+            f"{where}: none of its {images} images exists, first looked for {samples[0].images[0]}; "
+            "check the source's `path` and where its images are"
         )
 
 

@@ -1,4 +1,4 @@
-"""Visual Genome: phrases for regions of a picture, and questions about it. https://homes.cs.washington.edu/~ranjay/visualgenome"""
+"""Visual Genome: phrases for regions of an image, and questions about it. https://homes.cs.washington.edu/~ranjay/visualgenome"""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from frozenprefix.data.sources.rows import Row, read_rows
 
 
 class VisualGenomeSource(SourceConfig):
-    """`region_descriptions.json` as captions, one sample a picture, and `question_answers.json` as questions.
+    """`region_descriptions.json` as captions, one sample an image, and `question_answers.json` as questions.
 
-    A region's phrase becomes a target of the whole picture: where the region lies is not told. There are no official
+    A region's phrase becomes a target of the whole image: where the region lies is not told. There are no official
     splits: use `holdout`. Ids are regions/IMAGE_ID and qa/QA_ID.
     """
 
     type: Literal["visual_genome"] = "visual_genome"
     regions: str | None = Field("region_descriptions.json", description="file of the phrases; null: no captions")
     questions: str | None = Field("question_answers.json", description="file of the questions; null: no questions")
-    images: list[str] = Field(["VG_100K", "VG_100K_2"], min_length=1, description="folders of the pictures, ID.jpg")
+    images: list[str] = Field(["VG_100K", "VG_100K_2"], min_length=1, description="folders of the images, ID.jpg")
 
     @model_validator(mode="after")
     def _reads_something(self) -> VisualGenomeSource:
@@ -32,26 +32,26 @@ class VisualGenomeSource(SourceConfig):
         return self
 
     def read(self, root: Path) -> list[Sample]:
-        # the first folder is where a picture that lies in none of them is missed
+        # the first folder is where an image that lies in none of them is missed
         folders = {path.name: path for name in reversed(self.images) for path in (root / name).glob("*.jpg")}
 
-        def picture(image_id: str) -> Path:
+        def image(image_id: str) -> Path:
             return folders.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
 
         samples = []
-        for image_id, row in _pictures(root, self.regions):
+        for image_id, row in _images(root, self.regions):
             phrases = tuple(text.strip() for region in row.rows("regions") for text in region.texts("phrase"))
             metadata = {"image_id": image_id}
             samples.append(
-                Sample(id=f"regions/{image_id}", images=(picture(image_id),), targets=phrases, metadata=metadata)
+                Sample(id=f"regions/{image_id}", images=(image(image_id),), targets=phrases, metadata=metadata)
             )
-        for image_id, row in _pictures(root, self.questions):
-            samples += [_question(question, image_id, picture(image_id)) for question in row.rows("qas")]
+        for image_id, row in _images(root, self.questions):
+            samples += [_question(question, image_id, image(image_id)) for question in row.rows("qas")]
         return samples
 
 
-def _pictures(root: Path, file: str | None) -> Iterator[tuple[str, Row]]:
-    """Rows of a file, one a picture. Early releases call the picture's id `image_id`, later ones `id`."""
+def _images(root: Path, file: str | None) -> Iterator[tuple[str, Row]]:
+    """Rows of a file, one an image. Early releases call the image's id `image_id`, later ones `id`."""
     for _, row in read_rows(root / file) if file is not None else []:
         yield row.identifier("image_id" if "image_id" in row else "id"), row
 

@@ -18,13 +18,13 @@ class VizWizSource(SourceConfig):
     """`Annotations/train.json`: a list of `{"image", "question", "answers": [{"answer"}, …], "answer_type"}`.
 
     The target is the commonest of the ten answers; `metadata["answers"]` has all, `metadata["answerable"]` what most
-    people thought of the question. The test part has no answers and no targets. The id is the picture's name, as every
-    picture has one question. The captions of the same pictures are read by source `coco`.
+    people thought of the question. The test part has no answers and no targets. The id is the image's name, as every
+    image has one question. The captions of the same images are read by source `coco`.
     """
 
     type: Literal["vizwiz"] = "vizwiz"
     annotations: str = Field("Annotations/*.json", description="file, or pattern of files, whose names tell the split")
-    images: str = Field("{split}", description="folder of a split's pictures")
+    images: str = Field("{split}", description="folder of a split's images")
 
     def read(self, root: Path) -> list[Sample]:
         files = files_of(root, self.annotations, self.split)

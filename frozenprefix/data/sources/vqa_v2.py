@@ -16,7 +16,7 @@ from frozenprefix.errors import DataError
 
 
 class VqaV2Source(SourceConfig):
-    """One question file, its annotation file, and the folder of its pictures, all under `path`.
+    """One question file, its annotation file, and the folder of its images, all under `path`.
 
     The target is the annotation's `multiple_choice_answer`, or the commonest answer where there is none (OK-VQA);
     `metadata["answers"]` has the ten human answers. Without `annotations` (the test parts) there are no targets. The
@@ -26,12 +26,12 @@ class VqaV2Source(SourceConfig):
     type: Literal["vqa_v2"] = "vqa_v2"
     questions: str = Field(description="question file, e.g. v2_OpenEnded_mscoco_val2014_questions.json")
     annotations: str | None = Field(None, description="annotation file, e.g. v2_mscoco_val2014_annotations.json")
-    images: str = Field(description="folder of the pictures, e.g. val2014")
-    file_pattern: str = Field("COCO_{subtype}_{image_id:012d}.jpg", description="a picture's file name")
+    images: str = Field(description="folder of the images, e.g. val2014")
+    file_pattern: str = Field("COCO_{subtype}_{image_id:012d}.jpg", description="an image's file name")
 
     @field_validator("file_pattern")
     @classmethod
-    def _names_the_picture(cls, pattern: str) -> str:
+    def _names_the_image(cls, pattern: str) -> str:
         try:
             named = pattern.format(subtype="val2014", image_id=1) != pattern.format(subtype="val2014", image_id=2)
         except (KeyError, IndexError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""WebDataset tars, as img2dataset writes them: a picture, its text and its JSON under one key."""
+"""WebDataset tars, as img2dataset writes them: an image, its text and its JSON under one key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.pictures import picture_ending, report_left_out, unpack_once, write_picture
+from frozenprefix.data.sources.image_files import image_ending, report_left_out, unpack_once, write_image
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import files_of
@@ -27,15 +27,15 @@ _TEXTS = ("txt", "text", "caption", "cls")
 class WebDatasetSource(SourceConfig):
     """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` stand next to each other; a sample is a key.
 
-    Their pictures are unpacked into the user's cache when a tar is read for the first time (its size is needed there
-    once more), and found there by the tar's SHA-256 from then on. Keys without a picture are left out and counted by
+    Their images are unpacked into the user's cache when a tar is read for the first time (its size is needed there
+    once more), and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by
     reason, with those that img2dataset noted in `00000_stats.json` beside `00000.tar`. The id is TAR/KEY; the split is
     read from the tar's place under `path`.
     """
 
     type: Literal["webdataset"] = "webdataset"
     shards: str = Field("**/*.tar", description="tar under `path`, or pattern of several")
-    image: str | None = Field(None, description="member that is the picture, e.g. jpg; the only one when not given")
+    image: str | None = Field(None, description="member that is the image, e.g. jpg; the only one when not given")
     captions: str | None = Field("txt", description="member with the caption, or a field of one: json.caption")
     question: str | None = Field(None, description="member or field with a question; `captions` is not read then")
     answers: str = Field("json.answers", description="member or field with the answer(s) to the question")
@@ -54,19 +54,19 @@ class WebDatasetSource(SourceConfig):
             name = shard.relative_to(root).with_suffix("").as_posix()
             for values in rows:
                 row = Row(str(shard), values, f"key {values['__key__']}")
-                image = self._picture(row, values["__pictures__"])
+                image = self._image(row, values["__images__"])
                 if image is None:
-                    without["no picture in the tar"] += 1
+                    without["no image in the tar"] += 1
                 else:
                     samples.append(self._sample(row, folder / image, f"{name}/{values['__key__']}", split))
             without.update(_failures(shard))
         report_left_out(root, len(samples) + sum(without.values()), without)
         return samples
 
-    def _picture(self, row: Row, pictures: dict[str, str]) -> str | None:
-        if self.image is None and len(pictures) > 1:
-            raise DataError(f"{row.where}: got pictures {', '.join(pictures)}, expected one; name it in `image`")
-        return pictures.get(self.image) if self.image is not None else next(iter(pictures.values()), None)
+    def _image(self, row: Row, images: dict[str, str]) -> str | None:
+        if self.image is None and len(images) > 1:
+            raise DataError(f"{row.where}: got images {', '.join(images)}, expected one; name it in `image`")
+        return images.get(self.image) if self.image is not None else next(iter(images.values()), None)
 
     def _sample(self, row: Row, image: Path, name: str, split: str | None) -> Sample:
         if self.question is None:
@@ -93,15 +93,15 @@ def _texts(row: Row, place: str) -> tuple[str, ...]:
 
 
 def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """Write the pictures of a tar; yield each key's other members, its pictures' names and the key."""
+    """Write the images of a tar; yield each key's other members, its images' names and the key."""
     for sample in _samples_of(shard):
         key = sample["__key__"]
-        row: dict[str, Any] = {"__key__": key, "__pictures__": {}}
+        row: dict[str, Any] = {"__key__": key, "__images__": {}}
         for member, data in sample.items():
             if member.startswith("__"):
                 continue
-            if ending := picture_ending(f"picture.{member}"):
-                row["__pictures__"][member] = write_picture(folder, data, ending)
+            if ending := image_ending(f"image.{member}"):
+                row["__images__"][member] = write_image(folder, data, ending)
             elif member in _TEXTS or member == "json":
                 try:
                     row[member] = json.loads(data) if member == "json" else data.decode("utf-8")

@@ -29,8 +29,8 @@ class CaptionScores:
     """Scores of one prediction set.
 
     `corpus` has bleu_1 to bleu_4, rouge_l, cider_d, and of the predictions themselves: distinct_captions (how many
-    different ones), most_common_share (of the pictures, in [0, 1]) and mean_length (words). `per_image` has the first
-    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over pictures:
+    different ones), most_common_share (of the images, in [0, 1]) and mean_length (words). `per_image` has the first
+    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over images:
     `bleu_statistics` has the ten counts of each id whose sums `bleu_of_sums` turns into BLEU.
     """
 
@@ -42,11 +42,11 @@ class CaptionScores:
 def caption_metrics(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]] | CaptionReferences
 ) -> CaptionScores:
-    """Score one caption per picture against its references.
+    """Score one caption per image against its references.
 
     Args:
-        predictions: picture id → caption as plain text; it may be empty.
-        references: picture id → captions, or a `CaptionReferences` to score several prediction sets with.
+        predictions: image id → caption as plain text; it may be empty.
+        references: image id → captions, or a `CaptionReferences` to score several prediction sets with.
 
     Raises:
         DataError: an id is missing or unexpected, or a prediction is not a string.
@@ -107,7 +107,7 @@ def bleu_of_sums(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """BLEU of many corpora at once.
 
     Args:
-        sums: of `CaptionScores.bleu_statistics` over the pictures of each corpus, float[..., 10].
+        sums: of `CaptionScores.bleu_statistics` over the images of each corpus, float[..., 10].
 
     Returns:
         `bleu_1` to `bleu_4`, float[...] each.
@@ -148,7 +148,7 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
 
 
 def cider_d(caption: str, references: CaptionReferences, key: str) -> float:
-    """CIDEr-D of one caption against the references of picture `key`, in [0, 10]."""
+    """CIDEr-D of one caption against the references of image `key`, in [0, 10]."""
     return _cider_d(references.weigh(_candidate(key, caption).counts), references.tf_idf[key])
 
 

@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore: how near a caption is to its picture in the space of a contrastive model.
+"""CLIPScore and RefCLIPScore: how near a caption is to its image in the space of a contrastive model.
 
 Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", equations 1 and 2. The score
 depends on the encoder: name it beside every figure (the paper's is OpenAI's CLIP ViT-B/32).
@@ -20,17 +20,17 @@ _BATCH = 64
 
 
 class ContrastiveEncoder(Protocol):
-    """Two encoders with one space. Cutting texts (CLIP reads 77 tokens) and preparing pictures is their matter."""
+    """Two encoders with one space. Cutting texts (CLIP reads 77 tokens) and preparing images is their matter."""
 
     def encode_image(self, images: Sequence[Any]) -> Any:
-        """n pictures → float[n, D]."""
+        """n images → float[n, D]."""
 
     def encode_text(self, texts: Sequence[str]) -> Any:
         """n texts → float[n, D]."""
 
 
 def clip_score(image_embeds: ArrayLike, text_embeds: ArrayLike, *, weight: float = WEIGHT) -> NDArray[np.float64]:
-    """`weight` · max(cos(picture, caption), 0) for each pair.
+    """`weight` · max(cos(image, caption), 0) for each pair.
 
     Args:
         image_embeds, text_embeds: float[N, D] each; they need not be of unit length. The texts that were embedded must
@@ -81,8 +81,8 @@ def embed_captions(encoder: ContrastiveEncoder, captions: Sequence[str]) -> NDAr
     return _in_batches(encoder.encode_text, texts, "encode_text(...)")
 
 
-def embed_pictures(encoder: ContrastiveEncoder, images: Sequence[Any]) -> NDArray[np.float64]:
-    """Embed pictures, whatever the encoder takes for one."""
+def embed_images(encoder: ContrastiveEncoder, images: Sequence[Any]) -> NDArray[np.float64]:
+    """Embed images, whatever the encoder takes for one."""
     return _in_batches(encoder.encode_image, images, "encode_image(...)")
 
 

@@ -1,4 +1,4 @@
-"""How varied a set of captions is: a model that says the same of every picture scores low here."""
+"""How varied a set of captions is: a model that says the same of every image scores low here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check that predictions and references speak of the same pictures or questions."""
+"""The check that predictions and references speak of the same images or questions."""
 
 from __future__ import annotations
 

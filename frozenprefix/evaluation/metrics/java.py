@@ -27,18 +27,18 @@ _CORENLP = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-
 
 @dataclass(frozen=True)
 class JavaScores:
-    """A score for the corpus and one for each picture, in [0, 1]. METEOR's for the corpus is no mean over pictures."""
+    """A score for the corpus and one for each image, in [0, 1]. METEOR's for the corpus is no mean over images."""
 
     corpus: float
     per_image: dict[str, float]
 
 
 def meteor(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> JavaScores:
-    """METEOR of one caption per picture, equal to pycocoevalcap's.
+    """METEOR of one caption per image, equal to pycocoevalcap's.
 
     Raises:
         AssetError: Java or the METEOR program is missing, or stopped before its time.
-        DataError: an id is missing or unexpected, or a picture has no reference.
+        DataError: an id is missing or unexpected, or an image has no reference.
     """
     folder = check_meteor()
     candidates, tokens = _tokens(predictions, references)
@@ -66,7 +66,7 @@ def meteor(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
 
 
 def spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> JavaScores:
-    """SPICE's F-score of one caption per picture; each result is paired with its picture by the id that it names.
+    """SPICE's F-score of one caption per image; each result is paired with its image by the id that it names.
 
     Scene graphs are not kept between runs: their store does not open under every Java.
 

@@ -48,29 +48,29 @@ class TfIdf:
 
 
 class CaptionReferences:
-    """The reference captions of a set of pictures, with their n-grams and CIDEr weights.
+    """The reference captions of a set of images, with their n-grams and CIDEr weights.
 
     Args:
-        references: picture id → its reference captions as plain text, at least one each.
-        df: document frequencies for CIDEr from another corpus: (n-gram as a tuple of words → number of pictures whose
-            captions have it, number of pictures). By default they come from `references`, as in pycocoevalcap.
+        references: image id → its reference captions as plain text, at least one each.
+        df: document frequencies for CIDEr from another corpus: (n-gram as a tuple of words → number of images whose
+            captions have it, number of images). By default they come from `references`, as in pycocoevalcap.
 
     Raises:
-        DataError: no picture, a picture without captions, or frequencies above the number of pictures.
+        DataError: no image, an image without captions, or frequencies above the number of images.
     """
 
     def __init__(self, references: Mapping[str, Sequence[str]], df: tuple[Mapping[Ngram, float], float] | None = None):
         _check_references(references)
         self.captions = {key: [Caption.from_text(text) for text in texts] for key, texts in references.items()}
-        frequencies, pictures = df if df is not None else (self.document_frequencies(), float(len(self.captions)))
-        if pictures < 1 or max(frequencies.values(), default=0) > pictures:
+        frequencies, images = df if df is not None else (self.document_frequencies(), float(len(self.captions)))
+        if images < 1 or max(frequencies.values(), default=0) > images:
             raise DataError(
-                f"df must be (frequencies, number of pictures) with no frequency above that number; got {pictures} "
-                f"pictures and a frequency of {max(frequencies.values(), default=0)}"
+                f"df must be (frequencies, number of images) with no frequency above that number; got {images} "
+                f"images and a frequency of {max(frequencies.values(), default=0)}"
             )
-        if pictures == 1:
-            logger.warning("CIDEr-D is 0 with the document frequencies of a single picture; give df or more pictures")
-        self._log_pictures = math.log(pictures)
+        if images == 1:
+            logger.warning("CIDEr-D is 0 with the document frequencies of a single image; give df or more images")
+        self._log_images = math.log(images)
         self._log_df = {ngram: math.log(max(1.0, count)) for ngram, count in frequencies.items()}
         self.max_counts = {key: _max_counts(captions) for key, captions in self.captions.items()}
         self.tf_idf = {key: [self.weigh(each.counts) for each in captions] for key, captions in self.captions.items()}
@@ -79,7 +79,7 @@ class CaptionReferences:
         return len(self.captions)
 
     def document_frequencies(self) -> Counter[Ngram]:
-        """Return for each n-gram the number of pictures with at least one reference that has it."""
+        """Return for each n-gram the number of images with at least one reference that has it."""
         return Counter(
             ngram for captions in self.captions.values() for ngram in {n for each in captions for n in each.counts}
         )
@@ -88,7 +88,7 @@ class CaptionReferences:
         """Return the CIDEr vector of a caption's n-grams (Vedantam et al. 2015, equation 1; tf is the raw count)."""
         weights, squares, length = {}, [0.0] * MAX_N, 0
         for ngram, count in counts.items():
-            weight = count * (self._log_pictures - self._log_df.get(ngram, 0.0))
+            weight = count * (self._log_images - self._log_df.get(ngram, 0.0))
             weights[ngram] = weight
             squares[len(ngram) - 1] += weight * weight
             if len(ngram) == 2:
@@ -107,10 +107,10 @@ def _max_counts(captions: Iterable[Caption]) -> Counts:
 
 def _check_references(references: Mapping[str, Sequence[str]]) -> None:
     if not references:
-        raise DataError("references are empty; expected at least one picture with captions")
+        raise DataError("references are empty; expected at least one image with captions")
     bad = [key for key, texts in references.items() if isinstance(texts, str) or not len(texts)]
     if bad:
         raise DataError(
-            f"references of {len(bad)} pictures are not a list of at least one caption, first {bad[0]!r}: "
-            f"got {references[bad[0]]!r}; give a list, or leave the picture out"
+            f"references of {len(bad)} images are not a list of at least one caption, first {bad[0]!r}: "
+            f"got {references[bad[0]]!r}; give a list, or leave the image out"
         )

@@ -1,4 +1,4 @@
-"""Pictures and texts in one space: contrastive losses and locked-image tuning (Zhai et al. 2022, arXiv 2111.07991)."""
+"""Images and texts in one space: contrastive losses and locked-image tuning (Zhai et al. 2022, arXiv 2111.07991)."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ Chunk = TypeVar("Chunk")
 
 
 def cached_contrastive_step(
-    encode_pictures: Callable[[Chunk], Tensor],
-    picture_chunks: Sequence[Chunk],
+    encode_images: Callable[[Chunk], Tensor],
+    image_chunks: Sequence[Chunk],
     encode_texts: Callable[[Chunk], Tensor],
     text_chunks: Sequence[Chunk],
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -24,24 +24,24 @@ def cached_contrastive_step(
     again, with the same random numbers, to carry its part further. Costs one more forward pass.
 
     Args:
-        encode_pictures, encode_texts: one chunk -> float[n, D].
-        picture_chunks, text_chunks: the batch.
+        encode_images, encode_texts: one chunk -> float[n, D].
+        image_chunks, text_chunks: the batch.
         loss: (float[P, D], float[T, D]) -> scalar. Parameters within it get their gradient too.
 
     Returns:
         The loss, detached.
     """
-    parts = [(encode_pictures, chunk) for chunk in picture_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
+    parts = [(encode_images, chunk) for chunk in image_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
     states, embeds = [], []
     for encode, chunk in parts:
         states.append(_random_state())
         with torch.no_grad():
             embeds.append(encode(chunk))
-    pictures = torch.cat(embeds[: len(picture_chunks)]).requires_grad_()
-    texts = torch.cat(embeds[len(picture_chunks) :]).requires_grad_()
-    value = loss(pictures, texts)
+    images = torch.cat(embeds[: len(image_chunks)]).requires_grad_()
+    texts = torch.cat(embeds[len(image_chunks) :]).requires_grad_()
+    value = loss(images, texts)
     value.backward()
-    gradients = torch.cat([_gradient(pictures), _gradient(texts)]).split([len(part) for part in embeds])
+    gradients = torch.cat([_gradient(images), _gradient(texts)]).split([len(part) for part in embeds])
     after = _random_state()
     for (encode, chunk), state, gradient in zip(parts, states, gradients, strict=True):
         _restore(state)

@@ -1,7 +1,7 @@
-"""Contrastive losses between pictures and texts, where a picture may have several texts.
+"""Contrastive losses between images and texts, where an image may have several texts.
 
-`positive: bool[P, T]` says which texts describe which pictures. The other positives of a row are neither its target
-nor its negatives: two captions of one picture never push each other away.
+`positive: bool[P, T]` says which texts describe which images. The other positives of a row are neither its target
+nor its negatives: two captions of one image never push each other away.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class LogitScale(nn.Module):
     def scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
-    def forward(self, picture_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Unit vectors float[P, D], float[T, D] -> logits: float[P, T]."""
-        logits = self.scale * picture_embeds @ text_embeds.t()
+        logits = self.scale * image_embeds @ text_embeds.t()
         return logits if self.bias is None else logits + self.bias
 
 
@@ -47,7 +47,7 @@ def infonce_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Symmetric InfoNCE (CLIP, Radford et al. 2021, figure 3) with several positives.
 
     Each pair is a softmax over itself and the negatives of its row. Pairs are averaged within a row, then over rows,
-    and both directions weigh the same. With one text per picture this is CLIP's loss.
+    and both directions weigh the same. With one text per image this is CLIP's loss.
 
     Args:
         logits: float[P, T]; positive: bool[P, T], at least one True in every row and column.
@@ -82,9 +82,9 @@ LOSSES = {"infonce": infonce_loss, "sigmoid": sigmoid_loss}
 def contrastive_loss(
     objective: Objective,
     logit_scale: LogitScale,
-    picture_embeds: Tensor,
+    image_embeds: Tensor,
     text_embeds: Tensor,
-    picture_ids: Tensor,
+    image_ids: Tensor,
     text_ids: Tensor,
 ) -> Tensor:
     """Loss over the embeddings of all processes, the same on each.
@@ -93,28 +93,28 @@ def contrastive_loss(
     process that holds the whole batch.
 
     Args:
-        picture_embeds: unit float[P, D]; text_embeds: unit float[T, D]; of this process.
-        picture_ids: int64[P], one id per picture; text_ids: int64[T], the id of the picture that a text describes.
+        image_embeds: unit float[P, D]; text_embeds: unit float[T, D]; of this process.
+        image_ids: int64[P], one id per image; text_ids: int64[T], the id of the image that a text describes.
 
     Returns:
         float32 scalar.
     """
-    pictures, texts = gather_rows(picture_embeds.float()), gather_rows(text_embeds.float())
-    positive = gather_rows(picture_ids)[:, None] == gather_rows(text_ids)[None, :]
-    return LOSSES[objective](logit_scale(pictures, texts), positive)
+    images, texts = gather_rows(image_embeds.float()), gather_rows(text_embeds.float())
+    positive = gather_rows(image_ids)[:, None] == gather_rows(text_ids)[None, :]
+    return LOSSES[objective](logit_scale(images, texts), positive)
 
 
 def check_pairs(positive: Tensor) -> None:
-    """Refuse pictures without a text, texts without a picture, and batches with nothing to tell apart."""
+    """Refuse images without a text, texts without an image, and batches with nothing to tell apart."""
     for name, counts, others in (
-        ("picture", positive.sum(1), positive.shape[1]),
+        ("image", positive.sum(1), positive.shape[1]),
         ("text", positive.sum(0), len(positive)),
     ):
         if bool((counts == 0).any()):
-            raise DataError(f"contrastive loss: a {name} of the batch has no partner; compare picture_ids and text_ids")
+            raise DataError(f"contrastive loss: a {name} of the batch has no partner; compare image_ids and text_ids")
         if bool((counts == others).any()):
             raise DataError(
-                f"contrastive loss: a {name} of the batch has no negative; give at least two different pictures a step"
+                f"contrastive loss: a {name} of the batch has no negative; give at least two different images a step"
             )
 
 

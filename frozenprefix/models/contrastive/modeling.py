@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.checkpoint import TrainableCheckpoint, check_identity
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.saving import TrainableCheckpoint, check_identity
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 
 
@@ -28,11 +28,11 @@ class LockedImageTextOutput(ModelOutput):
 
     Attributes:
         loss: float32 scalar.
-        picture_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
+        image_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
     """
 
     loss: Tensor | None = None
-    picture_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
 
 
@@ -98,7 +98,7 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
             return self.vision_encoder(pixel_values)
 
     def encode_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
-        """Pictures, float[P, 3, H, W], or their features, float[P, N, D_enc] -> unit vectors float32[P, D]."""
+        """Images, float[P, 3, H, W], or their features, float[P, N, D_enc] -> unit vectors float32[P, D]."""
         if (pixel_values is None) == (image_features is None):
             raise ConfigError("encode_image: give pixel_values or image_features, one of the two")
         if pixel_values is not None:
@@ -107,7 +107,7 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
         if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
             raise ConfigError(
-                f"image_features: got shape {tuple(image_features.shape)}, expected (pictures, {expected[0]}, "
+                f"image_features: got shape {tuple(image_features.shape)}, expected (images, {expected[0]}, "
                 f"{expected[1]})"
             )
         # [P, N, D_enc] -> [P, D]
@@ -123,25 +123,25 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         attention_mask: Tensor,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
-        text_picture: Tensor | None = None,
+        text_image: Tensor | None = None,
     ) -> LockedImageTextOutput:
-        """Embed pictures and texts, and compare them.
+        """Embed images and texts, and compare them.
 
         Args:
-            text_picture: int64[T], the place in the batch of the picture that each text describes; text i describes
-                picture i when not given and there are as many of both.
+            text_image: int64[T], the place in the batch of the image that each text describes; text i describes
+                image i when not given and there are as many of both.
         """
-        pictures = self.encode_image(pixel_values, image_features)
+        images = self.encode_image(pixel_values, image_features)
         texts = self.encode_text(input_ids, attention_mask)
-        places = torch.arange(len(pictures), device=pictures.device)
-        if text_picture is None and len(texts) != len(pictures):
-            raise ConfigError(f"text_picture: got none for {len(pictures)} pictures and {len(texts)} texts")
-        loss = self.loss(pictures, texts, places, places if text_picture is None else text_picture)
-        return LockedImageTextOutput(loss, pictures, texts)
+        places = torch.arange(len(images), device=images.device)
+        if text_image is None and len(texts) != len(images):
+            raise ConfigError(f"text_image: got none for {len(images)} images and {len(texts)} texts")
+        loss = self.loss(images, texts, places, places if text_image is None else text_image)
+        return LockedImageTextOutput(loss, images, texts)
 
-    def loss(self, pictures: Tensor, texts: Tensor, picture_ids: Tensor, text_ids: Tensor) -> Tensor:
+    def loss(self, images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor) -> Tensor:
         """Contrastive loss over unit vectors of all processes; see `contrastive_loss`."""
-        return contrastive_loss(self.config.objective, self.logit_scale, pictures, texts, picture_ids, text_ids)
+        return contrastive_loss(self.config.objective, self.logit_scale, images, texts, image_ids, text_ids)
 
     @classmethod
     def ready_parts(cls, config: LockedImageTextConfig, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,19 +91,19 @@ def save_open_clip(
     """Write what `open_clip.create_model("local-dir:FOLDER")` loads; see `open_clip_state`.
 
     Args:
-        processor: its picture preprocessing is noted beside the weights; open_clip's default stands there otherwise.
+        processor: its image preprocessing is noted beside the weights; open_clip's default stands there otherwise.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config, state = open_clip_state(model)
     content: dict[str, Any] = {"model_cfg": config}
     if processor is not None and hasattr(processor.image_processor, "image_mean"):
-        pictures = processor.image_processor
+        images = processor.image_processor
         content["preprocess_cfg"] = {
-            "mean": list(pictures.image_mean),
-            "std": list(pictures.image_std),
-            "interpolation": "bilinear" if int(pictures.resample) == 2 else "bicubic",
-            "resize_mode": "squash" if not pictures.do_center_crop else "shortest",
+            "mean": list(images.image_mean),
+            "std": list(images.image_std),
+            "interpolation": "bilinear" if int(images.resample) == 2 else "bicubic",
+            "resize_mode": "squash" if not images.do_center_crop else "shortest",
         }
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})

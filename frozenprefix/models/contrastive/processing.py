@@ -1,4 +1,4 @@
-"""Pictures and texts -> inputs of a locked-image text model."""
+"""Images and texts -> inputs of a locked-image text model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _ImageTextProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare pictures, texts or both: `pixel_values` float[P, 3, H, W], `input_ids`, `attention_mask`."""
+        """Prepare images, texts or both: `pixel_values` float[P, 3, H, W], `input_ids`, `attention_mask`."""
         data: dict[str, Any] = {}
         if text is not None:
             data |= self.prepare_texts([text] if isinstance(text, str) else text)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from frozenprefix.assets import is_pypi, resolve, tree_sha256
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
-from frozenprefix.models.language_model import quiet_transformers
+from frozenprefix.models.language_model.loading import quiet_transformers
 from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json")

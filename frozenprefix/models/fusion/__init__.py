@@ -46,7 +46,7 @@ def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: 
     if language_model.config.is_encoder_decoder and config.type not in _IN_AN_ENCODER:
         raise ConfigError(
             f"model.fusion.type: got '{config.type}', expected {' or '.join(_IN_AN_ENCODER)} with an encoder-decoder "
-            f"language model ({type(language_model).__name__}), whose encoder reads the picture"
+            f"language model ({type(language_model).__name__}), whose encoder reads the image"
         )
     layers = decoder_layers(language_model)
     fusion: Fusion = FUSIONS.get(config.type)(lm_dim=lm_dim, num_layers=len(layers), **config.options)

@@ -1,4 +1,4 @@
-"""What fusions share: which picture each token is shown, and the way into the layers of a frozen LM."""
+"""What fusions share: which image each token is shown, and the way into the layers of a frozen LM."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Update = Callable[[int, Tensor], Tensor]
 
 @dataclass
 class Shown:
-    """The pictures of one pass, or of one generation with all its steps.
+    """The images of one pass, or of one generation with all its steps.
 
     Attributes:
-        prefix_embeds: float[pictures, P, D_lm].
+        prefix_embeds: float[images, P, D_lm].
         prefix_index: int64[B, T], index of each placeholder among all placeholders, -1 for text.
-        picture: int64[B, T], the picture that each token is shown (the latest one before it), -1 for none.
+        image: int64[B, T], the image that each token is shown (the latest one before it), -1 for none.
     """
 
     prefix_embeds: Tensor
     prefix_index: Tensor
-    picture: Tensor
+    image: Tensor
     _met: set[int] = field(default_factory=set)
 
     def is_first(self, layer: int) -> bool:
@@ -37,24 +37,24 @@ class Shown:
         self._met.add(layer)
         return first
 
-    def picture_of(self, hidden: Tensor) -> Tensor:
+    def image_of(self, hidden: Tensor) -> Tensor:
         """int64[B', T'] for hidden states of any pass: beams stand side by side, new tokens see what the last saw."""
-        copies = len(hidden) // len(self.picture)
-        picture = self.picture.repeat_interleave(copies, dim=0)
-        return picture if picture.shape[1] == hidden.shape[1] else picture[:, -1:].expand(-1, hidden.shape[1])
+        copies = len(hidden) // len(self.image)
+        image = self.image.repeat_interleave(copies, dim=0)
+        return image if image.shape[1] == hidden.shape[1] else image[:, -1:].expand(-1, hidden.shape[1])
 
 
 class Fusion(nn.Module):
-    """How pictures enter the language model.
+    """How images enter the language model.
 
     Subclasses train their own parameters and reach into the LM by hooks, which do nothing outside `showing`.
 
     Attributes:
-        is_prefix: a picture takes `prefix_length` places in the text, where the prefix embeddings stand; otherwise one
+        is_prefix: an image takes `prefix_length` places in the text, where the prefix embeddings stand; otherwise one
             place marks where it is shown, and holds the LM's own start token.
-        every_step: pictures are looked at again for every new token (by cross-attention, say), so that generation has
+        every_step: images are looked at again for every new token (by cross-attention, say), so that generation has
             to go through transformers' search.
-        changes_text: the LM computes other things than the bare one also without a picture.
+        changes_text: the LM computes other things than the bare one also without an image.
     """
 
     is_prefix: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class Fusion(nn.Module):
 
     @classmethod
     def placeholders(cls, prefix_length: int) -> int:
-        """Places that a picture takes in the text."""
+        """Places that an image takes in the text."""
         return prefix_length if cls.is_prefix else 1
 
     def attach(self, layers: nn.ModuleList) -> None:
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
 
     @contextmanager
     def showing(self, shown: Shown | None) -> Iterator[None]:
-        """Let the hooks see these pictures inside the block."""
+        """Let the hooks see these images inside the block."""
         before, self.shown = self.shown, shown
         try:
             yield
@@ -93,7 +93,7 @@ class Fusion(nn.Module):
             self.enabled = before
 
     def hook_inputs(self, layers: nn.ModuleList, numbers: Sequence[int], update: Update) -> None:
-        """Add `update(layer, hidden)` to the hidden states that enter the layers `numbers`, while pictures are shown.
+        """Add `update(layer, hidden)` to the hidden states that enter the layers `numbers`, while images are shown.
 
         The update is computed in the LM's dtype from float32 parameters, through autocast.
         """

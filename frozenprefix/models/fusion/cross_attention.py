@@ -12,7 +12,7 @@ from frozenprefix.models.options import Count, Ratio
 
 
 class MaskedCrossAttention(nn.Module):
-    """Every token attends to the vectors of the one picture that it is shown; a token that is shown none gets zero."""
+    """Every token attends to the vectors of the one image that it is shown; a token that is shown none gets zero."""
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int):
         super().__init__()
@@ -22,21 +22,21 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner_dim, bias=False)
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
-    def forward(self, hidden: Tensor, prefix_embeds: Tensor, picture: Tensor) -> Tensor:
-        """float[B, T, D], float[pictures, P, D], int64[B, T] -> float[B, T, D]."""
+    def forward(self, hidden: Tensor, prefix_embeds: Tensor, image: Tensor) -> Tensor:
+        """float[B, T, D], float[images, P, D], int64[B, T] -> float[B, T, D]."""
         length = prefix_embeds.shape[1]
-        # all tokens of the batch are one list of queries, all pictures one list of keys: [heads, B * T or n * P, d]
+        # all tokens of the batch are one list of queries, all images one list of keys: [heads, B * T or n * P, d]
         query = self.to_q(self.norm(hidden)).flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         key, value = (
             part.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for part in self.to_kv(prefix_embeds).chunk(2, dim=-1)
         )
         owner = torch.arange(len(prefix_embeds), device=hidden.device).repeat_interleave(length)
-        picture = picture.flatten()
-        # a token without a picture would see no key at all: it looks at all of them, and what it gets is dropped
-        seen = (picture[:, None] == owner) | (picture[:, None] < 0)
+        image = image.flatten()
+        # a token without an image would see no key at all: it looks at all of them, and what it gets is dropped
+        seen = (image[:, None] == owner) | (image[:, None] < 0)
         mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen)[0]
-        mixed = mixed.transpose(0, 1).flatten(1) * (picture[:, None] >= 0)
+        mixed = mixed.transpose(0, 1).flatten(1) * (image[:, None] >= 0)
         return self.to_out(mixed).view_as(hidden)
 
 
@@ -52,16 +52,16 @@ class GatedBlock(nn.Module):
         )
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, prefix_embeds: Tensor, picture: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, prefix_embeds: Tensor, image: Tensor) -> Tensor:
         """What is added to float[B, T, D]."""
-        attended = self.attention_gate.tanh() * self.attention(hidden, prefix_embeds, picture)
+        attended = self.attention_gate.tanh() * self.attention(hidden, prefix_embeds, image)
         after = hidden + attended
-        shown = (picture >= 0)[..., None]
+        shown = (image >= 0)[..., None]
         return attended + self.feed_forward_gate.tanh() * self.feed_forward(after) * shown
 
 
 class CrossAttentionFusion(Fusion):
-    """Before every `every`-th layer, tokens look at the latest picture before them.
+    """Before every `every`-th layer, tokens look at the latest image before them.
 
     With closed gates, as at the start, the LM computes bit for bit what it computes without.
 
@@ -96,4 +96,4 @@ class CrossAttentionFusion(Fusion):
     def update(self, layer: int, hidden: Tensor) -> Tensor:
         assert self.shown is not None
         block = self.blocks[self.numbers.index(layer)]
-        return block(hidden, self.shown.prefix_embeds, self.shown.picture_of(hidden))
+        return block(hidden, self.shown.prefix_embeds, self.shown.image_of(hidden))

@@ -1,7 +1,7 @@
-"""A prefix in every layer: keys and values that depend on the picture, all the way up.
+"""A prefix in every layer: keys and values that depend on the image, all the way up.
 
 Prefix tuning (Li & Liang 2021) and P-Tuning v2 (Liu et al. 2022) give every layer free vectors to attend to, VPT-deep
-(Jia et al. 2022) puts them into the layers' inputs. Here they are made of the picture's own prefix embeddings.
+(Jia et al. 2022) puts them into the layers' inputs. Here they are made of the image's own prefix embeddings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DeepPrefixFusion(Fusion):
             return added
         copies = len(hidden) // len(self.shown.prefix_index)
         index = self.shown.prefix_index.repeat_interleave(copies, dim=0)
-        # [pictures, P, D] -> [pictures * P, D]
+        # [images, P, D] -> [images * P, D]
         deep = self.up[layer - 1](torch.tanh(self.down(self.norm(self.shown.prefix_embeds.float())))).flatten(0, 1)
         is_image = index >= 0
         return added.index_put((is_image,), deep[index[is_image]].to(hidden.dtype))

@@ -1,4 +1,4 @@
-"""How the picture enters the language model: prefix embeddings in place of `<image>` placeholders."""
+"""How the image enters the language model: prefix embeddings in place of `<image>` placeholders."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def index_placeholders(input_ids: Tensor, image_token_id: int, num_prefix_embeds
 
     Args:
         input_ids: int64[B, T].
-        num_prefix_embeds: prefix embeddings at hand, pictures * prefix_length.
+        num_prefix_embeds: prefix embeddings at hand, images * prefix_length.
 
     Returns:
         int64[B, T]: index of each placeholder into the flattened prefix embeddings, -1 for text.
 
     Raises:
-        DataError: when pictures and placeholders do not match in number.
+        DataError: when images and placeholders do not match in number.
     """
     is_image = input_ids == image_token_id
     held = int(is_image.sum())
     if held != num_prefix_embeds:
         raise DataError(
-            f"input_ids hold {held} picture placeholders, the pictures give {num_prefix_embeds}; "
-            "every <image> in the text needs one picture, and prefix_length placeholders"
+            f"input_ids hold {held} image placeholders, the images give {num_prefix_embeds}; "
+            "every <image> in the text needs one image, and prefix_length placeholders"
         )
     return torch.where(is_image.flatten(), is_image.flatten().cumsum(0) - 1, -1).view_as(input_ids)
 
@@ -38,7 +38,7 @@ def fuse_prefix(embeddings: nn.Module, input_ids: Tensor, prefix_index: Tensor, 
         embeddings: the LM's input embedding layer.
         input_ids: int64[B, T]; ids under placeholders may lie outside the vocabulary.
         prefix_index: int64[B, T], -1 for text.
-        prefix_embeds: float[pictures, P, D_lm], or None for text alone.
+        prefix_embeds: float[images, P, D_lm], or None for text alone.
 
     Returns:
         float[B, T, D_lm] in the dtype of the LM.

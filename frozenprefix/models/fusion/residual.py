@@ -1,4 +1,4 @@
-"""Gated residual fusion: the picture is mixed into the embedding of every word behind it."""
+"""Gated residual fusion: the image is mixed into the embedding of every word behind it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from frozenprefix.models.options import Count
 
 
 class ResidualFusion(Fusion):
-    """What enters the LM's first layer at a token that is shown a picture becomes `e + tanh(gate) * change`.
+    """What enters the LM's first layer at a token that is shown an image becomes `e + tanh(gate) * change`.
 
     The gate, one number per channel, starts at zero: the first step is the bare LM's, bit for bit.
 
     Args:
-        mode: "sum", a weighted sum: the change is `picture - e`, with the mean of the prefix embeddings as
-            `picture`; "product": `picture * e`, with that mean normalised; "attention": what the token finds in the
+        mode: "sum", a weighted sum: the change is `image - e`, with the mean of the prefix embeddings as
+            `image`; "product": `image * e`, with that mean normalised; "attention": what the token finds in the
             prefix embeddings by cross-attention.
         num_heads: of mode "attention".
     """
@@ -52,11 +52,11 @@ class ResidualFusion(Fusion):
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
         assert self.shown is not None
-        picture = self.shown.picture_of(hidden)
+        image = self.shown.image_of(hidden)
         if self.attention is not None:
-            change = self.attention(hidden, self.shown.prefix_embeds, picture)
+            change = self.attention(hidden, self.shown.prefix_embeds, image)
         else:
-            # [pictures, D] -> [B, T, D]
-            pooled = self.shown.prefix_embeds.mean(dim=1)[picture.clamp(min=0)]
+            # [images, D] -> [B, T, D]
+            pooled = self.shown.prefix_embeds.mean(dim=1)[image.clamp(min=0)]
             change = pooled - hidden if self.mode == "sum" else F.layer_norm(pooled, pooled.shape[-1:]) * hidden
-        return self.gate.tanh() * change * (picture >= 0)[..., None]
+        return self.gate.tanh() * change * (image >= 0)[..., None]

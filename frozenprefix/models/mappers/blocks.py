@@ -1,4 +1,4 @@
-"""The pieces that mappers share. Shape letters: B pictures, N image tokens, P prefix embeddings, D width."""
+"""The pieces that mappers share. Shape letters: B images, N image tokens, P prefix embeddings, D width."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ names are words of the LM. Two mappers follow from that without a gradient:
 
 - any mapper that ends in a linear layer: ridge least squares from what the class vectors become in front of that layer
   to the names' embeddings (`fit_last_layer`);
-- an MLP whose hidden layer is the classifier itself: classes over a threshold name the picture (`insert_classifier`).
+- an MLP whose hidden layer is the classifier itself: classes over a threshold name the image (`insert_classifier`).
 
 Both are ordinary weights: a checkpoint to use as it is, or to train from.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
-from frozenprefix.models.language_model import embedding_rms, word_embeddings
+from frozenprefix.models.language_model.loading import embedding_rms, word_embeddings
 from frozenprefix.models.mappers import PrefixMapper, build_mapper
 from frozenprefix.models.mappers.mlp import MLPMapper
 
@@ -136,7 +136,7 @@ def insert_classifier(
 ) -> None:
     """Make the hidden layer of an MLP mapper the classifier, and its last layer the names' embeddings.
 
-    The prefix of a picture is the names of all classes whose logit exceeds `threshold`, weighted by how far. A picture
+    The prefix of an image is the names of all classes whose logit exceeds `threshold`, weighted by how far. An image
     with none gets the mean of all names, which says nothing.
 
     Args:

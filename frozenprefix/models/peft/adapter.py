@@ -24,7 +24,7 @@ from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.fusion.base import compute_in
 from frozenprefix.models.peft import PEFT_METHODS, validate_peft
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
-from frozenprefix.models.tensors import check_fit
+from frozenprefix.models.state_dict import check_fit
 
 NAME = "default"  # peft's name for the adapter; its files then lie in the folder itself
 

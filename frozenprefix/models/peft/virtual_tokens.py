@@ -1,4 +1,4 @@
-"""Virtual tokens before everything else in a text, the picture included: prompt tuning and prefix tuning.
+"""Virtual tokens before everything else in a text, the image included: prompt tuning and prefix tuning.
 
 To whoever calls it, a language model with virtual tokens looks like one without: hooks around its decoder put them in
 front, widen masks and shift positions, and take them off the hidden states and off the length of the cache. Packed
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.compat import CACHE
+from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.fusion import Fusion, Shown
 
 Mask = Tensor | dict[str, Any] | None
@@ -112,10 +112,8 @@ class VirtualTokens(nn.Module):
         fusion = self._fusion()
         self._shown = None if fusion is None else fusion.shown
         if fusion is not None and self._shown is not None:
-            index, picture = (
-                F.pad(t, (self.count, 0), value=-1) for t in (self._shown.prefix_index, self._shown.picture)
-            )
-            fusion.shown = replace(self._shown, prefix_index=index, picture=picture)
+            index, image = (F.pad(t, (self.count, 0), value=-1) for t in (self._shown.prefix_index, self._shown.image))
+            fusion.shown = replace(self._shown, prefix_index=index, image=image)
 
     def _fill(self, cache: Cache | None, embeds: Tensor) -> Cache:
         """A cache that begins with the virtual tokens' keys and values."""

@@ -1,4 +1,4 @@
-"""Vision encoders: pictures → image features, from timm, open_clip or transformers, or given as files."""
+"""Vision encoders: images → image features, from timm, open_clip or transformers, or given as files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision.base import BuiltEncoder, VisionEncoder, check_options
-from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor, show_whole_picture
+from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor, show_whole_image
 from frozenprefix.registry import Registry
 
 __all__ = ["VISION_SOURCES", "BuiltEncoder", "FrozenPrefixImageProcessor", "VisionEncoder", "build_vision_encoder"]
@@ -41,7 +41,7 @@ def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
     with torch.device("cpu"):
         built = VISION_SOURCES.get(config.source)(config)
     if config.resize == "squash" and config.source != "fused":  # whose parts have done so
-        show_whole_picture(built.image_processor, built.module.image_size)
+        show_whole_image(built.image_processor, built.module.image_size)
     # A trained encoder keeps every bit of its weights: it computes in the shorter type by autocast.
     dtype = torch.float32 if config.trainable != "none" else getattr(torch, config.dtype)
     built.module.to(dtype).eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """What every vision encoder shares: the contract, the option checks, and the way from feature maps to tokens.
 
-Shape letters: B pictures, H and W of the picture or of the feature map, N tokens, D_enc features of a token.
+Shape letters: B images, H and W of the image or of the feature map, N tokens, D_enc features of a token.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class BuiltEncoder:
 
 
 class VisionEncoder(nn.Module, ABC):
-    """Pictures → image features.
+    """Images → image features.
 
     Subclasses give `maps`, `pool` and `blocks`, and call `measure()` when they are complete.
 
     Args:
         name: the architecture, as error messages should say it.
         layers: absolute layer numbers, or `FINAL`; several are concatenated along the feature axis.
-        image_size: pixels of the square picture that `num_tokens` is given for.
-        pooled: one vector per picture instead of its patch grid.
+        image_size: pixels of the square image that `num_tokens` is given for.
+        pooled: one vector per image instead of its patch grid.
         grid: average the patch grid down to `grid × grid`.
         channels_last: memory format of convolutional networks; on CPUs 1.7 times as fast for EfficientNet-Lite0.
     """
@@ -93,7 +93,7 @@ class VisionEncoder(nn.Module, ABC):
         return [self]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: float[B, 3, H, W] from the encoder's image processor, in any float dtype.
@@ -120,13 +120,13 @@ class VisionEncoder(nn.Module, ABC):
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     def measure(self) -> None:
-        """Set `encoder_dim` and `num_tokens` by encoding one black picture.
+        """Set `encoder_dim` and `num_tokens` by encoding one black image.
 
         Raises:
-            ConfigError: if the network does not take pictures of `image_size`, or its maps do not fit together.
+            ConfigError: if the network does not take images of `image_size`, or its maps do not fit together.
         """
-        with picture_probe(self, self.name, self.image_size) as picture:
-            maps = [self.pool(picture)[..., None, None]] if self.pooled else self.maps(picture)
+        with image_probe(self, self.name, self.image_size) as image:
+            maps = [self.pool(image)[..., None, None]] if self.pooled else self.maps(image)
         sizes = [tuple(one.shape[-2:]) for one in maps]
         self._check_sizes(sizes)
         self.encoder_dim = sum(one.shape[1] for one in maps)
@@ -148,13 +148,13 @@ class VisionEncoder(nn.Module, ABC):
 
 
 @contextmanager
-def picture_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tensor]:
-    """Give a black picture, float[1, 3, image_size, image_size], to look at the outputs of `module`.
+def image_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tensor]:
+    """Give a black image, float[1, 3, image_size, image_size], to look at the outputs of `module`.
 
     Raises:
         ConfigError: if the network fails on it.
     """
-    module.eval()  # or the picture would move the running statistics of batch norms
+    module.eval()  # or the image would move the running statistics of batch norms
     weight = next(module.parameters())
     try:
         with torch.no_grad():
@@ -162,7 +162,7 @@ def picture_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Ten
     except ConfigError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"'{name}' does not take pictures of image_size {image_size}: {error}") from error
+        raise ConfigError(f"'{name}' does not take images of image_size {image_size}: {error}") from error
 
 
 def check_options(config: VisionEncoderConfig) -> None:
@@ -189,7 +189,7 @@ def resolve_layers(layers: list[int], count: int, name: str) -> list[int]:
 
 
 def tokens_to_map(tokens: Tensor, name: str) -> Tensor:
-    """float[B, N, D] of a square picture's patches, row-major → float[B, D, √N, √N].
+    """float[B, N, D] of a square image's patches, row-major → float[B, D, √N, √N].
 
     Raises:
         ConfigError: if the tokens form no square.

@@ -28,11 +28,11 @@ class PixelScale(NamedTuple):
 
 
 class FusedEncoder(VisionEncoder):
-    """Encoders that see the same pictures; `maps` and `pool` are theirs, one after the other.
+    """Encoders that see the same images; `maps` and `pool` are theirs, one after the other.
 
     Args:
-        encoders: the parts, for pictures of one size.
-        scales: what the image processor of each part does to pixels. Pictures arrive as those of the first part:
+        encoders: the parts, for images of one size.
+        scales: what the image processor of each part does to pixels. Images arrive as those of the first part:
             for the others its scale is undone and theirs applied. Resizing and crop are therefore the first part's for
             all, so that tokens of the same place lie side by side.
     """
@@ -56,21 +56,21 @@ class FusedEncoder(VisionEncoder):
         return [encoder for encoder in self.encoders if isinstance(encoder, VisionEncoder)]
 
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
-        pictures = self._pictures(pixel_values)
-        return [one for part, own in zip(self.parts(), pictures, strict=True) for one in part.maps(own)]
+        images = self._images(pixel_values)
+        return [one for part, own in zip(self.parts(), images, strict=True) for one in part.maps(own)]
 
     def pool(self, pixel_values: Tensor) -> Tensor:
-        pictures = self._pictures(pixel_values)
-        return torch.cat([part.pool(own) for part, own in zip(self.parts(), pictures, strict=True)], dim=1)
+        images = self._images(pixel_values)
+        return torch.cat([part.pool(own) for part, own in zip(self.parts(), images, strict=True)], dim=1)
 
-    def _pictures(self, pixel_values: Tensor) -> list[Tensor]:
+    def _images(self, pixel_values: Tensor) -> list[Tensor]:
         """float[B, 3, H, W] as each part's own image processor would have scaled it."""
-        pictures = []
+        images = []
         for part, change in zip(self.parts(), self.changes, strict=True):
             gain, shift = (torch.tensor(one, device=pixel_values.device)[:, None, None] for one in change)
             own = (pixel_values * gain + shift).to(pixel_values.dtype)
-            pictures.append(own.to(memory_format=part.memory_format))
-        return pictures
+            images.append(own.to(memory_format=part.memory_format))
+        return images
 
 
 def _change(given: PixelScale, wanted: PixelScale) -> PixelScale:
@@ -83,7 +83,7 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     """Build a `FusedEncoder`; what stands beside `encoders` (output, grid, image_size, resize) is for all of them.
 
     Raises:
-        ConfigError: for parts that take pictures of different sizes, or give different numbers of tokens.
+        ConfigError: for parts that take images of different sizes, or give different numbers of tokens.
         AssetError: as the parts' own sources.
     """
     from frozenprefix.models.vision import build_vision_encoder
@@ -97,7 +97,7 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     sizes = [part.module.image_size for part in parts]
     if len(set(sizes)) > 1:
         raise ConfigError(
-            f"the encoders take pictures of different sizes ({', '.join(map(str, sizes))} pixels); set image_size "
+            f"the encoders take images of different sizes ({', '.join(map(str, sizes))} pixels); set image_size "
             "beside encoders"
         )
     encoder = FusedEncoder(

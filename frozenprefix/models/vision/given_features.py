@@ -1,4 +1,4 @@
-"""Features that were made elsewhere (the regions of a detector, say), read from a file by the picture's name."""
+"""Features that were made elsewhere (the regions of a detector, say), read from a file by the image's name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SHOWN = 3
 
 
 class FeatureTable:
-    """Features of pictures by key, with the methods of a feature cache.
+    """Features of images by key, with the methods of a feature cache.
 
-    A .safetensors file holds one tensor float[N, D] per picture, by key; an .npy file holds float[pictures, N, D], and
-    a JSON list beside it names the rows. All pictures have the same N: pad or pool them when the file is made.
+    A .safetensors file holds one tensor float[N, D] per image, by key; an .npy file holds float[images, N, D], and
+    a JSON list beside it names the rows. All images have the same N: pad or pool them when the file is made.
 
-    The key of a picture is the end of its path, with or without its last suffix: `img/cat.png` is found under
+    The key of an image is the end of its path, with or without its last suffix: `img/cat.png` is found under
     "img/cat.png", "img/cat", "cat.png" or "cat", the longest of those that the file holds.
 
     Raises:
@@ -57,36 +57,36 @@ class FeatureTable:
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             listed = ", ".join(map(str, sorted(shapes)[:_SHOWN])) or "none"
             raise ConfigError(
-                f"{_FIELD}: {path.name} holds arrays of shape {listed}, expected one shape (N, D) for all pictures; "
+                f"{_FIELD}: {path.name} holds arrays of shape {listed}, expected one shape (N, D) for all images; "
                 "pad or pool them to the same number of vectors"
             )
         self.tokens, self.dim = next(iter(shapes))
-        self._pictures: dict[str, Path] = {}
+        self._images: dict[str, Path] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def key_of(self, path: str | PathLike[str]) -> str:
-        """The key of a picture file, which itself is not read; see `keys_of`."""
+        """The key of an image file, which itself is not read; see `keys_of`."""
         return self.keys_of([path])[0]
 
     def keys_of(self, paths: Sequence[str | PathLike[str]]) -> list[str]:
-        """The keys of picture files.
+        """The keys of image files.
 
         Raises:
-            DataError: for pictures without features, and for two pictures that only a longer key could tell apart.
+            DataError: for images without features, and for two images that only a longer key could tell apart.
         """
         found = [self._find(Path(path)) for path in paths]
         missing = [str(path) for path, key in zip(paths, found, strict=True) if key is None]
         if missing:
             have = ", ".join(map(repr, list(self._rows)[:_SHOWN]))
             raise DataError(
-                f"{_FIELD}: {self.path.name} has no features for {len(missing)} of {len(paths)} pictures "
+                f"{_FIELD}: {self.path.name} has no features for {len(missing)} of {len(paths)} images "
                 f"({', '.join(missing[:_SHOWN])}); expected the end of a path as its key, but the keys are {have}, …"
             )
         keys = [key for key in found if key is not None]
         for path, key in zip(paths, keys, strict=True):
-            first = self._pictures.setdefault(key, Path(path).absolute())
+            first = self._images.setdefault(key, Path(path).absolute())
             if first != Path(path).absolute():
                 raise DataError(f"{_FIELD}: the key '{key}' stands for {first} and {path}; put folders into the keys")
         return keys
@@ -98,7 +98,7 @@ class FeatureTable:
         return torch.stack([self._file.get_tensor(key).float() for key in keys]).numpy()
 
     def features(self, paths: Sequence[str | PathLike[str]]) -> Tensor:
-        """image_features float32[n, N, D] of picture files."""
+        """image_features float32[n, N, D] of image files."""
         return torch.from_numpy(self.get(self.keys_of(paths)))
 
     def _find(self, path: Path) -> str | None:
@@ -128,8 +128,8 @@ class GivenFeatures(VisionEncoder):
     """Stands in the place of an encoder: features come from elsewhere, and there is no network to make others.
 
     Args:
-        num_tokens, encoder_dim: the shape of a picture's features.
-        table: where they are found by picture; without it they have to be given as `image_features`.
+        num_tokens, encoder_dim: the shape of an image's features.
+        table: where they are found by image; without it they have to be given as `image_features`.
     """
 
     def __init__(self, num_tokens: int, encoder_dim: int, table: FeatureTable | None = None):
@@ -139,7 +139,7 @@ class GivenFeatures(VisionEncoder):
 
     def forward(self, pixel_values: Tensor) -> NoReturn:
         raise ConfigError(
-            "model.vision_encoder: source 'features' has no network for pixel_values; give image_features, or picture "
+            "model.vision_encoder: source 'features' has no network for pixel_values; give image_features, or image "
             "paths that the file has features for"
         )
 
@@ -153,7 +153,7 @@ class GivenFeatures(VisionEncoder):
 def build(config: VisionEncoderConfig) -> BuiltEncoder:
     """Open the table of a config.
 
-    The identity names the features' shape and not the file: new pictures have another one, and whether the same
+    The identity names the features' shape and not the file: new images have another one, and whether the same
     network made both cannot be seen from here. The image processor is there because checkpoints have one.
     """
     table = FeatureTable(resolve(str(config.path)), None if config.keys is None else resolve(config.keys))

@@ -20,7 +20,7 @@ class FrozenPrefixImageProcessor(PilBackend):
     """Resize, crop, rescale and normalise with PIL, pixel for pixel as torchvision's transforms do on PIL images.
 
     transformers' own processors differ from those transforms in one thing: their centre crop rounds half a pixel down,
-    torchvision's rounds it to even, which shifts about a quarter of all pictures by one pixel.
+    torchvision's rounds it to even, which shifts about a quarter of all images by one pixel.
     """
 
     resample = Resampling.BICUBIC
@@ -36,7 +36,7 @@ class FrozenPrefixImageProcessor(PilBackend):
     do_normalize = True
 
     def center_crop(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Crop float or uint8[3, H, W] to `size`; the picture must not be smaller than it."""
+        """Crop float or uint8[3, H, W] to `size`; the image must not be smaller than it."""
         # Python's round, as torchvision's, rounds half to even.
         top = round((image.shape[-2] - size.height) / 2)
         left = round((image.shape[-1] - size.width) / 2)
@@ -67,7 +67,7 @@ def make_image_processor(
         resize_mode: "shortest" keeps the aspect ratio and crops the centre, "squash" does not keep it.
         interpolation: "bicubic" or "bilinear".
         mean, std: of the three channels, for pixels from 0 to 1.
-        crop_pct: share of the resized picture's side that the crop keeps.
+        crop_pct: share of the resized image's side that the crop keeps.
 
     Raises:
         ConfigError: for a mode that has no equal in transformers.
@@ -87,8 +87,8 @@ def make_image_processor(
     )
 
 
-def show_whole_picture(processor: Any, image_size: int) -> None:
-    """Make an image processor squash pictures to a square instead of cropping them."""
+def show_whole_image(processor: Any, image_size: int) -> None:
+    """Make an image processor squash images to a square instead of cropping them."""
     processor.size = type(processor.size)(height=image_size, width=image_size)
     processor.default_to_square = True
     processor.do_center_crop = False

@@ -34,7 +34,7 @@ _RESNET_STAGES = 5  # the stem and four layers
 class OpenClipEncoder(VisionEncoder):
     """The visual tower of an open_clip model.
 
-    Pooled features are the picture's vector in the space it shares with text, as `encode_image` gives it: not
+    Pooled features are the image's vector in the space it shares with text, as `encode_image` gives it: not
     normalised to length 1. Patch features at layer −1 are the tower's tokens as `output_tokens` gives them: without the
     class token, not projected, and normed where the tower norms its tokens. Other layers are blocks counted from 0,
     without norm. Towers with attentional pooling (CoCa) norm only what is pooled: their layer −1 is raw.
@@ -193,7 +193,7 @@ def _block_count(visual: Any) -> int:
 def _side(size: int | tuple[int, int], name: str) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise ConfigError(f"'{name}' takes pictures of {height}×{width} pixels; set image_size to encode square ones")
+        raise ConfigError(f"'{name}' takes images of {height}×{width} pixels; set image_size to encode square ones")
     return height
 
 

@@ -15,8 +15,8 @@ from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
     VisionEncoder,
+    image_probe,
     layer_list,
-    picture_probe,
     resolve_layers,
     tokens_to_map,
 )
@@ -134,8 +134,8 @@ def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: st
         return layers
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"layer must be -1 for '{name}', of which timm gives no inner layers, got {layers}")
-    with picture_probe(model, name, image_size) as picture:
-        count = len(model.forward_intermediates(picture, intermediates_only=True))
+    with image_probe(model, name, image_size) as image:
+        count = len(model.forward_intermediates(image, intermediates_only=True))
     return resolve_layers(layers, count, name)
 
 
@@ -206,5 +206,5 @@ def _classifier_names(model: Any) -> tuple[str, ...]:
 def _square(input_size: tuple[int, int, int], name: str) -> int:
     _, height, width = input_size
     if height != width:
-        raise ConfigError(f"'{name}' takes pictures of {height}×{width} pixels; set image_size to encode square ones")
+        raise ConfigError(f"'{name}' takes images of {height}×{width} pixels; set image_size to encode square ones")
     return height

@@ -9,7 +9,7 @@ from torch import nn
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.vision.base import VisionEncoder, picture_probe
+from frozenprefix.models.vision.base import VisionEncoder, image_probe
 
 Trainable = Literal["none", "all"] | int
 
@@ -65,11 +65,11 @@ def _behind(part: VisionEncoder, count: int) -> list[nn.Parameter]:
 
 
 def _used_parameters(encoder: VisionEncoder) -> set[int]:
-    """Identities of the parameters that the features depend on, read off the graph of one picture."""
+    """Identities of the parameters that the features depend on, read off the graph of one image."""
     wanted = [p.requires_grad for p in encoder.parameters()]
     encoder.requires_grad_(True)
-    with picture_probe(encoder, encoder.name, encoder.image_size) as picture, torch.enable_grad():
-        features = encoder(picture)
+    with image_probe(encoder, encoder.name, encoder.image_size) as image, torch.enable_grad():
+        features = encoder(image)
     for parameter, before in zip(encoder.parameters(), wanted, strict=True):
         parameter.requires_grad_(before)
     found: set[int] = set()

@@ -19,8 +19,8 @@ from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
     VisionEncoder,
+    image_probe,
     layer_list,
-    picture_probe,
     resolve_layers,
 )
 from frozenprefix.models.vision.weights import state_sha256
@@ -105,8 +105,8 @@ class TransformersEncoder(VisionEncoder):
         return height, width, before
 
     def _count_hidden_states(self) -> int:
-        with picture_probe(self.model, self.name, self.image_size) as picture:
-            return len(self.model(picture, output_hidden_states=True, **self._options).hidden_states)
+        with image_probe(self.model, self.name, self.image_size) as image:
+            return len(self.model(image, output_hidden_states=True, **self._options).hidden_states)
 
 
 def build(config: VisionEncoderConfig) -> BuiltEncoder:
@@ -142,7 +142,7 @@ def _load(place: str, config: VisionEncoderConfig) -> Any:
         settings = AutoConfig.from_pretrained(place, revision=config.revision)
         if settings.model_type.startswith("siglip2"):
             raise ConfigError(
-                f"'{config.name}' takes pictures of any shape as lists of patches, which is not supported; use a "
+                f"'{config.name}' takes images of any shape as lists of patches, which is not supported; use a "
                 "SigLIP 2 checkpoint of fixed size, such as google/siglip2-base-patch16-224"
             )
         model, info = AutoModel.from_pretrained(
@@ -172,7 +172,7 @@ def _load(place: str, config: VisionEncoderConfig) -> Any:
 
 
 def _load_processor(place: str, config: VisionEncoderConfig) -> tuple[Any, int]:
-    """Return the model's own image processor, on PIL, and the side of the pictures that it makes."""
+    """Return the model's own image processor, on PIL, and the side of the images that it makes."""
     try:
         processor = AutoImageProcessor.from_pretrained(place, revision=config.revision, backend="pil")
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def _load_processor(place: str, config: VisionEncoderConfig) -> tuple[Any, int]:
     height, width = probe.shape[-2:]
     if probe.dim() != 4 or height != width or config.image_size not in (None, height):
         raise ConfigError(
-            f"the image processor of '{config.name}' must make square pictures"
+            f"the image processor of '{config.name}' must make square images"
             + (f" of image_size {config.image_size}" if config.image_size else "")
             + f", but made {' × '.join(map(str, probe.shape))}"
         )
@@ -208,7 +208,7 @@ def _set_image_size(processor: Any, image_size: int) -> None:
 
 
 def _position_options(model: Any, image_size: int) -> dict[str, bool]:
-    """Ask for resized position embeddings where the pictures are not of the size that the model was trained on."""
+    """Ask for resized position embeddings where the images are not of the size that the model was trained on."""
     own_size = getattr(model.config, "image_size", None)
     takes_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return {"interpolate_pos_encoding": True} if takes_option and own_size not in (image_size, None) else {}

@@ -48,7 +48,7 @@ class RougeL(OfflineMetric):
 
 
 class CiderD(OfflineMetric):
-    """CIDEr-D of captions, equal to pycocoevalcap's. With the references of one picture it is 0: give `df`."""
+    """CIDEr-D of captions, equal to pycocoevalcap's. With the references of one image it is 0: give `df`."""
 
     inputs = _CAPTIONS
     citation_text = "Vedantam et al. 2015, CIDEr: Consensus-based Image Description Evaluation"

@@ -1,0 +1,68 @@
+"""The recipe of locked-image tuning: `kind: contrastive`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from frozenprefix.config.errors import Problem
+from frozenprefix.config.recipe_base import SAME_TRAINING, RecipeFile
+from frozenprefix.config.sections import ImageModelSection, RunSection, raise_clash
+from frozenprefix.models.contrastive.configuration import Objective, ProjectionConfig, TextTowerConfig
+from frozenprefix.models.processing import DEFAULT_PROMPTS
+
+
+class ContrastiveModelSection(ImageModelSection):
+    """What the model is made of; the sections are those of the model's own config."""
+
+    text_tower: TextTowerConfig
+    image_projection: ProjectionConfig = Field(default_factory=ProjectionConfig)
+    text_projection: ProjectionConfig = Field(default_factory=ProjectionConfig)
+    projection_dim: int = Field(256, ge=1, description="size of the space that both towers are projected into")
+    objective: Objective = "infonce"
+
+
+class ContrastiveTrainingSection(RunSection):
+    """How the text tower and the projections are trained."""
+
+    images_per_step: int = Field(128, ge=2, description="images that are compared with each other")
+    targets_per_image: int | None = Field(1, ge=1, description="texts drawn per image; null for all")
+    learning_rate: float = Field(1e-3, gt=0, description="of the projections and the logit scale")
+    tower_learning_rate: float = Field(1e-4, gt=0, description="of the text tower")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; not of biases, norms and the logit scale")
+    betas: tuple[float, float] = (0.9, 0.98)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    texts_per_chunk: int = Field(64, ge=1, description="texts of like length that go through the tower together")
+    gradient_cache: bool = Field(False, description="keep the activations of one chunk at a time; costs a forward pass")
+
+
+class ContrastiveRecipe(RecipeFile):
+    """One experiment of locked-image tuning."""
+
+    same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
+        "": ("seed", "model"),
+        "data": ("train",),
+        "training": (*SAME_TRAINING, "tower_learning_rate", "texts_per_chunk"),
+    }
+
+    kind: Literal["contrastive"]
+    model: ContrastiveModelSection
+    training: ContrastiveTrainingSection
+
+    @model_validator(mode="after")
+    def _check_what_has_no_effect(self) -> ContrastiveRecipe:
+        problems = []
+        for name in {"prompts", "text_only", "retrieval"} & self.data.model_fields_set:
+            if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):  # as `to_yaml` writes them
+                key = f"data.{name}"
+                problems.append(Problem((key,), f"{key}: has no effect in a contrastive recipe; remove it"))
+        encoder, key = self.model.vision_encoder, "model.vision_encoder"
+        if encoder.trainable != "none":
+            line = f"{key}.trainable: got {encoder.trainable!r}, expected 'none': the image encoder is locked"
+            problems.append(Problem((f"{key}.trainable",), line))
+        if encoder.peft is not None:
+            line = f"{key}.peft: got '{encoder.peft.type}', expected null: the image encoder is locked"
+            problems.append(Problem((f"{key}.peft",), line))
+        raise_clash(problems)
+        return self

@@ -1,0 +1,165 @@
+"""Score a model as a classifier, with the blind LM's and the shuffled images' scores beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.data.features import ImageFeatures
+from frozenprefix.data.samples import Sample, check_unique_ids
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.evaluation.confusion import confusion_svg
+from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.metrics.classification import classification_report
+from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
+from frozenprefix.evaluation.scoring import Scores
+from frozenprefix.evaluation.tasks.generation import open_features, shuffled
+from frozenprefix.evaluation.tasks.registry import EvaluationOptions, EvaluationTask, check_options
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.classifier import Classifier, Normalise
+
+TABLES = ("precision", "recall", "f1")
+OPTIONS = ("labels", "templates", "calibrate", "normalise", "end_token")
+
+
+def evaluate_classification(
+    captioner: Captioner,
+    samples: Sequence[Sample],
+    options: EvaluationOptions,
+    *,
+    labels: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    calibrate: bool = False,
+    normalise: Normalise = "sum",
+    end_token: bool = False,
+) -> dict[str, Any]:
+    """Classify the image of every sample and compare with its target.
+
+    Blind: the label that the LM finds likeliest without an image. Shuffled: a sample is given the label of the
+    image of a sample half the list away, never its own. Chance: one over the number of labels.
+
+    Args:
+        labels: all that can be chosen; the targets that occur, sorted, when not given.
+        templates, calibrate, normalise, end_token: see `Classifier`.
+
+    Returns:
+        As `EvaluationTask.run` says, with precision, recall and F1 of each label as groups, and `confusion`: `labels`,
+        `counts` (rows true, columns predicted) and `file`, a drawing of them beside the predictions.
+
+    Raises:
+        ConfigError: for samples of another task.
+        DataError: for a sample without exactly one image and one target, or whose target is no label.
+    """
+    names = _checked_labels(samples, labels)
+    classifier = Classifier(
+        captioner.model,
+        captioner.processor,
+        templates=templates,
+        calibrate=calibrate,
+        normalise=normalise,
+        end_token=end_token,
+        batch_size=captioner.batch_size,
+    )
+    settings = {
+        "templates": classifier.templates, "calibrate": calibrate, "normalise": normalise, "end_token": end_token
+    }  # fmt: skip
+    images = open_features(captioner, samples, options)
+    samples = [sample for sample in samples if sample.images[0] not in images.bad]
+    truth = {sample.id: sample.targets[0] for sample in samples}
+    what = Evaluated(
+        "classification",
+        samples,
+        lambda made: _scores(made, truth, names),
+        {**settings, "labels": len(names)},
+        images.bad,
+        chance={"accuracy": 1 / len(names)},
+        more=lambda made: {"confusion": _confusion(made["model"], truth, names, options.predictions)},
+    )
+    header = header_of(captioner, samples, {"task": "classification", "labels": names, **settings})
+    return evaluate_runs(
+        what, lambda journal: _choose(classifier, samples, names, images, journal, options), header, options
+    )
+
+
+def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
+    check_options("classification", options.extra, OPTIONS)
+    return evaluate_classification(captioner, samples, options, **options.extra)
+
+
+CLASSIFICATION = EvaluationTask(_run, sample_task="classification")
+
+
+def _checked_labels(samples: Sequence[Sample], labels: Sequence[str] | None) -> list[str]:
+    check_unique_ids(samples)
+    tasks = {sample.task for sample in samples}
+    if tasks != {"classification"}:
+        got = ", ".join(sorted(tasks)) or "no sample"
+        raise ConfigError(f"evaluate_classification takes samples of task 'classification', got {got}")
+    for sample in samples:
+        if len(sample.images) != 1 or len(sample.targets) != 1:
+            raise DataError(
+                f"sample {sample.id}: got {len(sample.images)} images and {len(sample.targets)} targets, expected "
+                "one image and its label"
+            )
+    found = sorted({sample.targets[0] for sample in samples})
+    unknown = [name for name in found if labels is not None and name not in labels]
+    if labels is not None and unknown:
+        raise DataError(
+            f"labels: {unknown[0]!r} is a sample's target but no label{did_you_mean(unknown[0], labels)}; "
+            f"expected all of {', '.join(found[:20])}"
+        )
+    return found if labels is None else list(labels)
+
+
+def _choose(
+    classifier: Classifier,
+    samples: Sequence[Sample],
+    labels: list[str],
+    images: ImageFeatures,
+    journal: Journal,
+    options: EvaluationOptions,
+) -> Predictions:
+    """Run → sample id → label. An image is classified once, for its own samples and those that it is shuffled to."""
+    first = {sample.images[0]: sample for sample in reversed(samples)}
+
+    def answer(_: str, batch: list[Sample]) -> dict[str, str]:
+        scores = classifier.scores(images([sample.images[0] for sample in batch]), labels)
+        return {sample.id: labels[i] for sample, i in zip(batch, scores.argmax(dim=1).tolist(), strict=True)}
+
+    todo = {"model": list(first.values())}
+    found = predict_missing(
+        journal, todo, answer, options, key=lambda sample: sample.id, batch_size=classifier.batch_size
+    )
+    made = found["model"]
+    blind = labels[int(classifier.blind_scores(labels).argmax())]
+    return {
+        "model": {sample.id: made[first[sample.images[0]].id] for sample in samples},
+        "blind": {sample.id: blind for sample in samples},
+        "shuffled": {
+            sample.id: made[first[other.images[0]].id] for sample, other in zip(samples, shuffled(samples), strict=True)
+        },
+    }
+
+
+def _scores(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> Scores:
+    report = _report(made, truth, labels)
+    return Scores(
+        metrics={name: value for name, value in report.items() if isinstance(value, float)},
+        groups={table: {label: row[table] for label, row in report["per_class"].items()} for table in TABLES},
+        per_sample={key: {"accuracy": float(made[key] == label)} for key, label in truth.items()},
+    )
+
+
+def _report(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> dict[str, Any]:
+    return classification_report([made[key] for key in truth], list(truth.values()), labels)
+
+
+def _confusion(
+    made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str], predictions: Path
+) -> dict[str, Any]:
+    """Counts, and a drawing of them beside the predictions."""
+    counts = _report(made, truth, labels)["confusion"]
+    drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
+    drawing.write_text(confusion_svg(labels, counts), encoding="utf-8")
+    return {"labels": list(labels), "counts": counts, "file": str(drawing)}

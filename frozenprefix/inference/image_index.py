@@ -1,0 +1,219 @@
+"""An index of images that is searched by text: built once, kept on disk, refreshed when files change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from frozenprefix.assets import user_cache
+from frozenprefix.data.images import BadImages
+from frozenprefix.errors import CacheError, ConfigError, DataError
+from frozenprefix.inference.captioner import batched
+from frozenprefix.inference.embedding import Embedder
+
+logger = logging.getLogger(__name__)
+INDEX_FILE = "index.json"
+FORMAT = 1
+
+Stamp = tuple[int, int]
+"""Size and modification time (ns) of a file: when both are the same, the file is."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image that was found, and its cosine similarity with the query."""
+
+    path: Path
+    score: float
+
+
+def nearest(queries: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` items with the largest products with each query, best first: float[q, k], and their places int64[q, k].
+
+    Args:
+        queries: float[q, D]; items: float[n, D], n >= k.
+    """
+    scores = queries @ items.T
+    top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    best = np.take_along_axis(scores, top, axis=1)
+    order = np.lexsort((top, -best), axis=1)
+    return np.take_along_axis(best, order, axis=1), np.take_along_axis(top, order, axis=1)
+
+
+class ImageIndex:
+    """Unit vectors of images, with the files that they belong to.
+
+    Args:
+        paths: image files; embeds: float32[n, D], a row each; stamps: their state when they were embedded.
+        fingerprint: of the model, as `Embedder.fingerprint` gives it.
+    """
+
+    def __init__(self, paths: Sequence[Path], embeds: np.ndarray, stamps: Sequence[Stamp], fingerprint: str):
+        if not len(paths) == len(embeds) == len(stamps):
+            raise CacheError(f"index: got {len(paths)} paths, {len(embeds)} vectors and {len(stamps)} stamps")
+        self.paths, self.stamps = list(paths), [(int(size), int(time)) for size, time in stamps]
+        self.embeds = np.ascontiguousarray(embeds, dtype=np.float32)
+        self.fingerprint = fingerprint
+        self._faiss: Any = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @classmethod
+    def build(
+        cls,
+        embedder: Embedder,
+        paths: Iterable[str | Path],
+        *,
+        previous: ImageIndex | None = None,
+        bad: BadImages | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ImageIndex:
+        """Embed images.
+
+        Args:
+            previous: an index whose vectors are taken over for files that have not changed since.
+            bad: takes the images that cannot be read, which are left out; without it the first one raises.
+            progress: called with (images embedded, images to embed).
+
+        Raises:
+            DataError: when no image is left.
+            CacheError: when `previous` was made with another model.
+        """
+        fingerprint = embedder.fingerprint()
+        if previous is not None:
+            previous.check(fingerprint)
+        known = {} if previous is None else dict(zip(zip(previous.paths, previous.stamps), previous.embeds))  # noqa: B905
+        stamps = {path: _stamp(path) for path in dict.fromkeys(Path(p).absolute() for p in paths)}
+        vectors = {path: known[path, stamp] for path, stamp in stamps.items() if (path, stamp) in known}
+        missing = [path for path in stamps if path not in vectors]
+        for done, batch in enumerate(batched(missing, embedder.batch_size)):
+            read, embeds = embedder.embed_images(batch, bad)
+            vectors |= dict(zip(read, embeds, strict=True))
+            if progress is not None:
+                progress(min(len(missing), (done + 1) * embedder.batch_size), len(missing))
+        if not vectors:
+            raise DataError("index: got no image that can be read, expected at least one")
+        kept = [path for path in stamps if path in vectors]
+        embeds = np.stack([vectors[path] for path in kept])
+        return cls(kept, embeds, [stamps[path] for path in kept], fingerprint)
+
+    def search(self, queries: np.ndarray, k: int = 5, *, faiss: bool = False) -> list[list[Hit]]:
+        """The `k` nearest images of each query, best first; of equal ones the first in the index.
+
+        Args:
+            queries: unit vectors, float[q, D] or float[D].
+            faiss: search with faiss (exactly, by inner product), which pays off from about a million images.
+        """
+        queries = np.atleast_2d(np.asarray(queries, np.float32))
+        if k < 1 or queries.shape[1] != self.embeds.shape[1]:
+            raise ConfigError(
+                f"search: got k={k} and queries of {queries.shape[1]} numbers, expected k >= 1 and "
+                f"{self.embeds.shape[1]} numbers"
+            )
+        k = min(k, len(self))
+        scores, places = self._search_faiss(queries, k) if faiss else nearest(queries, self.embeds, k)
+        return [
+            [Hit(self.paths[place], float(score)) for score, place in zip(*row, strict=True)]
+            for row in zip(scores, places, strict=True)
+        ]
+
+    def _search_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._faiss is None:
+            try:
+                import faiss
+            except ImportError as error:
+                raise ConfigError("faiss: is not installed; pip install faiss-cpu, or search without it") from error
+            self._faiss = faiss.IndexFlatIP(self.embeds.shape[1])
+            self._faiss.add(self.embeds)
+        return self._faiss.search(queries, k)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `index.json` and the vectors that it names. An older index stays whole until the last moment."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"embeds-{uuid.uuid4().hex[:12]}.safetensors"
+        save_file({"embeds": self.embeds}, folder / name)
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "embeds": name,
+            "images": [[str(path), *stamp] for path, stamp in zip(self.paths, self.stamps, strict=True)],
+        }
+        draft = folder / f"{INDEX_FILE}.{uuid.uuid4().hex[:12]}"
+        draft.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        draft.replace(folder / INDEX_FILE)
+        for old in folder.glob("embeds-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, fingerprint: str | None = None) -> ImageIndex:
+        """Read a saved index.
+
+        Args:
+            fingerprint: of the model that it must have been made with; None takes any.
+
+        Raises:
+            CacheError: for an index that is missing, damaged, or another model's.
+        """
+        path = Path(folder) / INDEX_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows = [(Path(name), (size, time)) for name, size, time in content["images"]]
+            embeds = load_file(Path(folder) / content["embeds"])["embeds"]
+            index = cls([name for name, _ in rows], embeds, [stamp for _, stamp in rows], content["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CacheError(
+                f"{path}: no index that can be read ({error}); remove the folder, and it is made anew"
+            ) from error
+        if fingerprint is not None:
+            index.check(fingerprint)
+        return index
+
+    def check(self, fingerprint: str) -> None:
+        if self.fingerprint != fingerprint:
+            raise CacheError(
+                f"index: was made with model {self.fingerprint[:12]}, not with this one ({fingerprint[:12]}); build "
+                "another in another folder"
+            )
+
+
+def index_folder(images: Path, fingerprint: str) -> Path:
+    """Where the index of a folder of images lies in the user's cache."""
+    name = hashlib.sha256(str(images.resolve()).encode()).hexdigest()[:12]
+    return user_cache() / "indexes" / f"{name}-{fingerprint[:12]}"
+
+
+def open_index(
+    embedder: Embedder,
+    images: Sequence[Path],
+    folder: Path,
+    *,
+    bad: BadImages | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageIndex:
+    """The saved index of `folder`, brought up to date with the files `images`, or a new one saved there."""
+    previous = ImageIndex.load(folder, embedder.fingerprint()) if (folder / INDEX_FILE).is_file() else None
+    index = ImageIndex.build(embedder, images, previous=previous, bad=bad, progress=progress)
+    if previous is None or (index.paths, index.stamps) != (previous.paths, previous.stamps):
+        index.save(folder)
+    return index
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        state = path.stat()
+    except OSError:
+        return (-1, -1)  # reading it says what is wrong
+    return state.st_size, state.st_mtime_ns

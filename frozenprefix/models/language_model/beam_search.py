@@ -1,0 +1,340 @@
+"""Beam search for images: transformers' results, without its copies.
+
+The beams of an image share one row. Its prefix is read once, and what beams write is kept as a growing trie, just like
+the targets in `packing`: a beam sees its own ancestors through the mask, so that keys and values are never reordered,
+and images that are finished leave the batch. Scores, stopping and ties between finished beams follow transformers'
+`generate(num_beams=k)`. Shape letters: B images, P prompt length, k beams, C candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicLayer, PreTrainedModel
+
+from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
+from frozenprefix.kernels.compat import CACHE
+from frozenprefix.models.language_model.loading import cap, check_packable, positions_from_mask
+
+IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
+BLOCK = 64  # words of the vocabulary that are looked at together
+LOGIT_ROWS = 32  # rows of logits that are in float32 at a time
+LEAVE_AT = 8  # finished images leave when they are one in so many
+
+# options of `generate` that this search follows, those that only sampling or the form of the output reads, and the
+# values of the others that change nothing
+FOLLOWED = {
+    "num_beams", "max_new_tokens", "eos_token_id", "pad_token_id", "length_penalty", "early_stopping",
+    "num_return_sequences", "return_dict_in_generate",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "transformers_version", "_from_model_config", "bos_token_id", "max_length", "output_scores", "temperature", "top_k",
+    "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_assistant_tokens", "assistant_lookbehind",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind",
+}  # fmt: skip
+NEUTRAL = {
+    "do_sample": False, "use_cache": True, "min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1,
+    "diversity_penalty": 0.0, "remove_invalid_values": False, "output_attentions": False, "output_logits": False,
+    "output_hidden_states": False, "renormalize_logits": False, "low_memory": False, "is_assistant": False,
+    "disable_compile": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """What a search does, as in transformers' `GenerationConfig`."""
+
+    num_beams: int
+    max_new_tokens: int
+    end_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+    as_dict: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """So many that `num_beams` go on even when every end token is among the best of every beam."""
+        return max(2, 1 + len(self.end_tokens)) * self.num_beams
+
+
+def beam_options(language_model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
+    """Read options of transformers' `generate`; None when this search does not follow one of them, or not this LM."""
+    config = copy.deepcopy(cast(Any, language_model.generation_config))
+    unknown = config.update(**options)
+    values = {name: value for name, value in config.to_dict().items() if value is not None}
+    others = values.keys() - FOLLOWED - WITHOUT_EFFECT
+    if unknown or any(name not in NEUTRAL or values[name] != NEUTRAL[name] for name in others):
+        return None
+    if values.get("num_beams", 1) < 2 or "max_new_tokens" not in values:
+        return None
+    text = language_model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if check_packable(language_model) or text._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if window and prompt_length + values["max_new_tokens"] >= window:
+        return None
+    ends = values.get("eos_token_id", ())
+    ends = (ends,) if isinstance(ends, int) else tuple(ends)
+    made = BeamOptions(
+        values["num_beams"],
+        values["max_new_tokens"],
+        ends,
+        values.get("pad_token_id", ends[0] if ends else 0),
+        values.get("length_penalty", 1.0),
+        values.get("early_stopping", False),
+        values.get("num_return_sequences", 1),
+        values.get("return_dict_in_generate", False),
+    )
+    return made if made.candidates <= text.vocab_size else None
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer in memory that is taken once: float[B, heads, room, D]."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.stores = [
+                states.new_empty((*states.shape[:2], self.room, states.shape[3]))
+                for states in (key_states, value_states)
+            ]
+            self.filled = 0
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, self.filled : self.filled + new] = states
+        self.filled += new
+        self.keys, self.values = (store[:, :, : self.filled] for store in self.stores)
+        return self.keys, self.values
+
+    def keep(self, images: Tensor) -> None:
+        self.stores = [store.index_select(0, images) for store in self.stores]
+        self.keys, self.values = (store[:, :, : self.filled] for store in self.stores)
+
+
+@dataclass
+class _Beams:
+    """Running and finished beams of the images in the batch; all tensors start with the image."""
+
+    image: Tensor  # int64[B]: number in the whole batch
+    words: Tensor  # int64[B, k, max_new_tokens]
+    score: Tensor  # float32[B, k], best first
+    ancestors: Tensor  # bool[B, k, k * max_new_tokens]: which written tokens a beam sees
+    done_words: Tensor
+    done_score: Tensor  # float32[B, k], best first, with the length penalty
+    done: Tensor  # bool[B, k]: whether that place is taken by a finished text
+    hopeful: Tensor  # bool[B, 1]: whether a running beam may still become one of the best
+
+    def keep(self, images: Tensor) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value.index_select(0, images))
+
+
+class BeamSearch:
+    """One search over a batch of images.
+
+    Args:
+        parts: decoder, head and logit cap, as `language_model.decoder_and_head` gives them.
+        virtual_tokens: how many the LM puts into its cache by itself.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        parts: tuple[nn.Module, nn.Module, float | None],
+        options: BeamOptions,
+        virtual_tokens: int = 0,
+    ):
+        self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
+        self.decoder, self.head, self.softcap = parts
+        self.config = language_model.config.get_text_config()
+
+    @torch.no_grad()
+    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Continue float[B, P, D] with int64[B, P] (0 on padding, which is on the left).
+
+        Returns:
+            int64[B * num_return_sequences, new tokens] padded with `pad_token`, and their scores float32.
+        """
+        options = self.options
+        images, prompt = attention_mask.shape
+        room = self.virtual_tokens + prompt + options.num_beams * options.max_new_tokens
+        self.layers = [_Layer(room) for _ in range(self.config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.prompt_seen, self.prompt_length = attention_mask.bool(), attention_mask.sum(-1)
+        self.beams = self._start(images, inputs_embeds.device)
+        words = torch.full_like(self.beams.words, options.pad_token)
+        score = torch.zeros_like(self.beams.done_score)
+        logits = self._read_prompt(inputs_embeds)
+        for step in range(options.max_new_tokens):
+            chosen = self._advance(logits, step)
+            open_ = self._is_open(step)
+            last = step + 1 == options.max_new_tokens or not bool(open_.any())
+            closed = int((~open_).sum())
+            if last or closed * LEAVE_AT >= len(open_):
+                words[self.beams.image], score[self.beams.image] = self.beams.done_words, self.beams.done_score
+            if last:
+                break
+            if closed * LEAVE_AT >= len(open_) and closed:
+                chosen = self._leave(open_, chosen)
+            logits = self._read_words(chosen, step)
+        count = options.num_return_sequences
+        return self._crop(words[:, :count].flatten(0, 1)), score[:, :count].flatten()
+
+    def _start(self, images: int, device: torch.device) -> _Beams:
+        k, new = self.options.num_beams, self.options.max_new_tokens
+        words = torch.full((images, k, new), self.options.pad_token, device=device)
+        nothing = torch.full((images, k), IMPOSSIBLE, device=device)
+        return _Beams(
+            image=torch.arange(images, device=device),
+            words=words,
+            score=torch.zeros(images, 1, device=device),
+            ancestors=torch.zeros(images, 1, k * new, dtype=torch.bool, device=device),
+            done_words=words.clone(),
+            done_score=nothing,
+            done=torch.zeros_like(nothing, dtype=torch.bool),
+            hopeful=torch.ones(images, 1, dtype=torch.bool, device=device),
+        )
+
+    # ── the language model ──
+
+    def _read_prompt(self, inputs_embeds: Tensor) -> Tensor:
+        """float[B, P, D] -> logits of the first word, float[B, V]."""
+        prompt = inputs_embeds.shape[1]
+        causal = torch.ones(prompt, prompt, dtype=torch.bool, device=inputs_embeds.device).tril()
+        itself = torch.eye(prompt, dtype=torch.bool, device=inputs_embeds.device)  # padding must see something
+        seen = (causal & self.prompt_seen[:, None, :]) | itself
+        return self._forward(inputs_embeds, seen, positions_from_mask(self.prompt_seen))[:, -1]
+
+    def _read_words(self, chosen: Tensor, step: int) -> Tensor:
+        """The words that beams took, int64[B, k] -> logits of the next, float[B * k, V]."""
+        k = chosen.shape[1]
+        embeds = self.language_model.get_input_embeddings()(chosen)
+        written = self.beams.ancestors[:, :, : (step + 1) * k]
+        seen = torch.cat([self.prompt_seen[:, None, :].expand(-1, k, -1), written], dim=-1)
+        positions = (self.prompt_length[:, None] + step).expand(-1, k)
+        return self._forward(embeds, seen, positions).flatten(0, 1)
+
+    def _forward(self, inputs_embeds: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        """Logits at all places that predict: the last one of a prompt, every one of written words."""
+        mask = additive_mask(seen, inputs_embeds.dtype)
+        with attention_for_rows(self.language_model):
+            hidden = self.decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask_per_kind(self.config, mask),
+                position_ids=positions,
+                use_cache=True,
+                **{CACHE: self.cache},
+            ).last_hidden_state
+        if self.beams.score.shape[1] == 1:
+            hidden = hidden[:, -1:]
+        return cap(self.head(hidden), self.softcap)
+
+    # ── the beams ──
+
+    def _advance(self, logits: Tensor, step: int) -> Tensor:
+        """Choose among the next words of all beams; returns the words that go on, int64[B, k]."""
+        beams, k, count = self.beams, self.options.num_beams, self.options.candidates
+        images, width = beams.score.shape
+        value, word = top_tokens(logits, count)
+        value = value - log_normaliser(logits)[:, None]
+        # [B, width * C] -> the best C of them
+        score, at = (beams.score[:, :, None] + value.view(images, width, count)).flatten(1).topk(count)
+        word, parent = word.view(images, width * count).gather(1, at), at // count
+        ended = torch.zeros_like(word, dtype=torch.bool) if step + 1 < self.options.max_new_tokens else word >= 0
+        for token in self.options.end_tokens:
+            ended = ended | (word == token)
+        self._finish(score, word, parent, ended, step)
+        # transformers leaves the penalty in the score; it is far below every other
+        score, order = (score + ended * IMPOSSIBLE).topk(k)
+        word, parent = word.gather(1, order), parent.gather(1, order)
+        beams.score = score
+        beams.words = _take(beams.words, parent)
+        beams.words[:, :, step] = word
+        beams.ancestors = _take(beams.ancestors, parent)
+        place = torch.arange(k, device=word.device)
+        beams.ancestors[:, place, step * k + place] = True
+        return word
+
+    def _finish(self, score: Tensor, word: Tensor, parent: Tensor, ended: Tensor, step: int) -> None:
+        """Let texts that ended among the best k candidates take the place of worse finished ones."""
+        beams, k = self.beams, self.options.num_beams
+        ended = ended & (torch.arange(score.shape[1], device=score.device) < k)
+        score = score / (step + 1) ** self.options.length_penalty
+        full = beams.done.all(-1, keepdim=True) & (self.options.early_stopping is True)
+        score = score + (full | ~beams.hopeful) * IMPOSSIBLE + ~ended * IMPOSSIBLE
+        words = _take(beams.words, parent)
+        words[:, :, step] = word
+        beams.done_score, order = torch.cat([beams.done_score, score], dim=1).topk(k)
+        beams.done_words = _take(torch.cat([beams.done_words, words], dim=1), order)
+        beams.done = torch.cat([beams.done, ended], dim=1).gather(1, order)
+
+    def _is_open(self, step: int) -> Tensor:
+        """bool[B]: images for which a running beam may still win, by transformers' rule."""
+        beams, options = self.beams, self.options
+        longest = options.early_stopping == "never" and options.length_penalty > 0
+        length = options.max_new_tokens if longest else step + 1
+        best = beams.score[:, :1] / length**options.length_penalty
+        worst = beams.done_score.min(dim=1, keepdim=True).values.masked_fill(
+            ~beams.done.all(-1, keepdim=True), IMPOSSIBLE
+        )
+        beams.hopeful = beams.hopeful & (best > worst)
+        full = beams.done.all(-1) & (options.early_stopping is True)
+        return beams.hopeful[:, 0] & ~full
+
+    def _leave(self, open_: Tensor, chosen: Tensor) -> Tensor:
+        """Take finished images out of the batch."""
+        kept = open_.nonzero()[:, 0]
+        self.beams.keep(kept)
+        self.prompt_seen, self.prompt_length = self.prompt_seen[kept], self.prompt_length[kept]
+        for layer in self.layers:
+            layer.keep(kept)
+        return chosen[kept]
+
+    def _crop(self, words: Tensor) -> Tensor:
+        """Cut where all have ended; what follows an end token is padding already."""
+        ends = torch.isin(words, torch.tensor(self.options.end_tokens, dtype=words.dtype, device=words.device))
+        after = ends.cumsum(-1) - ends.long() > 0
+        return words[:, : int((~after).sum(-1).max())]
+
+
+def _take(tensor: Tensor, beams: Tensor) -> Tensor:
+    """Rows of float[B, k, ...] in the order of int64[B, n]."""
+    return tensor.gather(1, beams[:, :, None].expand(-1, -1, tensor.shape[2]))
+
+
+def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of every row: float[N, V] -> float32[N, count], int64[N, count].
+
+    The `count` largest lie in the `count` blocks with the largest maxima: only those are sorted.
+    """
+    vocabulary = logits.shape[1]
+    blocks = vocabulary // BLOCK
+    if blocks <= count:
+        value, word = logits.topk(count)
+        return value.float(), word
+    # block b holds the words b, b + blocks, b + 2 * blocks, …
+    body = logits[:, : blocks * BLOCK].unflatten(1, (BLOCK, blocks))
+    best = body.amax(dim=1).topk(count).indices
+    inside = body.gather(2, best[:, None, :].expand(-1, BLOCK, -1)).flatten(1)
+    words = (best[:, None, :] + torch.arange(0, blocks * BLOCK, blocks, device=logits.device)[:, None]).flatten(1)
+    rest = torch.arange(blocks * BLOCK, vocabulary, device=logits.device).expand(len(logits), -1)
+    value, at = torch.cat([inside, logits[:, blocks * BLOCK :]], dim=1).topk(count)
+    return value.float(), torch.cat([words, rest], dim=1).gather(1, at)
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """Log of the sum of exponentials of every row, in float32: float[N, V] -> float32[N]."""
+    # the largest probability is exp(largest logit - normaliser); softmax is one pass where logsumexp takes four
+    chunks = (rows.float() for rows in logits.split(LOGIT_ROWS))
+    return torch.cat([rows.amax(dim=-1) - rows.softmax(dim=-1).amax(dim=-1).log() for rows in chunks])

@@ -1,0 +1,102 @@
+"""Hashes of files and folders, remembered between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from frozenprefix.errors import AssetError
+from frozenprefix.utils.user_cache import user_cache
+
+logger = logging.getLogger(__name__)
+
+# Hashing a smaller file costs less than looking its hash up on disk.
+_SMALLEST_FILE_TO_REMEMBER = 1 << 20
+
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; remembered for as long as its path, size and modification time stay the same.
+
+    Raises:
+        AssetError: `path` is not a file.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise AssetError(f"cannot hash '{path}': it is not a file")
+    state = path.stat()
+    key = (str(path), state.st_size, state.st_mtime_ns)
+    if key not in _hashes:
+        remember = state.st_size >= _SMALLEST_FILE_TO_REMEMBER
+        digest = _remembered_hash(key) if remember else None
+        if digest is None:
+            digest = hash_file(path)
+            if remember:
+                _remember_hash(key, digest)
+        _hashes[key] = digest
+    return _hashes[key]
+
+
+def tree_sha256(folder: Path, patterns: Iterable[str]) -> str:
+    """SHA-256, in hex, over the sorted relative names and the hashes of the files that match one of `patterns`.
+
+    Args:
+        folder: for instance a local model folder.
+        patterns: glob patterns relative to `folder`: `["*.safetensors", "config.json"]`.
+
+    Raises:
+        AssetError: no file matches, which would give every such folder the same hash.
+    """
+    folder, patterns = Path(folder), list(patterns)
+    files = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
+    lines = [f"{name}\0{file_sha256(path)}\n" for name, path in sorted(files.items()) if path.is_file()]
+    if not lines:
+        raise AssetError(f"no file in '{folder}' matches any of {patterns}")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex, read anew each time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_hashes() -> dict[str, list]:
+    """`path → [size, mtime_ns, sha256]`. A damaged file counts as empty, as all that is in it can be made again."""
+    try:
+        content = json.loads((user_cache() / "hashes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("the file of remembered hashes is not readable and starts anew: %s", error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remembered_hash(key: tuple[str, int, int]) -> str | None:
+    match _read_hashes().get(key[0]):
+        case [size, mtime_ns, str(digest)] if (size, mtime_ns) == key[1:]:
+            return digest
+    return None
+
+
+def _remember_hash(key: tuple[str, int, int], digest: str) -> None:
+    """Add one hash to the file. Of two processes at once one may lose its entry, which only costs a second hashing."""
+    target = user_cache() / "hashes.json"
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_read_hashes() | {key[0]: [key[1], key[2], digest]}, indent=0))
+        temporary.replace(target)
+    except OSError as error:
+        logger.warning("the hash of %s could not be remembered: %s", key[0], error)
+        if temporary.exists():
+            temporary.unlink()

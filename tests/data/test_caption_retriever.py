@@ -1,0 +1,343 @@
+"""Captions of similar training images in the prompt: what is retrieved, who sees it, and where it is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frozenprefix.data.caption_retriever import (
+    ARRAYS_FILE,
+    TEXTS_FILE,
+    CaptionRetriever,
+    ImageLookup,
+    RetrievalOptions,
+    image_keys,
+)
+from frozenprefix.data.collation import Collator, prompt_of
+from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.neighbours import CaptionVectors, NearestImages
+from frozenprefix.data.samples import Sample
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.evaluation import evaluate_samples, generation
+from frozenprefix.inference import Captioner
+from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
+from frozenprefix.training.trainer import train
+
+OPTIONS = RetrievalOptions(images=3, captions=2, template="Like: {captions}\n")
+
+
+class Table:
+    """Stands for a feature cache: the key of an image is what its "file" holds."""
+
+    def __init__(self, **images: tuple[str, list[float]]):
+        self.images = images
+        self.by_key = dict(images.values())
+
+    def keys_of(self, paths):
+        return [self.images[path.stem][0] for path in paths]
+
+    def get(self, keys):
+        return np.array([[self.by_key[key]] for key in keys], dtype=np.float32)
+
+
+def caption(name: str, *targets: str, **more) -> Sample:
+    return Sample(name, (Path(f"{name}.jpg"),), targets, **more)
+
+
+DOGS = [
+    caption("dog", "a brown dog runs", "a dog on grass"),
+    caption("hound", "a dog runs on grass", "an animal"),
+    caption("poodle", "a dog runs in a field"),
+    caption("car", "a red car", "a car in a street"),
+]
+TABLE = Table(
+    dog=("d", [1, 0, 0.1]),
+    hound=("h", [0.9, 0.1, 0.1]),
+    poodle=("p", [0.8, 0, 0.2]),
+    car=("c", [-1, 1, 0]),
+    copy=("d", [1, 0, 0.1]),
+    new=("n", [1, 0, 0.1]),
+)
+LOOKUP = ImageLookup.of_cache(TABLE)
+
+
+# ── what is retrieved ──
+
+
+def test_nearest_images_are_those_with_the_largest_centred_cosine():
+    rng = np.random.default_rng(0)
+    known, queries = rng.normal(size=(2, 40, 6)) + 5
+    centred = [x - known.mean(0) for x in (queries, known)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in centred]
+    expected = np.argsort(-(unit[0] @ unit[1].T), axis=1)
+    nearest = NearestImages(known)
+    assert np.array_equal(nearest(queries, 5), expected[:, :5])
+    without = nearest(queries, 39, exclude=[row[0] for row in expected])
+    assert np.array_equal(without, expected[:, 1:])
+
+
+def test_agreement_is_the_cosine_with_the_other_captions():
+    # "b" in one of two images, "a" in both: the idf of "a" is 0, so only "b" and "c" count
+    vectors = CaptionVectors.of([[{("a",): 1, ("b",): 1}, {("b",): 2, ("a",): 1}], [{("a",): 1, ("c",): 1}]])
+    assert vectors.agreement(np.array([0, 1, 2])).tolist() == [1, 1, 0]
+    assert vectors.agreement(np.array([0, 2])).tolist() == [0, 0]
+
+
+def test_one_caption_of_each_image_those_that_agree_first():
+    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    (found,) = retriever([[[1, 0, 0.1]]], ["n"])
+    assert len(found) == 2
+    assert "an animal" not in found  # of the same image, and alone with its words
+    assert not any("car" in text for text in found)
+    owner = {text: sample.id for sample in DOGS for text in sample.targets}
+    assert len({owner[text] for text in found}) == 2
+    assert retriever([[[1, 0, 0.1]]], ["n"]) == [found]
+
+
+def test_own_captions_are_left_out_also_under_another_name():
+    options = RetrievalOptions(images=1, captions=1)
+    retriever = CaptionRetriever.of(DOGS, TABLE, options)
+    new, own, copy = retriever.with_prompts([caption("new"), caption("dog"), caption("copy")], LOOKUP, prompt="")
+    assert any(text in new.prompt for text in DOGS[0].targets)
+    for sample in (own, copy):
+        assert not any(text in sample.prompt for text in DOGS[0].targets)
+        assert any(text in sample.prompt for text in DOGS[1].targets)
+
+
+def test_equal_images_are_one_entry():
+    retriever = CaptionRetriever.of([*DOGS, caption("copy", "a hairy friend")], TABLE, OPTIONS)
+    assert list(retriever.keys) == ["d", "h", "p", "c"]
+    assert retriever.captions[0] == ["a brown dog runs", "a dog on grass", "a hairy friend"]
+    texts = retriever([[[1, 0, 0.1]]], ["d"])[0]
+    assert not set(texts) & set(retriever.captions[0])
+
+
+def test_no_text_twice():
+    samples = [caption(name, "a dog") for name in ("dog", "hound", "poodle", "car")]
+    assert CaptionRetriever.of(samples, TABLE, OPTIONS)([[[1, 0, 0]]], ["n"]) == [["a dog"]]
+
+
+def test_refuses_what_cannot_be_retrieved_from():
+    with pytest.raises(DataError, match="captions of 1 different images, expected at least 2"):
+        CaptionRetriever.of([DOGS[0], caption("copy", "a dog")], TABLE, OPTIONS)
+    both = Sample("two", (Path("dog.jpg"), Path("car.jpg")), ("a dog and a car",))
+    with pytest.raises(DataError, match="sample 'two' has 2 images, expected 1"):
+        CaptionRetriever.of([*DOGS, both], TABLE, OPTIONS)
+
+
+# ── the prompt ──
+
+
+def test_where_the_image_stands():
+    texts = ["a dog", "a cat"]
+    assert OPTIONS.prompt(texts, "This:") == "Like: a dog\na cat\n<image>This:"
+    assert OPTIONS.prompt(texts, "See <image>:") == "Like: a dog\na cat\nSee <image>:"
+    first = RetrievalOptions(template="<image>Like: {captions}.")
+    assert first.prompt(texts, "<image>This:") == "<image>Like: a dog\na cat.This:"
+
+
+def test_captions_cannot_break_the_prompt(tiny_checkpoint):
+    processor = Captioner.from_pretrained(tiny_checkpoint, device="cpu").processor
+    odd = ["{captions} {0} {x", "a <image> {question}\nof } it"]
+    samples = [caption("dog", odd[0]), caption("hound", odd[1]), DOGS[3]]
+    retriever = CaptionRetriever.of(samples, TABLE, RetrievalOptions(images=2, captions=2))
+    (shown,) = retriever.with_prompts([caption("new", "a dog")], LOOKUP, prompt="")
+    assert {"{captions} {0} {x", "a of } it"} <= set(shown.prompt.splitlines())
+    assert prompt_of(shown, processor).count("<image>") == 1
+
+
+def test_other_tasks_keep_their_prompt_and_own_prompts_stay():
+    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    question = caption("dog", "brown", task="vqa", question="what color?")
+    mine = caption("new", "a dog", prompt="In short:")
+    asked = retriever.with_prompts([question, mine], LOOKUP, prompt="never seen")
+    assert asked[0] == question
+    assert asked[1].prompt.startswith("Like: ")
+    assert asked[1].prompt.endswith("\n<image>In short:")
+
+
+# ── in a checkpoint ──
+
+
+def test_saved_and_read_back(tmp_path):
+    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    retriever.save(tmp_path)
+    again = CaptionRetriever.load(tmp_path)
+    assert again is not None
+    assert again.options == OPTIONS
+    assert again.features.dtype == np.float16
+    keys, features = ["n", "d", "c"], TABLE.get(["n", "d", "c"])
+    assert again(features, keys) == retriever(features, keys)
+
+
+def test_a_damaged_datastore_is_named(tmp_path):
+    assert CaptionRetriever.load(tmp_path) is None
+    CaptionRetriever.of(DOGS, TABLE, OPTIONS).save(tmp_path)
+    texts = json.loads((tmp_path / TEXTS_FILE).read_text())
+    (tmp_path / TEXTS_FILE).write_text(json.dumps({**texts, "keys": texts["keys"][1:]}))
+    with pytest.raises(CheckpointError, match=r"cannot be read .*\(3, 4, 7\), expected \(4, 4, 7\)"):
+        CaptionRetriever.load(tmp_path)
+    (tmp_path / ARRAYS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{ARRAYS_FILE} is missing"):
+        CaptionRetriever.load(tmp_path)
+
+
+# ── recipe, training and test ──
+
+
+def retrieving(tiny_recipe, folder: Path, *overrides: str, **more):
+    section = 'data.retrieval={images: 2, captions: 2, template: "like {captions} "}'
+    return tiny_recipe(folder, section, *overrides, **more)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'data\.retrieval\.images'"),
+        ("data.retrieval={images: 2}", r"data\.retrieval\.captions: got 4, expected at most one for each of the 2"),
+        ("data.retrieval={template: 'Like:'}", r"data\.retrieval\.template: got 'Like:', expected \{captions\} once"),
+        ("data.retrieval={template: '{captions}{question}'}", r"data\.retrieval\.template"),
+    ],
+)
+def test_recipe_refuses(tiny_recipe, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        tiny_recipe(tmp_path, override)
+    assert len(error.value.problems) == 1
+
+
+def test_recipe_needs_features(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        retrieving(tiny_recipe, tmp_path, "data.feature_cache=off")
+    (line,) = error.value.problems
+    assert line.startswith("data.feature_cache: got 'off', expected 'auto' or a folder with data.retrieval")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
+    """An untrained checkpoint with the captions of the eight training drawings."""
+    folder = tmp_path_factory.mktemp("retrieving")
+    recipe = retrieving(tiny_recipe, folder, lm=sharp_lm)
+    model, processor = build_model(recipe)
+    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    retriever = add_similar_captions(prepared, recipe.data)
+    assert retriever is not None
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    retriever.save(folder)
+    return folder
+
+
+def test_prompts_of_training(tiny_recipe, tiny_lm, tmp_path):
+    recipe = retrieving(tiny_recipe, tmp_path)
+    model, processor = build_model(recipe)
+    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    before = {part: [group.images for group in groups] for part, groups in prepared.groups.items()}
+    add_similar_captions(prepared, recipe.data)
+    assert before == {part: [group.images for group in groups] for part, groups in prepared.groups.items()}
+    assert {part: len(groups) for part, groups in prepared.groups.items()} == {"train": 8, "validation": 4}
+    train_texts = {t for g in prepared.groups["train"] for s in g.samples if s.task == "caption" for t in s.targets}
+    for group in (group for groups in prepared.groups.values() for group in groups):
+        described = next(sample for sample in group.samples if sample.task == "caption")
+        assert described.prompt.startswith("like ")
+        assert described.prompt.endswith(" <image>")
+        shown = described.prompt.removeprefix("like ").removesuffix(" <image>").split("\n")
+        assert len(shown) == 2
+        assert set(shown) <= train_texts - set(described.targets)
+        assert all(sample.prompt is None for sample in group.samples if sample.task == "vqa")
+    # read once: the retrieved captions and the image are the start that all targets of an image share
+    group = prepared.groups["train"][0]
+    described = next(sample for sample in group.samples if sample.task == "caption")
+    packed = Collator(processor, prepared.features).pack([[(described, text) for text in described.targets]], [1])
+    context = processor.encode_prompt(described.prompt)
+    assert packed.input_ids[0, : len(context)].tolist() == context
+    assert (packed.input_ids == processor.image_token_id).sum() == processor.prefix_length
+
+
+def prompts_seen(captioner: Captioner, monkeypatch) -> list[str]:
+    seen: list[str] = []
+    generate = captioner.generate
+
+    def spy(prompts, *args, **more):
+        seen.extend(prompts)
+        return generate(prompts, *args, **more)
+
+    monkeypatch.setattr(captioner, "generate", spy)
+    return seen
+
+
+def test_captioner_builds_the_prompts_of_training(checkpoint, shapes, tmp_path, monkeypatch):
+    captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
+    seen = prompts_seen(captioner, monkeypatch)
+    shutil.copy(shapes / "images/red_circle.png", tmp_path / "other.png")
+    paths = [shapes / "images/red_circle.png", tmp_path / "other.png", shapes / "images/blue_circle.png"]
+    made = list(captioner.caption(paths, num_beams=1, max_new_tokens=3))
+    assert [caption.path for caption in made] == paths
+    own = {"a red circle", "a circle in red", "the circle is red"}
+    assert seen[0] == seen[1]  # by content, not by name
+    assert not any(text in seen[0] for text in own)
+    assert all(prompt.startswith("like ") and prompt.endswith(" <image>") for prompt in seen)
+    seen.clear()
+    list(captioner.caption(paths[:1], prompt="it is", num_beams=1, max_new_tokens=3))
+    assert seen[0].startswith("like ")
+    assert seen[0].endswith(" <image>it is")
+
+
+def test_captions_change_with_what_is_retrieved(checkpoint, shapes):
+    with_them = Captioner.from_pretrained(checkpoint, device="cpu")
+    without = Captioner(with_them.model, with_them.processor)
+    paths = sorted((shapes / "images").iterdir())
+    options = {"num_beams": 1, "max_new_tokens": 5}
+    assert [c.score for c in with_them.caption(paths, **options)] != [
+        c.score for c in without.caption(paths, **options)
+    ]
+
+
+def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch):
+    captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
+    asked: dict[tuple[bool, str], list[str]] = {}
+    predict = generation.predict
+
+    def spy(captioner, batch, images, settings):
+        for sample, shown in batch:
+            kind = "blind" if shown is None else "own" if shown.images == sample.images else "other"
+            asked.setdefault((kind, sample.id), []).append(prompt_of(sample, captioner.processor))
+        return predict(captioner, batch, images, settings)
+
+    monkeypatch.setattr(generation, "predict", spy)
+    samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square", "blue_triangle", "blue_cross")]
+    result = evaluate_samples(
+        captioner, samples, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=3, train_samples=()
+    )
+    assert result["baselines"].keys() == {"blind", "shuffled", "retrieval_only"}
+    lookup = ImageLookup(
+        lambda paths: image_keys(captioner.model.vision_encoder, paths),
+        lambda paths: captioner._features(captioner._images(paths)),
+    )
+    shown = [sample.prompt for sample in captioner.retriever.with_prompts(samples, lookup, prompt="")]
+    ids = [sample.id for sample in samples]
+    assert [asked["own", key] for key in ids] == [[prompt] for prompt in shown]
+    # the other image: once with the captions retrieved for it, once with the sample's own
+    assert [asked["other", key] for key in ids] == [[shown[(i + 2) % 4], shown[i]] for i in range(4)]
+    assert [prompts for (kind, _), prompts in asked.items() if kind == "blind"] == [["<image>"]]
+
+
+def caption_of(shapes: Path, name: str) -> Sample:
+    colour, shape = name.split("_")
+    return Sample(name, (shapes / f"images/{name}.png",), (f"a {colour} {shape}",), split="val")
+
+
+def test_training_leaves_the_datastore_in_its_checkpoints(tiny_recipe, tmp_path, shapes):
+    recipe = retrieving(tiny_recipe, tmp_path / "run")
+    result = train(recipe)
+    for folder in (result.best, tmp_path / "run" / "last"):
+        retriever = CaptionRetriever.load(folder)
+        assert retriever is not None
+        assert len(retriever.keys) == 8
+        assert retriever.options == RetrievalOptions(2, 2, "like {captions} ")
+    other = retrieving(tiny_recipe, tmp_path / "run", "data.retrieval.captions=1")
+    with pytest.raises(CheckpointError, match=r"another recipe: data\.retrieval was"):
+        train(other)

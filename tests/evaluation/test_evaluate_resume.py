@@ -1,0 +1,220 @@
+"""Evaluations that were killed, that several processes share, and that read the feature cache."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from frozenprefix.data.features import FeatureStorage, ImageEncoder
+from frozenprefix.data.processes import Processes
+from frozenprefix.data.sources import load_source
+from frozenprefix.errors import ConfigError
+from frozenprefix.evaluation import EvaluationOptions, evaluate_samples, generation
+from tests.helpers.data import rows_of
+
+SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
+
+
+# ── killed and started again ──
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """`killed_after(2)`: the third batch never comes. Returns the list of the samples asked for."""
+    predict = generation.predict
+
+    def install(batches: int = 10**6) -> list[str]:
+        asked: list[str] = []
+        left = iter(range(batches))
+
+        def guarded(captioner, batch, images, settings):
+            if next(left, None) is None:
+                raise Killed
+            asked.extend(sample.id for sample, _ in batch)
+            return predict(captioner, batch, images, settings)
+
+        monkeypatch.setattr(generation, "predict", guarded)
+        return asked
+
+    return install
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(captioner, questions, tmp_path, killed_after):
+    expected = evaluate_samples(captioner, questions, predictions=tmp_path / "whole.jsonl", **SETTINGS)
+    path = tmp_path / "p.jsonl"
+    before = killed_after(2)
+    with pytest.raises(Killed):
+        evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
+    assert len(before) == 6
+    assert not path.exists()
+    steps: list[tuple[int, int]] = []
+    after = killed_after()
+    result = evaluate_samples(
+        captioner, questions, predictions=path, progress=lambda *step: steps.append(step), **SETTINGS
+    )
+    assert len(after) == 18 - 6
+    assert not set(before) & set(after[:2]), "the model's run goes on with what is missing"
+    assert steps[0][0] > 6
+    assert steps[-1] == (18, 18)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {**result, "predictions": ""} == {**expected, "predictions": ""}
+
+
+def test_a_line_that_was_cut_is_predicted_again(captioner, questions, tmp_path, killed_after):
+    path = tmp_path / "p.jsonl"
+    killed_after(1)
+    with pytest.raises(Killed):
+        evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
+    part = tmp_path / "p.jsonl.part-r00"
+    part.write_text(part.read_text()[:-5])
+    again = killed_after(1)
+    with pytest.raises(Killed):
+        evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
+    rest = killed_after()
+    evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
+    assert len(again) + len(rest) == 18 - 2
+    assert len(rows_of(path)) == 8
+
+
+def test_other_settings_are_refused_until_restarted(captioner, questions, tmp_path, killed_after):
+    path = tmp_path / "p.jsonl"
+    killed_after(1)
+    with pytest.raises(Killed):
+        evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
+    killed_after()
+    with pytest.raises(ConfigError, match=r"num_beams: an evaluation was begun with 1 .* this one has 2; .*--restart"):
+        evaluate_samples(captioner, questions, predictions=path, **{**SETTINGS, "num_beams": 2})
+    with pytest.raises(ConfigError, match="number of samples: an evaluation was begun with 8"):
+        evaluate_samples(captioner, questions[:6], predictions=path, **SETTINGS)
+    asked = killed_after()
+    evaluate_samples(captioner, questions, predictions=path, restart=True, **SETTINGS)
+    assert len(asked) == 18
+
+
+def test_other_weights_are_refused(captioner, questions, tmp_path, killed_after):
+    killed_after(1)
+    with pytest.raises(Killed):
+        evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl", **SETTINGS)
+    weight = next(captioner.model.mapper.parameters())
+    before = weight.detach().clone()
+    killed_after()
+    try:
+        weight.data += 1
+        with pytest.raises(ConfigError, match="model: an evaluation was begun with"):
+            evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl", **SETTINGS)
+    finally:
+        weight.data.copy_(before)
+
+
+# ── several processes ──
+
+
+def run_in_threads(count: int, run) -> list:
+    """Call `run(processes)` as so many processes would: they meet at barriers and gather lists."""
+    barrier, lists, results = threading.Barrier(count, timeout=60), {}, {}
+
+    def gather_of(rank):
+        def gather(given):
+            lists[rank] = given
+            barrier.wait()
+            joined = [item for i in range(count) for item in lists[i]]
+            barrier.wait()
+            return joined
+
+        return gather
+
+    def wait():
+        barrier.wait()
+
+    def work(rank):
+        results[rank] = run(Processes(rank, count, wait, gather_of(rank)))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[rank] for rank in range(count)]
+
+
+def test_processes_share_the_samples_and_count_none_twice(captioner, questions, tmp_path, monkeypatch):
+    """8 questions in batches of 3 for 2 processes: uneven shares."""
+    alone = evaluate_samples(captioner, questions, predictions=tmp_path / "alone.jsonl", **SETTINGS)
+    lock, asked, predict = threading.Lock(), [], generation.predict
+
+    def one_at_a_time(captioner, batch, images, settings):
+        with lock:  # the threads share the model
+            who = threading.current_thread().name
+            asked.extend((sample.id, other and other.id, who) for sample, other in batch)
+            return predict(captioner, batch, images, settings)
+
+    monkeypatch.setattr(generation, "predict", one_at_a_time)
+    path = tmp_path / "shared.jsonl"
+    results = run_in_threads(
+        2,
+        lambda processes: generation.evaluate_generation(
+            captioner, questions, EvaluationOptions(predictions=path, processes=processes, **SETTINGS)
+        ),
+    )
+    assert len(asked) == len({pair[:2] for pair in asked}) == 18
+    assert len({who for *_, who in asked}) == 2
+    assert {**results[0], "predictions": ""} == {**alone, "predictions": ""}
+    assert results[1] == results[0]
+    assert path.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    processes = Processes.current()
+    assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
+    assert processes.gather([1]) == [1]
+
+
+# ── feature cache ──
+
+
+def test_images_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
+    encoded: list[int] = []
+    encode = ImageEncoder.encode
+    monkeypatch.setattr(
+        ImageEncoder, "encode", lambda self, pixels: (encoded.append(len(pixels)), encode(self, pixels))[1]
+    )
+    val, train = (load_source({"type": "captions", "path": str(shapes), "split": split}) for split in ("val", "train"))
+    options = {"features": FeatureStorage(str(tmp_path / "features")), "train_samples": train, **SETTINGS}
+    first = evaluate_samples(captioner, val, predictions=tmp_path / "1.jsonl", **options)
+    assert sum(encoded) == 4 + 8
+    assert first["baselines"].keys() == {"blind", "shuffled", "consensus"}
+    train_captions = {text for sample in train for text in sample.targets}
+    assert all(row["consensus"] in train_captions for row in rows_of(tmp_path / "1.jsonl"))
+    encoded.clear()
+    second = evaluate_samples(captioner, val, predictions=tmp_path / "2.jsonl", **options)
+    assert encoded == []
+    assert second["baselines"] == first["baselines"]
+    options["features"] = FeatureStorage("off")
+    off = evaluate_samples(captioner, val, predictions=tmp_path / "3.jsonl", **options)
+    assert encoded == [], "without a cache the model itself encodes"
+    assert off["baselines"]["consensus"] == first["baselines"]["consensus"]
+
+
+def test_features_lie_where_the_recipe_kept_them(tmp_path):
+    (tmp_path / "features").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("auto", "float16")
+    recipe.write_text(f"data: {{feature_cache: {tmp_path / 'features'}, feature_dtype: int8}}")
+    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage(str(tmp_path / "features"), "int8")
+    recipe.write_text("data: {feature_cache: /of/another/machine}")
+    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("auto")
+    recipe.write_text("data: {feature_cache: 'off'}")
+    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("off")
+    recipe.write_text("data: {feature_dtype: float8}")
+    with pytest.raises(ConfigError, match=r"data\.feature_dtype: got 'float8', expected one of float16"):
+        FeatureStorage.of_checkpoint(tmp_path)
+    recipe.write_text("[]")
+    with pytest.raises(ConfigError, match="expected a recipe with a `data` section"):
+        FeatureStorage.of_checkpoint(tmp_path)

@@ -1,0 +1,51 @@
+"""What several files of training tests share: reading logs, comparing checkpoints, runs in another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from frozenprefix.models.freezing import frozen_tensors, hash_tensors
+from frozenprefix.training.base_trainer import TrainingResult, TrainingRun
+from frozenprefix.training.tracking import read_log
+from tests.helpers import ROOT
+
+
+def losses_of(folder: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_log(folder) if name in row]
+
+
+def assert_same_tensors(one: Path, other: Path, **tolerance: float) -> None:
+    before, after = load_file(one), load_file(other)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if tolerance:
+            torch.testing.assert_close(
+                after[name], tensor, rtol=0, **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        else:
+            assert torch.equal(after[name], tensor), name
+
+
+def run_with_hashes(trainer: TrainingRun) -> tuple[TrainingResult, list[str]]:
+    """Run a trainer; the hashes of its frozen tensors after they were built, and at the end."""
+    hashes = []
+    build = trainer._build
+
+    def build_and_hash() -> None:
+        build()
+        hashes.append(hash_tensors(frozen_tensors(trainer.model)))
+
+    trainer._build = build_and_hash
+    result = trainer.run("auto")
+    return result, [*hashes, hash_tensors(frozen_tensors(trainer.model))]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FROZENPREFIX_DEBUG": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -1,0 +1,219 @@
+"""`frozenprefix plan`: what it counts is what is there, and what it predicts follows from that."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from frozenprefix.cli.main import app
+from frozenprefix.cli.plan import duration
+from frozenprefix.data.samples import group_by_images
+from frozenprefix.errors import ConfigError
+from frozenprefix.kernels.linear import packable_dtypes
+from frozenprefix.kernels.prepack import packable_layers, packed_bytes
+from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.freezing import count_parameters
+from frozenprefix.planning import costs
+from frozenprefix.planning.calibration import RandomFeatures, StepTimer
+from frozenprefix.planning.costs import LanguageModelShape, StepShape
+from frozenprefix.planning.hardware import COMPUTE_SHARE, HARDWARE
+from frozenprefix.planning.plan import cache_size, cached_bytes, language_model_shape, plan
+from frozenprefix.training.caching import fill_cache
+from frozenprefix.training.setup import build_model, load_parts
+from tests.helpers.contrastive import contrastive_recipe
+from tests.helpers.lm import tiny_lm_config
+from tests.helpers.recipes import tiny_recipe_dict
+
+FAMILIES = ["llama", "gpt2", "opt"]
+
+
+@pytest.fixture
+def one_step(tiny_recipe, tiny_lm, tmp_path):
+    """`one_step("llama")` -> model, batch, and the size of that step."""
+
+    def make(family: str):
+        recipe = tiny_recipe(tmp_path / family, lm=tiny_lm(family))
+        timer = StepTimer(recipe)
+        timer._build()
+        groups = {part: group_by_images(listed) for part, listed in load_parts(recipe.data).items()}
+        timer._use_data(groups, RandomFeatures.of(4, 64))
+        batch = next(timer._batches())
+        return timer.model, batch, StepShape.of([batch["packed"]])
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_torch_counts(one_step, family):
+    model, batch, step = one_step(family)
+    model(**batch)  # checks its parts at the first call
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    mapper = costs.mapper_flops(model.mapper, batch["image_features"])
+    assert mapper > 0
+    expected = sum(costs.step_flops(LanguageModelShape.of(model.language_model), step, mapper).values())
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_those_that_autograd_keeps(one_step, family):
+    model, batch, step = one_step(family)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss  # noqa: F841 - keeps the graph, and with it the storages, alive
+    predicted = costs.activation_bytes(LanguageModelShape.of(model.language_model), step.part_cells, step.row_length)
+    assert predicted == pytest.approx(sum(kept.values()), rel=0.3)
+
+
+@pytest.mark.skipif(len(packable_dtypes()) < 2, reason="the processor has no products in bfloat16")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_copies_are_those_that_training_makes(family, dtype):
+    lm = AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False)
+    step = StepShape(1, 1, 1, 1, 1, 1, 1, 1)
+    memory = costs.step_memory(LanguageModelShape.of(lm), step, encoder_bytes=0, trainable=0)
+    assert memory[costs.PACKED_COPIES] == packed_bytes(packable_layers(lm)) > 0
+
+
+def test_a_step_is_counted_by_hand(one_step):
+    _, batch, step = one_step("llama")
+    packed = batch["packed"]
+    rows, length = packed.input_ids.shape
+    assert (step.cells, step.scores) == (rows * length, rows * length**2)
+    assert step.nodes == int((packed.position_ids != 0).sum()) + len(packed.predict_index.new_zeros(4))  # 4 images
+    assert step.predicted == len(packed.predict_index)
+    assert step.targets == packed.num_targets == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shape_from_the_config_is_that_of_the_model(tiny_lm, family):
+    folder = tiny_lm(family)
+    shape = language_model_shape(LanguageModelConfig(path=str(folder)))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert shape == LanguageModelShape.of(model)
+    assert shape.parameters == count_parameters(model).trainable
+    assert (shape.hidden, shape.layers, shape.heads, shape.inner, shape.vocabulary) == (
+        32, 2, 4, 128 if family == "gpt2" else 64, 300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_cache_size_is_that_of_the_folder(tiny_recipe, tmp_path, dtype):
+    recipe = tiny_recipe(tmp_path / "run", f"data.feature_cache={tmp_path / 'features'}", f"data.feature_dtype={dtype}")
+    filled = fill_cache(recipe)
+    paths = [p for listed in load_parts(recipe.data).values() for sample in listed for p in sample.images]
+    fixed = (filled.folder / "manifest.json").stat().st_size + 10_240  # a tar file ends on such a block
+    predicted = cache_size(dtype, 4, 64, list(dict.fromkeys(paths)))
+    assert predicted == pytest.approx(filled.bytes, abs=fixed)
+    assert cached_bytes(dtype, 49, 1280) == pytest.approx(49 * 1280 * (1 if dtype == "int8" else 2), rel=0.05)
+
+
+def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", f"data.feature_cache={tmp_path / 'features'}")
+    made = plan(recipe, ["h100", "cpu"], calibrate=0.1)
+    model, _ = build_model(recipe)
+    counted = count_parameters(model)
+    assert made.parameters["trainable"] == counted.trainable
+    assert made.parameters["language model"] + made.parameters["vision encoder"] == counted.frozen
+    assert made.memory["mapper, gradients, AdamW"] == 16 * counted.trainable
+    assert made.images == {"all": 12, "cached": 0, "train": 8}
+    assert list(made.machines) == ["here", "h100", "cpu"]
+    here = made.machines["here"]
+    assert here.steps == 6
+    assert here.seconds_to_train > 6 * here.seconds_per_step > 0
+    assert here.seconds_to_encode == pytest.approx(12 / here.encode_per_second)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "features").exists()
+    million, hundred_millions = made.scale
+    assert million["cache_bytes"] == 1_000_000 * made.cache_bytes_per_image
+    h100 = hundred_millions["machines"]["h100"]
+    assert h100["epoch_hours"] == pytest.approx(100e6 / 4 * made.machines["h100"].seconds_per_step / 3600)
+    assert h100["encode_hours"] == pytest.approx(100 * million["machines"]["h100"]["encode_hours"])
+
+
+def test_images_in_the_cache_are_not_counted_again(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", f"data.feature_cache={tmp_path / 'features'}")
+    fill_cache(recipe)
+    made = plan(recipe, ["h100"], calibrate=0)
+    assert made.images["cached"] == 12
+    assert list(made.machines) == ["h100"]
+    assert made.machines["h100"].seconds_to_encode == 0
+
+
+def test_a_time_limit_ends_the_run(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path, "training.max_steps=100000", "training.max_minutes=0.01")
+    machine = plan(recipe, ["h100"], calibrate=0).machines["h100"]
+    assert machine.seconds_to_train == pytest.approx(0.6)
+    assert 0 < machine.steps < 2000
+
+
+def test_without_a_cache_every_step_encodes(tiny_recipe, tmp_path):
+    with_cache = plan(tiny_recipe(tmp_path), ["cpu"], calibrate=0).machines["cpu"]
+    without = plan(tiny_recipe(tmp_path, "data.feature_cache=off"), ["cpu"], calibrate=0).machines["cpu"]
+    assert without.seconds_to_encode == 0
+    encoding = without.seconds_per_step - with_cache.seconds_per_step
+    assert encoding == pytest.approx(4 / without.encode_per_second, rel=0.01)
+
+
+def test_unknown_hardware_names_the_nearest(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown hardware 'h10' \(did you mean 'h100'\?\)"):
+        plan(tiny_recipe(tmp_path), ["h10"])
+
+
+def test_time_on_hardware_is_that_of_the_slowest_part():
+    h100 = HARDWARE.get("h100")
+    assert h100.seconds(989.4e12, 1, half=True) == pytest.approx(1 / COMPUTE_SHARE)
+    assert h100.seconds(66.9e12, 1, half=False) == pytest.approx(1 / COMPUTE_SHARE)
+    assert h100.seconds(1, 3.35e12 * 0.7, half=True) == pytest.approx(1)
+    assert h100.seconds(1, 1, half=True, layers=10) == pytest.approx(10 * 80 * 5e-6)
+    assert HARDWARE.get("cpu").seconds(14.7e12, 1, half=True, layers=10) == pytest.approx(1 / COMPUTE_SHARE)
+    assert h100.encode_seconds(1, 1, 0.014, half=True) == pytest.approx(0.001)
+
+
+def test_the_command_prints_and_writes(tiny_lm, shapes, tmp_path):
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out" / "plan.json"
+    recipe.write_text(yaml.safe_dump(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
+    result = CliRunner().invoke(
+        app, ["plan", str(recipe), "--hardware", "a100", "--calibrate", "0", "--json", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "NVIDIA A100 SXM 80 GB" in result.stdout
+    assert "100 M images" in result.stdout
+    written = json.loads(out.read_text())
+    assert written["parameters"]["trainable"] == 10_400
+    assert written["machines"]["a100"]["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (720, "12 min"), (19_800, "5.5 h"), (31 * 86_400, "31 days")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_what_a_plan_would_leave_out_is_refused(tiny_recipe, tiny_bert, shapes, tmp_path):
+    changes = (
+        "model.fusion.type=deep_prefix",
+        "model.language_model.peft={type: lora}",
+        "objectives={contrastive: {weight: 1.0}}",
+    )
+    with pytest.raises(ConfigError) as caught:
+        plan(tiny_recipe(tmp_path, *changes), ["h100"])
+    keys = ["model.fusion.type", "model.language_model.peft", "objectives.contrastive"]
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == keys
+    with pytest.raises(ConfigError, match="kind: got 'contrastive', expected 'prefix'"):
+        plan(contrastive_recipe(tiny_bert, shapes, tmp_path), ["h100"])

@@ -1,0 +1,135 @@
+"""Training state on disk: whole or not at all, and the same after loading."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from frozenprefix.errors import CheckpointError
+from frozenprefix.models.checkpoint import read_checkpoint
+from frozenprefix.training import checkpoints
+from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state, write_folder
+
+
+def text_writer(text):
+    return lambda folder: (folder / "file.txt").write_text(text)
+
+
+def test_a_folder_is_replaced_and_nothing_is_left_beside(tmp_path):
+    folder = tmp_path / "last"
+    for text in ("one", "two"):
+        write_folder(folder, text_writer(text))
+        assert (folder / "file.txt").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_writer_that_fails_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "last"
+    write_folder(folder, text_writer("old"))
+
+    def fail(aside):
+        text_writer("half")(aside)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(folder, fail)
+    assert (folder / "file.txt").read_text() == "old"
+    write_folder(folder, text_writer("new"))
+    assert (folder / "file.txt").read_text() == "new"
+
+
+def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path):
+    folder = tmp_path / "last"
+    write_folder(folder, text_writer("old"))
+    folder.rename(tmp_path / ".last.old")
+    (tmp_path / ".last.new").mkdir()
+    assert checkpoints.recover_folder(folder) == folder
+    assert (folder / "file.txt").read_text() == "old"
+
+
+def test_killed_after_both_renames_the_new_folder_stays(tmp_path):
+    folder = tmp_path / "last"
+    write_folder(tmp_path / ".last.old", text_writer("old"))
+    write_folder(folder, text_writer("new"))
+    checkpoints.recover_folder(folder)
+    assert (folder / "file.txt").read_text() == "new"
+
+
+FINGERPRINT = {"seed": 1, "training.learning_rate": 0.1, "model": {"mapper": {"type": "mlp"}}}
+
+
+def trained(steps=3):
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(steps):
+        step(module, optimizer)
+    return module, optimizer
+
+
+def step(module, optimizer):
+    optimizer.zero_grad()
+    module(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def test_optimizer_and_random_state_go_on_where_they_were(tmp_path):
+    module, optimizer = trained()
+    progress = Progress(step=3, targets_seen=12, seconds=1.5, best_value=0.25, best_step=2, fingerprint=FINGERPRINT)
+    save_training_state(tmp_path, optimizer, progress)
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    step(module, optimizer)
+
+    other, fresh = nn.Linear(3, 2), None
+    other.load_state_dict(weights)
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.1)
+    torch.manual_seed(99)
+    assert load_training_state(tmp_path, fresh, FINGERPRINT) == progress
+    step(other, fresh)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_another_recipe_is_refused_with_the_key(tmp_path):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate was 0\.1, now 0\.2"):
+        load_training_state(tmp_path, optimizer, FINGERPRINT | {"training.learning_rate": 0.2})
+    with pytest.raises(CheckpointError, match=r"data\.train was None, now 'x'"):
+        load_training_state(tmp_path, optimizer, FINGERPRINT | {"data.train": "x"})
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other fields"])
+def test_state_that_cannot_be_read_is_an_error(tmp_path, damage):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    path = tmp_path / checkpoints.STATE_FILE
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_text(path.read_text()[:20])
+    else:
+        path.write_text(json.dumps({"steps": 3}))
+    with pytest.raises(CheckpointError, match="no training state that can be read"):
+        load_training_state(tmp_path, optimizer, FINGERPRINT)
+
+
+def test_a_damaged_optimizer_file_is_an_error(tmp_path):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    path = tmp_path / checkpoints.OPTIMIZER_FILE
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="no training state that can be read"):
+        load_training_state(tmp_path, optimizer, FINGERPRINT)
+
+
+def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors; it is no checkpoint \(No such file"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .*; take another checkpoint"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nobody/nothing holds no model\.safetensors"):
+        read_checkpoint("nobody/nothing", cache_dir=tmp_path, local_files_only=True)

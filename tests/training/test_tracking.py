@@ -1,0 +1,147 @@
+"""The log of a run: lines, resuming, damaged files, and trackers that are not installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from frozenprefix.config.sections import TrackingSection
+from frozenprefix.errors import TrainingError
+from frozenprefix.training.tracking import Tracker, read_log
+
+
+def write_steps(folder, steps, **options):
+    with Tracker(folder, **options) as tracker:
+        for step in steps:
+            tracker.log(step, {"loss": step / 2})
+
+
+def steps_in(folder):
+    return [row["step"] for row in read_log(folder)]
+
+
+def test_one_object_a_line_written_at_once(tmp_path):
+    tracker = Tracker(tmp_path / "run")
+    tracker.log(1, {"loss": np.float32(0.5), "targets": 48, "split": "train"})
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    tracker.close()
+    assert text == '{"step": 1, "loss": 0.5, "targets": 48, "split": "train"}\n'
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log(1, {"loss": float("nan"), "norm": float("inf")})
+    refuse = {"parse_constant": lambda word: pytest.fail(f"{word} is not JSON")}
+    assert json.loads((tmp_path / "log.jsonl").read_text(), **refuse) == {"step": 1, "loss": "nan", "norm": "inf"}
+
+
+def test_a_value_that_is_no_figure_is_refused(tmp_path):
+    with Tracker(tmp_path) as tracker, pytest.raises(TrainingError, match="log value: got object, expected a number"):
+        tracker.log(1, {"loss": object()})
+
+
+def test_resume_drops_later_lines(tmp_path):
+    write_steps(tmp_path, [0, 10, 20, 30])
+    write_steps(tmp_path, [30, 40], resume_step=20)
+    assert steps_in(tmp_path) == [0, 10, 20, 30, 40]
+
+
+def test_a_new_run_starts_a_new_log(tmp_path):
+    write_steps(tmp_path, [0, 10])
+    write_steps(tmp_path, [0])
+    assert steps_in(tmp_path) == [0]
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, caplog):
+    write_steps(tmp_path, [10, 20])
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 30, "lo')
+    assert steps_in(tmp_path) == [10, 20]
+    assert "log.jsonl:3: the last line was cut off" in caplog.text
+    write_steps(tmp_path, [30], resume_step=20)
+    assert steps_in(tmp_path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', "not json"])
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(TrainingError, match=r"log\.jsonl:2: got .* expected a JSON object with a step"):
+        Tracker(tmp_path, resume_step=2)
+
+
+def test_no_log(tmp_path):
+    with pytest.raises(TrainingError, match="no log there"):
+        read_log(tmp_path)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    tracker = Tracker(tmp_path / "run", TrackingSection(tensorboard=True), enabled=False)
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_closed(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.close()
+    tracker.close()
+    with pytest.raises(TrainingError, match="closed"):
+        tracker.log(1, {})
+
+
+def test_trackers_are_off_unless_asked_for(tmp_path):
+    write_steps(tmp_path, [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path, TrackingSection(tensorboard=True)) as tracker:
+        tracker.log(3, {"loss": 0.25, "note": "text"})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("option", "module", "extra"), [("tensorboard", "torch.utils.tensorboard", "track"), ("wandb", "wandb", "wandb")]
+)
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, option, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TrainingError, match=rf"tracking\.{option}: .*pip install 'frozenprefix\[{extra}\]'"):
+        Tracker(tmp_path, TrackingSection(**{option: True}))
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("log", values, step))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    wandb = ModuleType("wandb")
+    ids = iter(["first", "second"])
+    wandb.util = ModuleType("wandb.util")
+    wandb.util.generate_id = lambda: next(ids)
+    wandb.init = lambda **options: calls.append(("init", options["id"], options["config"])) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for resume_step in (0, 4, 0):
+        with Tracker(tmp_path, TrackingSection(wandb=True), resume_step=resume_step, config={"seed": 1}) as tracker:
+            tracker.log(resume_step + 1, {"loss": 0.5, "note": "text"})
+    assert [call[1:] for call in calls if call[0] == "init"] == [
+        ("first", {"seed": 1}),
+        ("first", {"seed": 1}),
+        ("second", {"seed": 1}),
+    ]
+    assert calls.count(("finish",)) == 3
+    assert ("log", {"loss": 0.5}, 5) in calls
