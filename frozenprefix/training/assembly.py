@@ -17,7 +17,6 @@ from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training import checkpoints
 from frozenprefix.training.base_trainer import TrainingRun
 from frozenprefix.training.objectives.self_critical import SelfCritical, reward_references
@@ -47,7 +46,7 @@ class RunParts(TrainingRun):
     def _build(self) -> None:
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
-        refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
+        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
         if refusal:
             raise ConfigError(f"training.packing: {refusal}")
         logger.info("%s", count_parameters(self.model))
@@ -145,7 +144,7 @@ class RunParts(TrainingRun):
             weight_decay=self.settings.weight_decay,
             fused=True,  # one pass over the weights in place of ten
         )
-        self.model.set_total_steps(self.total_steps)
+        self.model.adapters.set_total_steps(self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
 
     def _batches(self) -> Iterator[Batch]:
@@ -159,7 +158,7 @@ class RunParts(TrainingRun):
 
     def _read_model(self, folder: Path) -> None:
         super()._read_model(folder)
-        self.model.load_adapter_state(folder)
+        self.model.adapters.load_state(folder)
 
     def _write_model(self, folder: Path) -> None:
         super()._write_model(folder)
@@ -168,4 +167,4 @@ class RunParts(TrainingRun):
 
     def _write_state(self, folder: Path) -> None:
         super()._write_state(folder)
-        self.model.save_adapter_state(folder)
+        self.model.adapters.save_state(folder)

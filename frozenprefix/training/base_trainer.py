@@ -24,6 +24,7 @@ from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
+from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training import checkpoints
 from frozenprefix.training.setup import PreparedImages, prepare_images
 from frozenprefix.training.tracking import Tracker, progress_bar
@@ -275,7 +276,7 @@ class TrainingRun(ABC):
             checkpoints.write_folder(self.output_dir / "last", self._write_state)
 
     def _read_model(self, folder: Path) -> None:
-        self.model.load_trainable(read_checkpoint(folder), source=str(folder))
+        copy_into(self.model.trainable_state(), read_checkpoint(folder), str(folder))
 
     def _write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

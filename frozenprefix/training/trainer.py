@@ -75,7 +75,7 @@ class Trainer(RunParts):
         checked = norm if self.accelerator.scaler is None else 0.0
         check_finite(self.progress.step + 1, loss_value, checked, learning_rate)
         self.optimizer.step()
-        ranks = self.model.update_adapters(self.progress.step + 1)  # it reads the gradients
+        ranks = self.model.adapters.update(self.progress.step + 1)  # it reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
         self._count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}

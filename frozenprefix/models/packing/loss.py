@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.kernels.linear import TILE, FrozenWeight, PackedWeight, head_tiles
-from frozenprefix.models.language_model.loading import cap
 
 ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near the caches
 
@@ -98,6 +97,17 @@ class _RunningSoftmax:
     def expected(self) -> Tensor:
         """Mean of the head's rows, weighted with the probabilities: float32[rows, D]."""
         return self._summed / self._total
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; without one the logits themselves.
+
+    Example:
+        >>> from frozenprefix.models.packing.loss import cap
+        >>> round(float(cap(torch.tensor(100.0), 30.0)), 2)
+        29.92
+    """
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _slope(capped: Tensor, softcap: float) -> Tensor:

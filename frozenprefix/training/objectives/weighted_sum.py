@@ -19,7 +19,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.metrics.recall import first_ranks
 from frozenprefix.evaluation.text_ability import read_text, text_windows
 from frozenprefix.models.contrastive.losses import contrastive_loss
-from frozenprefix.models.language_model.loading import cap
+from frozenprefix.models.language_model import FrozenLM
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
@@ -81,7 +81,7 @@ class Contrastive:
         return contrastive_loss(
             self.section.loss,
             self.model.heads.logit_scale,
-            self.model.encode_prefix(prefix_embeds),
+            self.model.heads.embed_prefix(prefix_embeds),
             self.model.encode_text(**batch["texts"]),
             batch["image_ids"],
             batch["text_ids"],
@@ -147,29 +147,25 @@ class Distillation:
         return int(batch["kept"]["attention_mask"][:, 1:].sum())
 
     def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        _, head, softcap = self.model.parts()
+        lm = self.model.lm
         # states that predict a token of their text: [K, D_lm]
         predicts = batch["kept"]["attention_mask"][:, 1:].bool()
         with torch.no_grad(), self.model.bare_language_model():
-            bare = self.model.text_states(**batch["kept"])[:, :-1][predicts]
-        adapted = self.model.text_states(**batch["kept"])[:, :-1][predicts]
+            bare = lm.text_states(**batch["kept"])[:, :-1][predicts]
+        adapted = lm.text_states(**batch["kept"])[:, :-1][predicts]
         chunks = zip(bare.split(CHUNK), adapted.split(CHUNK), strict=True)
         # logits of one chunk at a time, made again for the backward pass
-        parts = [checkpoint(_divergence, head, softcap, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(_divergence, lm, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(parts).sum() / len(bare)
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         return {}
 
 
-def _divergence(head: nn.Module, softcap: float | None, bare: Tensor, adapted: Tensor) -> Tensor:
+def _divergence(lm: FrozenLM, bare: Tensor, adapted: Tensor) -> Tensor:
     """Sum over rows of KL(bare || adapted) of the distributions behind hidden states float[K, D_lm]."""
-    wanted, found = (_log_probabilities(head, softcap, hidden) for hidden in (bare, adapted))
-    return F.kl_div(found, wanted, reduction="sum", log_target=True)
-
-
-def _log_probabilities(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
-    return cap(head(hidden).float(), softcap).log_softmax(dim=-1)
+    wanted, log_probs = (lm.logits(hidden, torch.float32).log_softmax(dim=-1) for hidden in (bare, adapted))
+    return F.kl_div(log_probs, wanted, reduction="sum", log_target=True)
 
 
 class Objectives(nn.Module):
