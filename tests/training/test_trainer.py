@@ -28,7 +28,8 @@ DROPOUT = "model.mapper.dropout=0.2"
 
 @pytest.fixture(scope="module")
 def recipe_of(tiny_recipe, sharp_lm):
-    return lambda folder, *overrides, **options: tiny_recipe(folder, *overrides, lm=sharp_lm, **options)
+    # with seed 0 two weights get gradients of about 0, whose sign, and so Adam's step, hangs on the order of a sum
+    return lambda folder, *overrides, **options: tiny_recipe(folder, "seed=1", *overrides, lm=sharp_lm, **options)
 
 
 @pytest.fixture(scope="module")
