@@ -198,7 +198,7 @@ def retrieving(tiny_recipe, folder: Path, *overrides: str, **more):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'data\.retrieval\.images'"),
+        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'images'"),
         ("data.retrieval={images: 2}", r"data\.retrieval\.captions: got 4, expected at most one for each of the 2"),
         ("data.retrieval={template: 'Like:'}", r"data\.retrieval\.template: got 'Like:', expected \{captions\} once"),
         ("data.retrieval={template: '{captions}{question}'}", r"data\.retrieval\.template"),
