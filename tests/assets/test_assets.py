@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from frozenprefix import assets
-from frozenprefix.assets import hashing, wheels
+from frozenprefix.assets import wheels
 from frozenprefix.errors import AssetError
+from frozenprefix.utils import hashing
 
 MEMBERS = {"toy_data/data/questions.json": b"[1, 2]", "toy_data/data/images/0.png": b"png", "toy_data/__init__.py": b""}
 
