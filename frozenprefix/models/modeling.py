@@ -18,10 +18,6 @@ from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save_checkpoint, trainable_state
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
-    FusionConfig,
-    LanguageModelConfig,
-    MapperConfig,
-    VisionEncoderConfig,
 )
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
@@ -96,11 +92,10 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         identity = {}
         if vision_encoder is None:
-            built = build_vision_encoder(VisionEncoderConfig.model_validate(config.vision_encoder))
+            built = build_vision_encoder(config.vision_encoder)
             vision_encoder, identity["vision_encoder"] = built.module, built.identity
         if language_model is None:
-            section = LanguageModelConfig.model_validate(config.language_model)
-            language_model, identity["language_model"] = load_language_model(section)
+            language_model, identity["language_model"] = load_language_model(config.language_model)
         language_model, peft_model = split_peft_model(language_model)
         check_identity(config.identity, identity)
         config.identity = {**config.identity, **identity}
@@ -111,15 +106,16 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.adapters = AdapterSet.from_config(config, language_model, vision_encoder, peft_model)
         self.lm.num_virtual_tokens = self.adapters.num_virtual_tokens
         self.mapper = build_mapper(
-            MapperConfig.model_validate(config.mapper),
+            config.mapper,
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
             lm_dim=self.lm.dim,
             embedding_rms=embedding_rms(language_model),
         )
-        self.fusion = build_fusion(FusionConfig.model_validate(config.fusion), language_model, self.lm.dim)
+        self.fusion = build_fusion(config.fusion, language_model, self.lm.dim)
         self.adapters.follow(self.fusion)
-        self.contrastive = None if config.contrastive is None else ContrastiveHeads(self.lm.dim, **config.contrastive)
+        heads = config.contrastive
+        self.contrastive = None if heads is None else ContrastiveHeads(self.lm.dim, dim=heads.dim, loss=heads.loss)
         self._start_token = None if self.fusion.is_prefix else self.lm.start_token
         self.generation_config = language_model.generation_config
         self.post_init()
@@ -127,7 +123,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
         if self.config.vision_encoder is None:
             return freeze(vision_encoder)
-        section = VisionEncoderConfig.model_validate(self.config.vision_encoder)
+        section = self.config.vision_encoder
         return train_encoder(vision_encoder, section.trainable, getattr(torch, section.dtype))
 
     # ── encode → map → fuse → language model ──

@@ -19,8 +19,7 @@ from frozenprefix.models.checkpoint import (
     save_checkpoint,
     trainable_state,
 )
-from frozenprefix.models.configuration import VisionEncoderConfig
-from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
@@ -67,10 +66,10 @@ class LockedImageTextModel(PreTrainedModel):
         super().__init__(config)
         identity = {}
         if vision_encoder is None:
-            built = build_vision_encoder(VisionEncoderConfig.model_validate(config.vision_encoder))
+            built = build_vision_encoder(config.vision_encoder)
             vision_encoder, identity["vision_encoder"] = built.module, built.identity
         if text_tower is None:
-            text = build_text_tower(TextTowerConfig.model_validate(config.text_tower))
+            text = build_text_tower(config.text_tower)
             text_tower, identity["text_tower"] = text.module, text.identity
         check_identity(config.identity, identity)
         config.identity = {**config.identity, **identity}
@@ -78,8 +77,8 @@ class LockedImageTextModel(PreTrainedModel):
         self.vision_encoder = freeze(vision_encoder)
         self.text_tower = text_tower
         size = config.projection_dim
-        image_projection = ProjectionConfig.model_validate(config.image_projection)
-        text_projection = ProjectionConfig.model_validate(config.text_projection)
+        image_projection = config.image_projection
+        text_projection = config.text_projection
         self.image_projection = build_projection(image_projection, vision_encoder.encoder_dim, size, "image_projection")
         self.text_projection = build_projection(text_projection, text_tower.output_dim, size, "text_projection")
         self.logit_scale = LogitScale(config.objective)
@@ -166,7 +165,7 @@ class LockedImageTextModel(PreTrainedModel):
         if not isinstance(config, cls.config_class):
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        section = TextTowerConfig.model_validate(config.text_tower)
+        section = config.text_tower
         # a text tower that was trained as a whole is in the checkpoint; the weights it started from are not needed
         if "text_tower" not in kwargs and section.trained_layers == "all" and config.text_config is not None:
             kwargs["text_tower"] = text_tower_from_architecture(section, config.text_config)

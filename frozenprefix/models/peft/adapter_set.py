@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.configuration import FrozenPrefixConfig, PeftMethodConfig
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Fusion
 
@@ -54,7 +54,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
         Args:
             peft_model: a user's own peft model around the language model, in place of a method in the config.
         """
-        methods = {part: (getattr(config, part) or {}).get("peft") for part in FOLDERS}
+        methods = {part: getattr(getattr(config, part), "peft", None) for part in FOLDERS}
         if peft_model is not None and methods["language_model"] is not None:
             raise ConfigError("language_model: got a peft model beside model.language_model.peft; give one of them")
         adapters: dict[str, Adapter] = {}
@@ -66,7 +66,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
             for part, method in methods.items():
                 if method is not None:
                     module = language_model if part == "language_model" else _network(vision_encoder)
-                    adapters[part] = make_adapter(module, PeftMethodConfig.model_validate(method), part)
+                    adapters[part] = make_adapter(module, method, part)
         adapter_set = cls(adapters)
         if adapter_set.virtual_tokens is not None:
             language_model.add_module("virtual_tokens", adapter_set.virtual_tokens)
