@@ -16,9 +16,7 @@ from transformers.utils import ModelOutput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save_checkpoint, trainable_state
-from frozenprefix.models.configuration import (
-    FrozenPrefixConfig,
-)
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
@@ -123,8 +121,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
         if self.config.vision_encoder is None:
             return freeze(vision_encoder)
-        section = self.config.vision_encoder
-        return train_encoder(vision_encoder, section.trainable, getattr(torch, section.dtype))
+        config = self.config.vision_encoder
+        return train_encoder(vision_encoder, config.trainable, getattr(torch, config.dtype))
 
     # ── encode → map → fuse → language model ──
 

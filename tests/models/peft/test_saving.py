@@ -77,7 +77,7 @@ def test_spoilt_adapters_are_refused_by_name(built, tmp_path):
     config = json.loads((tmp_path / "good" / "config.json").read_text())
     config["language_model"]["peft"] = None
     (tmp_path / "good" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"holds language_adapter/, and its config\.json no peft method"):
+    with pytest.raises(CheckpointError, match=r"holds language_adapter/, but its config\.json names no peft method"):
         load(tmp_path / "good")
 
 
