@@ -11,7 +11,7 @@ import torch
 
 from frozenprefix.config.objectives import weight_at
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.training.assembly import RunParts
 from frozenprefix.training.base_trainer import TrainingResult
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
@@ -46,7 +46,7 @@ class Trainer(RunParts):
         self.wrapped.train()
 
     def _stepping(self) -> AbstractContextManager[None]:
-        return packed_frozen_weights(self.model.language_model)
+        return prepacked_frozen_weights(self.model.language_model)
 
     # ── the loop ──
 
@@ -58,7 +58,7 @@ class Trainer(RunParts):
         losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
-            self.accelerator.gradient_state._set_sync_gradients(last)
+            self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 found = self.wrapped(part, shares[number - 1])
                 # DDP averages gradients over processes; the shares already add up to one

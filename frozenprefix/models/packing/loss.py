@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.kernels.linear import TILE, FrozenWeight, PackedWeight, head_tiles
+from frozenprefix.kernels.linear import TILE, PlainWeight, PrepackedWeight, head_tiles
 from frozenprefix.models.language_model.loading import cap
 
 ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near the caches
@@ -42,7 +42,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             rows = slice(start, start + ROWS)
             softmax = _RunningSoftmax(hidden[rows], softcap, back=gradient is not None)
             for number, (tile, edges) in enumerate(zip(tiles, spans[block], strict=True)):
-                logits = tile.forth(hidden[rows])
+                logits = tile.forward(hidden[rows])
                 if softcap is not None:
                     logits = cap(logits.float(), softcap)
                 wanted[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
@@ -79,7 +79,7 @@ class _RunningSoftmax:
         self._back = back
         self._summed = torch.zeros(hidden.shape if back else 0, device=hidden.device)
 
-    def add(self, logits: Tensor, tile: FrozenWeight | PackedWeight) -> None:
+    def add(self, logits: Tensor, tile: PlainWeight | PrepackedWeight) -> None:
         """The next tile's logits, capped, float[rows, words], which are overwritten."""
         slope = None if self._softcap is None else _slope(logits, self._softcap)
         highest = torch.maximum(self._highest, logits.amax(dim=-1, keepdim=True).float())
@@ -89,7 +89,7 @@ class _RunningSoftmax:
         self._total.mul_(scale).add_(shares.sum(dim=-1, keepdim=True, dtype=torch.float32))
         if self._back:
             shares = shares if slope is None else shares.mul_(slope).to(self._dtype)
-            self._summed.mul_(scale).add_(tile.back(shares))
+            self._summed.mul_(scale).add_(tile.backward(shares))
 
     def log_total(self) -> Tensor:
         """Log of the sum of all exponentials: float32[rows]."""

@@ -17,7 +17,7 @@ from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
-from frozenprefix.models.vision.given_features import FeatureTable
+from frozenprefix.models.vision.precomputed import FeatureTable
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.trainer import train
