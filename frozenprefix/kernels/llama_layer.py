@@ -171,6 +171,7 @@ def _is_supported(layer: Any) -> bool:
 @torch.no_grad()
 def _agrees_with_own(frozen: FrozenLayer) -> bool:
     """Compare the function with the layer's own `forward` on one row of two tokens."""
+    name, unchanged = type(frozen.layer).__name__, "decoder layers keep their own forward pass"
     dtype, width = frozen.out.dtype, frozen.layer.self_attn.o_proj.out_features
     hidden = torch.arange(2.0 * width).sin().view(1, 2, width).to(dtype)
     angles = torch.arange(2.0).view(1, 2, 1).expand(1, 2, frozen.dim)
@@ -179,17 +180,10 @@ def _agrees_with_own(frozen: FrozenLayer) -> bool:
         own = frozen.own(hidden, attention_mask=mask, position_embeddings=positions)
         difference = (frozen.compute(hidden, mask, positions) - own).float().norm() / own.float().norm()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        logger.warning(
-            "decoder layers keep their own forward pass: %s failed on two tokens (%s)",
-            type(frozen.layer).__name__,
-            error,
-        )
+        logger.warning("%s: %s failed on two tokens (%s)", unchanged, name, error)
         return False
     if difference > (1e-4 if dtype == torch.float32 else 0.05):
-        name = type(frozen.layer).__name__
-        logger.warning(
-            "decoder layers keep their own forward pass: the result differs from that of %s by %.0e", name, difference
-        )
+        logger.warning("%s: the result differs from that of %s by %.0e", unchanged, name, difference)
         return False
     return True
 
