@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from frozenprefix.assets import is_pypi, resolve, tree_sha256
+from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import VisionEncoderConfig
@@ -25,6 +25,7 @@ from frozenprefix.models.vision.base import (
     resolve_layers,
 )
 from frozenprefix.models.vision.weights import state_sha256
+from frozenprefix.utils import tree_sha256
 
 logger = logging.getLogger(__name__)
 
