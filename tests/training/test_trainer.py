@@ -206,7 +206,10 @@ def plain(recipe_of, tmp_path_factory):
 
 def test_accumulation_gives_the_same_weights(plain, recipe_of, tmp_path):
     train(recipe_of(tmp_path, "training.gradient_accumulation_steps=2"))
-    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "last/model.safetensors", atol=1e-5)
+    assert losses_of(tmp_path) == pytest.approx(losses_of(plain), rel=1e-5)
+    # Adam divides by the gradient's size, so that rounding shows in a weight whose gradient is nearly zero: 2 of 8,192
+    # weights differed by 1.2e-4 on one processor. A step is 0.01 long.
+    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "last/model.safetensors", atol=5e-4)
 
 
 @pytest.mark.parametrize("packing", ["flat", "none"])
