@@ -14,7 +14,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from frozenprefix.assets import user_cache
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
@@ -27,6 +26,7 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.given_features import FeatureTable, given_table
+from frozenprefix.utils import user_cache
 
 Fingerprint = dict[str, str | int]
 Progress = Callable[[int, int], None]

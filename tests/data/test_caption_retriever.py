@@ -22,7 +22,8 @@ from frozenprefix.data.features import ImageEncoder
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.evaluation import evaluate_samples, generation
+from frozenprefix.evaluation import evaluate_samples
+from frozenprefix.evaluation.tasks import generation
 from frozenprefix.inference import Captioner
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
 from frozenprefix.training.trainer import train

@@ -10,7 +10,8 @@ from frozenprefix.data.features import FeatureStorage, ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
-from frozenprefix.evaluation import EvaluationOptions, evaluate_samples, generation
+from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
+from frozenprefix.evaluation.tasks import generation
 from tests.helpers.data import rows_of
 
 SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
