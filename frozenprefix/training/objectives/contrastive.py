@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frozenprefix.config.objectives import ContrastiveSection
+from frozenprefix.config.objectives import ContrastiveObjective
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.evaluation.metrics.recall import first_ranks
@@ -36,7 +36,7 @@ class Contrastive(Objective):
         self,
         model: FrozenPrefixForConditionalGeneration,
         processor: FrozenPrefixProcessor,
-        section: ContrastiveSection,
+        section: ContrastiveObjective,
     ):
         super().__init__(section.weight)
         self.model, self.processor, self.section = model, processor, section
