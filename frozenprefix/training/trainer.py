@@ -19,7 +19,7 @@ from frozenprefix.data.samples import ImageGroup, group_by_images
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
@@ -152,7 +152,7 @@ class Trainer(BaseTrainer):
         super().begin()
 
     def take_steps(self) -> None:
-        with packed_frozen_weights(self.model.language_model):
+        with prepacked_frozen_weights(self.model.language_model):
             super().take_steps()
 
     def batches(self) -> Iterator[Batch]:
