@@ -228,6 +228,7 @@ class TrackingSection(RecipeSection):
 
     tensorboard: bool = False
     wandb: bool = False
+    trackio: bool = False
 
 
 def _relative(lines: list[str], field: str) -> list[Problem]:
