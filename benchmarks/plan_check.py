@@ -22,7 +22,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from benchmarks import common
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
@@ -47,9 +47,9 @@ class TimedTrainer(Trainer):
         super().__init__(recipe)
         self.step_seconds: list[float] = []
 
-    def _step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    def step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         before = time.perf_counter()
-        values = super()._step(batches)
+        values = super().step(batches)
         self.step_seconds.append(time.perf_counter() - before)
         return values
 
@@ -175,7 +175,7 @@ def main() -> None:
     arguments = made.parse_args()
     if arguments.memory_of:
         short = ["training.max_steps=4", "data.validation=[]"]
-        sys.stdout.write(f"{memory_of(Recipe.load(arguments.memory_of, short))}\n")
+        sys.stdout.write(f"{memory_of(load_recipe(arguments.memory_of, short))}\n")
         return
     common.start_logging()
     found: dict[str, Any] = {}

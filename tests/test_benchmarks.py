@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from benchmarks import (
     attention,
@@ -24,7 +23,8 @@ from benchmarks import (
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
-from frozenprefix.kernels.linear import packable_dtypes
+from frozenprefix.config import write_yaml
+from frozenprefix.kernels.linear import prepackable_dtypes
 from frozenprefix.models.packing.trie import build_trie
 from tests.helpers import ROOT
 from tests.helpers.recipes import tiny_recipe_dict
@@ -38,18 +38,18 @@ def test_attention_runs_and_is_exact(tmp_path):
     assert attention.markdown(report).count("\n| tiny, ") == 2
 
 
-@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+@pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_products_run_and_agree():
-    kinds = ("tiny", "layers of SmolLM2-135M", "the same, products alone packed")
+    kinds = ("tiny", "layers of SmolLM2-135M", "the same, prepacked products only")
     report = products.main(["--quick"])
-    names = [f"{what}, {str(dtype)[6:]}" for what in kinds for dtype in packable_dtypes()]
+    names = [f"{what}, {str(dtype)[6:]}" for what in kinds for dtype in prepackable_dtypes()]
     assert [case["name"] for case in report["cases"]] == names
     assert all(case["max_difference"] < 1e-6 for case in report["cases"] if "float32" in case["name"])
-    assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
-    assert products.markdown(report).count("\n| tiny, ") == len(packable_dtypes())
+    assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "prepacked"))
+    assert products.markdown(report).count("\n| tiny, ") == len(prepackable_dtypes())
 
 
-@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+@pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_a_step_is_accounted_for():
     report = step_profile.main(["--quick"])
     for made in report["shapes"].values():
@@ -198,7 +198,7 @@ def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):
     """Both are trained once; the twin answers the same whatever it is shown."""
     data = tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "seeing")
     data["data"]["validation"] = [{"type": "qa", "path": str(shapes), "split": "val"}]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "tiny.yaml").write_text(write_yaml(data))
     arguments = [str(tmp_path / "tiny.yaml"), "--quick", "training.max_steps=2"]
     report = blind_twin.main(arguments)
     assert report["difference"]["exact_match"]["a"] == report["blind_twin"]["exact_match"]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +17,14 @@ from torch import Tensor
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
-from frozenprefix.data.checkpoint_recipe import data_section
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
-from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
-from frozenprefix.models.vision.given_features import FeatureTable, given_table
+from frozenprefix.models.vision.precomputed import FeatureTable, feature_table
 from frozenprefix.utils import user_cache
 
 Fingerprint = dict[str, str | int]
@@ -49,20 +48,6 @@ class FeatureStorage:
     feature_cache: str = "auto"
     feature_dtype: StorageDType = "float16"
 
-    @classmethod
-    def of_checkpoint(cls, checkpoint: str | Path) -> FeatureStorage:
-        """What the recipe in a checkpoint folder says. A folder that is not on this machine counts as "auto".
-
-        Raises:
-            ConfigError: for a recipe.yaml that cannot be read.
-        """
-        data = data_section(checkpoint) or {}
-        place, dtype = str(data.get("feature_cache", "auto")), data.get("feature_dtype", "float16")
-        if dtype not in get_args(StorageDType):
-            file, known = Path(checkpoint) / "recipe.yaml", ", ".join(get_args(StorageDType))
-            raise ConfigError(f"{file}: data.feature_dtype: got {dtype!r}, expected one of {known}")
-        return cls(place if place == "off" or Path(place).is_dir() else "auto", dtype)
-
 
 @dataclass(frozen=True)
 class ImageEncoder:
@@ -83,7 +68,7 @@ class ImageEncoder:
     @classmethod
     def of(cls, model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> ImageEncoder:
         """The encoder of a model."""
-        config = VisionEncoderConfig.model_validate(model.config.vision_encoder)
+        config = model.config.vision_encoder
         identity = model.config.identity["vision_encoder"]
         return cls(
             model.vision_encoder,
@@ -210,7 +195,7 @@ class ImageFeatures:
         paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
         source: FeatureCache | FeatureTable | dict[Path, Tensor]
-        given = given_table(model.vision_encoder)
+        given = feature_table(model.vision_encoder)
         if given is not None:
             given.keys_of(paths)
             source = given

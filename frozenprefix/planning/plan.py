@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.config.recipe_base import RecipeFile
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
 from frozenprefix.data.cache_keys import ImageKeys
@@ -92,7 +92,7 @@ class Plan:
 
 
 def plan(
-    planned_recipe: RecipeFile, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
+    planned_recipe: BaseRecipe, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
 ) -> Plan:
     """Work out what a recipe costs.
 
@@ -146,7 +146,7 @@ def plan(
         encode = machine.encode_seconds(encoder_flops, encoder_bytes, decode, half=half)
         # no backward pass, but two forward passes: about as much as training on the image
         validation = seconds / images_per_step
-        needed = sum(memory.values()) - (memory[costs.PACKED_COPIES] if machine.kind == "gpu" else 0)
+        needed = sum(memory.values()) - (memory[costs.PREPACKED_COPIES] if machine.kind == "gpu" else 0)
         fits = None if machine.memory is None else needed < 0.9 * machine.memory
         planned[name] = run.on(machine.label, seconds, 1 / encode, validation, fits)
     return Plan(

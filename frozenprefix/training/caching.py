@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from frozenprefix.config.recipe_base import RecipeFile
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.features import ImageEncoder, feature_folder
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
@@ -42,7 +42,7 @@ class FilledCache:
     is_main: bool
 
 
-def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
+def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
     """Encode every image of a recipe's sources that is not in its feature cache yet.
 
     Under `accelerate launch` the processes share the images. A run that was killed goes on where it was.

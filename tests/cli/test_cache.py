@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
+from frozenprefix.config import write_yaml
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.features import ImageEncoder, feature_folder
 from frozenprefix.data.processes import Processes
@@ -33,7 +33,7 @@ def data(tmp_path) -> Path:
 
 def test_the_command_says_what_it_did_and_does_it_once(tiny_lm, data, tmp_path):
     recipe, folder = tmp_path / "tiny.yaml", tmp_path / "features"
-    recipe.write_text(yaml.safe_dump(tiny_recipe_dict(tiny_lm("llama"), data, tmp_path / "run")))
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), data, tmp_path / "run")))
     command = ["cache", str(recipe), f"data.feature_cache={folder}"]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
@@ -54,9 +54,9 @@ def test_training_reads_what_the_command_wrote(tiny_recipe, data, tmp_path, monk
     from frozenprefix.training.trainer import Trainer
 
     trainer = Trainer(recipe)
-    trainer._build()
+    trainer.build_model()
     monkeypatch.setattr(ImageEncoder, "encode", lambda *_: pytest.fail("encoded again"))
-    trainer._prepare_data()
+    trainer.prepare_data()
     assert trainer.collator.features is not None
     assert trainer.collator.features.folder == filled.folder
     assert len(trainer.train_groups) == 8

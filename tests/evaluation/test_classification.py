@@ -17,8 +17,8 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError, TrainingError
-from frozenprefix.evaluation import classification
 from frozenprefix.evaluation.confusion import confusion_svg
+from frozenprefix.evaluation.tasks import classification
 from frozenprefix.evaluation.tasks.classification import CLASSIFICATION, evaluate_classification
 from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference import Captioner, likelihood
@@ -364,9 +364,9 @@ def test_confusion_drawing():
 @pytest.mark.network
 def test_real_weights_and_emoji(tmp_path):
     """SmolLM2 and EfficientNet-Lite0 on emoji: labels that share a row are scored as each alone."""
-    from frozenprefix.config.recipe import Recipe
+    from frozenprefix.config import load_recipe
 
-    recipe = Recipe.load(
+    recipe = load_recipe(
         ROOT / "recipes" / "quickstart.yaml",
         [f"output_dir={tmp_path}", "training.precision=fp32"],
     )

@@ -15,7 +15,7 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation import fewshot
+from frozenprefix.evaluation.tasks import few_shot as fewshot
 from frozenprefix.evaluation.tasks.few_shot import FEW_SHOT, evaluate_fewshot
 from frozenprefix.evaluation.tasks.few_shot_episodes import (
     MADE_UP_NAMES,

@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError, did_you_mean
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import TimmEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -26,7 +26,7 @@ from frozenprefix.models.vision.efficientnet_lite import (
     convert_lite_checkpoint,
     is_lite_checkpoint,
 )
-from frozenprefix.models.vision.fusing import fuse_batch_norms
+from frozenprefix.models.vision.folding import fold_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.weights import (
     RANDOM_SEED,
@@ -82,7 +82,7 @@ class TimmEncoder(VisionEncoder):
         return timm_blocks(self.model) or super().blocks()
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: TimmEncoderConfig) -> BuiltEncoder:
     """Build a `TimmEncoder` from its config.
 
     Raises:
@@ -98,7 +98,7 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
         model.set_input_size((image_size, image_size))
     encoder = TimmEncoder(
         # What is trained keeps its batch norms: a checkpoint's tensors are then the library's own.
-        fuse_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
+        fold_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
         name=config.name,
         layers=layer_list(config.layer),
         image_size=image_size,

@@ -17,7 +17,7 @@ from frozenprefix.inference.embedding import Embedder
 from frozenprefix.models.contrastive import LockedImageTextModel, TextTowerConfig
 from frozenprefix.models.contrastive.open_clip_io import from_open_clip, open_clip_state, save_open_clip
 from frozenprefix.models.contrastive.text_tower import build_text_tower
-from frozenprefix.training.contrastive_setup import build_locked_model
+from frozenprefix.training.setup import build_locked_model
 from tests.helpers.contrastive import MINILM, contrastive_recipe
 
 
@@ -83,7 +83,7 @@ def test_minilm_knows_what_is_alike():
 def test_a_tower_trained_as_a_whole_needs_no_original(recipe_of, tmp_path):
     recipe = recipe_of(tmp_path, "model.text_tower.trained_layers=all")
     model, processor = build_locked_model(recipe)
-    model.config.text_tower["path"] = str(tmp_path / "gone")
+    model.config.text_tower.path = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "saved")
     inputs = processor.prepare_texts(["a red circle"])
     again = LockedImageTextModel.from_pretrained(tmp_path / "saved")
