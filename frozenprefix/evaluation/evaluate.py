@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix import __version__
+from frozenprefix.version import __version__
 from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes

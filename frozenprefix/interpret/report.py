@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from frozenprefix import __version__
+from frozenprefix.version import __version__
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.evaluation.metrics.vqa import normalize_vqa_answer
