@@ -1,4 +1,4 @@
-"""From a recipe to the parts that the loop needs: model, processor, data."""
+"""From a recipe to the model, its processor and the data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
@@ -22,6 +23,10 @@ from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, grou
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
+from frozenprefix.models.contrastive.modeling import LockedImageTextModel
+from frozenprefix.models.contrastive.processing import LockedImageTextProcessor, OpenClipProcessor
+from frozenprefix.models.contrastive.text_tower import build_text_tower
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -54,6 +59,29 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
     )
     torch.manual_seed(recipe.seed)
     return FrozenPrefixForConditionalGeneration(config, vision_encoder=encoder.module), processor
+
+
+def build_locked_model(
+    recipe: ContrastiveRecipe,
+) -> tuple[LockedImageTextModel, LockedImageTextProcessor | OpenClipProcessor]:
+    """Build the model of a contrastive recipe, and its processor."""
+    sections = recipe.model
+    encoder, tower = build_vision_encoder(sections.vision_encoder), build_text_tower(sections.text_tower)
+    config = LockedImageTextConfig(
+        vision_encoder=sections.vision_encoder,
+        text_tower=sections.text_tower,
+        image_projection=sections.image_projection,
+        text_projection=sections.text_projection,
+        projection_dim=sections.projection_dim,
+        objective=sections.objective,
+        identity={"vision_encoder": encoder.identity, "text_tower": tower.identity},
+        text_config=tower.text_config,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LockedImageTextModel(config, encoder.module, tower.module)
+    if tower.tokenizer is None:
+        return model, OpenClipProcessor(encoder.image_processor, open_clip_name=sections.text_tower.path)
+    return model, LockedImageTextProcessor(encoder.image_processor, tower.tokenizer)
 
 
 def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> list[Sample]:

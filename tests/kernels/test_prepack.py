@@ -204,10 +204,15 @@ def test_weights_and_their_names_are_untouched():
 
 def test_training_packs_while_it_steps(monkeypatch):
     """In between, and not in the measures of the frozen model's text before and after it."""
+    from frozenprefix.training.base_trainer import BaseTrainer
     from frozenprefix.training.trainer import Trainer
 
     trainer = Trainer.__new__(Trainer)
     trainer.model = nn.Module()
     trainer.model.language_model = frozen_lm("llama", NARROWEST)
-    with trainer._stepping():
-        assert "forward" in vars(trainer.model.language_model.model.layers[0].mlp.up_proj)
+    layer = trainer.model.language_model.model.layers[0].mlp.up_proj
+    packed = []
+    monkeypatch.setattr(BaseTrainer, "take_steps", lambda self: packed.append("forward" in vars(layer)))
+    trainer.take_steps()
+    assert packed == [True]
+    assert "forward" not in vars(layer)

@@ -40,10 +40,10 @@ def one_step(tiny_recipe, tiny_lm, tmp_path):
     def make(family: str):
         recipe = tiny_recipe(tmp_path / family, lm=tiny_lm(family))
         timer = StepTimer(recipe)
-        timer._build()
+        timer.build_model()
         groups = {part: group_by_images(listed) for part, listed in load_parts(recipe.data).items()}
-        timer._use_data(groups, RandomFeatures.of(4, 64))
-        batch = next(timer._batches())
+        timer.use_data(groups, RandomFeatures.of(4, 64))
+        batch = next(timer.batches())
         return timer.model, batch, StepShape.of([batch["packed"]])
 
     return make

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.errors import ConfigError, DataError, TrainingError
-from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration, FrozenPrefixOutput
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.training.guards import check_finite, looks_blind
+from frozenprefix.training.objectives import NextToken
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_samples
 from frozenprefix.training.tracking import read_log
@@ -96,15 +97,15 @@ def test_no_readable_image_is_an_error(recipe_of, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(recipe_of, tmp_path, monkeypatch):
-    forward = FrozenPrefixForConditionalGeneration.forward
+    loss_of = NextToken.loss
     calls = []
 
-    def spoiled(self, **batch):
+    def spoiled(self, *batch):
         calls.append(1)
-        output = forward(self, **batch)
-        return output if len(calls) < 5 else FrozenPrefixOutput(loss=output.loss * math.nan)
+        loss = loss_of(self, *batch)
+        return loss if len(calls) < 5 else loss * math.nan
 
-    monkeypatch.setattr(FrozenPrefixForConditionalGeneration, "forward", spoiled)
+    monkeypatch.setattr(NextToken, "loss", spoiled)
     with pytest.raises(TrainingError, match=r"step 5: loss is nan at learning rate .* lower training\.learning_rate"):
         train(recipe_of(tmp_path))
     assert json.loads((tmp_path / "last/training_state.json").read_text())["step"] == 3

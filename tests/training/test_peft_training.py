@@ -148,7 +148,7 @@ def test_attention_that_peft_would_change_in_place_is_refused():
 
 
 class StoppedHalfWay(Trainer):
-    def _out_of_patience(self):
+    def out_of_patience(self):
         return self.progress.step >= 3
 
 

@@ -28,7 +28,7 @@ LENGTH = [f"training.max_steps={STEPS}", "training.save_every=4", "training.vali
 class StoppedBetween(Trainer):
     stop = 6
 
-    def _out_of_patience(self):
+    def out_of_patience(self):
         return self.progress.step >= self.stop
 
 
@@ -47,8 +47,8 @@ def whole(recipe_of, tmp_path_factory):
             super().__init__(recipe)
             self.seen = []
 
-        def _step(self, batches):
-            values = super()._step(batches)
+        def step(self, batches):
+            values = super().step(batches)
             self.seen.append(self.model.adapters["language_model"].ranks())
             return values
 
