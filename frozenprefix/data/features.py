@@ -24,7 +24,7 @@ from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
-from frozenprefix.models.vision.given_features import FeatureTable, given_table
+from frozenprefix.models.vision.precomputed import FeatureTable, feature_table
 from frozenprefix.utils import user_cache
 
 Fingerprint = dict[str, str | int]
@@ -195,7 +195,7 @@ class ImageFeatures:
         paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
         source: FeatureCache | FeatureTable | dict[Path, Tensor]
-        given = given_table(model.vision_encoder)
+        given = feature_table(model.vision_encoder)
         if given is not None:
             given.keys_of(paths)
             source = given

@@ -16,7 +16,7 @@ from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.images import load_image
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
-from frozenprefix.models.vision.given_features import given_table
+from frozenprefix.models.vision.precomputed import feature_table
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Captioner:
 
     def _images(self, paths: Sequence[str | Path]) -> dict[str, Any]:
         """The argument of `generate` that shows image files: decoded, or features that are given for them."""
-        given = given_table(self.model.vision_encoder)
+        given = feature_table(self.model.vision_encoder)
         if given is not None:
             return {"image_features": given.features(paths)}
         return {"images": [load_image(path) for path in paths]}

@@ -21,7 +21,7 @@ from frozenprefix.data.features import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import BadImageError, DataError
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.planning.costs import StepShape
 from frozenprefix.training.trainer import Trainer
 from frozenprefix.training.validation import validation_losses
@@ -82,7 +82,7 @@ class StepTimer(Trainer):
         batches = remembered()
         shapes: list[StepShape] = []
         times: list[float] = []
-        with packed_frozen_weights(self.model.language_model):
+        with prepacked_frozen_weights(self.model.language_model):
             for _ in range(WARM_UP_STEPS):
                 self.step(batches)
             while len(times) < LEAST_STEPS or (sum(times) < seconds and len(times) < MOST_STEPS):

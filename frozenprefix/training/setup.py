@@ -32,7 +32,7 @@ from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
-from frozenprefix.models.vision.given_features import given_table
+from frozenprefix.models.vision.precomputed import feature_table
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def prepare_images(
     bad = BadImages()
     features, encoded = None, 0
 
-    given = given_table(encoder.module)
+    given = feature_table(encoder.module)
     try:
         if given is not None:
             given.keys_of(paths)

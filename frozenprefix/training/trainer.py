@@ -19,7 +19,7 @@ from frozenprefix.data.samples import ImageGroup, group_by_images
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
@@ -29,6 +29,7 @@ from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import validation_losses
+from frozenprefix.utils import progress_bar, write_text_atomic
 
 logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
@@ -120,14 +121,13 @@ class Trainer(BaseTrainer):
         options = self._collation() | {"keep_samples": any(section is not None for section in others)}
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
-        task = self.bar.add_task("encoding texts", total=None, note="")
-        vectors = TextVectors.of(
-            self.recipe.model.vision_encoder,
-            [text for group in self.train_groups for sample in group.samples for text in sample.targets],
-            device=self.accelerator.device,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
+        with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
+            vectors = TextVectors.of(
+                self.recipe.model.vision_encoder,
+                [text for group in self.train_groups for sample in group.samples for text in sample.targets],
+                device=self.accelerator.device,
+                progress=update,
+            )
         return TextOnlyCollator(self.processor, vectors, **options)
 
     def prepare_optimizer(self) -> None:
@@ -152,7 +152,7 @@ class Trainer(BaseTrainer):
         super().begin()
 
     def take_steps(self) -> None:
-        with packed_frozen_weights(self.model.language_model):
+        with prepacked_frozen_weights(self.model.language_model):
             super().take_steps()
 
     def batches(self) -> Iterator[Batch]:
@@ -256,7 +256,7 @@ class Trainer(BaseTrainer):
         self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
         if self.accelerator.is_main_process:
             summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
-            (self.output_dir / TEXT_FILE).write_text(json.dumps({**summary, "after": asdict(after)}, indent=2))
+            write_text_atomic(self.output_dir / TEXT_FILE, json.dumps({**summary, "after": asdict(after)}, indent=2))
         check_frozen_text(unchanged, trained=self.model.trains_text)
 
     # ── checkpoints ──

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
-from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.compat import CACHE, attention_implementation
 from frozenprefix.models.language_model.loading import cap, check_packable, positions_from_mask
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
@@ -76,7 +76,7 @@ def beam_options(language_model: PreTrainedModel, prompt_length: int, options: d
         return None
     text = language_model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    if check_packable(language_model) or text._attn_implementation not in ("sdpa", "eager"):
+    if check_packable(language_model) or attention_implementation(text) not in ("sdpa", "eager"):
         return None
     if window and prompt_length + values["max_new_tokens"] >= window:
         return None

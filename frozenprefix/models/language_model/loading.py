@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.utils import file_sha256, tree_sha256
 
@@ -89,7 +90,7 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         ) from error
     identity = dict(found.identity)
     if "sha256" not in identity:
-        identity["revision"] = str(getattr(model.config, "_commit_hash", None))
+        identity["revision"] = str(commit_hash(model.config))
     return model, identity
 
 
