@@ -114,9 +114,9 @@ def test_the_command_registers_nothing():
 
 
 def test_a_locked_image_model_loads_by_the_auto_classes(tiny_bert, shapes, tmp_path):
-    from frozenprefix.training.contrastive_setup import build_locked_model
     from transformers import AutoModel, AutoProcessor
 
+    from frozenprefix.training.setup import build_locked_model
     from tests.helpers.contrastive import contrastive_recipe
 
     model, processor = build_locked_model(contrastive_recipe(tiny_bert, shapes, tmp_path))
