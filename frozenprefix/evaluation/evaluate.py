@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix import __version__
 from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
@@ -24,6 +23,7 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
 from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.version import __version__
 
 __all__ = [
     "encode_samples",

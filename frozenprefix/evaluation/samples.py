@@ -23,7 +23,7 @@ _ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
 
 def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
     """The samples of one task in a folder; `options` are those of its data source."""
-    sources = [{**source, **options} for source in detect_sources(data)]
+    sources = [{**source, **options} for source in detect_sources(data, options.get("split"))]
     for source in sources:
         source |= _ASKED_FOR.get((source["type"], task), {})
         if source["type"] == "image_folder" and source.get("split") is not None:
