@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frozenprefix import __version__
-from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
+from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
-    storage = FeatureStorage.of_checkpoint(checkpoint)
+    storage = FeatureStorage.from_checkpoint(checkpoint)
     options = EvaluationOptions(
         predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
         num_beams=num_beams,
@@ -121,7 +121,7 @@ def evaluate_samples(
     max_new_tokens: int | None = None,
     train_samples: Sequence[Sample] = (),
     max_bad_share: float = 0.01,
-    features: FeatureOptions | None = None,
+    features: FeatureStorage | None = None,
     restart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def evaluate_samples(
 
 
 def encode_samples(
-    captioner: Captioner, samples: Iterable[Sample], features: FeatureOptions | None = None
+    captioner: Captioner, samples: Iterable[Sample], features: FeatureStorage | None = None
 ) -> tuple[dict[Path, Tensor], BadImages]:
     """Image features float[N, D_enc] of every image that can be read, and the others. All are held in memory.
 
@@ -153,9 +153,7 @@ def encode_samples(
         features: where features are kept; each image is encoded anew when not given.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-    images = ImageFeatures.of(
-        captioner.model, captioner.processor, paths, features or FeatureStorage("off"), max_bad_share=1.0
-    )
+    images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)
     return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.data.collation import StepDataset
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
@@ -143,7 +143,7 @@ class TrainingRun(ABC):
     def _encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         task = self.bar.add_task("encoding images", total=None, note="")
         prepared = prepare_images(
-            ImageEncoder.of(self.model, self.processor),
+            ImageEncoder.from_model(self.model, self.processor),
             samples,
             self.recipe.data,
             processes=Processes.of(self.accelerator),

@@ -15,7 +15,8 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
-from frozenprefix.data.features import ImageEncoder, fill_feature_cache, share_bad_images
+from frozenprefix.data.features import fill_feature_cache, share_bad_images
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
@@ -150,7 +151,7 @@ def prepare_images(
             features, encoded = fill_feature_cache(
                 encoder,
                 paths,
-                data,
+                data.feature_storage,
                 bad=bad,
                 max_bad_share=data.max_bad_share,
                 workers=data.workers,

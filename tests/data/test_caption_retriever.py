@@ -18,11 +18,12 @@ from frozenprefix.data.caption_retriever import (
     image_keys,
 )
 from frozenprefix.data.collation import Collator, prompt_of
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.evaluation import evaluate_samples, generation
+from frozenprefix.evaluation import evaluate_samples
+from frozenprefix.evaluation.tasks import generation
 from frozenprefix.inference import Captioner
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
 from frozenprefix.training.trainer import train
@@ -222,7 +223,7 @@ def checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("retrieving")
     recipe = retrieving(tiny_recipe, folder, lm=sharp_lm)
     model, processor = build_model(recipe)
-    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    prepared = prepare_images(ImageEncoder.from_model(model, processor), load_parts(recipe.data), recipe.data)
     retriever = add_similar_captions(prepared, recipe.data)
     assert retriever is not None
     for part in (model, processor):
@@ -234,7 +235,7 @@ def checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
 def test_prompts_of_training(tiny_recipe, tiny_lm, tmp_path):
     recipe = retrieving(tiny_recipe, tmp_path)
     model, processor = build_model(recipe)
-    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    prepared = prepare_images(ImageEncoder.from_model(model, processor), load_parts(recipe.data), recipe.data)
     before = {part: [group.images for group in groups] for part, groups in prepared.groups.items()}
     add_similar_captions(prepared, recipe.data)
     assert before == {part: [group.images for group in groups] for part, groups in prepared.groups.items()}

@@ -15,10 +15,11 @@ from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import AssetError, ConfigError, DataError
-from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, generation, scoring
+from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, scoring
 from frozenprefix.evaluation.evaluate import encode_samples
 from frozenprefix.evaluation.metrics.captions import bleu_of_sums
 from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, vqa_scorer
+from frozenprefix.evaluation.tasks import generation
 from frozenprefix.evaluation.tasks.registry import TASKS
 from frozenprefix.inference import Captioner
 from tests.helpers.data import rows_of

@@ -12,8 +12,9 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation import EvaluationOptions, evaluate_checkpoint, generation
+from frozenprefix.evaluation import EvaluationOptions, evaluate_checkpoint
 from frozenprefix.evaluation.candidates import candidate_answers
+from frozenprefix.evaluation.tasks import generation
 from frozenprefix.evaluation.tasks.generation import VQA, evaluate_generation
 from tests.helpers.data import rows_of
 

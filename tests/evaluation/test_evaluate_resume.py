@@ -6,11 +6,13 @@ import threading
 
 import pytest
 
-from frozenprefix.data.features import FeatureStorage, ImageEncoder
+from frozenprefix.data.features import FeatureStorage
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
-from frozenprefix.evaluation import EvaluationOptions, evaluate_samples, generation
+from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
+from frozenprefix.evaluation.tasks import generation
 from tests.helpers.data import rows_of
 
 SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
@@ -198,23 +200,23 @@ def test_images_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
     assert second["baselines"] == first["baselines"]
     options["features"] = FeatureStorage("off")
     off = evaluate_samples(captioner, val, predictions=tmp_path / "3.jsonl", **options)
-    assert encoded == [], "without a cache the model itself encodes"
+    assert sum(encoded) == 4 + 8, "without a cache images are encoded again, each once"
     assert off["baselines"]["consensus"] == first["baselines"]["consensus"]
 
 
 def test_features_lie_where_the_recipe_kept_them(tmp_path):
     (tmp_path / "features").mkdir()
     recipe = tmp_path / "recipe.yaml"
-    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("auto", "float16")
+    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("auto", "float16")
     recipe.write_text(f"data: {{feature_cache: {tmp_path / 'features'}, feature_dtype: int8}}")
-    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage(str(tmp_path / "features"), "int8")
+    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage(str(tmp_path / "features"), "int8")
     recipe.write_text("data: {feature_cache: /of/another/machine}")
-    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("auto")
+    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("auto")
     recipe.write_text("data: {feature_cache: 'off'}")
-    assert FeatureStorage.of_checkpoint(tmp_path) == FeatureStorage("off")
+    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("off")
     recipe.write_text("data: {feature_dtype: float8}")
     with pytest.raises(ConfigError, match=r"data\.feature_dtype: got 'float8', expected one of float16"):
-        FeatureStorage.of_checkpoint(tmp_path)
+        FeatureStorage.from_checkpoint(tmp_path)
     recipe.write_text("[]")
     with pytest.raises(ConfigError, match="expected a recipe with a `data` section"):
-        FeatureStorage.of_checkpoint(tmp_path)
+        FeatureStorage.from_checkpoint(tmp_path)

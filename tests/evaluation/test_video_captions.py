@@ -45,7 +45,7 @@ def says_colours(captioner, monkeypatch):
 
     batches = []
 
-    def generate(self, prompts, images=None, *, image_features=None, **options):
+    def generate(self, prompts, images=None, **options):
         batches.append((list(prompts), options))
         return [Generation(f"a {colour_of(image)} thing", -1.0) for image in images]
 

@@ -121,9 +121,8 @@ def _task_of(samples: Sequence[Sample]) -> str:
 
 def open_features(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> ImageFeatures:
     """The features of all images of `samples`, from the feature cache where there is one."""
-    return ImageFeatures.of(
-        captioner.model,
-        captioner.processor,
+    return ImageFeatures.from_encoder(
+        captioner.encoder,
         [path for sample in samples for path in sample.images],
         options.features,
         max_bad_share=options.max_bad_share,
@@ -184,7 +183,7 @@ def predict(captioner: Captioner, batch: Pairs, images: ImageFeatures, settings:
     shown = [path for _, other in batch if other is not None for path in other.images]
     made = captioner.generate(
         [prompt_of(sample, captioner.processor) for sample, _ in batch],
-        image_features=images(shown) if shown else None,
+        images=images(shown) if shown else None,
         **settings,
     )
     return {sample.id: generation.text for (sample, _), generation in zip(batch, made, strict=True)}

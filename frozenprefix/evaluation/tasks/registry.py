@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frozenprefix.data.features import FeatureOptions, FeatureStorage
+from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, did_you_mean
@@ -38,7 +38,7 @@ class EvaluationOptions:
     max_new_tokens: int | None = None
     train_samples: Sequence[Sample] = ()
     max_bad_share: float = 0.01
-    features: FeatureOptions = field(default_factory=FeatureStorage)
+    features: FeatureStorage = field(default_factory=FeatureStorage)
     restart: bool = False
     processes: Processes = field(default_factory=Processes)
     progress: Callable[[int, int], None] | None = None
