@@ -316,7 +316,7 @@ def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch)
     assert result["baselines"].keys() == {"blind", "shuffled", "retrieval_only"}
     lookup = ImageLookup(
         lambda paths: image_keys(captioner.model.vision_encoder, paths),
-        lambda paths: captioner._features(captioner._images(paths)),
+        captioner.encoder,
     )
     shown = [sample.prompt for sample in captioner.retriever.with_prompts(samples, lookup, prompt="")]
     ids = [sample.id for sample in samples]
