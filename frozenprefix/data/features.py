@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frozenprefix.assets import user_cache
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
@@ -23,6 +22,7 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.models.vision.given_features import FeatureTable, given_table
+from frozenprefix.utils import user_cache
 
 Progress = Callable[[int, int], None]
 _IMAGES_AT_ONCE = 32  # encoded into memory

@@ -15,11 +15,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from frozenprefix.assets import user_cache
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.inference.embedding import Embedder
+from frozenprefix.utils import user_cache
 
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index.json"

@@ -1,0 +1,36 @@
+"""Files, hashes, JSON lines, progress bars: one way to do each, for the whole package."""
+
+from frozenprefix.utils.files import (
+    atomic_file,
+    atomic_folder,
+    encode_text,
+    read_text,
+    recover_folder,
+    safe_file_name,
+    write_bytes_atomic,
+    write_text_atomic,
+)
+from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
+from frozenprefix.utils.jsonl import append_jsonl, read_jsonl, write_jsonl
+from frozenprefix.utils.progress import progress_bar
+from frozenprefix.utils.user_cache import build_once, user_cache
+
+__all__ = [
+    "append_jsonl",
+    "atomic_file",
+    "atomic_folder",
+    "build_once",
+    "content_hash",
+    "encode_text",
+    "file_sha256",
+    "progress_bar",
+    "read_jsonl",
+    "read_text",
+    "recover_folder",
+    "safe_file_name",
+    "tree_sha256",
+    "user_cache",
+    "write_bytes_atomic",
+    "write_jsonl",
+    "write_text_atomic",
+]

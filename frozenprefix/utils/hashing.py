@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 
 from frozenprefix.errors import AssetError
+from frozenprefix.utils.files import write_text_atomic
 from frozenprefix.utils.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -20,11 +21,31 @@ _SMALLEST_FILE_TO_REMEMBER = 1 << 20
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
-def file_sha256(path: Path) -> str:
+def content_hash(*parts: bytes | str) -> str:
+    """SHA-256 in hex of bytes or texts (as UTF-8). Of several parts also their borders count.
+
+    Example:
+        >>> content_hash("a")[:8], content_hash(b"a")[:8]
+        ('ca978112', 'ca978112')
+        >>> content_hash("ab", "c") == content_hash("a", "bc")
+        False
+    """
+    data = [part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part for part in parts]
+    if len(data) > 1:
+        data = [b"%d:%b" % (len(part), part) for part in data]
+    return hashlib.sha256(b"".join(data)).hexdigest()
+
+
+def file_sha256(path: str | PathLike[str]) -> str:
     """SHA-256 of a file, in hex; remembered for as long as its path, size and modification time stay the same.
 
     Raises:
         AssetError: `path` is not a file.
+
+    Example:
+        >>> _ = (tmp_path / "a.txt").write_text("a")
+        >>> file_sha256(tmp_path / "a.txt") == content_hash("a")
+        True
     """
     path = Path(path).resolve()
     if not path.is_file():
@@ -42,7 +63,7 @@ def file_sha256(path: Path) -> str:
     return _hashes[key]
 
 
-def tree_sha256(folder: Path, patterns: Iterable[str]) -> str:
+def tree_sha256(folder: str | PathLike[str], patterns: Iterable[str]) -> str:
     """SHA-256, in hex, over the sorted relative names and the hashes of the files that match one of `patterns`.
 
     Args:
@@ -51,17 +72,28 @@ def tree_sha256(folder: Path, patterns: Iterable[str]) -> str:
 
     Raises:
         AssetError: no file matches, which would give every such folder the same hash.
+
+    Example:
+        >>> _ = (tmp_path / "config.json").write_text("{}")
+        >>> len(tree_sha256(tmp_path, ["*.json"]))
+        64
     """
     folder, patterns = Path(folder), list(patterns)
     files = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
     lines = [f"{name}\0{file_sha256(path)}\n" for name, path in sorted(files.items()) if path.is_file()]
     if not lines:
         raise AssetError(f"no file in '{folder}' matches any of {patterns}")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return content_hash("".join(lines))
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex, read anew each time."""
+    """SHA-256 of a file, in hex, read anew each time.
+
+    Example:
+        >>> _ = (tmp_path / "a.txt").write_text("a")
+        >>> hash_file(tmp_path / "a.txt") == content_hash("a")
+        True
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -90,13 +122,8 @@ def _remembered_hash(key: tuple[str, int, int]) -> str | None:
 
 def _remember_hash(key: tuple[str, int, int], digest: str) -> None:
     """Add one hash to the file. Of two processes at once one may lose its entry, which only costs a second hashing."""
-    target = user_cache() / "hashes.json"
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    hashes = _read_hashes() | {key[0]: [key[1], key[2], digest]}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_read_hashes() | {key[0]: [key[1], key[2], digest]}, indent=0))
-        temporary.replace(target)
+        write_text_atomic(user_cache() / "hashes.json", json.dumps(hashes, indent=0))
     except OSError as error:
         logger.warning("the hash of %s could not be remembered: %s", key[0], error)
-        if temporary.exists():
-            temporary.unlink()

@@ -1,4 +1,4 @@
-"""References, wheels, the user's cache and remembered hashes; all offline, with wheels made on the spot."""
+"""References and wheels; all offline, with wheels made on the spot."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from frozenprefix import assets
-from frozenprefix.assets import hashing, wheels
+from frozenprefix.assets import wheels
 from frozenprefix.errors import AssetError
+from frozenprefix.utils import hashing
 
 MEMBERS = {"toy_data/data/questions.json": b"[1, 2]", "toy_data/data/images/0.png": b"png", "toy_data/__init__.py": b""}
 
@@ -214,56 +214,14 @@ class TestPip:
         [
             ("WARNING: w\nERROR: first\nERROR: the cause\n[notice] new pip\n", "the cause"),
             ("/venv/bin/python: No module named pip\n", "/venv/bin/python: No module named pip"),
-            ("", "it said nothing"),
+            ("", "no reason given"),
         ],
     )
-    def test_last_word(self, output: str, reason: str):
-        assert wheels._last_word(output) == reason
+    def test_reason(self, output: str, reason: str):
+        assert wheels._reason(output) == reason
 
 
-class TestCache:
-    def test_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path):
-        assert assets.user_cache() == home
-        monkeypatch.delenv("FROZENPREFIX_HOME")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert assets.user_cache() == tmp_path / "xdg" / "frozenprefix"
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        assert assets.user_cache() == Path("~/.cache/frozenprefix").expanduser()
-
-    def test_build_that_fails_keeps_nothing(self, tmp_path: Path):
-        def build(folder: Path) -> None:
-            (folder / "half").write_bytes(b"x")
-            raise ValueError("out of luck")
-
-        with pytest.raises(ValueError, match="out of luck"):
-            assets.build_once(tmp_path / "cache" / "thing", build)
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_two_builders_at_once(self, tmp_path: Path):
-        both_are_building = threading.Barrier(2, timeout=10)
-        done: list[Path] = []
-
-        def build(folder: Path) -> None:
-            both_are_building.wait()
-            (folder / "file").write_text("whole")
-
-        threads = [
-            threading.Thread(target=lambda: done.append(assets.build_once(tmp_path / "c" / "thing", build)))
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert done == [tmp_path / "c" / "thing"] * 2
-        assert [path.name for path in (tmp_path / "c").iterdir()] == ["thing"]
-        assert (tmp_path / "c" / "thing" / "file").read_text() == "whole"
-
-    def test_cache_that_is_not_writable(self, tmp_path: Path):
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(AssetError, match="set FROZENPREFIX_HOME"):
-            assets.build_once(tmp_path / "file" / "thing", lambda folder: None)
-
+class TestProcesses:
     def test_processes_at_once(self, toy: str, home: Path):
         reference = f"pypi://toy-data==1.0/toy_data/data/questions.json#sha256={toy}"
         code = f"from frozenprefix.assets import resolve; print(resolve({reference!r}).read_text())"
@@ -274,86 +232,6 @@ class TestCache:
     def test_needs_no_heavy_library(self):
         code = "import sys, frozenprefix.assets; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-class TestHashes:
-    ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-
-    @pytest.fixture
-    def big(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A file that is large enough to be remembered."""
-        monkeypatch.setattr(hashing, "_SMALLEST_FILE_TO_REMEMBER", 3)
-        path = tmp_path / "abc"
-        path.write_bytes(b"abc")
-        return path
-
-    def count_reads(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-        reads: list[Path] = []
-        original = hashing.hash_file
-        monkeypatch.setattr(hashing, "hash_file", lambda path: reads.append(path) or original(path))
-        return reads
-
-    def test_value_and_memory(self, big: Path, monkeypatch: pytest.MonkeyPatch):
-        reads = self.count_reads(monkeypatch)
-        assert assets.file_sha256(big) == assets.file_sha256(big) == self.ABC
-        assert len(reads) == 1
-
-    def test_remembered_by_the_next_process(self, big: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
-        assets.file_sha256(big)
-        state = big.stat()
-        stored = json.loads((home / "hashes.json").read_text())
-        assert stored == {str(big.resolve()): [state.st_size, state.st_mtime_ns, self.ABC]}
-        hashing._hashes.clear()
-        reads = self.count_reads(monkeypatch)
-        assert assets.file_sha256(big) == self.ABC
-        assert reads == []
-
-    @pytest.mark.parametrize("content", [b"abd", b"abcd"])
-    def test_changed_file_is_hashed_again(self, big: Path, content: bytes):
-        assets.file_sha256(big)
-        before = big.stat().st_mtime_ns
-        big.write_bytes(content)
-        os.utime(big, ns=(before + 1, before + 1))
-        assert assets.file_sha256(big) == hashlib.sha256(content).hexdigest()
-
-    @pytest.mark.parametrize("content", ["{", "[]", '{"%s": [3, 4]}', '{"%s": 5}'])
-    def test_damaged_file_of_hashes(self, big: Path, home: Path, content: str):
-        home.mkdir()
-        (home / "hashes.json").write_text(content.replace("%s", str(big)))
-        assert assets.file_sha256(big) == self.ABC
-        assert json.loads((home / "hashes.json").read_text())[str(big.resolve())][2] == self.ABC
-
-    def test_cache_that_cannot_be_written(self, big: Path, home: Path, caplog: pytest.LogCaptureFixture):
-        home.write_bytes(b"a file where the folder should be")
-        assert assets.file_sha256(big) == self.ABC
-        assert "could not be remembered" in caplog.text
-
-    def test_small_file_is_not_remembered_on_disk(self, tmp_path: Path, home: Path):
-        (tmp_path / "abc").write_bytes(b"abc")
-        assert assets.file_sha256(tmp_path / "abc") == self.ABC
-        assert not home.exists()
-
-    def test_not_a_file(self, tmp_path: Path):
-        with pytest.raises(AssetError, match="it is not a file"):
-            assets.file_sha256(tmp_path)
-
-    def test_tree(self, tmp_path: Path):
-        tree = tmp_path / "model"
-        (tree / "sub").mkdir(parents=True)
-        (tree / "b.json").write_bytes(b"abc")
-        (tree / "sub" / "a.json").write_bytes(b"abc")
-        (tree / "README").write_bytes(b"1")
-        expected = hashlib.sha256(f"b.json\0{self.ABC}\nsub/a.json\0{self.ABC}\n".encode()).hexdigest()
-        assert assets.tree_sha256(tree, ["**/*.json"]) == expected
-        assert assets.tree_sha256(tree, ["sub/*.json", "b*", "*.json"]) == expected
-        (tree / "README").write_bytes(b"2")
-        assert assets.tree_sha256(tree, ["**/*.json"]) == expected
-        (tree / "b.json").rename(tree / "c.json")
-        assert assets.tree_sha256(tree, ["**/*.json"]) != expected
-
-    def test_tree_without_a_match(self, tmp_path: Path):
-        with pytest.raises(AssetError, match=r"no file in .* matches any of \['\*\.safetensors'\]"):
-            assets.tree_sha256(tmp_path, ["*.safetensors"])
 
 
 @pytest.mark.slow

@@ -203,7 +203,7 @@ tracking: {tensorboard: "False"}
         "model.vision_encoder.nam: unknown key (did you mean 'model.vision_encoder.name'?)",
         f"model.mapper.type: unknown mapper 'mpl' (did you mean 'mapl'?); known: {mappers}",
         f"data.train.0.type: unknown data source 'caption' (did you mean 'captions'?); known: {types}",
-        "data.train.1.path: missing, expected folder: local, or a pypi:// or npm:// reference",
+        "data.train.1.path: missing, expected folder: local, or a pypi:// reference",
         "data.train.1.pth: unknown key (did you mean 'data.train.1.path'?)",
         f"data.train.2.type: missing, expected one of: {types}",
         "data.train.3: got 7, expected a block of keys with a type",

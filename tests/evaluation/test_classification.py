@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -369,8 +371,9 @@ def test_real_weights_and_emoji(tmp_path):
         [f"output_dir={tmp_path}", "training.precision=fp32"],
     )
     model, processor = build_model(recipe)
-    source = {"type": "emoji", "path": "npm://emoji-datasource-twitter==16.0.0/.", "limit": 3}
-    samples = load_source(source)
+    command = [sys.executable, ROOT / "recipes" / "emoji.py", tmp_path / "emoji", "--classes", "easy"]
+    subprocess.run(command, check=True)
+    samples = load_source({"type": "captions", "path": str(tmp_path / "emoji"), "limit": 3})
     images = [load_image(sample.images[0]) for sample in samples]
     labels = ["dog", "cat", "ice cream", "strawberry", "hot air balloon"]
     scores = Classifier(model.eval(), processor).scores(images, labels)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from frozenprefix.assets import file_sha256
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
@@ -23,6 +22,7 @@ from frozenprefix.evaluation.tasks.retrieval import (
     retrieval_metrics,
 )
 from frozenprefix.inference.embedding import Embedder
+from frozenprefix.utils import file_sha256
 from tests.helpers.drawings import COLOURS
 from tests.helpers.retrieval import EYE, ColourModel, ColourProcessor
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozenprefix.assets import file_sha256
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
@@ -27,6 +26,7 @@ from frozenprefix.evaluation.tasks.few_shot_episodes import (
 )
 from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
+from frozenprefix.utils import file_sha256
 from tests.helpers.drawings import COLOURS, SHAPES, write_shapes
 
 

@@ -17,7 +17,7 @@
 | llava | conversations of several turns about an image |
 | hf_dataset | `datasets`' saved folders, parquet and arrow files |
 | webdataset | tars of images and texts, such as img2dataset's |
-| easy_vqa, emoji | data that come from PyPI and npm |
+| easy_vqa | drawings of coloured shapes, from PyPI |
 
 A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
 """
@@ -53,7 +53,6 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "conceptual_captions": f"{_HERE}.conceptual_captions:ConceptualCaptionsSource",
         "daquar": f"{_HERE}.daquar:DaquarSource",
         "easy_vqa": f"{_HERE}.easy_vqa:EasyVqaSource",
-        "emoji": f"{_HERE}.emoji:EmojiSource",
         "flickr_tokens": f"{_HERE}.flickr_tokens:FlickrTokensSource",
         "gqa": f"{_HERE}.gqa:GqaSource",
         "hf_dataset": f"{_HERE}.hf_dataset:HfDatasetSource",
@@ -136,7 +135,6 @@ MARKS: dict[str, dict[str, Any]] = {
     "region_descriptions.json": {"type": "visual_genome", "questions": None},
     "question_answers.json": {"type": "visual_genome", "regions": None},
     "qa.894.raw.*.txt": {"type": "daquar"},
-    "emoji_pretty.json": {"type": "emoji"},
     "dataset_dict.json": {"type": "hf_dataset"},
     "state.json": {"type": "hf_dataset"},
     "*-of-*.parquet": {"type": "hf_dataset"},

@@ -27,7 +27,7 @@ class SourceConfig(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid")
 
     type: str
-    path: str = Field(min_length=1, description="folder: local, or a pypi:// or npm:// reference")
+    path: str = Field(min_length=1, description="folder: local, or a pypi:// reference")
     split: str | list[str] | None = Field(None, description="name(s) of the split(s) to return; all when not given")
     holdout: Holdout | None = Field(None, description="return only one part of a split by image")
     limit: int | None = Field(None, ge=1, description="return only the samples of the first N images")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.assets import build_once, file_sha256, user_cache
 from frozenprefix.errors import DataError
+from frozenprefix.utils import build_once, file_sha256, user_cache
 
 log = logging.getLogger(__name__)
 

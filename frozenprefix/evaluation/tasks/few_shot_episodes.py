@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frozenprefix.assets import file_sha256
 from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.few_shot import Episode, ImagesToFeatures, Shot
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.utils import file_sha256
 
 #: Words without a meaning, of the kind that word-learning studies use; "dax" and "blicket" are Frozen's first two.
 MADE_UP_NAMES = ("dax", "blicket", "wug", "toma", "fep", "modi", "zup", "gazzer", "koba", "tulver")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from frozenprefix.assets import is_pypi, resolve, tree_sha256
+from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
 from frozenprefix.models.language_model.loading import quiet_transformers
 from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
+from frozenprefix.utils import tree_sha256
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json")
 

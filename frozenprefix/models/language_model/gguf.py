@@ -12,8 +12,8 @@ import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from frozenprefix.assets import build_once, file_sha256, user_cache
 from frozenprefix.errors import AssetError
+from frozenprefix.utils import build_once, file_sha256, user_cache
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from frozenprefix.assets import file_sha256, is_pypi, resolve, tree_sha256
+from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.utils import file_sha256, tree_sha256
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "config.json")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from frozenprefix.assets import is_pypi, resolve, tree_sha256
+from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision.base import (
@@ -24,6 +24,7 @@ from frozenprefix.models.vision.base import (
     resolve_layers,
 )
 from frozenprefix.models.vision.weights import state_sha256
+from frozenprefix.utils import tree_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from frozenprefix.assets import file_sha256, is_pypi, resolve
+from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError
+from frozenprefix.utils import file_sha256
 
 RANDOM_SEED = 0
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

@@ -14,6 +14,7 @@ from frozenprefix import assets
 from frozenprefix.errors import AssetError
 from frozenprefix.models import gguf as converter
 from frozenprefix.models.language_model.gguf import gguf_to_pretrained
+from frozenprefix.utils import file_sha256
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install frozenprefix[gguf]")
 
@@ -176,7 +177,7 @@ class TestCache:
     def test_converted_once_per_content(self, llama: LlamaForCausalLM, tmp_path: Path, home: Path, monkeypatch):
         path = write_gguf(tmp_path / "toy.gguf", llama)
         folder = gguf_to_pretrained(path)
-        assert folder == home / "gguf" / f"{assets.file_sha256(path)[:16]}-v{converter.CONVERSION_VERSION}"
+        assert folder == home / "gguf" / f"{file_sha256(path)[:16]}-v{converter.CONVERSION_VERSION}"
         assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= {
             entry.name for entry in folder.iterdir()
         }

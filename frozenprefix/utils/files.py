@@ -1,0 +1,171 @@
+"""Writing files and folders: each is there as a whole or not at all, also after a kill or on a full disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from pathlib import Path
+
+from frozenprefix.errors import DataError
+
+
+@contextmanager
+def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends well.
+
+    Missing parent folders are created. An exception in the block leaves `path` as it was. Pipes and devices such as
+    /dev/stdout cannot be replaced and are written directly.
+
+    Example:
+        >>> with atomic_file(tmp_path / "table.csv") as draft:
+        ...     _ = draft.write_text("a,b")
+        >>> (tmp_path / "table.csv").read_text()
+        'a,b'
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{safe_file_name(path.name, 64)}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield draft
+        _flush(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """Yield a new empty folder; it becomes `path` when the block ends well.
+
+    Args:
+        replace: put it in the place of a folder that is there already, which stays until the new one is complete.
+            There must be one writer then. False: the first of several writers wins, and the others' work is dropped.
+
+    Example:
+        >>> with atomic_folder(tmp_path / "run") as draft:
+        ...     write_text_atomic(draft / "a.txt", "1")
+        >>> [file.name for file in (tmp_path / "run").iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    draft = path.with_name(f".{path.name}.{'new' if replace else uuid.uuid4().hex}")
+    if replace:
+        recover_folder(path)
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if replace and path.exists():
+            path.rename(old)
+        try:
+            draft.rename(path)
+        except OSError:
+            if replace or not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> Path:
+    """Bring back the former folder when `atomic_folder` was killed between its two renames. Returns `path`.
+
+    Example:
+        >>> (tmp_path / ".last.old").mkdir()
+        >>> recover_folder(tmp_path / "last").exists()
+        True
+    """
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and old.exists():
+        old.rename(path)
+    return path
+
+
+def write_bytes_atomic(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file through `atomic_file`.
+
+    Example:
+        >>> write_bytes_atomic(tmp_path / "a.bin", b"1")
+        >>> (tmp_path / "a.bin").read_bytes()
+        b'1'
+    """
+    with atomic_file(path) as draft:
+        draft.write_bytes(data)
+
+
+def write_text_atomic(path: str | PathLike[str], text: str) -> None:
+    r"""Write UTF-8 text through `atomic_file`, with line ends as they are in `text`.
+
+    Bytes of file names that are not UTF-8, which Python holds as lone surrogates, become `\udcXX`. In JSON that is an
+    escape, and reads back as the same name.
+
+    Example:
+        >>> write_text_atomic(tmp_path / "a.txt", "caf\u00e9")
+        >>> read_text(tmp_path / "a.txt")
+        'café'
+    """
+    write_bytes_atomic(path, encode_text(text))
+
+
+def encode_text(text: str) -> bytes:
+    r"""UTF-8 bytes of a text, with lone surrogates written as `\udcXX`.
+
+    Example:
+        >>> encode_text("caf\udce9.jpg")
+        b'caf\\udce9.jpg'
+    """
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """Read a UTF-8 file, without a byte order mark.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+
+    Example:
+        >>> write_bytes_atomic(tmp_path / "bom.txt", b"\\xef\\xbb\\xbfa")
+        >>> read_text(tmp_path / "bom.txt")
+        'a'
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; expected a text file there") from error
+
+
+def safe_file_name(text: str, max_length: int = 80) -> str:
+    """Turn any text into one part of a file name that every file system takes.
+
+    What is not a letter, a digit, `.`, `_` or `-` becomes `-`. A longer text is cut, and its CRC-32 added.
+
+    Example:
+        >>> safe_file_name("data/flickr 8k")
+        'data-flickr-8k'
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "unnamed"
+    return name if len(name) <= max_length else f"{name[: max_length - 9]}-{zlib.crc32(encode_text(text)):08x}"
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file to disk, where it can."""
+    with suppress(OSError), path.open("rb") as file:
+        os.fsync(file.fileno())

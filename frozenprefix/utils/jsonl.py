@@ -1,0 +1,98 @@
+"""JSON lines: one reader and one writer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.errors import DataError
+from frozenprefix.utils.files import atomic_file, encode_text
+
+logger = logging.getLogger(__name__)
+
+
+def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield the line number (from 1) and the value of every line that is not blank.
+
+    Lines end at a line feed only: U+2028 and its like may stand inside a text.
+
+    Args:
+        skip_damaged: for files that a killed process may have left unfinished: lines that are not JSON are skipped
+            and counted in the log.
+
+    Raises:
+        DataError: the file cannot be read; or, naming file and line, a line is not UTF-8 or not JSON.
+
+    Example:
+        >>> write_jsonl(tmp_path / "rows.jsonl", [{"id": 1}, {"id": 2}])
+        >>> list(read_jsonl(tmp_path / "rows.jsonl"))
+        [(1, {'id': 1}), (2, {'id': 2})]
+    """
+    damaged = 0
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line.decode("utf-8"))
+                except ValueError as error:
+                    if not skip_damaged:
+                        raise DataError(_reason(path, number, error)) from error
+                    damaged += 1
+                else:
+                    yield number, value
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; expected a file of JSON lines there") from error
+    if damaged:
+        logger.info("%s: %d unfinished lines are skipped", path, damaged)
+
+
+def write_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:
+    """Write rows, one a line; the file replaces an older one when all are written. Rows may be an iterator.
+
+    Example:
+        >>> write_jsonl(tmp_path / "rows.jsonl", ({"id": number} for number in range(3)))
+    """
+    with atomic_file(path) as draft, draft.open("wb") as file:
+        for row in rows:
+            file.write(_line(row))
+
+
+def append_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:
+    """Add rows at the end of a file, after a line that a killed process left unfinished.
+
+    Example:
+        >>> append_jsonl(tmp_path / "log.jsonl", [{"step": 1}])
+        >>> append_jsonl(tmp_path / "log.jsonl", [{"step": 2}])
+        >>> len(list(read_jsonl(tmp_path / "log.jsonl")))
+        2
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = b"".join(map(_line, rows))
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                lines = b"\n" + lines
+        file.write(lines)
+
+
+def _line(row: Any) -> bytes:
+    return encode_text(json.dumps(row, ensure_ascii=False)) + b"\n"
+
+
+def _reason(path: str | PathLike[str], number: int, error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one object a line"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); convert the file to UTF-8"
+    return f"{path}:{number}: not JSON ({error})"
