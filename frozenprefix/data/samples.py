@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from frozenprefix.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,35 @@ def group_by_images(samples: Iterable[Sample]) -> list[ImageGroup]:
     for sample in samples:
         groups.setdefault(sample.images, []).append(sample)
     return [ImageGroup(images, tuple(members)) for images, members in groups.items()]
+
+
+def drop_empty_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
+    """The samples without their empty targets; samples that have no other target are left out. The log counts both.
+
+    Args:
+        where: what the samples are, for the log and the error: "data.train".
+
+    Raises:
+        DataError: when no target is left.
+
+    Example:
+        >>> rows = [Sample("1", (), ("a dog", " ")), Sample("2", (), ())]
+        >>> [(sample.id, sample.targets) for sample in drop_empty_targets(rows, where="data.train")]
+        [('1', ('a dog',))]
+    """
+    samples = list(samples)
+    kept = [replace(sample, targets=tuple(text for text in sample.targets if text.strip())) for sample in samples]
+    empty = sum(len(sample.targets) for sample in samples) - sum(len(sample.targets) for sample in kept)
+    left = [sample for sample in kept if sample.targets]
+    if empty or len(left) < len(samples):
+        missing = len(samples) - len(left)
+        log.warning(
+            "%s: %d empty targets, and %d of %d samples without a target, are left out",
+            where, empty, missing, len(samples),
+        )  # fmt: skip
+    if not left:
+        raise DataError(f"{where}: got {len(samples)} samples and not one target text, expected at least one")
+    return left
 
 
 def swap_images(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:

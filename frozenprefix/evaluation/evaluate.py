@@ -15,16 +15,9 @@ from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
-from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
-from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
+from frozenprefix.evaluation.task import EvaluationOptions
+from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
-
-__all__ = [
-    "encode_samples",
-    "evaluate_checkpoint",
-    "evaluate_samples",
-    "shuffled",
-]
 
 
 def evaluate_checkpoint(
@@ -82,7 +75,7 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, _device(processes)), samples, options)
+    result = chosen.run(chosen.load(checkpoint, device=_device(processes)), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
@@ -125,7 +118,7 @@ def evaluate_samples(
     restart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate samples of task "caption" or "vqa" that are there already; see `evaluate_generation`.
+    """Evaluate samples of task "caption" or "vqa" that are loaded already; see `evaluate_captions`, `evaluate_vqa`.
 
     Args:
         features: where image features are kept; the user's cache when not given.
@@ -141,7 +134,10 @@ def evaluate_samples(
         processes=Processes.current(),
         progress=progress,
     )
-    return evaluate_generation(captioner, samples, options)
+    tasks = sorted({sample.task for sample in samples})
+    if tasks not in (["caption"], ["vqa"]):
+        raise ConfigError(f"evaluate one task at a time (caption, vqa), got {', '.join(tasks) or 'no sample'}")
+    return TASKS.get(tasks[0]).run(captioner, samples, options)
 
 
 def encode_samples(

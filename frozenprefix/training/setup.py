@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, drop_empty_targets, group_by_images
 from frozenprefix.data.sources import load_source
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model.loading import load_tokenizer
@@ -68,13 +68,7 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
     """
     samples = [sample for source in sources for sample in load_source(source, images=images)]
     check_unique_ids(samples)
-    kept = [replace(s, targets=tuple(text for text in s.targets if text.strip())) for s in samples]
-    empty = sum(len(before.targets) - len(after.targets) for before, after in zip(samples, kept, strict=True))
-    if empty:
-        logger.warning("data.%s: %d empty targets are left out", part, empty)
-    if not any(sample.targets for sample in kept):
-        raise DataError(f"data.{part}: {len(samples)} samples, none with a target to learn; check path and split")
-    return [sample for sample in kept if sample.targets]
+    return drop_empty_targets(samples, where=f"data.{part}")
 
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:

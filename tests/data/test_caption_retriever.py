@@ -23,7 +23,7 @@ from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.evaluation import evaluate_samples
-from frozenprefix.evaluation.tasks import generation
+from frozenprefix.evaluation.tasks import runs
 from frozenprefix.inference import Captioner
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
 from frozenprefix.training.trainer import train
@@ -300,7 +300,7 @@ def test_captions_change_with_what_is_retrieved(checkpoint, shapes):
 def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch):
     captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
     asked: dict[tuple[bool, str], list[str]] = {}
-    predict = generation.predict
+    predict = runs.predict
 
     def spy(captioner, batch, images, settings):
         for sample, shown in batch:
@@ -308,7 +308,7 @@ def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch)
             asked.setdefault((kind, sample.id), []).append(prompt_of(sample, captioner.processor))
         return predict(captioner, batch, images, settings)
 
-    monkeypatch.setattr(generation, "predict", spy)
+    monkeypatch.setattr(runs, "predict", spy)
     samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square", "blue_triangle", "blue_cross")]
     result = evaluate_samples(
         captioner, samples, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=3, train_samples=()

@@ -17,10 +17,10 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError, TrainingError
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.confusion import confusion_svg
 from frozenprefix.evaluation.tasks import classification
 from frozenprefix.evaluation.tasks.classification import CLASSIFICATION, evaluate_classification
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference import Captioner, likelihood
 from frozenprefix.inference.classifier import Classifier
 from frozenprefix.inference.likelihood import log_likelihoods

@@ -12,8 +12,8 @@ import pytest
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.comparison import Evaluation, compare
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.evaluation.tasks.retrieval import (
     RETRIEVAL,
     chance_metrics,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from frozenprefix.cli import video as command
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import BadImageError, ConfigError, DataError
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.tasks.video import evaluate_video
 from frozenprefix.inference import Captioner
 from frozenprefix.inference.stream import StreamCaptioner, live_frames

@@ -15,6 +15,7 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.tasks import few_shot
 from frozenprefix.evaluation.tasks.few_shot import FEW_SHOT, evaluate_fewshot
 from frozenprefix.evaluation.tasks.few_shot_episodes import (
@@ -24,7 +25,6 @@ from frozenprefix.evaluation.tasks.few_shot_episodes import (
     fast_vqa_episodes,
     similar_episodes,
 )
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
 from frozenprefix.utils import file_sha256
 from tests.helpers.drawings import COLOURS, SHAPES, write_shapes

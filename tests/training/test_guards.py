@@ -73,14 +73,14 @@ def test_empty_targets_are_left_out_and_counted(tmp_path, caplog):
         samples = load_samples([{"type": "captions", "path": str(data)}], "train")
     assert len(samples) == 11
     assert samples[0].targets == ("a shape",)
-    assert "data.train: 3 empty targets are left out" in caplog.messages
+    assert "data.train: 3 empty targets, and 1 of 24 samples without a target, are left out" in caplog.messages
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
     data = write_shapes(tmp_path / "shapes")
     rows = [json.dumps({"image": "images/red_circle.png", "captions": [" "]})]
     (data / "captions.jsonl").write_text("\n".join(rows))
-    with pytest.raises(DataError, match=r"data\.train: 1 samples, none with a target to learn"):
+    with pytest.raises(DataError, match=r"data\.train: got 1 samples and not one target text"):
         load_samples([{"type": "captions", "path": str(data)}], "train")
 
 

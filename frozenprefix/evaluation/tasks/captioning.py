@@ -14,10 +14,10 @@ from frozenprefix.data.samples import Sample
 from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs
-from frozenprefix.evaluation.samples import check_task, join_captions
+from frozenprefix.evaluation.samples import check_samples_of, join_captions
 from frozenprefix.evaluation.scoring import caption_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks import runs
+from frozenprefix.evaluation.tasks.runs import generate_settings, generating, predict_runs
 from frozenprefix.inference.captioner import Captioner
 
 
@@ -38,17 +38,15 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
         DataError: for ids that occur twice.
     """
     check_options("caption", options.extra, ())
-    samples = join_captions(check_task(samples, "caption"))
-    settings = runs.generate_settings(options, num_beams=5, max_new_tokens=30)
+    samples = join_captions(check_samples_of(samples, "caption"))
+    settings = generate_settings(options, num_beams=5, max_new_tokens=30)
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
     prompted = with_similar_captions(captioner, samples, images)
 
     def predict_all(journal: Journal) -> Predictions:
-        def answer(batch: runs.Pairs) -> dict[str, str]:
-            return runs.predict(captioner, batch, images, settings)
-
-        predictions = runs.predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
+        answer = generating(captioner, images, settings)
+        predictions = predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
         return predictions | consensus(captioner, samples, images, options)
 
     header = header_of(captioner, prompted, {"task": "caption", **settings})

@@ -82,6 +82,11 @@ def predict(captioner: Captioner, batch: Pairs, images: ImageFeatures, settings:
     return {sample.id: generation.text for (sample, _), generation in zip(batch, texts, strict=True)}
 
 
+def generating(captioner: Captioner, images: ImageFeatures, settings: Mapping[str, Any]) -> Answer:
+    """An `Answer` that generates texts; see `predict`."""
+    return lambda batch: predict(captioner, batch, images, settings)
+
+
 def images_of(batch: Pairs) -> list[Any]:
     """Image files of a batch, in reading order."""
     return [path for _, other in batch if other is not None for path in other.images]

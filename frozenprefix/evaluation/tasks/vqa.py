@@ -9,10 +9,11 @@ from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs
-from frozenprefix.evaluation.samples import check_task
+from frozenprefix.evaluation.samples import check_samples_of
 from frozenprefix.evaluation.scoring import vqa_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks import candidates, runs
+from frozenprefix.evaluation.tasks.candidates import CANDIDATES, candidate_answers, choose
+from frozenprefix.evaluation.tasks.runs import Pairs, generate_settings, generating, predict_runs
 from frozenprefix.inference.captioner import Captioner
 
 
@@ -32,22 +33,21 @@ def evaluate_vqa(captioner: Captioner, samples: Sequence[Sample], options: Evalu
         DataError: for ids that occur twice, or no training samples to choose answers from.
     """
     check_options("vqa", options.extra, ("answering", "candidates"))
-    samples = check_task(samples, "vqa")
+    samples = check_samples_of(samples, "vqa")
     answers = _candidates(options)
-    generate = runs.generate_settings(options, num_beams=1, max_new_tokens=10)
+    generate = generate_settings(options, num_beams=1, max_new_tokens=10)
     settings: dict[str, Any] = {"answering": "generate", **generate}
     if answers is not None:
         settings = {"answering": "choose", "candidates": len(answers)}
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
 
-    def answer(batch: runs.Pairs) -> dict[str, str]:
-        if answers is not None:
-            return candidates.choose(captioner, batch, images, answers)
-        return runs.predict(captioner, batch, images, generate)
+    def choose_answer(batch: Pairs) -> dict[str, str]:
+        return choose(captioner, batch, images, answers or [])
 
     def predict_all(journal: Journal) -> Predictions:
-        return runs.predict_runs(captioner, samples, answer, journal, options)
+        answer = generating(captioner, images, generate) if answers is None else choose_answer
+        return predict_runs(captioner, samples, answer, journal, options)
 
     listed = None if answers is None else digest(answers)
     header = header_of(captioner, samples, {"task": "vqa", **settings, "list of candidates": listed})
@@ -75,5 +75,4 @@ def _candidates(options: EvaluationOptions) -> list[str] | None:
     for name in ("num_beams", "max_new_tokens"):
         if getattr(options, name) is not None:
             raise ConfigError(f"{name}: nothing is generated with answering='choose'; leave it out")
-    number_or_list = options.extra.get("candidates", candidates.CANDIDATES)
-    return candidates.candidate_answers(number_or_list, options.train_samples)
+    return candidate_answers(options.extra.get("candidates", CANDIDATES), options.train_samples)
