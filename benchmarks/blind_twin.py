@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe, read_yaml
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.sources import load_sources
 from frozenprefix.evaluation import evaluate_checkpoint
@@ -36,7 +35,7 @@ def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
     What it starts from has seen images, and is left out.
     """
-    recipe = Recipe.load(path, overrides)
+    recipe = load_recipe(path, overrides)
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}_blind")
     table = folder / "constant.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
         "model.vision_encoder": {"source": "features", "path": str(table)},
         "training.init_from": None,
     }
-    return Recipe.load(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
+    return load_recipe(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
 
 
 def evaluated(recipe: Recipe, task: str, options: dict[str, Any]) -> Evaluation:
@@ -62,8 +61,8 @@ def evaluated(recipe: Recipe, task: str, options: dict[str, Any]) -> Evaluation:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in arguments.option)}
-    recipes = Recipe.load(arguments.recipe, arguments.overrides), blind_recipe(arguments.recipe, arguments.overrides)
+    options = {name: read_yaml(value, name) for name, _, value in (text.partition("=") for text in arguments.option)}
+    recipes = load_recipe(arguments.recipe, arguments.overrides), blind_recipe(arguments.recipe, arguments.overrides)
     seeing, blind = (evaluated(recipe, arguments.task, options) for recipe in recipes)
     return {
         "recipe": arguments.recipe.stem,

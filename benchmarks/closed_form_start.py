@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import load_recipe
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.trainer import train
@@ -55,7 +55,7 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
         "output_dir": str(folder),
     }
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    result = train(Recipe.load(RECIPES / "flickr8k.yaml", changes), resume="never")
+    result = train(load_recipe(RECIPES / "flickr8k.yaml", changes), resume="never")
     lines = [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
 

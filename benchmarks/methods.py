@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks import common
 from benchmarks.recipes import photos, small_parts
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation.evaluate import evaluate_samples
 from frozenprefix.evaluation.text_ability import text_ability
@@ -60,7 +60,7 @@ LOSS_OF, CAPTIONED = 64, 200  # photos whose loss is taken; photos that are capt
 def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
     """The recipe as it stands, but for its length, its data's place and its output; with `quick` in small."""
     path = RECIPES / f"{name}.yaml"
-    settings = Recipe.load(path).training
+    settings = load_recipe(path).training
     steps = math.ceil(targets / settings.images_per_step / (settings.targets_per_image or 1))
     length = [
         "training.epochs=null",
@@ -77,12 +77,12 @@ def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
         length += [f"model.language_model.peft.{key}={steps // part}" for key, part in (("tinit", 10), ("tfinal", 5))]
         length.append(f"model.language_model.peft.deltaT={max(1, steps // 150)}")
     if quick:
-        return Recipe.load(path, [*small_parts(path, folder), *length])
+        return load_recipe(path, [*small_parts(path, folder), *length])
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val", "limit": CAPTIONED}
     del source["limit"]
     data = [f"data.train=[{json.dumps(source)}]", f"data.validation=[{json.dumps(validation)}]"]
-    return Recipe.load(path, [*data, *length])
+    return load_recipe(path, [*data, *length])
 
 
 def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:

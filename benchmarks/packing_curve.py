@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from benchmarks import common
 from benchmarks.recipes import make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.training.trainer import train
 
 ARMS = ("trie", "none")
@@ -52,8 +52,8 @@ def full_recipe(folder: Path, packing: str, path: Path, steps: int, overrides: l
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val" if source["path"] != str(folder / "photos") else "train", "limit": 48}
     source.pop("limit", None)
-    warmup = Recipe.load(path).training.warmup_steps
-    return Recipe.load(
+    warmup = load_recipe(path).training.warmup_steps
+    return load_recipe(
         path,
         [
             f"data.train=[{json.dumps(source)}]",

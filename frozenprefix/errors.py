@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 
 class FrozenPrefixError(Exception):
@@ -16,6 +17,36 @@ class ConfigError(FrozenPrefixError, ValueError):
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Problem(NamedTuple):
+    """One problem of a config section: its text, and the keys that it is about, the first of which the text follows."""
+
+    text: str
+    keys: tuple[str, ...] = ("",)
+
+
+class SectionError(ValueError):
+    """Raised by the validators of config sections, with all problems at once.
+
+    Keys are relative to where the validator stands: the names of a section's fields in a model validator, and the
+    field itself, or names below it, in a field validator. `ConfigError` of the whole recipe has the full keys.
+
+    Example:
+        >>> str(SectionError([Problem("got 3, expected at most 2", ("captions",))]))
+        'captions: got 3, expected at most 2'
+    """
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        super().__init__("\n".join(f"{keys[0]}: {text}".removeprefix(": ") for text, keys in self.problems))
+
+    @classmethod
+    def check(cls, problems: Iterable[Problem]) -> None:
+        """Raise when there are problems."""
+        problems = list(problems)
+        if problems:
+            raise cls(problems)
 
 
 class AssetError(FrozenPrefixError):
@@ -46,7 +77,23 @@ class TrainingError(FrozenPrefixError):
     """Training that cannot go on: no label left, non-finite loss, and the like."""
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the nearest of `choices`, or `""` when none is near."""
+def nearest(name: object, choices: Iterable[object]) -> str | None:
+    """The most similar of `choices`, or None when none is similar.
+
+    Example:
+        >>> nearest("tim", ["timm", "open_clip"])
+        'timm'
+    """
     near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    return near[0] if near else None
+
+
+def did_you_mean(name: object, choices: Iterable[object]) -> str:
+    """A hint for an error message, or "" when no choice is similar.
+
+    Example:
+        >>> did_you_mean("tim", ["timm", "open_clip"])
+        " (did you mean 'timm'?)"
+    """
+    near = nearest(name, choices)
+    return f" (did you mean '{near}'?)" if near else ""

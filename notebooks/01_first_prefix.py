@@ -39,7 +39,7 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import group_by_images
 from frozenprefix.data.sources import load_source
-from frozenprefix.models.configuration import LanguageModelConfig, MapperConfig, VisionEncoderConfig
+from frozenprefix.models.configuration import LanguageModelConfig, MapperConfig, TimmEncoderConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.vision import build_vision_encoder
@@ -64,7 +64,7 @@ if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder 
 # a mapper that starts out random. `<image>` is the place in a text where the prefix stands; here it stands in front.
 
 # %%
-vision = VisionEncoderConfig(source="timm", name=encoder_name, weights=encoder_weights, image_size=128, dtype=dtype)
+vision = TimmEncoderConfig(name=encoder_name, weights=encoder_weights, image_size=128, dtype=dtype)
 mapper = MapperConfig(type="mlp", prefix_length=4, hidden_dim=512, tokens="flatten", input_norm=True, activation="gelu")
 language_model = LanguageModelConfig(path=lm_path, dtype=dtype)
 encoder = build_vision_encoder(vision)

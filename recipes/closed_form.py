@@ -28,7 +28,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from timm.data import ImageNetInfo
 
-from frozenprefix import Captioner, Recipe
+from frozenprefix import Captioner
+from frozenprefix.config import load_recipe
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import FrozenPrefixError
 from frozenprefix.models.mappers import PrefixMapper
@@ -52,7 +53,7 @@ MAPPERS = {
 
 def main(photos: list[Path], output: Path, mapper: str) -> None:
     settings = {"model.mapper": MAPPERS[mapper], "data.prompts.caption": PROMPT, "training.precision": "fp32"}
-    recipe = Recipe.load(RECIPE, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    recipe = load_recipe(RECIPE, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     model, processor = build_model(recipe)
 
     classes = imagenet_classes(str(recipe.model.vision_encoder.weights))

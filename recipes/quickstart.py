@@ -24,7 +24,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from frozenprefix import Captioner, Recipe, train
+from frozenprefix import Captioner, train
+from frozenprefix.config import load_recipe
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import FrozenPrefixError
@@ -57,7 +58,7 @@ CAPTION_ROWS = {
 def main(overrides: list[str]) -> None:
     started = time.monotonic()
     console = Console()
-    recipe = Recipe.load(RECIPE, overrides)
+    recipe = load_recipe(RECIPE, overrides)
     trained = train(recipe, resume="auto")
 
     evaluation_started = time.monotonic()

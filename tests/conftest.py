@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from tests.helpers.drawings import COLOURS, draw_shape, write_shapes
 from tests.helpers.lm import save_tiny_lm
 from tests.helpers.recipes import tiny_recipe_dict
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # a failed assert in a helper shows its values, as one in a test does
 pytest.register_assert_rewrite("tests.helpers.training")
 
@@ -34,30 +30,6 @@ def tiny_lm(tmp_path_factory):
     return make
 
 
-class DeprecatedCalls(logging.Handler):
-    """Makes an error of what transformers only logs: a deprecated name in a call of this package."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        frame = sys._getframe()
-        while frame is not None and "deprecated" in message:
-            library = Path(frame.f_code.co_filename)
-            if "peft" in library.parts:
-                return  # it calls with names of its own choice
-            if "frozenprefix" in library.parts[-5:-1]:
-                raise FutureWarning(message)
-            frame = frame.f_back
-
-
-@pytest.fixture(autouse=True, scope="session")
-def deprecated_calls():
-    """Deprecations that transformers logs fail the test that causes them."""
-    handler = DeprecatedCalls()
-    logging.getLogger("transformers").addHandler(handler)
-    yield
-    logging.getLogger("transformers").removeHandler(handler)
-
-
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder with flickr8k/ and daquar/."""
@@ -65,13 +37,6 @@ def data_root() -> Path:
     if not root:
         pytest.skip("FROZENPREFIX_DATA is not set: no real photos to test on")
     return Path(root)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
-    """Fast tests never read or write the user's cache of features and converted models."""
-    if "FROZENPREFIX_HOME" not in os.environ:
-        os.environ["FROZENPREFIX_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from benchmarks import (
     attention,
@@ -24,6 +23,7 @@ from benchmarks import (
 from benchmarks.baselines import clipcap_beam_search
 from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
+from frozenprefix.config import write_yaml
 from frozenprefix.kernels.linear import packable_dtypes
 from frozenprefix.models.packing.trie import build_trie
 from tests.helpers import ROOT
@@ -198,7 +198,7 @@ def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):
     """Both are trained once; the twin answers the same whatever it is shown."""
     data = tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "seeing")
     data["data"]["validation"] = [{"type": "qa", "path": str(shapes), "split": "val"}]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "tiny.yaml").write_text(write_yaml(data))
     arguments = [str(tmp_path / "tiny.yaml"), "--quick", "training.max_steps=2"]
     report = blind_twin.main(arguments)
     assert report["difference"]["exact_match"]["a"] == report["blind_twin"]["exact_match"]

@@ -66,13 +66,13 @@ def test_version_is_the_distribution_s():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_lm) -> str:
     """A whole checkpoint of a tiny random model."""
-    from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, VisionEncoderConfig
+    from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, vision_encoder_config
     from frozenprefix.models.language_model.loading import load_tokenizer
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import FrozenPrefixProcessor
     from frozenprefix.models.vision import build_vision_encoder
 
-    vision = VisionEncoderConfig(source="timm", name="test_vit", weights="random", output="pooled", image_size=32)
+    vision = vision_encoder_config(source="timm", name="test_vit", weights="random", output="pooled", image_size=32)
     language_model = LanguageModelConfig(path=str(tiny_lm()))
     encoder = build_vision_encoder(vision)
     processor = FrozenPrefixProcessor(encoder.image_processor, load_tokenizer(language_model), prefix_length=2)

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.recipes import small_parts
+from frozenprefix.config import load_recipe
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
-from frozenprefix.training.registry import load_recipe
 from tests.helpers import ROOT
 from tests.test_quickstart import COLORS, draw_easy_vqa
 
@@ -38,7 +38,7 @@ ADAPTED = {"peft", "adapters"}  # words in a recipe by which something in its la
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipe_is_read_and_says_what_it_is(path):
-    _, recipe = load_recipe(path)
+    recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert recipe.output_dir == Path("runs") / path.stem
     first = path.read_text().splitlines()[0]
@@ -62,7 +62,7 @@ def samples_of(recipe: str, data: Path, base: Path) -> list[Sample]:
     drawings = script("drawings")
     drawings.COUNTS = {recipe: {"train": 60, "val": 2}}
     drawings.main([command[1], str(base / command[2]), "--data", str(data)])
-    return load_source(load_recipe(path)[1].data.train[0], base=base)
+    return load_source(load_recipe(path).data.train[0], base=base)
 
 
 def test_prompts_of_the_few_shot_recipe(tmp_path):

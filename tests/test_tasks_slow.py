@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozenprefix import Captioner, Recipe
+from frozenprefix import Captioner
+from frozenprefix.config import load_recipe
 from frozenprefix.data.caption_retriever import CaptionRetriever, RetrievalOptions
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
@@ -74,7 +75,7 @@ def train_short(drawings, tmp_path_factory):
             f"data.train={json.dumps(listed)}",
             f"data.feature_cache={folder / name}-features",
         ]
-        return train(Recipe.load(RECIPES / f"{name}.yaml", [*own, *SHORT, *overrides])).best
+        return train(load_recipe(RECIPES / f"{name}.yaml", [*own, *SHORT, *overrides])).best
 
     return make
 

@@ -19,9 +19,9 @@ def command(
     ] = None,
 ) -> None:
     """Encode every image of a recipe once, into the feature cache that `train` reads."""
-    from frozenprefix.training.registry import load_recipe
+    from frozenprefix.config import load_recipe
 
-    _, loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
+    loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from frozenprefix.training.caching import fill_cache
 
     with _bar() as bar:

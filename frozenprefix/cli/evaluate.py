@@ -70,8 +70,7 @@ def command(
 
 def _own_options(given: list[str]) -> dict[str, Any]:
     """`name=value` as the task's keyword, the value read as YAML: shots=4, calibrate=false, labels=[cat, dog]."""
-    import yaml
-
+    from frozenprefix.config import read_yaml
     from frozenprefix.errors import ConfigError
 
     options = {}
@@ -79,10 +78,7 @@ def _own_options(given: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--option: got {text!r}, expected NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option: {text!r}: the value cannot be read ({error})") from error
+        options[name] = read_yaml(value, f"--option {text!r}")
     return options
 
 

@@ -25,9 +25,9 @@ def command(
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
 ) -> None:
     """Work out what a recipe costs: parameters, memory, cache, and time here and on other machines."""
-    from frozenprefix.training.registry import load_recipe
+    from frozenprefix.config import load_recipe
 
-    _, loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
+    loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from rich.console import Console
 
     from frozenprefix.planning.plan import plan

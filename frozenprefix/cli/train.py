@@ -20,10 +20,12 @@ def command(
     ] = "auto",
 ) -> None:
     """Train the mapper of a recipe. With `kind: contrastive` it is a text tower that meets a locked image encoder."""
-    from frozenprefix.training.registry import load_recipe, train_recipe
+    from frozenprefix.config import load_recipe
 
-    kind, loaded = load_recipe(recipe, overrides or [])  # first: the loop takes seconds to import
-    result = train_recipe(kind, loaded, resume=resume)
+    loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import
+    from frozenprefix.training.registry import train_recipe
+
+    result = train_recipe(loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:  # as accelerate and torchrun number processes
         value = "" if result.best_value is None else f", validation {result.best_by} {result.best_value:.4f}"
         typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")

@@ -1,0 +1,13 @@
+"""Recipes: reading YAML, checking it against typed sections, and overrides.
+
+Example:
+    >>> load_recipe(recipe_path, ["seed=1"]).seed
+    1
+"""
+
+from frozenprefix.config.contrastive import ContrastiveRecipe
+from frozenprefix.config.loading import load_checkpoint_recipe, load_recipe
+from frozenprefix.config.recipe import Recipe
+from frozenprefix.config.yaml import read_yaml, write_yaml
+
+__all__ = ["ContrastiveRecipe", "Recipe", "load_checkpoint_recipe", "load_recipe", "read_yaml", "write_yaml"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from frozenprefix.config.errors import Problem
-from frozenprefix.config.recipe_base import SAME_TRAINING, RecipeFile
-from frozenprefix.config.sections import ImageModelSection, RunSection, raise_clash
+from frozenprefix.config.base_recipe import SAME_TRAINING, BaseRecipe
+from frozenprefix.config.sections import ImageModelSection, RunSection
+from frozenprefix.errors import Problem
 from frozenprefix.models.contrastive.configuration import Objective, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 
 
 class ContrastiveModelSection(ImageModelSection):
-    """What the model is made of; the sections are those of the model's own config."""
+    """Parts of a locked-image text model: the same sections as in the model's own config."""
 
     text_tower: TextTowerConfig
     image_projection: ProjectionConfig = Field(default_factory=ProjectionConfig)
@@ -37,7 +37,7 @@ class ContrastiveTrainingSection(RunSection):
     gradient_cache: bool = Field(False, description="keep the activations of one chunk at a time; costs a forward pass")
 
 
-class ContrastiveRecipe(RecipeFile):
+class ContrastiveRecipe(BaseRecipe):
     """One experiment of locked-image tuning."""
 
     same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -50,19 +50,16 @@ class ContrastiveRecipe(RecipeFile):
     model: ContrastiveModelSection
     training: ContrastiveTrainingSection
 
-    @model_validator(mode="after")
-    def _check_what_has_no_effect(self) -> ContrastiveRecipe:
-        problems = []
-        for name in {"prompts", "text_only", "retrieval"} & self.data.model_fields_set:
-            if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):  # as `to_yaml` writes them
-                key = f"data.{name}"
-                problems.append(Problem((key,), f"{key}: has no effect in a contrastive recipe; remove it"))
+    def problems(self) -> list[Problem]:
+        problems = super().problems()
+        for name in ("prompts", "text_only", "retrieval"):
+            if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):
+                problems.append(Problem("has no effect in a contrastive recipe; remove it", (f"data.{name}",)))
         encoder, key = self.model.vision_encoder, "model.vision_encoder"
         if encoder.trainable != "none":
-            line = f"{key}.trainable: got {encoder.trainable!r}, expected 'none': the image encoder is locked"
-            problems.append(Problem((f"{key}.trainable",), line))
+            text = f"got {encoder.trainable!r}, expected 'none': the image encoder is locked"
+            problems.append(Problem(text, (f"{key}.trainable",)))
         if encoder.peft is not None:
-            line = f"{key}.peft: got '{encoder.peft.type}', expected null: the image encoder is locked"
-            problems.append(Problem((f"{key}.peft",), line))
-        raise_clash(problems)
-        return self
+            text = f"got '{encoder.peft.type}', expected null: the image encoder is locked"
+            problems.append(Problem(text, (f"{key}.peft",)))
+        return problems

@@ -1,4 +1,4 @@
-"""Pydantic's errors as one line each: dotted path, what it got, what is expected, and the nearest valid key."""
+"""Pydantic's errors as one line each: dotted key, what it got, what is expected, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from frozenprefix.errors import did_you_mean
+from frozenprefix.errors import Problem, SectionError, did_you_mean
 
 # Pydantic's words → words for someone who writes YAML.
 _WORDS = {
@@ -23,78 +23,144 @@ _WORDS = {
     "greater than": "more than",
 }
 
+Section = type[BaseModel]
 Path = tuple[str | int, ...]
 
 
-class Problem(NamedTuple):
-    """One line of a report, and the dotted keys that it is about."""
+class Location(NamedTuple):
+    """Where an error is: its path in the data, and the section that holds the last key.
 
-    keys: tuple[str, ...]
-    line: str
-
-
-class Clash(ValueError):
-    """Raised by a section's validator: values that are right by themselves and wrong together."""
-
-    def __init__(self, problems: list[Problem]):
-        self.problems = problems
-        super().__init__("\n".join(problem.line for problem in problems))
-
-
-def collect_problems(errors: list[ErrorDetails], data: Any, schema: type[BaseModel], prefix: str = "") -> list[Problem]:
-    """Turn pydantic's errors on `data` into problems, in their order; the branches of a union become one.
-
-    `prefix` stands before every path, with its dot.
+    Attributes:
+        union: the sections that `section` was chosen from, if there were several.
     """
-    found: dict[str, list[str]] = {}
+
+    path: Path
+    section: Section | None
+    union: list[Section]
+
+    @property
+    def field(self) -> FieldInfo | None:
+        return self.section.model_fields.get(str(self.path[-1])) if self.section and self.path else None
+
+
+def collect_problems(errors: list[ErrorDetails], data: Any, schema: Section, prefix: str = "") -> list[Problem]:
+    """Turn pydantic's errors on `data` into problems, in their order. The branches of a union become one problem.
+
+    Args:
+        prefix: stands before every key, with its dot.
+
+    Example:
+        >>> class Training(BaseModel):
+        ...     epochs: int
+        >>> try:
+        ...     Training(epochs="two")
+        ... except ValueError as error:
+        ...     collect_problems(error.errors(), {"epochs": "two"}, Training)
+        [Problem(text="got 'two', expected a whole number", keys=('epochs',))]
+    """
+    expectations: dict[str, list[str]] = {}
     problems: list[Problem] = []
     for error in errors:
+        place = _locate(error, data, schema)
+        dotted = prefix + ".".join(map(str, place.path))
         clash = error.get("ctx", {}).get("error")
-        if isinstance(clash, Clash):
-            problems += clash.problems
-            continue
-        if error["type"] == "default_factory_not_called":
+        if isinstance(clash, SectionError):
+            problems += [
+                Problem(text, tuple(f"{dotted}.{key}".strip(".") for key in keys)) for text, keys in clash.problems
+            ]
+        elif error["type"] == "default_factory_not_called":
             continue  # it follows from another wrong value of its section
-        path = _path_in(data, error)
-        dotted = prefix + ".".join(map(str, path))
-        if error["type"] == "extra_forbidden":
-            problems.append(Problem((dotted,), f"{dotted}: unknown key{_nearest_key(path, schema, prefix)}"))
+        elif error["type"] == "extra_forbidden":
+            problems.append(Problem(_unknown_key(place, error["input"], schema), (dotted,)))
         elif error["type"] == "missing":
-            problems.append(Problem((dotted,), f"{dotted}: missing, expected {_description(path, schema)}"))
+            problems.append(Problem(f"missing, expected {_description(place)}", (dotted,)))
+        elif error["type"] == "value_error":
+            message = str(clash)
+            text = message if message.startswith("got ") else f"got {shorten(error['input'])}, {message}"
+            problems.append(Problem(text, (dotted,)))
+        elif error["type"] == "union_tag_not_found":
+            tags = " | ".join(_tag(section) for section in _sections_in(place.field))
+            problems.append(Problem(f"missing, expected {tags}", (f"{dotted}.source",)))
         else:
-            expected = found.setdefault(dotted, [])
-            expected.append(_expected(error, path, schema))
-            line = f"{dotted}: got {shorten(error['input'])}, expected {' or '.join(expected)}"
-            problems = [problem for problem in problems if problem.keys != (dotted,)] + [Problem((dotted,), line)]
+            expected = expectations.setdefault(dotted, [])
+            expected.append(_expected(error, place))
+            text = f"got {shorten(error['input'])}, expected {' or '.join(expected)}"
+            problems = [problem for problem in problems if problem.keys != (dotted,)] + [Problem(text, (dotted,))]
     return problems
 
 
+def lines_of(problems: list[Problem]) -> list[str]:
+    """One line per problem.
+
+    Example:
+        >>> lines_of([Problem("got 0, expected at least 1", ("training.epochs",))])
+        ['training.epochs: got 0, expected at least 1']
+    """
+    return [f"{keys[0]}: {text}" for text, keys in problems]
+
+
 def shorten(value: Any, limit: int = 60) -> str:
+    """A value as an error message shows it.
+
+    Example:
+        >>> shorten("a" * 100, limit=10)
+        "'aaaaaa..."
+    """
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _path_in(data: Any, error: ErrorDetails) -> Path:
-    """The error's place, without what pydantic adds for the branches of a union."""
+def _locate(error: ErrorDetails, data: Any, schema: Section) -> Location:
+    """Follow the error's location through data and schema; what pydantic adds for branches of unions is left out."""
     path: list[str | int] = []
+    here: list[Section] = [schema]  # sections that may stand at `path`: several until the tag of a union is met
+    union: list[Section] = []  # that `here` was chosen from
+    place = Location((), None, [])
     for part in error["loc"]:
+        tagged = [section for section in here if len(here) > 1 and _tag(section) == part]
         in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
-        if in_list or (isinstance(data, dict) and part in data):
+        in_dict = isinstance(data, dict) and part in data
+        if tagged:
+            union, here = here, tagged
+        elif in_list:
             data = data[part]
-        elif error["type"] != "missing" or part != error["loc"][-1]:
-            continue
-        path.append(part)
-    return tuple(path)
+            path.append(part)
+            place = Location(tuple(path), None, [])
+        elif in_dict or (error["type"] == "missing" and part == error["loc"][-1]):
+            data = data[part] if in_dict else None
+            path.append(part)
+            place = Location(tuple(path), here[0] if here else None, union)
+            here, union = _sections_in(place.field), []
+    return place
 
 
-def _expected(error: ErrorDetails, path: Path, schema: type[BaseModel]) -> str:
+def _sections_in(field: FieldInfo | None) -> list[Section]:
+    """The sections that may stand in a field."""
+    return [] if field is None else list(_sections_of(field.annotation))
+
+
+def _sections_of(annotation: Any) -> Iterator[Section]:
+    # Python 3.10 takes list[int] for a class, until issubclass is asked
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for inner in get_args(annotation):
+        yield from _sections_of(inner)
+
+
+def _tag(section: Section) -> str:
+    """The `source` by which a section is chosen from its union."""
+    field = section.model_fields.get("source")
+    return str(field.default) if field else ""
+
+
+def _expected(error: ErrorDetails, place: Location) -> str:
     kind, got = error["type"], error["input"]
     if kind in ("model_type", "dict_type"):
-        section = section_at(path, schema)
-        return f"a block of keys ({', '.join(section.model_fields)})" if section else "a block of keys"
+        return _description(place) if _sections_in(place.field) else "a block of keys"
     if kind == "string_type":
-        field = _field_at(path, schema)
-        what = f"a string, {field.description}" if field and field.description else "a string"
+        what = f"a string, {place.field.description}" if place.field and place.field.description else "a string"
         return f"{what} (put it in quotes)" if isinstance(got, (bool, int, float)) else what
     if kind == "literal_error":
         text = error["ctx"]["expected"]
@@ -105,56 +171,38 @@ def _expected(error: ErrorDetails, path: Path, schema: type[BaseModel]) -> str:
     return text
 
 
-def section_at(path: Path, schema: type[BaseModel]) -> type[BaseModel] | None:
-    """The section that stands at `path`, or None where there is a plain value."""
-    for part in path:
-        field = schema.model_fields.get(str(part))
-        inner = [a for a in (field.annotation, *get_args(field.annotation)) if _is_section(a)] if field else []
-        if not inner:
-            return None
-        schema = inner[0]
-    return schema
-
-
-def _is_section(annotation: Any) -> bool:
-    # Python 3.10 takes list[int] for a class, until issubclass is asked
-    is_class = isinstance(annotation, type) and get_origin(annotation) is None
-    return is_class and issubclass(annotation, BaseModel)
-
-
-def _field_at(path: Path, schema: type[BaseModel]) -> FieldInfo | None:
-    parent = section_at(path[:-1], schema)
-    return parent.model_fields.get(str(path[-1])) if parent and path else None
-
-
-def _description(path: Path, schema: type[BaseModel]) -> str:
-    section = section_at(path, schema)
-    if section is not None:
-        return f"a block of keys ({', '.join(section.model_fields)})"
-    field = _field_at(path, schema)
-    if field is None:
+def _description(place: Location) -> str:
+    if place.field is None:
         return "a value"
-    choices = " | ".join(map(str, get_args(field.annotation)))
-    return field.description or choices or str(getattr(field.annotation, "__name__", "a value"))
+    sections = _sections_in(place.field)
+    if sections:
+        return f"a block of keys ({', '.join(dict.fromkeys(key for s in sections for key in s.model_fields))})"
+    choices = " | ".join(map(str, get_args(place.field.annotation)))
+    return place.field.description or choices or str(getattr(place.field.annotation, "__name__", "a value"))
 
 
-def _nearest_key(path: Path, schema: type[BaseModel], prefix: str) -> str:
-    parent = section_at(path[:-1], schema)
-    if parent is None:
-        return ""
-    prefix += "".join(f"{part}." for part in path[:-1])
-    near = did_you_mean(str(path[-1]), parent.model_fields)
+def _unknown_key(place: Location, value: Any, schema: Section) -> str:
+    """What is wrong with a key that its section does not have."""
+    key = str(place.path[-1])
+    if place.section is None:
+        return "unknown key"
+    owners = [_tag(section) for section in place.union if key in section.model_fields]
+    if owners:
+        hint = "remove it"
+        if _tag(place.section) == "fused" and key in ("layer", "weights", "revision"):
+            hint = "give it to the part it belongs to"
+        return f"got {shorten(value)}, which has no effect with source '{_tag(place.section)}'; {hint}"
+    near = did_you_mean(key, place.section.model_fields)
     if near:
-        return near.replace("'", f"'{prefix}", 1)
-    elsewhere = [key for key in _all_keys(schema) if key.split(".")[-1] == path[-1]]
+        return f"unknown key{near}"
+    elsewhere = [other for other in _all_keys(schema) if other.split(".")[-1] == key]
     if elsewhere:
-        return f" (did you mean '{elsewhere[0]}'?)"
-    return f"; known here: {', '.join(parent.model_fields)}"
+        return f"unknown key (did you mean '{elsewhere[0]}'?)"
+    return f"unknown key; known here: {', '.join(place.section.model_fields)}"
 
 
-def _all_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name in schema.model_fields:
+def _all_keys(schema: Section, prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
         yield prefix + name
-        section = section_at((name,), schema)
-        if section is not None:
+        for section in _sections_in(field):
             yield from _all_keys(section, f"{prefix}{name}.")

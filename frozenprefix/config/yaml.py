@@ -1,84 +1,97 @@
-"""YAML as people mean it (the 1.2 core schema), and `a.b.0.c=value` overrides.
-
-YAML 1.1, which PyYAML reads, takes `1e-4` for a string, `off` for false and `1:30` for 90. The readers here take only
-true/false for booleans and every usual spelling of a number for a number, and refuse a key that is given twice.
-"""
+"""YAML 1.2 as recipes, overrides and options of commands have it, and `a.b.0.c=value` overrides."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from io import StringIO
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
 from frozenprefix.errors import ConfigError
 
-_SCALARS: tuple[tuple[str, str, str], ...] = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-)
+MAX_VALUES = 1_000_000  # of a document with its aliases written out
 
 
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+class _Constructor(SafeConstructor):
+    """Reads a date as text: no key here is a date."""
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes a string whenever YAML 1.1 or 1.2 would read it as something else."""
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+class _Representer(SafeRepresenter):
+    """Writes a value that occurs twice twice, without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-for _tag, _pattern, _first in _SCALARS:
-    _regex = re.compile(rf"^(?:{_pattern})$")
-    _characters = [character if character != "\0" else "" for character in _first]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regex, _characters)
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regex, _characters)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-
-
 def read_yaml(text: str, name: str) -> Any:
-    """Parse YAML text; `name` is what an error calls it.
+    """Parse YAML 1.2: `1e-4` is a number, `off` and `1:30` are text, a repeated key is an error.
+
+    Args:
+        name: what errors call the text, such as its file.
 
     Raises:
-        ConfigError: with line and column, for text that is not YAML.
+        ConfigError: for text that is not YAML, with line and column, or whose aliases grow beyond `MAX_VALUES` values.
+
+    Example:
+        >>> read_yaml("learning_rate: 1e-4", "example")
+        {'learning_rate': 0.0001}
     """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        data = yaml.load(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{name}{where}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+        problem = error.problem or error.context
+        if isinstance(error, DuplicateKeyError):
+            problem = str(problem).partition(" with value")[0]  # the value may be a whole block
+        raise ConfigError(f"{name}{where}: not valid YAML: {problem}") from error
+    except YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    _check_size(data, name)
+    return data
 
 
 def write_yaml(data: Any) -> str:
-    """Dump plain data so that `read_yaml` gives the same back."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Write plain data as YAML, keys in their order; `read_yaml` gives the same data back.
+
+    Example:
+        >>> print(write_yaml({"name": "1e-4", "betas": [0.9, 0.98]}), end="")
+        name: '1e-4'
+        betas:
+        - 0.9
+        - 0.98
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Set `a.b.0.c=value` in nested dicts and lists, in place; a value is read as YAML. Return one line per problem."""
+    """Set `a.b.0.c=value` in nested dicts and lists, in place. Values are YAML.
+
+    Returns:
+        One line per override that cannot be applied.
+
+    Example:
+        >>> data = {"train": [{"path": "a"}]}
+        >>> apply_overrides(data, ["train.0.limit=10", "seed=1"])
+        []
+        >>> data
+        {'train': [{'path': 'a', 'limit': 10}], 'seed': 1}
+    """
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -110,3 +123,15 @@ def _set(data: Any, parts: list[str], value: Any) -> None:
             here[index] = value
         else:
             here = here[index]
+
+
+def _check_size(data: Any, name: str) -> None:
+    """Refuse aliases that repeat each other (`a: &a [*b, *b]`), which grow exponentially or without end."""
+    values, stack = 0, [data]
+    while stack:
+        here = stack.pop()
+        values += 1
+        if isinstance(here, (dict, list)):
+            stack += here.values() if isinstance(here, dict) else here
+        if values > MAX_VALUES:
+            raise ConfigError(f"{name}: not valid YAML: its aliases repeat more than {MAX_VALUES:,} values")

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
@@ -31,7 +32,8 @@ from frozenprefix.data.cache_keys import image_key
 from frozenprefix.data.images import read_image
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
-from frozenprefix.errors import CheckpointError, DataError
+from frozenprefix.errors import CheckpointError, DataError, Problem
+from frozenprefix.models.configuration import Section
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 from frozenprefix.models.vision.given_features import given_table
 
@@ -44,8 +46,7 @@ _IMAGES_AT_ONCE = 256
 Places = Sequence[str | PathLike[str]]
 
 
-@dataclass(frozen=True)
-class RetrievalOptions:
+class RetrievalOptions(Section):
     """What is retrieved, and how the prompt shows it.
 
     Of all captions of the nearest images, those are taken that agree best with the others, at most one per image.
@@ -53,16 +54,30 @@ class RetrievalOptions:
     (EfficientNet-Lite0) four captions have a mean CIDEr-D of 0.20 as the first ones of the 4 nearest images, and of
     0.36 as those that 15 agree on.
 
-    Attributes:
-        images: nearest training images that are looked at.
-        captions: captions that the prompt holds, one a line.
-        template: what stands in front of the task's own prompt; "{captions}" is filled in. The image follows it,
-            unless it has an `<image>` of its own.
+    Example:
+        >>> RetrievalOptions(template="Like: {captions}. ").prompt(["a dog", "a cat"], "Caption:")
+        'Like: a dog\\na cat. <image>Caption:'
     """
 
-    images: int = 15
-    captions: int = 4
-    template: str = f"Similar images:\n{CAPTIONS_MARK}\n"
+    model_config = ConfigDict(frozen=True)
+
+    images: int = Field(15, ge=1, description="nearest training images that are looked at")
+    captions: int = Field(4, ge=1, description="captions of them in the prompt, one a line, at most one per image")
+    template: str = Field(
+        f"Similar images:\n{CAPTIONS_MARK}\n",
+        description="what stands in front of the task's own prompt; the image follows it, unless it has an <image>",
+    )
+
+    def problems(self) -> list[Problem]:
+        problems = []
+        if self.captions > self.images:
+            text = f"got {self.captions}, expected at most one for each of the {self.images} images"
+            problems.append(Problem(text, ("captions", "images")))
+        marks = {CAPTIONS_MARK: (1, 1), IMAGE_TOKEN: (0, 1), "{question}": (0, 0)}
+        if any(not low <= self.template.count(mark) <= high for mark, (low, high) in marks.items()):
+            text = f"got {self.template!r}, expected {CAPTIONS_MARK} once, and <image> at most once"
+            problems.append(Problem(text, ("template",)))
+        return problems
 
     def prompt(self, captions: Sequence[str], prompt: str) -> str:
         """A prompt with captions in front of it, and one `<image>`."""
@@ -195,7 +210,8 @@ class CaptionRetriever:
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
-        texts = {"options": asdict(self.options), "keys": list(self.keys), "captions": list(map(list, self.captions))}
+        options = self.options.model_dump()
+        texts = {"options": options, "keys": list(self.keys), "captions": list(map(list, self.captions))}
         (folder / TEXTS_FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         arrays = {
             "features": self.features,

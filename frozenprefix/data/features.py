@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
-from frozenprefix.data.checkpoint_recipe import data_section
 from frozenprefix.data.image_encoder import Fingerprint, ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
-from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.errors import BadImageError
 from frozenprefix.models.vision.given_features import FeatureTable, given_table
 from frozenprefix.utils import user_cache
 
@@ -39,20 +37,6 @@ class FeatureStorage:
 
     feature_cache: str = "auto"
     feature_dtype: StorageDType = "float16"
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: str | Path) -> FeatureStorage:
-        """As the recipe in a checkpoint folder says. A folder that is not on this machine counts as "auto".
-
-        Raises:
-            ConfigError: for a recipe.yaml that cannot be read.
-        """
-        data = data_section(checkpoint) or {}
-        place, dtype = str(data.get("feature_cache", "auto")), data.get("feature_dtype", "float16")
-        if dtype not in get_args(StorageDType):
-            file, known = Path(checkpoint) / "recipe.yaml", ", ".join(get_args(StorageDType))
-            raise ConfigError(f"{file}: data.feature_dtype: got {dtype!r}, expected one of {known}")
-        return cls(place if place == "off" or Path(place).is_dir() else "auto", dtype)
 
 
 def feature_folder(storage: FeatureStorage, fingerprint: Fingerprint) -> Path:

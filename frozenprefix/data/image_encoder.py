@@ -41,7 +41,7 @@ class ImageEncoder:
 
     module: VisionEncoder
     image_processor: Any
-    config: Any = None
+    config: VisionEncoderConfig | None = None
     identity: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -60,9 +60,9 @@ class ImageEncoder:
     @property
     def fingerprint(self) -> Fingerprint:
         """Everything that image features depend on, apart from the image."""
-        config = VisionEncoderConfig.model_validate(self.config)
+        assert self.config is not None, "the encoder was built from a config"
         return {
-            **{f"encoder.{name}": json.dumps(value) for name, value in config.feature_fields().items()},
+            **{f"encoder.{name}": json.dumps(value) for name, value in self.config.feature_fields().items()},
             **{f"weights.{name}": value for name, value in self.identity.items()},
             "preprocessing": self.image_processor.to_json_string(),
         }

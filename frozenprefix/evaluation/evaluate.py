@@ -14,7 +14,7 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples
+from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples, recipe_storage
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
-    storage = FeatureStorage.from_checkpoint(checkpoint)
+    storage = recipe_storage(checkpoint)
     options = EvaluationOptions(
         predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
         num_beams=num_beams,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.data.checkpoint_recipe import data_section
+from frozenprefix.config import load_checkpoint_recipe
+from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample, check_unique_ids, drop_empty_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
@@ -53,12 +54,12 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
     Raises:
         ConfigError: the checkpoint holds no recipe, or one without such sources.
     """
-    section = data_section(checkpoint)
-    if part == "train" and section is not None and section.get("text_only"):
+    recipe = load_checkpoint_recipe(checkpoint)
+    if part == "train" and recipe is not None and recipe.data.text_only is not None:
         return []  # training has never seen their images
-    sources = (section or {}).get(part)
+    sources = [] if recipe is None else getattr(recipe.data, part)
     if not sources:
-        why = "holds no recipe.yaml" if section is None else f"has a recipe without data.{part}"
+        why = "holds no recipe.yaml" if recipe is None else f"has a recipe without data.{part}"
         raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
     return first_images([sample for sample in load_sources(sources) if sample.task == task], limit)
 
@@ -98,3 +99,16 @@ def join_captions(samples: Sequence[Sample]) -> list[Sample]:
         references.setdefault(sample.images, []).extend(sample.targets)
         first.setdefault((sample.images, sample.prompt), sample)
     return [replace(sample, targets=tuple(references[sample.images])) for sample in first.values()]
+
+
+def recipe_storage(checkpoint: str | Path) -> FeatureStorage:
+    """Where the checkpoint's recipe keeps image features. A folder that is not on this machine counts as "auto".
+
+    Raises:
+        ConfigError: for a recipe.yaml that cannot be read.
+    """
+    recipe = load_checkpoint_recipe(checkpoint)
+    if recipe is None:
+        return FeatureStorage()
+    place = recipe.data.feature_cache
+    return FeatureStorage(place if place == "off" or Path(place).is_dir() else "auto", recipe.data.feature_dtype)

@@ -11,7 +11,12 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def escape(value: Any) -> str:
-    """Text for anywhere in a page, attributes included; characters that a page may not hold become U+FFFD."""
+    """Text for anywhere in a page, attributes included; characters that a page may not hold become U+FFFD.
+
+    Example:
+        >>> escape("<b>")
+        '&lt;b&gt;'
+    """
     return html.escape(_FORBIDDEN.sub("\ufffd", str(value)))
 
 

@@ -16,10 +16,6 @@ from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.checkpoint import AdaptedCheckpoint, check_identity
 from frozenprefix.models.configuration import (
     FrozenPrefixConfig,
-    FusionConfig,
-    LanguageModelConfig,
-    MapperConfig,
-    VisionEncoderConfig,
 )
 from frozenprefix.models.contrastive.heads import ContrastiveHeads, ImageTextEmbedding
 from frozenprefix.models.freezing import freeze
@@ -96,10 +92,10 @@ class FrozenPrefixForConditionalGeneration(
         super().__init__(config)
         identity = {}
         if vision_encoder is None:
-            built = build_vision_encoder(VisionEncoderConfig.model_validate(config.vision_encoder))
+            built = build_vision_encoder(config.vision_encoder)
             vision_encoder, identity["vision_encoder"] = built.module, built.identity
         if language_model is None:
-            section = LanguageModelConfig.model_validate(config.language_model)
+            section = config.language_model
             language_model, identity["language_model"] = load_language_model(section)
         language_model, peft_model = split_peft_model(language_model)
         if is_seq2seq(language_model):
@@ -112,14 +108,15 @@ class FrozenPrefixForConditionalGeneration(
         self.add_adapters(peft_model)
         lm_dim = word_embeddings(language_model).weight.shape[1]
         self.mapper = build_mapper(
-            MapperConfig.model_validate(config.mapper),
+            config.mapper,
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
             lm_dim=lm_dim,
             embedding_rms=embedding_rms(language_model),
         )
-        self.fusion = build_fusion(FusionConfig.model_validate(config.fusion), language_model, lm_dim)
-        self.contrastive = None if config.contrastive is None else ContrastiveHeads(lm_dim, **config.contrastive)
+        self.fusion = build_fusion(config.fusion, language_model, lm_dim)
+        heads = config.contrastive
+        self.contrastive = None if heads is None else ContrastiveHeads(lm_dim, dim=heads.dim, loss=heads.loss)
         self._start_token = None if self.fusion.is_prefix else start_token(language_model)
         self._decoder_and_head: tuple[nn.Module, nn.Module, float | None] | None = None
         self.generation_config = language_model.generation_config
@@ -128,7 +125,7 @@ class FrozenPrefixForConditionalGeneration(
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
         if self.config.vision_encoder is None:
             return freeze(vision_encoder)
-        section = VisionEncoderConfig.model_validate(self.config.vision_encoder)
+        section = self.config.vision_encoder
         return train_encoder(vision_encoder, section.trainable, getattr(torch, section.dtype))
 
     def init_weights(self) -> None:

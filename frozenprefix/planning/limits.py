@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.config.recipe_base import RecipeFile
 from frozenprefix.errors import ConfigError
 
 OTHER_OBJECTIVES = ("contrastive", "distillation", "self_critical")
 
 
-def known_recipe(recipe: RecipeFile) -> Recipe:
+def known_recipe(recipe: BaseRecipe) -> Recipe:
     """The recipe, when a plan covers all of it.
 
     Raises:

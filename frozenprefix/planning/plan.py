@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.config.recipe_base import RecipeFile
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
 from frozenprefix.data.cache_keys import ImageKeys
@@ -93,7 +93,7 @@ class Plan:
 
 
 def plan(
-    planned_recipe: RecipeFile, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
+    planned_recipe: BaseRecipe, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
 ) -> Plan:
     """Work out what a recipe costs.
 

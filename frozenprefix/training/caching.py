@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from frozenprefix.config.recipe_base import RecipeFile
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
@@ -43,7 +43,7 @@ class FilledCache:
     is_main: bool
 
 
-def fill_cache(recipe: RecipeFile, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
+def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
     """Encode every image of a recipe's sources that is not in its feature cache yet.
 
     Under `accelerate launch` the processes share the images. A run that was killed goes on where it was.

@@ -98,8 +98,8 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     if not heads.keys() & tensors.keys():
         tensors |= heads
     model.load_trainable(tensors, source=source)
-    sections = {"language_model": made_with.language_model, "vision_encoder": made_with.vision_encoder}
-    trained = [p for p, name in FOLDERS.items() if (sections[p] or {}).get("peft") or (folder / name).is_dir()]
+    adapted = [part for part in FOLDERS if getattr(getattr(made_with, part), "peft", None) is not None]
+    trained = [part for part, name in FOLDERS.items() if part in adapted or (folder / name).is_dir()]
     lost = [part for part in trained if part not in model.adapters]
     if lost:
         raise CheckpointError(

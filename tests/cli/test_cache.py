@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
+from frozenprefix.config import write_yaml
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -34,7 +34,7 @@ def data(tmp_path) -> Path:
 
 def test_the_command_says_what_it_did_and_does_it_once(tiny_lm, data, tmp_path):
     recipe, folder = tmp_path / "tiny.yaml", tmp_path / "features"
-    recipe.write_text(yaml.safe_dump(tiny_recipe_dict(tiny_lm("llama"), data, tmp_path / "run")))
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), data, tmp_path / "run")))
     command = ["cache", str(recipe), f"data.feature_cache={folder}"]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import GenericAlias
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from frozenprefix.config.errors import section_at
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import load_recipe
+from frozenprefix.config.errors import collect_problems
 from frozenprefix.config.yaml import read_yaml, write_yaml
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError
@@ -37,7 +37,7 @@ def file(tmp_path) -> Path:
 
 def problems_of(file: Path, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        Recipe.load(file, list(overrides))
+        load_recipe(file, list(overrides))
     return error.value.problems
 
 
@@ -50,7 +50,7 @@ def problem_of(file: Path, *overrides: str) -> str:
 
 
 def test_short_recipe_has_defaults(file):
-    recipe = Recipe.load(file)
+    recipe = load_recipe(file)
     assert recipe.name == "short"
     assert recipe.output_dir == Path("runs/short")
     assert recipe.training.betas == (0.9, 0.999)
@@ -84,7 +84,7 @@ def test_short_recipe_has_defaults(file):
     ],
 )
 def test_override(file, override, expected):
-    recipe = Recipe.load(file, [override])
+    recipe = load_recipe(file, [override])
     value = recipe
     for part in override.partition("=")[0].split("."):
         value = (
@@ -96,32 +96,32 @@ def test_override(file, override, expected):
 
 def test_float_spelling_in_the_file(file):
     file.write_text(SHORT.replace("epochs: 2", "epochs: 2, learning_rate: 1e-4, weight_decay: 5E-2"))
-    training = Recipe.load(file).training
+    training = load_recipe(file).training
     assert (training.learning_rate, training.weight_decay) == (1e-4, 0.05)
 
 
 def test_later_override_wins_and_sections_are_made(file):
-    recipe = Recipe.load(file, ["evaluation.limit=3", "evaluation.limit=4"])
+    recipe = load_recipe(file, ["evaluation.limit=3", "evaluation.limit=4"])
     assert recipe.evaluation.limit == 4
 
 
 def test_epochs_give_way_to_steps(file):
-    training = Recipe.load(file, ["training.epochs=null", "training.max_steps=20"]).training
+    training = load_recipe(file, ["training.epochs=null", "training.max_steps=20"]).training
     assert (training.epochs, training.max_steps) == (None, 20)
     assert training.warmup_steps == 2, "the default warm-up is at most a tenth of the run"
 
 
 def test_frozen_parts_take_the_dtype_of_the_training(file):
-    model = Recipe.load(file, ["training.precision=bf16", "model.language_model.dtype=float32"]).model
+    model = load_recipe(file, ["training.precision=bf16", "model.language_model.dtype=float32"]).model
     assert (model.vision_encoder.dtype, model.language_model.dtype) == ("bfloat16", "float32")
 
 
 def test_round_trip(file, tmp_path):
     overrides = ["training.precision=bf16", "name='1e-4'", "training.max_steps=30", "training.epochs=null"]
-    recipe = Recipe.load(file, [*overrides, "data.feature_cache=off", "data.train.0.split=[train, 'off']"])
+    recipe = load_recipe(file, [*overrides, "data.feature_cache=off", "data.train.0.split=[train, 'off']"])
     written = tmp_path / "again.yaml"
     written.write_text(recipe.to_yaml())
-    again = Recipe.load(written)
+    again = load_recipe(written)
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
     assert again.fingerprint() == recipe.fingerprint()
@@ -137,14 +137,14 @@ def test_yaml_round_trip_of_a_value(value):
 
 def test_recipe_does_not_change(file):
     with pytest.raises(ValueError, match="frozen"):
-        Recipe.load(file).training.epochs = 3
+        load_recipe(file).training.epochs = 3
 
 
 # ── fingerprint ──
 
 
 def test_fingerprint_is_json_and_sees_what_changes_the_weights(file):
-    before = Recipe.load(file).fingerprint()
+    before = load_recipe(file).fingerprint()
     assert json.loads(json.dumps(before)) == before
     for override, key in [
         ("seed=1", "seed"),
@@ -153,18 +153,18 @@ def test_fingerprint_is_json_and_sees_what_changes_the_weights(file):
         ("training.learning_rate=1e-4", "training.learning_rate"),
         ("training.epochs=3", "training.epochs"),
     ]:
-        after = Recipe.load(file, [override]).fingerprint()
+        after = load_recipe(file, [override]).fingerprint()
         assert {name for name in before if before[name] != after[name]} == {key}
 
 
 def test_fingerprint_leaves_out_what_does_not(file):
-    before = Recipe.load(file).fingerprint()
+    before = load_recipe(file).fingerprint()
     free = ["name=b", "output_dir=/x", "training.save_every=3", "data.workers=0", "tracking.tensorboard=true"]
-    assert Recipe.load(file, free).fingerprint() == before
+    assert load_recipe(file, free).fingerprint() == before
 
 
 def test_a_constant_learning_rate_may_run_longer(file):
-    short, long = (Recipe.load(file, ["training.schedule=constant", f"training.epochs={n}"]) for n in (2, 3))
+    short, long = (load_recipe(file, ["training.schedule=constant", f"training.epochs={n}"]) for n in (2, 3))
     assert short.fingerprint() == long.fingerprint()
 
 
@@ -197,14 +197,13 @@ tracking: {tensorboard: "False"}
         "name: got 12, expected a string (put it in quotes)",
         "model.vision_encoder.source: got 'tim', expected 'timm', 'open_clip', 'transformers', 'fused' or 'features' "
         "(did you mean 'timm'?)",
-        "model.vision_encoder.name: missing, expected architecture (timm, open_clip) or Hub id / local folder "
-        "(transformers)",
+        "model.vision_encoder.name: missing, expected architecture, as timm names it",
         "model.vision_encoder.layer: got 'x', expected a whole number or a list",
-        "model.vision_encoder.nam: unknown key (did you mean 'model.vision_encoder.name'?)",
+        "model.vision_encoder.nam: unknown key (did you mean 'name'?)",
         f"model.mapper.type: unknown mapper 'mpl' (did you mean 'mapl'?); known: {mappers}",
         f"data.train.0.type: unknown data source 'caption' (did you mean 'captions'?); known: {types}",
         "data.train.1.path: missing, expected folder: local, or a pypi:// reference",
-        "data.train.1.pth: unknown key (did you mean 'data.train.1.path'?)",
+        "data.train.1.pth: unknown key (did you mean 'path'?)",
         f"data.train.2.type: missing, expected one of: {types}",
         "data.train.3: got 7, expected a block of keys with a type",
         "data.prompts.vga: unknown task (did you mean 'vqa'?); known: caption, vqa, classification",
@@ -214,7 +213,7 @@ tracking: {tensorboard: "False"}
         "training.schedule: got 'cosin', expected 'cosine', 'linear' or 'constant' (did you mean 'cosine'?)",
         "training.betas: got [0.9, 1.0], expected two numbers from 0 to below 1",
         "training.tokens_per_row: got 4, which has no effect with packing 'none'; expected null, or other packing",
-        "training.warmup: unknown key (did you mean 'training.warmup_steps'?)",
+        "training.warmup: unknown key (did you mean 'warmup_steps'?)",
         "tracking.tensorboard: got 'False', expected true or false",
     }
 
@@ -242,7 +241,7 @@ tracking: {tensorboard: "False"}
         ("training.epochs.x=3", "training.epochs.x: cannot be set, 'training.epochs' is the value 2"),
         ("training.early_stopping_patience=3", "training.early_stopping_patience: got 3, which has no effect"),
         ("name=[a", "override 'name=[a':1:3: not valid YAML: "),
-        ("training.log_evry=3", "training.log_evry: unknown key (did you mean 'training.log_every'?)"),
+        ("training.log_evry=3", "training.log_evry: unknown key (did you mean 'log_every'?)"),
     ],
 )  # fmt: skip
 def test_one_problem(file, override, expected):
@@ -253,7 +252,7 @@ def test_no_stopping_without_validation(file):
     line = "training.early_stopping_patience: got 3, which has no effect without data.validation"
     assert problem_of(file, "training.early_stopping_patience=3") == line
     validation = "data.validation=[{type: captions, path: data/photos, split: val}]"
-    assert Recipe.load(file, ["training.early_stopping_patience=3", validation]).training.early_stopping_patience == 3
+    assert load_recipe(file, ["training.early_stopping_patience=3", validation]).training.early_stopping_patience == 3
 
 
 def test_warmup_as_long_as_the_run_has_no_end(file):
@@ -287,8 +286,12 @@ def test_a_list_is_no_section_where_python_takes_it_for_a_class():
     alias = Python310Alias(list, (int,))
     assert isinstance(alias, type)
     Outer.model_fields["numbers"].annotation = alias
-    assert section_at(("numbers",), Outer) is None
-    assert section_at(("inner",), Outer) is Inner
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({})
+    assert [problem.text for problem in collect_problems(caught.value.errors(), {}, Outer)] == [
+        "missing, expected <class 'int'>",
+        "missing, expected a block of keys (key)",
+    ]
 
 
 def test_empty_file(file):
@@ -309,7 +312,7 @@ def test_missing_file(file):
     with pytest.raises(
         ConfigError, match=r"recipe: got '.*shrt\.yaml', expected a YAML file that exists .*'short\.yaml'"
     ):
-        Recipe.load(file.with_name("shrt.yaml"))
+        load_recipe(file.with_name("shrt.yaml"))
 
 
 def test_syntax_error_names_the_line(file):
@@ -319,7 +322,7 @@ def test_syntax_error_names_the_line(file):
 
 def test_a_key_given_twice_is_refused(file):
     file.write_text("seed: 1\nseed: 2\n")
-    assert problem_of(file) == f"{file}:2:1: not valid YAML: the key 'seed' is given twice"
+    assert problem_of(file) == f'{file}:2:1: not valid YAML: found duplicate key "seed"'
 
 
 def test_tabs_and_control_characters_are_no_yaml(file):

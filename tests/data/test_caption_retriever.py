@@ -198,7 +198,7 @@ def retrieving(tiny_recipe, folder: Path, *overrides: str, **more):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'data\.retrieval\.images'"),
+        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'images'"),
         ("data.retrieval={images: 2}", r"data\.retrieval\.captions: got 4, expected at most one for each of the 2"),
         ("data.retrieval={template: 'Like:'}", r"data\.retrieval\.template: got 'Like:', expected \{captions\} once"),
         ("data.retrieval={template: '{captions}{question}'}", r"data\.retrieval\.template"),
@@ -338,7 +338,7 @@ def test_training_leaves_the_datastore_in_its_checkpoints(tiny_recipe, tmp_path,
         retriever = CaptionRetriever.load(folder)
         assert retriever is not None
         assert len(retriever.keys) == 8
-        assert retriever.options == RetrievalOptions(2, 2, "like {captions} ")
+        assert retriever.options == RetrievalOptions(images=2, captions=2, template="like {captions} ")
     other = retrieving(tiny_recipe, tmp_path / "run", "data.retrieval.captions=1")
     with pytest.raises(CheckpointError, match=r"another recipe: data\.retrieval was"):
         train(other)

@@ -364,9 +364,9 @@ def test_confusion_drawing():
 @pytest.mark.network
 def test_real_weights_and_emoji(tmp_path):
     """SmolLM2 and EfficientNet-Lite0 on emoji: labels that share a row are scored as each alone."""
-    from frozenprefix.config.recipe import Recipe
+    from frozenprefix.config import load_recipe
 
-    recipe = Recipe.load(
+    recipe = load_recipe(
         ROOT / "recipes" / "quickstart.yaml",
         [f"output_dir={tmp_path}", "training.precision=fp32"],
     )

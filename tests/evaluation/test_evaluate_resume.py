@@ -12,6 +12,7 @@ from frozenprefix.data.processes import Processes
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
+from frozenprefix.evaluation.samples import recipe_storage
 from frozenprefix.evaluation.tasks import evaluate_vqa, runs
 from tests.helpers.data import rows_of
 
@@ -204,19 +205,22 @@ def test_images_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
     assert off["baselines"]["consensus"] == first["baselines"]["consensus"]
 
 
-def test_features_lie_where_the_recipe_kept_them(tmp_path):
+def test_features_lie_where_the_recipe_kept_them(tiny_recipe, tmp_path):
     (tmp_path / "features").mkdir()
-    recipe = tmp_path / "recipe.yaml"
-    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("auto", "float16")
-    recipe.write_text(f"data: {{feature_cache: {tmp_path / 'features'}, feature_dtype: int8}}")
-    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage(str(tmp_path / "features"), "int8")
-    recipe.write_text("data: {feature_cache: /of/another/machine}")
-    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("auto")
-    recipe.write_text("data: {feature_cache: 'off'}")
-    assert FeatureStorage.from_checkpoint(tmp_path) == FeatureStorage("off")
-    recipe.write_text("data: {feature_dtype: float8}")
-    with pytest.raises(ConfigError, match=r"data\.feature_dtype: got 'float8', expected one of float16"):
-        FeatureStorage.from_checkpoint(tmp_path)
-    recipe.write_text("[]")
-    with pytest.raises(ConfigError, match="expected a recipe with a `data` section"):
-        FeatureStorage.from_checkpoint(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    assert recipe_storage(tmp_path) == FeatureStorage("auto", "float16")
+
+    def storage(*overrides: str) -> FeatureStorage:
+        file.write_text(tiny_recipe(tmp_path / "run", *overrides).to_yaml())
+        return recipe_storage(tmp_path)
+
+    kept = storage(f"data.feature_cache={tmp_path / 'features'}", "data.feature_dtype=int8")
+    assert kept == FeatureStorage(str(tmp_path / "features"), "int8")
+    assert storage("data.feature_cache=/of/another/machine") == FeatureStorage("auto")
+    assert storage("data.feature_cache=off") == FeatureStorage("off")
+    file.write_text(tiny_recipe(tmp_path / "run").to_yaml().replace("float16", "float8"))
+    with pytest.raises(ConfigError, match=r"data\.feature_dtype: got 'float8', expected 'float16'"):
+        recipe_storage(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="got list, expected a block of keys"):
+        recipe_storage(tmp_path)

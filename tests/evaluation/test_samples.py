@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
@@ -15,7 +14,7 @@ from frozenprefix.evaluation.samples import recipe_samples
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint, shapes, tmp_path):
+def checkpoint(tiny_checkpoint, tiny_recipe, shapes, tmp_path):
     """A checkpoint whose recipe holds out images of one file, which no folder and split name."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "best")
     questions = {"type": "qa", "path": str(shapes), "split": "train"}
@@ -30,7 +29,8 @@ def checkpoint(tiny_checkpoint, shapes, tmp_path):
             {"type": "captions", "path": str(shapes), "split": "val"},
         ],
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": data}))
+    overrides = [f"data.{part}={json.dumps(sources)}" for part, sources in data.items()]
+    (folder / "recipe.yaml").write_text(tiny_recipe(folder, *overrides).to_yaml())
     return folder
 
 
@@ -64,8 +64,8 @@ def test_a_split_without_a_folder_is_refused(checkpoint):
         evaluate_checkpoint(checkpoint, task="vqa", split="val")
 
 
-def test_a_checkpoint_without_validation_data_needs_a_folder(checkpoint):
-    (checkpoint / "recipe.yaml").write_text("data: {train: []}\n")
+def test_a_checkpoint_without_validation_data_needs_a_folder(checkpoint, tiny_recipe):
+    (checkpoint / "recipe.yaml").write_text(tiny_recipe(checkpoint, "data.validation=[]").to_yaml())
     with pytest.raises(ConfigError, match=r"has a recipe without data\.validation; give a folder of data"):
         evaluate_checkpoint(checkpoint, task="vqa")
     (checkpoint / "recipe.yaml").unlink()
@@ -80,5 +80,5 @@ def test_a_recipe_without_the_task_is_an_error(checkpoint):
 
 def test_a_data_section_that_is_no_block_is_refused(checkpoint):
     (checkpoint / "recipe.yaml").write_text("data: [1]\n")
-    with pytest.raises(ConfigError, match="data: got list, expected a block of keys"):
+    with pytest.raises(ConfigError, match=r"data: got \[1\], expected a block of keys"):
         evaluate_checkpoint(checkpoint, task="vqa")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from frozenprefix.kernels import llama_layer as packed_layer
 from frozenprefix.kernels.attention import attention_for_rows
 from frozenprefix.kernels.linear import packable_dtypes
 from frozenprefix.kernels.prepack import packed_frozen_weights
-from frozenprefix.models import packed_layer
 from frozenprefix.models.packing.loss import next_token_loss
 from frozenprefix.models.packing.trie import Target, ancestor_mask, pack
 from tests.helpers.lm import tiny_lm_config

@@ -8,6 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 import torch
 
+from frozenprefix.config import load_recipe
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig, MapperConfig
 from frozenprefix.models.language_model.loading import load_language_model, load_tokenizer
@@ -236,9 +237,8 @@ def script():
 @pytest.fixture(scope="module")
 def imagenet(script):
     """The classifier, its language model and tokenizer."""
-    from frozenprefix import Recipe
 
-    sections = Recipe.load(script.RECIPE).model
+    sections = load_recipe(script.RECIPE).model
     config = LanguageModelConfig(path=sections.language_model.path)
     return (
         script.imagenet_classes(sections.vision_encoder.weights),
@@ -261,7 +261,6 @@ def test_class_vectors_get_their_own_names(imagenet, prefix_length):
 @pytest.mark.slow
 def test_photos_of_dogs_are_named_as_dogs(imagenet, script, data_root):
     """Both mappers, on photos of which every caption says "dog": ImageNet's classes 151 to 268 are breeds of dogs."""
-    from frozenprefix import Recipe
     from frozenprefix.data.images import load_image
     from frozenprefix.models.vision import build_vision_encoder
 
@@ -269,7 +268,7 @@ def test_photos_of_dogs_are_named_as_dogs(imagenet, script, data_root):
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     dogs = [row["image"] for row in rows if all("dog" in caption.lower().split() for caption in row["captions"])][:24]
     others = [row["image"] for row in rows if not any("dog" in caption.lower() for caption in row["captions"])][:24]
-    encoder = build_vision_encoder(Recipe.load(script.RECIPE).model.vision_encoder)
+    encoder = build_vision_encoder(load_recipe(script.RECIPE).model.vision_encoder)
     images = [load_image(folder / name) for name in dogs + others]
     with torch.no_grad():
         features = encoder.module(encoder.image_processor(images, return_tensors="pt")["pixel_values"]).float()

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.vision import build_vision_encoder
@@ -29,7 +29,7 @@ RECIPES = ROOT / "recipes"
 
 
 def build(name: str, trainable, **options):
-    config = VisionEncoderConfig(source="timm", name=name, weights="random", trainable=trainable, **options)
+    config = vision_encoder_config(source="timm", name=name, weights="random", trainable=trainable, **options)
     return train_encoder(build_vision_encoder(config).module, trainable, getattr(torch, config.dtype))
 
 
@@ -207,7 +207,7 @@ def test_a_plan_of_a_trained_encoder_is_refused(tiny_recipe, tmp_path):
 
 
 def test_the_recipe_of_frozen(tmp_path):
-    recipe = Recipe.load(RECIPES / "frozen.yaml")
+    recipe = load_recipe(RECIPES / "frozen.yaml")
     assert (recipe.model.vision_encoder.trainable, recipe.model.mapper.prefix_length) == ("all", 2)
     assert recipe.model.mapper.type == "linear"
     assert Recipe.from_dict(recipe.model_dump(mode="json")) == recipe

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
 from frozenprefix.cli.plan import duration
+from frozenprefix.config import write_yaml
 from frozenprefix.data.samples import group_by_images
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.linear import packable_dtypes
@@ -186,7 +186,7 @@ def test_time_on_hardware_is_that_of_the_slowest_part():
 
 def test_the_command_prints_and_writes(tiny_lm, shapes, tmp_path):
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out" / "plan.json"
-    recipe.write_text(yaml.safe_dump(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
     result = CliRunner().invoke(
         app, ["plan", str(recipe), "--hardware", "a100", "--calibrate", "0", "--json", str(out)]
     )

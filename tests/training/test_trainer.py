@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import load_recipe
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import CheckpointError, ConfigError, TrainingError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -71,7 +71,7 @@ def test_the_best_checkpoint_gives_its_validation_loss_again(whole, recipe_of, t
     model = FrozenPrefixForConditionalGeneration.from_pretrained(result.best)
     losses = validation_losses(model, trainer.collator, trainer.validation_groups, 4)
     assert losses["loss"] == pytest.approx(result.best_value, abs=1e-6)
-    assert Recipe.load(result.best / "recipe.yaml").model == trainer.recipe.model
+    assert load_recipe(result.best / "recipe.yaml").model == trainer.recipe.model
 
 
 def test_frozen_parts_keep_every_bit(whole):
@@ -134,13 +134,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(whole, recipe_of,
 SIGKILL_SCRIPT = """
 import os, signal, sys
 from frozenprefix.training.trainer import Trainer, train
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import load_recipe
 save = Trainer._save_last
 def save_and_die(self):
     save(self)
     os.kill(os.getpid(), signal.SIGKILL)
 Trainer._save_last = save_and_die
-train(Recipe.load(sys.argv[1]))
+train(load_recipe(sys.argv[1]))
 """
 
 
@@ -206,7 +206,10 @@ def plain(recipe_of, tmp_path_factory):
 
 def test_accumulation_gives_the_same_weights(plain, recipe_of, tmp_path):
     train(recipe_of(tmp_path, "training.gradient_accumulation_steps=2"))
-    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "last/model.safetensors", atol=1e-5)
+    assert losses_of(tmp_path) == pytest.approx(losses_of(plain), rel=1e-5)
+    # Adam divides by the gradient's size, so that rounding shows in a weight whose gradient is nearly zero: 2 of 8,192
+    # weights differed by 1.2e-4 on one processor. A step is 0.01 long.
+    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "last/model.safetensors", atol=5e-4)
 
 
 @pytest.mark.parametrize("packing", ["flat", "none"])

@@ -1,19 +1,24 @@
-"""What a locked-image text model is made of; the same sections serve its config.json and a recipe's `model:` block."""
+"""Parts of a locked-image text model. The same sections serve its config.json and a recipe's `model` block."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
-from transformers import AutoConfig, PreTrainedConfig
+from pydantic import Field, TypeAdapter
+from transformers import AutoConfig
 
-from frozenprefix.models.configuration import Section, VisionEncoderConfig
+from frozenprefix.models.configuration import VISION_ENCODER, Section, SectionedConfig, VisionEncoderConfig
 
 Objective = Literal["infonce", "sigmoid"]
 
 
 class TextTowerConfig(Section):
-    """Which text encoder, from which library, and how much of it is trained."""
+    """Which text encoder, from which library, and how much of it is trained.
+
+    Example:
+        >>> TextTowerConfig(path="sentence-transformers/all-MiniLM-L6-v2", trained_layers=6).pooling
+        'mean'
+    """
 
     source: Literal["transformers", "open_clip"] = "transformers"
     path: str = Field(
@@ -27,7 +32,12 @@ class TextTowerConfig(Section):
 
 
 class ProjectionConfig(Section):
-    """The way from a tower's vector into the shared space."""
+    """Projection of a tower's output into the shared space.
+
+    Example:
+        >>> ProjectionConfig(type="mlp", hidden_dim=512).dropout
+        0.0
+    """
 
     type: Literal["linear", "mlp", "none"] = "linear"
     hidden_dim: int | None = Field(None, ge=1, description="for 'mlp'; twice the shared space's size when not given")
@@ -35,7 +45,7 @@ class ProjectionConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="on what comes in")
 
 
-class LockedImageTextConfig(PreTrainedConfig):
+class LockedImageTextConfig(SectionedConfig):
     """Config of `LockedImageTextModel`.
 
     Args:
@@ -48,10 +58,20 @@ class LockedImageTextConfig(PreTrainedConfig):
 
     Raises:
         pydantic.ValidationError: for an unknown key or a wrong value in a section.
+
+    Example:
+        >>> LockedImageTextConfig(projection_dim=64).image_projection.type
+        'linear'
     """
 
     model_type = "locked_image_text"
     is_composition = True
+    sections = {  # noqa: RUF012 - as declared by the base class
+        "vision_encoder": VISION_ENCODER,
+        "text_tower": TypeAdapter(TextTowerConfig),
+        "image_projection": TypeAdapter(ProjectionConfig),
+        "text_projection": TypeAdapter(ProjectionConfig),
+    }
 
     def __init__(
         self,
@@ -65,10 +85,10 @@ class LockedImageTextConfig(PreTrainedConfig):
         text_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        self.vision_encoder = _plain(VisionEncoderConfig, vision_encoder)
-        self.text_tower = _plain(TextTowerConfig, text_tower)
-        self.image_projection = _plain(ProjectionConfig, image_projection or {})
-        self.text_projection = _plain(ProjectionConfig, text_projection or {})
+        self.vision_encoder: Any = vision_encoder
+        self.text_tower: Any = text_tower
+        self.image_projection: Any = image_projection or ProjectionConfig()
+        self.text_projection: Any = text_projection or ProjectionConfig()
         self.projection_dim = projection_dim
         self.objective = objective
         self.identity = identity or {}
@@ -79,12 +99,6 @@ class LockedImageTextConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> LockedImageTextConfig:
         """Itself: `text_config` is plain data of the tower's library and serves to build it, not to generate."""
         return self
-
-
-def _plain(section: type[BaseModel], value: BaseModel | dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    return (section.model_validate(value) if isinstance(value, dict) else value).model_dump(mode="json")
 
 
 AutoConfig.register(LockedImageTextConfig.model_type, LockedImageTextConfig, exist_ok=True)

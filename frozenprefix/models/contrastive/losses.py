@@ -111,7 +111,7 @@ def check_pairs(positive: Tensor) -> None:
         ("text", positive.sum(0), len(positive)),
     ):
         if bool((counts == 0).any()):
-            raise DataError(f"contrastive loss: a {name} of the batch has no partner; compare image_ids and text_ids")
+            raise DataError(f"contrastive loss: one {name} of the batch has no partner; compare image_ids and text_ids")
         if bool((counts == others).any()):
             raise DataError(
                 f"contrastive loss: a {name} of the batch has no negative; give at least two different images a step"

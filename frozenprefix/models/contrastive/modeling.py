@@ -14,8 +14,7 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.checkpoint import TrainableCheckpoint, check_identity
-from frozenprefix.models.configuration import VisionEncoderConfig
-from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
@@ -62,10 +61,10 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         super().__init__(config)
         identity = {}
         if vision_encoder is None:
-            built = build_vision_encoder(VisionEncoderConfig.model_validate(config.vision_encoder))
+            built = build_vision_encoder(config.vision_encoder)
             vision_encoder, identity["vision_encoder"] = built.module, built.identity
         if text_tower is None:
-            text = build_text_tower(TextTowerConfig.model_validate(config.text_tower))
+            text = build_text_tower(config.text_tower)
             text_tower, identity["text_tower"] = text.module, text.identity
         check_identity(config.identity, identity)
         config.identity = {**config.identity, **identity}
@@ -73,8 +72,8 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         self.vision_encoder = freeze(vision_encoder)
         self.text_tower = text_tower
         size = config.projection_dim
-        image_projection = ProjectionConfig.model_validate(config.image_projection)
-        text_projection = ProjectionConfig.model_validate(config.text_projection)
+        image_projection = config.image_projection
+        text_projection = config.text_projection
         self.image_projection = build_projection(image_projection, vision_encoder.encoder_dim, size, "image_projection")
         self.text_projection = build_projection(text_projection, text_tower.output_dim, size, "text_projection")
         self.logit_scale = LogitScale(config.objective)
@@ -147,7 +146,7 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
     def ready_parts(cls, config: LockedImageTextConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         """As given; a text tower that was trained as a whole needs no weights that it started from."""
         parts = super().ready_parts(config, given)
-        section = TextTowerConfig.model_validate(config.text_tower)
+        section = config.text_tower
         if "text_tower" not in parts and section.trained_layers == "all" and config.text_config is not None:
             parts["text_tower"] = text_tower_from_architecture(section, config.text_config)
         return parts

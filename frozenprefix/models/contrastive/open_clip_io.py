@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
 from frozenprefix.models.contrastive.processing import LockedImageTextProcessor, OpenClipProcessor
@@ -39,7 +39,7 @@ def from_open_clip(
     Raises:
         ConfigError, AssetError: as the towers' builders do.
     """
-    vision = VisionEncoderConfig(source="open_clip", name=name, weights=weights, output="pooled", image_size=image_size)
+    vision = OpenClipEncoderConfig(name=name, weights=weights, output="pooled", image_size=image_size)
     text = TextTowerConfig.model_validate(
         {"source": "open_clip", "path": name, "weights": weights, "trained_layers": trained_layers}
     )
@@ -70,8 +70,8 @@ def open_clip_state(model: LockedImageTextModel) -> tuple[dict[str, Any], dict[s
     Raises:
         ConfigError: naming what open_clip has no place for.
     """
-    vision = VisionEncoderConfig.model_validate(model.config.vision_encoder)
-    text = TextTowerConfig.model_validate(model.config.text_tower)
+    vision = model.config.vision_encoder
+    text = model.config.text_tower
     if vision.source == text.source == "open_clip":
         config, state = _own_towers(model, vision, text)
     else:
@@ -118,7 +118,7 @@ def _own_towers(
         raise ConfigError(
             "open_clip: expected both towers of one open_clip model, pooled, with projections of type 'none'; got "
             f"'{vision.name}' ({vision.output}) and '{text.path}', projections "
-            f"{model.config.image_projection['type']} and {model.config.text_projection['type']}"  # type: ignore[index]
+            f"{model.config.image_projection.type} and {model.config.text_projection.type}"
         )
     config = _model_config(vision.name)
     if vision.image_size is not None:

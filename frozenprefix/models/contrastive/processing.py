@@ -86,5 +86,5 @@ def load_processor(
     checkpoint: str, config: LockedImageTextConfig, **hub: Any
 ) -> LockedImageTextProcessor | OpenClipProcessor:
     """The processor that a checkpoint of `config` was saved with."""
-    from_open_clip = (config.text_tower or {}).get("source") == "open_clip"
+    from_open_clip = config.text_tower is not None and config.text_tower.source == "open_clip"
     return (OpenClipProcessor if from_open_clip else LockedImageTextProcessor).from_pretrained(checkpoint, **hub)

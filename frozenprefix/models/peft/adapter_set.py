@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.configuration import FrozenPrefixConfig, PeftMethodConfig
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Fusion
 
@@ -48,8 +48,8 @@ class AdaptedParts(nn.Module):
         """
         adapters: dict[str, Adapter] = {}
         for part in FOLDERS:
-            section = getattr(self.config, part) or {}
-            method = section.get("peft")
+            section = getattr(self.config, part)
+            method = None if section is None else section.peft
             if part == "language_model" and given is not None:
                 if method is not None:
                     raise ConfigError(
@@ -62,7 +62,7 @@ class AdaptedParts(nn.Module):
                 from frozenprefix.models.peft.adapter import make_adapter
 
                 module = self.language_model if part == "language_model" else library_model(self.vision_encoder)
-                adapters[part] = make_adapter(module, PeftMethodConfig.model_validate(method), part)
+                adapters[part] = make_adapter(module, method, part)
         self.adapters = adapters
         if self.virtual_tokens is not None:
             self.language_model.add_module("virtual_tokens", self.virtual_tokens)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from frozenprefix.models.configuration import VisionEncoderConfig
-from frozenprefix.models.vision.base import BuiltEncoder, VisionEncoder, check_options
+from frozenprefix.models.vision.base import BuiltEncoder, VisionEncoder
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor, show_whole_image
 from frozenprefix.registry import Registry
 
 __all__ = ["VISION_SOURCES", "BuiltEncoder", "FrozenPrefixImageProcessor", "VisionEncoder", "build_vision_encoder"]
 
-VISION_SOURCES: Registry[Callable[[VisionEncoderConfig], BuiltEncoder]] = Registry(
+VISION_SOURCES: Registry[Callable[[Any], BuiltEncoder]] = Registry(
     "vision encoder source",
     {
         "timm": "frozenprefix.models.vision.timm_encoder:build",
@@ -33,10 +34,9 @@ def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
         with "source", "name", and what names the weights exactly ("weights" and "sha256", or a Hub "revision").
 
     Raises:
-        ConfigError: for options that are unknown, do not fit the network, or could have no effect.
+        ConfigError: for options that do not fit the network.
         AssetError: for weights that cannot be had or do not fit.
     """
-    check_options(config)
     # A surrounding meta device, as transformers sets one in from_pretrained, must not swallow the weights.
     with torch.device("cpu"):
         built = VISION_SOURCES.get(config.source)(config)

@@ -1,4 +1,4 @@
-"""What every vision encoder shares: the contract, the option checks, and the way from feature maps to tokens.
+"""What every vision encoder shares: the contract, and the way from feature maps to tokens.
 
 Shape letters: B images, H and W of the image or of the feature map, N tokens, D_enc features of a token.
 """
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
-from frozenprefix.models.encoder_options import encoder_problems
 
 FINAL = -1
 """The layer that stands for the library's own final tokens, norm or head convolution included."""
@@ -163,13 +161,6 @@ def image_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tenso
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"'{name}' does not take images of image_size {image_size}: {error}") from error
-
-
-def check_options(config: VisionEncoderConfig) -> None:
-    """Raise `ConfigError` with all problems of the options at once."""
-    problems = encoder_problems(config)
-    if problems:
-        raise ConfigError(problems)
 
 
 def layer_list(layer: int | list[int]) -> list[int]:

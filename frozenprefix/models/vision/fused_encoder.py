@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import FusedEncoderConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 
 
@@ -79,7 +79,7 @@ def _change(given: PixelScale, wanted: PixelScale) -> PixelScale:
     return PixelScale(gain, [w - g * by for g, w, by in zip(given.shift, wanted.shift, gain, strict=True)])
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: FusedEncoderConfig) -> BuiltEncoder:
     """Build a `FusedEncoder`; what stands beside `encoders` (output, grid, image_size, resize) is for all of them.
 
     Raises:
@@ -88,12 +88,8 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     """
     from frozenprefix.models.vision import build_vision_encoder
 
-    own = config.model_dump(exclude={"source", "name", "weights", "revision", "layer", "encoders"})
     # the parts' weights are rounded with the whole, after the pixels' scales were worked out
-    parts = [
-        build_vision_encoder(VisionEncoderConfig(**{**own, "dtype": "float32"}, **part.model_dump()))
-        for part in config.encoders or []
-    ]
+    parts = [build_vision_encoder(part) for part in config.configs()]
     sizes = [part.module.image_size for part in parts]
     if len(set(sizes)) > 1:
         raise ConfigError(

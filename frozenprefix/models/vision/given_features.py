@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frozenprefix.assets import resolve
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import PrecomputedFeaturesConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
 
@@ -150,13 +150,13 @@ class GivenFeatures(VisionEncoder):
         self.forward(pixel_values)
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: PrecomputedFeaturesConfig) -> BuiltEncoder:
     """Open the table of a config.
 
     The identity names the features' shape and not the file: new images have another one, and whether the same
     network made both cannot be seen from here. The image processor is there because checkpoints have one.
     """
-    table = FeatureTable(resolve(str(config.path)), None if config.keys is None else resolve(config.keys))
+    table = FeatureTable(resolve(config.path), None if config.keys is None else resolve(config.keys))
     identity = {"source": "features", "num_tokens": str(table.tokens), "encoder_dim": str(table.dim)}
     processor: Any = FrozenPrefixImageProcessor()
     return BuiltEncoder(GivenFeatures(table.tokens, table.dim, table), processor, identity)

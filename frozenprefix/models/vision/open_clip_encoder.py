@@ -13,7 +13,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from frozenprefix.errors import AssetError, ConfigError, did_you_mean
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import OpenClipEncoderConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder, layer_list, resolve_layers
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_blocks, timm_maps
@@ -100,7 +100,7 @@ class OpenClipEncoder(VisionEncoder):
         return visual.ln_post(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
     """Build an `OpenClipEncoder` from its config; the text tower is dropped.
 
     Raises:

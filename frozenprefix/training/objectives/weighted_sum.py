@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from frozenprefix.config.objectives import ContrastiveSection, DistillationSection, Weight
+from frozenprefix.config.objectives import ContrastiveObjective, DistillationSection, Weight
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
@@ -63,7 +63,7 @@ class Contrastive:
         self,
         model: FrozenPrefixForConditionalGeneration,
         processor: FrozenPrefixProcessor,
-        section: ContrastiveSection,
+        section: ContrastiveObjective,
     ):
         self.model, self.processor, self.section, self.weight = model, processor, section, section.weight
         self.figures: dict[str, float] = {}

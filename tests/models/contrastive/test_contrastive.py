@@ -96,7 +96,7 @@ def test_the_order_of_texts_does_not_matter():
 
 
 def test_batches_that_cannot_teach_are_refused():
-    with pytest.raises(DataError, match="an image of the batch has no partner"):
+    with pytest.raises(DataError, match="one image of the batch has no partner"):
         infonce_loss(torch.zeros(2, 2), torch.tensor([[True, True], [False, False]]))
     with pytest.raises(DataError, match="no negative; give at least two different images"):
         infonce_loss(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))

@@ -83,7 +83,7 @@ def test_minilm_knows_what_is_alike():
 def test_a_tower_trained_as_a_whole_needs_no_original(recipe_of, tmp_path):
     recipe = recipe_of(tmp_path, "model.text_tower.trained_layers=all")
     model, processor = build_locked_model(recipe)
-    model.config.text_tower["path"] = str(tmp_path / "gone")
+    model.config.text_tower.path = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "saved")
     inputs = processor.prepare_texts(["a red circle"])
     again = LockedImageTextModel.from_pretrained(tmp_path / "saved")

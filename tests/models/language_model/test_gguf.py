@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from frozenprefix import assets
 from frozenprefix.errors import AssetError
-from frozenprefix.models import gguf as converter
+from frozenprefix.models.language_model import gguf as converter
 from frozenprefix.models.language_model.gguf import gguf_to_pretrained
 from frozenprefix.utils import file_sha256
 

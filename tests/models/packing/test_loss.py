@@ -49,8 +49,8 @@ def test_loss_and_gradient_through_a_frozen_head(num_nodes, bias):
 
 def small_tiles(monkeypatch):
     """Tiles of 16 words, so that a few rows and words make several."""
-    for module in ("losses", "packed_product"):
-        monkeypatch.setattr(f"frozenprefix.models.{module}.TILE", 16)
+    for module in ("models.packing.loss", "kernels.linear"):
+        monkeypatch.setattr(f"frozenprefix.{module}.TILE", 16)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.configuration import PeftMethodConfig
@@ -116,7 +116,7 @@ def test_quantised_weights_need_a_gpu_and_bitsandbytes(tiny_recipe, tmp_path, mo
 
 @pytest.mark.parametrize("name", ["lora", "adalora", "prefix_tuning"])
 def test_the_recipes_are_right(name):
-    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml")
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     assert recipe.model.language_model.peft.type == name
 
 

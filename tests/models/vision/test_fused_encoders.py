@@ -11,7 +11,7 @@ from PIL import Image
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.fused_encoder import FusedEncoder, PixelScale
@@ -26,11 +26,11 @@ LITE = {"source": "timm", "name": "test_efficientnet", "weights": "random"}
 
 
 def build(*parts, **options):
-    return build_vision_encoder(VisionEncoderConfig(source="fused", encoders=list(parts), **options))
+    return build_vision_encoder(vision_encoder_config(source="fused", encoders=list(parts), **options))
 
 
 def alone(part, **options):
-    return build_vision_encoder(VisionEncoderConfig(**part, **options))
+    return build_vision_encoder(vision_encoder_config(**part, **options))
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -91,10 +91,6 @@ def test_inner_layers_of_a_part():
             {"grid": 2},
             r"different sizes \(160, 224 pixels\); set image_size beside",
         ),
-        ([VIT], {}, "encoders must list at least two encoders for source 'fused', got 1"),
-        ([VIT, CNN], {"layer": -2}, "layer -2 has no effect with source 'fused'; give it to the part it belongs to"),
-        ([VIT, CNN], {"weights": "random"}, "weights 'random' has no effect with source 'fused'; give it to the part"),
-        ([VIT, {**VIT, "layer": 1}], {"output": "pooled"}, r"encoders\.1\.layer 1 has no effect with output 'pooled'"),
     ],
 )
 def test_wrong_parts_are_named(parts, options, message):
@@ -102,9 +98,27 @@ def test_wrong_parts_are_named(parts, options, message):
         build(*parts, **options)
 
 
-def test_a_single_encoder_has_no_parts():
-    with pytest.raises(ConfigError, match=r"encoders \[.*\] has no effect with source 'timm'; remove it"):
-        alone(VIT, encoders=[CNN, CNN])
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ({"encoders": [VIT]}, "encoders: got 1, expected at least two encoders"),
+        ({"layer": -2}, "layer: got -2, which has no effect with source 'fused'; give it to the part it belongs to"),
+        ({"weights": "random"}, "weights: got 'random', which has no effect with source 'fused'; give it to the part"),
+        (
+            {"encoders": [VIT, {**VIT, "layer": 1}], "output": "pooled", "grid": None},
+            r"encoders\.1\.layer: got 1, which has no effect with output 'pooled'",
+        ),
+        ({"encoders": [VIT, {**CNN, "revision": "main"}]}, r"encoders\.1\.revision: got 'main', which has no effect"),
+        (
+            {**VIT, "encoders": [CNN, CNN]},
+            r"encoders: got \[.*, which has no effect with source 'timm'; remove it",
+        ),
+    ],
+)
+def test_wrong_options_are_named_in_a_recipe(tiny_recipe, tmp_path, encoder, message):
+    section = {"source": "fused", "image_size": 64, "grid": 2, "encoders": [VIT, CNN], **encoder}
+    with pytest.raises(ConfigError, match=rf"model\.vision_encoder\.{message}"):
+        tiny_recipe(tmp_path, f"model.vision_encoder={json.dumps(section)}")
 
 
 def test_last_blocks_of_every_part_are_trained():
@@ -154,7 +168,7 @@ def test_fingerprints_name_every_part(fused_recipe, tmp_path):
     assert first == fingerprint()
     assert first != fingerprint(second={**CNN, "layer": -2})
     assert first != fingerprint(second=LITE)
-    assert "encoder.encoders" not in ImageEncoder.from_config(VisionEncoderConfig(**VIT, image_size=32)).fingerprint
+    assert "encoder.encoders" not in ImageEncoder.from_config(vision_encoder_config(**VIT, image_size=32)).fingerprint
 
 
 def test_a_recipe_names_the_wrong_key_of_a_part(fused_recipe, tmp_path):

@@ -13,10 +13,8 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.given_features import FeatureTable
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
@@ -106,13 +104,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         FeatureTable(tmp_path / "table.json")
 
 
-def test_options_of_networks_have_no_effect(tmp_path):
+def test_options_of_networks_have_no_effect(tiny_recipe, tmp_path):
+    encoder = "{source: features, grid: 2, trainable: all}"
     with pytest.raises(ConfigError) as caught:
-        build_vision_encoder(VisionEncoderConfig(source="features", grid=2, trainable="all"))
+        tiny_recipe(tmp_path, f"model.vision_encoder={encoder}")
     assert caught.value.problems == [
-        "grid 2 has no effect with source 'features'; remove it",
-        "trainable 'all' has no effect with source 'features'; remove it",
-        "path is missing: source 'features' reads a .safetensors or .npy file",
+        "model.vision_encoder.path: missing, expected .safetensors or .npy file of float[N, D] per image",
+        "model.vision_encoder.grid: got 2, which has no effect with source 'features'; remove it",
+        "model.vision_encoder.trainable: got 'all', which has no effect with source 'features'; remove it",
     ]
 
 

@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification, ViTModel
 from transformers import CLIPImageProcessorPil as ClipProcessor
 
 from frozenprefix.errors import AssetError, ConfigError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import TimmEncoderConfig, vision_encoder_config
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.base import tokens_to_map
 from frozenprefix.models.vision.efficientnet_lite import convert_lite_checkpoint
@@ -27,7 +28,7 @@ TINY_VIT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, 
 
 
 def build(name=CNN, source="timm", weights: str | None = "random", **options):
-    return build_vision_encoder(VisionEncoderConfig(source=source, name=name, weights=weights, **options))
+    return build_vision_encoder(vision_encoder_config(source=source, name=name, weights=weights, **options))
 
 
 def images(size: int, count: int = 2) -> torch.Tensor:
@@ -97,18 +98,27 @@ def test_build_ignores_a_surrounding_meta_device():
 
 
 def test_options_without_effect_are_refused_all_at_once():
-    with pytest.raises(ConfigError) as caught:
-        build(output="pooled", grid=2, layer=-2, revision="main")
-    assert len(caught.value.problems) == 3
-    assert "grid 2 has no effect with output 'pooled'" in caught.value.problems[0]
-    assert "layer -2 has no effect with output 'pooled'" in caught.value.problems[1]
-    assert "revision 'main' has no effect with source 'timm'" in caught.value.problems[2]
+    with pytest.raises(ValidationError) as caught:
+        build(output="pooled", grid=2, layer=-2)
+    assert "grid: got 2, which has no effect with output 'pooled'" in str(caught.value)
+    assert "layer: got -2, which has no effect with output 'pooled'" in str(caught.value)
+
+
+def test_options_of_another_source_are_refused():
+    with pytest.raises(ValidationError, match=r"timm\.revision\s+Extra inputs are not permitted"):
+        build(revision="main")
+
+
+def test_defaults_of_another_source_are_dropped():
+    """config.json of earlier checkpoints holds the options of all sources."""
+    unused = {"revision": None, "encoders": None, "path": None, "keys": None, "layer": -1}
+    config = vision_encoder_config(source="timm", name=CNN, weights="random", **unused)
+    assert config == TimmEncoderConfig(name=CNN, weights="random")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": []}, "at least one layer"),
         ({"layer": 5}, "layer must be from -5 to 4 for 'test_resnet', got 5"),
         ({"layer": [-1, -2]}, r"different sizes \(5×5, 10×10\); set grid \(at most 5\)"),
         ({"grid": 6}, "grid must be at most 5"),
@@ -120,6 +130,11 @@ def test_options_without_effect_are_refused_all_at_once():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options)
+
+
+def test_an_empty_list_of_layers_is_refused():
+    with pytest.raises(ValidationError, match="at least one layer"):
+        build(layer=[])
 
 
 def test_grid_averages_neighbouring_patches():
@@ -340,7 +355,7 @@ def test_open_clip_tag_without_network_is_a_clear_error(offline):
 
 
 def test_transformers_refuses_separate_weights(tmp_path):
-    with pytest.raises(ConfigError, match="weights 'random' has no effect with source 'transformers'"):
+    with pytest.raises(ValidationError, match=r"transformers\.weights\s+Extra inputs are not permitted"):
         build(str(tmp_path), source="transformers")
 
 

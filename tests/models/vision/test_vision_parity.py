@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from frozenprefix.assets import resolve
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.fusing import fuse_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
@@ -36,7 +36,7 @@ SIDES = [(500, 375), (333, 500), (301, 227), (227, 303), (97, 61), (224, 224), (
 
 
 def build(name, source="timm", weights: str | None = "random", **options):
-    return build_vision_encoder(VisionEncoderConfig(source=source, name=name, weights=weights, **options))
+    return build_vision_encoder(vision_encoder_config(source=source, name=name, weights=weights, **options))
 
 
 def images(size: int, count: int = 2) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What recipes of every kind share: how one is read, checked as a whole, written, and compared with an earlier one."""
+"""What recipes of every kind share: checked as a whole, written, and compared with the recipe of an earlier run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
 
-from frozenprefix.config.errors import Problem, collect_problems
-from frozenprefix.config.sections import (
-    DataSection,
-    ImageModelSection,
-    RecipeSection,
-    RunSection,
-    TrackingSection,
-    raise_clash,
-)
-from frozenprefix.config.yaml import apply_overrides, read_yaml, write_yaml
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.config.errors import collect_problems, lines_of
+from frozenprefix.config.sections import DataSection, ImageModelSection, RecipeSection, RunSection, TrackingSection
+from frozenprefix.config.yaml import apply_overrides, write_yaml
+from frozenprefix.errors import ConfigError, Problem
 from frozenprefix.models.configuration import DType
 
-Self = TypeVar("Self", bound="RecipeFile")
 # They set how fast the learning rate falls, so a constant one does not depend on them.
 _LENGTH = ("max_steps", "epochs", "max_minutes")
-# What every kind of run has to share with the run that it goes on with.
+# What a resumed run of any kind has to share with the run that it continues.
 SAME_TRAINING = (
     "images_per_step",
     "targets_per_image",
@@ -41,11 +34,14 @@ SAME_TRAINING = (
 DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class RecipeFile(RecipeSection):
-    """One experiment. Make it with `load` or `from_dict`, which report all problems at once.
+AnyRecipe = TypeVar("AnyRecipe", bound="BaseRecipe")
+
+
+class BaseRecipe(RecipeSection):
+    """One experiment. `load_recipe` and `from_dict` make it, and report all problems at once.
 
     Attributes:
-        same_on_resume: section → what a resumed run has to share with the run that it goes on with; the rest may
+        same_on_resume: section → keys that a resumed run has to share with the run that it continues; other keys may
             change between the two.
     """
 
@@ -60,58 +56,51 @@ class RecipeFile(RecipeSection):
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
-    def _fill_dtype(self: Self) -> Self:
+    def _fill_dtype(self) -> Self:
         """Frozen parts take the dtype of the training unless their section names one."""
         for section in (self.model.vision_encoder, getattr(self.model, "language_model", None)):
             if section is not None and "dtype" not in section.model_fields_set:
                 section.dtype = DTYPES[self.training.precision]
         return self
 
-    @model_validator(mode="after")
-    def _check_validation_is_there(self: Self) -> Self:
-        patience = self.training.early_stopping_patience
-        if not self.data.validation and patience is not None:
-            key = "training.early_stopping_patience"
-            line = f"{key}: got {patience!r}, which has no effect without data.validation"
-            raise_clash([Problem((key, "data.validation"), line)])
-        return self
+    def problems(self) -> list[Problem]:
+        patience, key = self.training.early_stopping_patience, "training.early_stopping_patience"
+        if self.data.validation or patience is None:
+            return []
+        return [Problem(f"got {patience!r}, which has no effect without data.validation", (key, "data.validation"))]
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Read a recipe file.
+    def from_dict(cls, data: dict[str, Any], overrides: Iterable[str] = ()) -> Self:
+        """Check plain data, as they stand in a recipe file.
 
         Args:
-            overrides: `training.learning_rate=1e-4`, `data.train.0.path=/x`; values are read as YAML.
+            data: the blocks of a recipe; `output_dir` is `runs/NAME` when missing.
+            overrides: `training.learning_rate=1e-4`, `data.train.0.path=/x`; values are YAML.
 
         Raises:
-            ConfigError: with one line per problem, for a file that is missing or not YAML, and for every wrong key
-                or value in file and overrides.
-        """
-        path = Path(path)
-        if not path.is_file():
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
-            raise ConfigError(f"recipe: got '{path}', expected a YAML file that exists{near}")
-        data = read_yaml(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(data, dict):
-            raise ConfigError(
-                f"{path}: got {type(data).__name__}, expected a block of keys ({', '.join(cls.model_fields)})"
-            )
-        return cls.from_dict({"name": path.stem, **data}, overrides)
+            ConfigError: with one line for every wrong key or value in data and overrides.
 
-    @classmethod
-    def from_dict(cls: type[Self], data: dict[str, Any], overrides: Iterable[str] = ()) -> Self:
-        """Check plain data as it stands in a recipe file; see `load`. `output_dir` defaults to `runs/NAME`."""
+        Example:
+            >>> from frozenprefix.config import Recipe
+            >>> Recipe.from_dict(recipe.model_dump(mode="json"), ["seed=3"]).seed
+            3
+        """
         data = copy.deepcopy(data)
-        problems = apply_overrides(data, overrides)
+        lines = apply_overrides(data, overrides)
         data.setdefault("output_dir", f"runs/{data.get('name')}")
-        recipe, found = _validate(cls, data)
-        problems += [problem.line for problem in found]
-        if problems or recipe is None:
-            raise ConfigError(problems)
+        recipe, problems = _validate(cls, data)
+        lines += lines_of(problems)
+        if lines or recipe is None:
+            raise ConfigError(lines)
         return recipe
 
     def to_yaml(self) -> str:
-        """The recipe with every default filled in. `load` reads the same recipe back."""
+        """The recipe with every default filled in, as a file that `load_recipe` reads.
+
+        Example:
+            >>> recipe.to_yaml().splitlines()[0]
+            'name: tiny'
+        """
         return write_yaml(self.model_dump(mode="json"))
 
     def follows_length(self) -> bool:
@@ -121,8 +110,12 @@ class RecipeFile(RecipeSection):
     def fingerprint(self) -> dict[str, Any]:
         """What has to be equal for a run to be resumed: dotted key → JSON value.
 
-        Names, paths of outputs, logging, validation, evaluation and tracking may change in between. So may the length
-        of the run when no step follows it.
+        Names, outputs, logging, validation, evaluation and tracking may change in between. So may the length of the
+        run if no step depends on it.
+
+        Example:
+            >>> recipe.fingerprint()["seed"]
+            0
         """
         data = self.model_dump(mode="json")
         keys = {section: list(names) for section, names in self.same_on_resume.items()}
@@ -135,8 +128,8 @@ class RecipeFile(RecipeSection):
         }
 
 
-def _validate(kind: type[Self], data: dict[str, Any]) -> tuple[Self | None, list[Problem]]:
-    """Check twice: a section with a wrong value is checked again without it, for values that do not go together."""
+def _validate(kind: type[AnyRecipe], data: dict[str, Any]) -> tuple[AnyRecipe | None, list[Problem]]:
+    """Check, and on errors check again without the wrong values: they hide values that do not go together."""
     recipe, problems = _validate_once(kind, data)
     if recipe is not None:
         return recipe, []
@@ -148,7 +141,7 @@ def _validate(kind: type[Self], data: dict[str, Any]) -> tuple[Self | None, list
     return None, problems + [problem for problem in more if not any(_touches(problem, key) for key in wrong)]
 
 
-def _validate_once(kind: type[Self], data: dict[str, Any]) -> tuple[Self | None, list[Problem]]:
+def _validate_once(kind: type[AnyRecipe], data: dict[str, Any]) -> tuple[AnyRecipe | None, list[Problem]]:
     try:
         # As JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path.
         return kind.model_validate_json(json.dumps(data, default=str), strict=True), []
@@ -161,7 +154,7 @@ def _touches(problem: Problem, key: str) -> bool:
 
 
 def _remove(data: Any, dotted: str) -> None:
-    """Remove a key; what stands in a list takes the whole list with it."""
+    """Remove a key. A key inside a list takes the whole list with it."""
     *parents, last = dotted.split(".")
     for part in parents:
         inner = data.get(part) if isinstance(data, dict) else None
