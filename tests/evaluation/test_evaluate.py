@@ -251,13 +251,12 @@ def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
     given = []
     generate = Captioner.generate
     monkeypatch.setattr(runs, "predict", spy)
-    monkeypatch.setattr(
-        Captioner,
-        "generate",
-        lambda self, prompts, **options: (given.append(options["image_features"]), generate(self, prompts, **options))[
-            1
-        ],
-    )
+
+    def record(self, prompts, images=None, **options):
+        given.append(images)
+        return generate(self, prompts, images, **options)
+
+    monkeypatch.setattr(Captioner, "generate", record)
     evaluate_samples(captioner, captions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=2)
     shown = [part for part in given if part is not None]
     assert [part is None for part in given] == [False, False, True, False, False], "model, blind, shuffled"

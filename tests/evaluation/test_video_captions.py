@@ -213,7 +213,7 @@ def test_bad_clips_are_counted(captioner, clips, tmp_path):
 
 def test_evaluation_takes_captions_of_one_clip(captioner, clips, tmp_path):
     two = Sample("two", (clips[0].images[0],) * 2, ("a",))
-    with pytest.raises(ConfigError, match="captions of one video each; 1 samples are others: two"):
+    with pytest.raises(ConfigError, match="one video a sample; 1 samples differ, first two"):
         evaluate_video(captioner, [*clips, two], EvaluationOptions(tmp_path / "p.jsonl"))
     with pytest.raises(ConfigError, match="task 'video' has no option 'fps'"):
         evaluate_video(captioner, clips, EvaluationOptions(tmp_path / "p.jsonl", extra={"fps": 3}))

@@ -73,7 +73,7 @@ def test_empty_targets_are_left_out_and_counted(tmp_path, caplog):
         samples = load_samples([{"type": "captions", "path": str(data)}], "train")
     assert len(samples) == 11
     assert samples[0].targets == ("a shape",)
-    assert "data.train: 3 empty targets, and 1 of 24 samples without a target, are left out" in caplog.messages
+    assert "data.train: 3 empty targets, and 1 of 12 samples without a target, are left out" in caplog.messages
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
