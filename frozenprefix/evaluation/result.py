@@ -62,12 +62,12 @@ def evaluate_runs(
         `result_of`, the same in every process.
     """
     keep_freed_memory()
-    with Journal(options.predictions, header, processes=options.processes, restart=options.restart) as journal:
-        predictions = predict(journal)
-        result = []
-        if options.processes.is_main:
-            result = [result_of(scored, predictions, options.predictions)]
-            journal.remove()
+    journal = Journal(options.predictions, header, processes=options.processes, restart=options.restart)
+    predictions = predict(journal)
+    result = []
+    if options.processes.is_main:
+        result = [result_of(scored, predictions, options.predictions)]
+        journal.remove()
     return options.processes.gather(result)[0]
 
 
@@ -80,19 +80,19 @@ def predict_missing(
     key: Callable[[T], str],
     batch_size: int,
 ) -> Predictions:
-    """Predict what the journal does not have, each process its share of the batches, and gather it all.
+    """Predict what the journal lacks, each process its share of the batches, and gather the predictions of all.
 
     Args:
-        todo: run → what is to be predicted, in an order in which neighbours may share a batch.
+        todo: run → items to predict, in an order in which neighbours may share a batch.
         answer: predictions by id for a batch of a run.
         key: the id of an item.
     """
     share = slice(options.processes.rank, None, options.processes.count)
     batches = []
     for run, items in todo.items():
-        left = [item for item in items if (run, key(item)) not in journal.made]
+        left = [item for item in items if (run, key(item)) not in journal.known]
         batches += [(run, batch) for batch in list(batched(left, batch_size))[share]]
-    done = len(journal.made)
+    done = len(journal.known)
     total = done + sum(len(batch) for _, batch in batches)
     for run, batch in batches:
         journal.add(run, answer(run, batch))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.registry import Registry
+from frozenprefix.utils import content_hash
 
 
 class EmbeddingModel(Protocol):
@@ -102,7 +102,7 @@ class Embedder:
             json.dumps(self.model.config.identity, sort_keys=True),
             self.processor.image_processor.to_json_string(),
         ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return content_hash("\n".join(parts))
 
     @torch.inference_mode()
     def embed_images(self, paths: Iterable[str | Path], bad: BadImages | None = None) -> tuple[list[Path], np.ndarray]:

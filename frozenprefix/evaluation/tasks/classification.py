@@ -9,7 +9,7 @@ from typing import Any
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
-from frozenprefix.evaluation.confusion import confusion_svg
+from frozenprefix.evaluation.confusion import draw_confusion
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.classification import classification_report
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs, predict_missing
@@ -161,5 +161,5 @@ def _confusion(
     """Counts, and a drawing of them beside the predictions."""
     counts = _report(made, truth, labels)["confusion"]
     drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
-    drawing.write_text(confusion_svg(labels, counts), encoding="utf-8")
+    draw_confusion(labels, counts, drawing)
     return {"labels": list(labels), "counts": counts, "file": str(drawing)}
