@@ -20,13 +20,13 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.kernels.attention import additive_mask, packed_attention
+from frozenprefix.kernels.attention import additive_mask, matmul_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    return packed_attention(nn.Identity(), query, key, value, mask)[0]
+    return matmul_attention(nn.Identity(), query, key, value, mask)[0]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

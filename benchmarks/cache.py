@@ -87,15 +87,12 @@ class Steps(Trainer):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        self._build()
-        self._prepare_data()
-        self._prepare_optimizer()
-        self.started = time.monotonic()
-        self.wrapped.train()
-        self.batches = self._batches()
+        self.setup()
+        self.model.train()
+        self.stream_of_batches = self.batches()
 
     def __call__(self) -> None:
-        self._step(self.batches)
+        self.step(self.stream_of_batches)
 
 
 def training(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:

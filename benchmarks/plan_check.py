@@ -47,9 +47,9 @@ class TimedTrainer(Trainer):
         super().__init__(recipe)
         self.step_seconds: list[float] = []
 
-    def _step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    def step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         before = time.perf_counter()
-        values = super()._step(batches)
+        values = super().step(batches)
         self.step_seconds.append(time.perf_counter() - before)
         return values
 

@@ -24,9 +24,9 @@ from benchmarks.workloads import random_lm
 from benchmarks.workloads import shapes as workload_shapes
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows
-from frozenprefix.kernels.linear import PackedForward, packable_dtypes
-from frozenprefix.kernels.llama_layer import PackedLayer
-from frozenprefix.kernels.prepack import packable_layers, packed_frozen_weights
+from frozenprefix.kernels.linear import PrepackedForward, prepackable_dtypes
+from frozenprefix.kernels.llama_layer import FrozenLayer
+from frozenprefix.kernels.prepack import prepackable_layers, prepacked_frozen_weights
 
 ROWS = 512  # tokens of a step
 TEXTS = 4  # that they belong to
@@ -44,13 +44,13 @@ def forth_and_back(layers: nn.ModuleList, inputs: list[Tensor]) -> list[Tensor]:
 
 def measure(name: str, dtype: torch.dtype, sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    plain, packed = (
+    plain, prepacked = (
         nn.ModuleList(nn.Linear(*size, bias=False) for size in sizes).to(dtype).requires_grad_(False) for _ in range(2)
     )
-    packed.load_state_dict(plain.state_dict())
+    prepacked.load_state_dict(plain.state_dict())
     inputs = [torch.randn(ROWS, size, dtype=dtype, requires_grad=True) for size, _ in sizes]
-    with packed_frozen_weights(packed):
-        arms = {"plain": plain, "packed": packed}
+    with prepacked_frozen_weights(prepacked):
+        arms = {"plain": plain, "prepacked": prepacked}
         runs = {arm: lambda layers=layers: forth_and_back(layers, inputs) for arm, layers in arms.items()}
         operations = 2 * 2 * ROWS * sum(width_in * width_out for width_in, width_out in sizes)
         return compared(name, dtype, runs, operations, rounds)
@@ -60,11 +60,11 @@ def compared(
     name: str, dtype: torch.dtype, runs: dict[str, Callable[[], list[Tensor]]], operations: int, rounds: int
 ) -> dict[str, Any]:
     seconds = common.timed_rounds(runs, rounds, warmup=2)
-    pairs = list(zip(runs["packed"](), runs["plain"](), strict=True))
+    pairs = list(zip(runs["prepacked"](), runs["plain"](), strict=True))
     return {
         "name": f"{name}, {str(dtype).removeprefix('torch.')}",
         "gflops": {arm: operations / statistics.median(times) / 1e9 for arm, times in seconds.items()},
-        "ratio": common.median_ratio(seconds["plain"], seconds["packed"]),
+        "ratio": common.median_ratio(seconds["plain"], seconds["prepacked"]),
         "max_difference": max(float((a - b).norm() / b.norm()) for a, b in pairs),
     }
 
@@ -73,7 +73,7 @@ def measure_layers(
     name: str, config: PreTrainedConfig, dtype: torch.dtype, rounds: int, *, whole: bool
 ) -> dict[str, Any]:
     """Decoder layers over rows of one text each; both arms have the attention that training has."""
-    plain, packed = (random_lm(config, dtype).requires_grad_(False).eval() for _ in range(2))
+    plain, prepacked = (random_lm(config, dtype).requires_grad_(False).eval() for _ in range(2))
     x = torch.randn(TEXTS, ROWS // TEXTS, config.hidden_size, dtype=dtype, requires_grad=True)
     mask = additive_mask(torch.ones(TEXTS, *2 * x.shape[1:2], dtype=torch.bool).tril(), dtype)
 
@@ -82,22 +82,22 @@ def measure_layers(
             made = lm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
         return [made.detach(), *torch.autograd.grad(made, x, torch.ones_like(made))]
 
-    weights = sum(layer.weight.numel() for layer in packable_layers(plain.base_model))
-    with packed_frozen_weights(packed):
+    weights = sum(layer.weight.numel() for layer in prepackable_layers(plain.base_model))
+    with prepacked_frozen_weights(prepacked):
         if not whole:
-            layers_own_way(packed)
-        runs = {"plain": lambda: forth_and_back_through(plain), "packed": lambda: forth_and_back_through(packed)}
+            keep_own_layers(prepacked)
+        runs = {"plain": lambda: forth_and_back_through(plain), "prepacked": lambda: forth_and_back_through(prepacked)}
         return compared(name, dtype, runs, 2 * 2 * ROWS * weights, rounds)
 
 
-def layers_own_way(language_model: PreTrainedModel) -> None:
-    """Inside `packed_frozen_weights`: leave the packed products, and take the layers' functions away."""
+def keep_own_layers(language_model: PreTrainedModel) -> None:
+    """Inside `prepacked_frozen_weights`: keep the prepacked products, but not the whole layers."""
     for module in language_model.modules():
         found = vars(module).get("forward")
-        if isinstance(found, PackedLayer):
+        if isinstance(found, FrozenLayer):
             del module.forward
-        elif isinstance(found, PackedForward):
-            found.packed_elsewhere = False
+        elif isinstance(found, PrepackedForward):
+            found.copied_elsewhere = False
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -110,20 +110,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = 20
     if arguments.quick:
         shapes, rounds = {"tiny": [(16, 32), (32, 16)]}, 2
-    cases = [measure(name, dtype, sizes, rounds) for name, sizes in shapes.items() for dtype in packable_dtypes()]
+    cases = [measure(name, dtype, sizes, rounds) for name, sizes in shapes.items() for dtype in prepackable_dtypes()]
     config = workload_shapes(arguments.quick)["llama"].config
     config.num_hidden_layers = LAYERS
-    for name, whole in (("layers of SmolLM2-135M", True), ("the same, products alone packed", False)):
-        cases += [measure_layers(name, config, dtype, rounds, whole=whole) for dtype in packable_dtypes()]
+    for name, whole in (("layers of SmolLM2-135M", True), ("the same, prepacked products only", False)):
+        cases += [measure_layers(name, config, dtype, rounds, whole=whole) for dtype in prepackable_dtypes()]
     return {"cases": cases}
 
 
 def markdown(report: dict[str, Any]) -> str:
     rows = [
-        [case["name"], case["gflops"]["plain"], case["gflops"]["packed"], case["ratio"]] for case in report["cases"]
+        [case["name"], case["gflops"]["plain"], case["gflops"]["prepacked"], case["ratio"]] for case in report["cases"]
     ]
     text = f"{ROWS} rows through frozen weights, and the gradient back to them, GFLOP/s.\n\n"
-    return text + common.table(["", "PyTorch's", "packed", "ratio"], rows)
+    return text + common.table(["", "PyTorch's", "prepacked", "ratio"], rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from benchmarks import common
 from benchmarks.training_step import DATA_SET, LARGE_STEP, OurStep, batches
 from benchmarks.workloads import Shape, shapes, synthetic_captions
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.linear import packable_dtypes
+from frozenprefix.kernels.linear import prepackable_dtypes
 
 # operations by the beginning of their names
 KINDS = {
@@ -51,7 +51,7 @@ def kind_of(operation: str) -> str:
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Median seconds of a step in the narrowest dtype that has products here, and the shares of a typical step."""
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
-    ours, following = OurStep(shape, packable_dtypes()[-1]), batches(shape, captions)
+    ours, following = OurStep(shape, prepackable_dtypes()[-1]), batches(shape, captions)
     for _ in range(2):
         ours(*following())
     plain, profiled = [], []

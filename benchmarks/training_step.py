@@ -37,7 +37,7 @@ from benchmarks.workloads import (
     targets_of,
 )
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.fusion import fuse_prefix
 from frozenprefix.models.packing.trie import PackedBatch, pack
 
@@ -52,8 +52,8 @@ class OurStep:
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.model = our_model(shape.config, dtype)
-        self.packed_weights = packed_frozen_weights(self.model.language_model)
-        self.packed_weights.__enter__()  # for as long as this object lives
+        self.prepacked = prepacked_frozen_weights(self.model.language_model)
+        self.prepacked.__enter__()  # for as long as this object lives
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-3, fused=True)
 
@@ -193,7 +193,7 @@ def gradient_error(shape: Shape, images: int = 2) -> float:
     model = ours.model.eval()
     model(packed=ours.pack(captions), image_features=features).loss.backward()
     found = torch.cat([p.grad.flatten() for p in ours.trained])
-    ours.packed_weights.__exit__(None, None, None)  # the reference goes through the LM as it is
+    ours.prepacked.__exit__(None, None, None)  # the reference goes through the LM as it is
     model.zero_grad()
     reference_loss(model, features, captions).backward()
     expected = torch.cat([p.grad.flatten() for p in ours.trained])

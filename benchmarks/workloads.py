@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing.trie import Target
-from frozenprefix.models.vision.given_features import GivenFeatures
+from frozenprefix.models.vision.precomputed import PrecomputedFeatures
 
 PREFIX = 10
 FEATURE = 512  # CLIP ViT-B/32's pooled feature
@@ -100,7 +100,7 @@ def our_model(config: PreTrainedConfig, dtype: torch.dtype, **mapper: int) -> Fr
             language_model={"path": "random", "dtype": str(dtype).removeprefix("torch.")},
             image_token_id=config.vocab_size,
         ),
-        vision_encoder=GivenFeatures(1, FEATURE),  # as when training reads features from a cache
+        vision_encoder=PrecomputedFeatures(1, FEATURE),  # as when training reads features from a cache
         language_model=language_model,
     )
     return model.train()

@@ -24,7 +24,7 @@ from benchmarks.baselines import clipcap_beam_search
 from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.config import write_yaml
-from frozenprefix.kernels.linear import packable_dtypes
+from frozenprefix.kernels.linear import prepackable_dtypes
 from frozenprefix.models.packing.trie import build_trie
 from tests.helpers import ROOT
 from tests.helpers.recipes import tiny_recipe_dict
@@ -38,18 +38,18 @@ def test_attention_runs_and_is_exact(tmp_path):
     assert attention.markdown(report).count("\n| tiny, ") == 2
 
 
-@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+@pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_products_run_and_agree():
-    kinds = ("tiny", "layers of SmolLM2-135M", "the same, products alone packed")
+    kinds = ("tiny", "layers of SmolLM2-135M", "the same, prepacked products only")
     report = products.main(["--quick"])
-    names = [f"{what}, {str(dtype)[6:]}" for what in kinds for dtype in packable_dtypes()]
+    names = [f"{what}, {str(dtype)[6:]}" for what in kinds for dtype in prepackable_dtypes()]
     assert [case["name"] for case in report["cases"]] == names
     assert all(case["max_difference"] < 1e-6 for case in report["cases"] if "float32" in case["name"])
-    assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "packed"))
-    assert products.markdown(report).count("\n| tiny, ") == len(packable_dtypes())
+    assert all(case["gflops"][arm] > 0 for case in report["cases"] for arm in ("plain", "prepacked"))
+    assert products.markdown(report).count("\n| tiny, ") == len(prepackable_dtypes())
 
 
-@pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+@pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 def test_a_step_is_accounted_for():
     report = step_profile.main(["--quick"])
     for made in report["shapes"].values():

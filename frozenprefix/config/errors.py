@@ -79,7 +79,7 @@ def collect_problems(errors: list[ErrorDetails], data: Any, schema: Section, pre
             text = message if message.startswith("got ") else f"got {shorten(error['input'])}, {message}"
             problems.append(Problem(text, (dotted,)))
         elif error["type"] == "union_tag_not_found":
-            tags = " | ".join(_tag(section) for section in _sections_in(place.field))
+            tags = " | ".join(_tag(section) for section in sections_in(place.field))
             problems.append(Problem(f"missing, expected {tags}", (f"{dotted}.source",)))
         else:
             expected = expectations.setdefault(dotted, [])
@@ -130,11 +130,11 @@ def _locate(error: ErrorDetails, data: Any, schema: Section) -> Location:
             data = data[part] if in_dict else None
             path.append(part)
             place = Location(tuple(path), here[0] if here else None, union)
-            here, union = _sections_in(place.field), []
+            here, union = sections_in(place.field), []
     return place
 
 
-def _sections_in(field: FieldInfo | None) -> list[Section]:
+def sections_in(field: FieldInfo | None) -> list[Section]:
     """The sections that may stand in a field."""
     return [] if field is None else list(_sections_of(field.annotation))
 
@@ -158,7 +158,7 @@ def _tag(section: Section) -> str:
 def _expected(error: ErrorDetails, place: Location) -> str:
     kind, got = error["type"], error["input"]
     if kind in ("model_type", "dict_type"):
-        return _description(place) if _sections_in(place.field) else "a block of keys"
+        return _description(place) if sections_in(place.field) else "a block of keys"
     if kind == "string_type":
         what = f"a string, {place.field.description}" if place.field and place.field.description else "a string"
         return f"{what} (put it in quotes)" if isinstance(got, (bool, int, float)) else what
@@ -174,7 +174,7 @@ def _expected(error: ErrorDetails, place: Location) -> str:
 def _description(place: Location) -> str:
     if place.field is None:
         return "a value"
-    sections = _sections_in(place.field)
+    sections = sections_in(place.field)
     if sections:
         return f"a block of keys ({', '.join(dict.fromkeys(key for s in sections for key in s.model_fields))})"
     choices = " | ".join(map(str, get_args(place.field.annotation)))
@@ -204,5 +204,5 @@ def _unknown_key(place: Location, value: Any, schema: Section) -> str:
 def _all_keys(schema: Section, prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
-        for section in _sections_in(field):
+        for section in sections_in(field):
             yield from _all_keys(section, f"{prefix}{name}.")

@@ -35,7 +35,7 @@ from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError, Problem
 from frozenprefix.models.configuration import Section
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
-from frozenprefix.models.vision.given_features import given_table
+from frozenprefix.models.vision.precomputed import feature_table
 
 CAPTIONS_MARK = "{captions}"
 TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
@@ -106,7 +106,7 @@ def image_keys(encoder: torch.nn.Module, paths: Places) -> list[str]:
     Raises:
         BadImageError: for a file that cannot be read.
     """
-    given = given_table(encoder)
+    given = feature_table(encoder)
     return [image_key(read_image(path)) for path in paths] if given is None else given.keys_of(paths)
 
 

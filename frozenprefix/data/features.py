@@ -19,7 +19,7 @@ from frozenprefix.data.image_encoder import Fingerprint, ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError
-from frozenprefix.models.vision.given_features import FeatureTable, given_table
+from frozenprefix.models.vision.precomputed import FeatureTable, feature_table
 from frozenprefix.utils import user_cache
 
 Progress = Callable[[int, int], None]
@@ -143,7 +143,7 @@ class ImageFeatures:
         paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in encoder.module.parameters())
         source: FeatureCache | FeatureTable | dict[Path, Tensor]
-        table = given_table(encoder.module)
+        table = feature_table(encoder.module)
         if table is not None:
             table.keys_of(paths)
             source = table

@@ -16,7 +16,7 @@ from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
-from frozenprefix.models.vision.given_features import given_table
+from frozenprefix.models.vision.precomputed import feature_table
 
 ImageInput = str | PathLike[str] | Image
 Fingerprint = dict[str, str | int]
@@ -106,7 +106,7 @@ class ImageEncoder:
         """
         if isinstance(images, Tensor):
             return images
-        table = given_table(self.module)
+        table = feature_table(self.module)
         if table is not None:
             return table.features(_files(images))
         return self.encode(self.pixel_values([open_image(image) for image in images]))
@@ -122,7 +122,7 @@ class ImageEncoder:
         Yields:
             The images of a batch as they came, and their image_features float32[n, N, D_enc].
         """
-        table = given_table(self.module)
+        table = feature_table(self.module)
         batch: list[tuple[ImageInput, ImageInput]] = []  # what came, and the image in it
         for image in images:
             try:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.config import load_checkpoint_recipe
+from frozenprefix.config import Recipe, load_checkpoint_recipe
+from frozenprefix.config.sections import EvaluationSection
 from frozenprefix.data.features import FeatureStorage
-from frozenprefix.data.samples import Sample, check_unique_ids, drop_empty_targets
+from frozenprefix.data.samples import Sample, check_unique_ids, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError
@@ -29,7 +30,7 @@ def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
         >>> len(folder_samples(data_folder, "caption", limit=2))
         2
     """
-    sources = [{**source, **options} for source in detect_sources(data)]
+    sources = [{**source, **options} for source in detect_sources(data, options.get("split"))]
     for source in sources:
         source |= _TASK_FIELDS.get((source["type"], task), {})
         if source["type"] == "image_folder" and source.get("split") is not None:
@@ -80,7 +81,7 @@ def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:
     if tasks != [task]:
         raise ConfigError(f"task '{task}' evaluates samples of task '{task}', got {', '.join(tasks) or 'no sample'}")
     check_unique_ids(samples)
-    return drop_empty_targets(samples, where=f"task '{task}'")
+    return with_targets(samples, where=f"task '{task}'")
 
 
 def join_captions(samples: Sequence[Sample]) -> list[Sample]:
@@ -112,3 +113,9 @@ def recipe_storage(checkpoint: str | Path) -> FeatureStorage:
         return FeatureStorage()
     place = recipe.data.feature_cache
     return FeatureStorage(place if place == "off" or Path(place).is_dir() else "auto", recipe.data.feature_dtype)
+
+
+def recipe_defaults(checkpoint: str | Path) -> EvaluationSection:
+    """Defaults of an evaluation in the checkpoint's recipe."""
+    recipe = load_checkpoint_recipe(checkpoint)
+    return recipe.evaluation if isinstance(recipe, Recipe) else EvaluationSection()

@@ -1,4 +1,4 @@
-"""Memory that stays with the process between steps of training or batches of an evaluation."""
+"""Keep freed memory in the process between the steps of a training or the batches of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to reuse freed memory in place of giving it back to the system; True when it does.
+    """Tell glibc to reuse freed memory instead of returning it to the system; return whether it does.
 
-    A step on the CPU takes and frees the same megabytes again and again. By default every large block is mapped anew,
-    and the system fills it with zeros, page by page, before the first write. Elsewhere than under glibc nothing is
-    done. Memory in use stays what it is; what is free is not seen by other processes.
+    A step on the CPU allocates and frees the same megabytes again and again. By default every large block is mapped
+    anew, and the system fills it with zeros, page by page, before the first write. Without glibc nothing is done. The
+    memory in use stays the same, but what is free cannot be used by other processes.
+
+    Example:
+        >>> isinstance(keep_freed_memory(), bool)
+        True
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return False
-    done = all([mallopt(_TRIM_THRESHOLD, _NEVER), mallopt(_MMAP_THRESHOLD, _NEVER)])
-    if not done:
-        logger.info("glibc refused to keep freed memory; everything works, more slowly")
-    return done
+    accepted = all([mallopt(_TRIM_THRESHOLD, _NEVER), mallopt(_MMAP_THRESHOLD, _NEVER)])
+    if not accepted:
+        logger.info("glibc refused to keep freed memory; steps take longer")
+    return accepted

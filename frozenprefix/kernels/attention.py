@@ -1,9 +1,9 @@
 """Attention for packed rows on the CPU.
 
-Rows are short (tens to hundreds of tokens) and masked in their own way. torch's CPU kernel for
-`scaled_dot_product_attention` walks such rows slowly, backwards most of all: at 12 rows of 80 tokens in bfloat16 the
-plain matrix products here take a quarter of its time, in float32 as long (`benchmarks/attention.py`). On other devices
-SDPA is used.
+Packed rows are short (tens to hundreds of tokens), and each has a mask of its own. torch's CPU kernel for
+`scaled_dot_product_attention` is slow on such rows, most of all in the backward pass. For 12 rows of 80 tokens the
+plain matrix products here take a quarter of its time in bfloat16, and the same time in float32
+(`benchmarks/attention.py`). On other devices SDPA is used.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-NAME = "frozenprefix_packed"
+from frozenprefix.kernels import compat
+
+MATMUL = "frozenprefix_matmul"
 
 
-def packed_attention(
+def matmul_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -30,55 +32,83 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as plain matrix products, without copies of keys and values for query heads that share them.
+    """Attention as plain matrix products. Keys and values that several query heads share are not copied.
 
     Args:
-        query: float[R, H, T, D]; key, value: float[R, G, S, D] with G a divisor of H.
+        module: unused, as are `dropout` and further keywords; transformers passes them to every attention function.
+        query: float[R, H, T, D]; key, value: float[R, G, S, D], where G divides H.
         attention_mask: additive float[R, 1, T, S].
-        scaling: 1 / sqrt(D) when not given; softcap: Gemma 2's cap on scores.
+        scaling: factor of the scores; 1 / sqrt(D) if not given. softcap: Gemma 2's cap on the scores.
 
     Returns:
-        float[R, T, H, D], and no weights, as transformers' attention functions do.
+        float[R, T, H, D], and None in place of the attention weights.
+
+    Example:
+        >>> query, key, mask = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8), torch.zeros(1, 1, 3, 3)
+        >>> matmul_attention(torch.nn.Identity(), query, key, key, mask)[0].shape
+        torch.Size([1, 3, 4, 8])
     """
     rows, heads, length, dim = query.shape
     groups, keys = key.shape[1:3]
     per_group = heads // groups
-    # query heads of a group become more rows of one product: [R, G, H/G * T, D]
+    # The query heads of a group become more rows of one product: [R, H, T, D] -> [R, G, H/G * T, D]
     query = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, groups, per_group * length, dim)
+    # -> [R, G, H/G, T, S]
     scores = (query @ key.transpose(-1, -2)).view(rows, groups, per_group, length, keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = (scores + attention_mask.unsqueeze(2)).softmax(dim=-1)
     # [R, G, H/G * T, S] @ [R, G, S, D]
     mixed = weights.view(rows, groups, per_group * length, keys) @ value
+    # -> [R, T, H, D]
     return mixed.view(rows, heads, length, dim).transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(MATMUL, matmul_attention)
 
 
 @contextmanager
 def attention_for_rows(language_model: PreTrainedModel) -> Iterator[None]:
-    """Use `packed_attention` inside the block where it is the faster one: on the CPU, in place of SDPA."""
+    """Use `matmul_attention` in place of SDPA inside the block, on the CPU, where it is the faster one.
+
+    Example:
+        >>> with attention_for_rows(model.language_model):
+        ...     compat.attention_implementation(model.language_model.config)
+        'frozenprefix_matmul'
+    """
     config = language_model.config.get_text_config()
-    own = config._attn_implementation
-    if own != "sdpa" or language_model.device.type != "cpu":
+    before = compat.attention_implementation(config)
+    # The public `set_attn_implementation` visits every module, and warns for models that have one attention only.
+    switch = "_attn_implementation_internal"
+    known = compat.private(config, switch, "torch's attention is used for packed rows")
+    if known is None or before != "sdpa" or language_model.device.type != "cpu":
         yield
         return
-    config._attn_implementation_internal = NAME
+    setattr(config, switch, MATMUL)
     try:
         yield
     finally:
-        config._attn_implementation_internal = own
+        setattr(config, switch, before)
 
 
-def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool[R, T, S] -> float[R, 1, T, S]: 0 where query t sees key s, else the lowest number."""
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool[R, T, S] -> float[R, 1, T, S]: 0 where query t sees key s, the lowest number of `dtype` elsewhere.
+
+    Example:
+        >>> additive_mask(torch.tensor([[[True, False]]]), torch.float32).tolist()
+        [[[[0.0, -3.4028234663852886e+38]]]]
+    """
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def mask_per_kind(config: PreTrainedConfig, mask: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask as the decoder wants it: models with several kinds of layers take one per kind."""
+    """Return the mask as a decoder expects it: one per kind of layer if it has several kinds (Gemma 3).
+
+    Example:
+        >>> config = model.language_model.config
+        >>> mask_per_kind(config, torch.zeros(1, 1, 2, 2)).shape
+        torch.Size([1, 1, 2, 2])
+    """
     kinds = set(getattr(config, "layer_types", None) or ())
     return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask

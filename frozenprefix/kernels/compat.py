@@ -1,12 +1,19 @@
-"""What differs between the supported releases of torch and transformers, in one place."""
+"""Private names of torch and transformers, and what differs between their supported releases.
+
+No other package may use a private name of a library. Here each is looked up by `private` when it is needed. If a
+release has dropped or renamed it, the caller takes the plain path, and one line in the log says so.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
+from functools import cache
+from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -16,11 +23,61 @@ CACHE = (
 )  # fmt: skip
 """Name of the key-value cache in arguments and outputs of a language model: `past_key_values` before 5.24."""
 
-_global_hooks_set = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
-if _global_hooks_set is None:
-    logger.info("this torch does not say whether modules have global hooks; fused layers are not used")
+
+def private(owner: Any, name: str, consequence: str) -> Any:
+    """Return `owner.name`, or None where this release does not have it; the first time, log the `consequence`.
+
+    Example:
+        >>> private(torch, "_no_such_name", "attention is slower") is None
+        True
+    """
+    value = getattr(owner, name, None)
+    if value is None:
+        _log_once(f"this release has no '{name}': {consequence}")
+    return value
 
 
-def has_global_hooks() -> bool:
-    """Whether hooks on all modules are set; taken to be so where torch does not say, which is slower and right."""
-    return True if _global_hooks_set is None else _global_hooks_set()
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on `module` or on all modules; True if this torch does not tell.
+
+    Example:
+        >>> has_hooks(torch.nn.Linear(2, 2))
+        False
+    """
+    consequence = "decoder layers keep their own forward pass"
+    any_global_hook = private(nn.modules.module, "_has_any_global_hook", consequence)
+    if any_global_hook is None or any_global_hook():
+        return True
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [private(module, name, consequence) for name in names]
+    return any(kind is None or len(kind) for kind in hooks)
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the scores from that of `weights = softmax(scores)`, over the last axis; may overwrite `grad`.
+
+    Example:
+        >>> weights = torch.tensor([[0.5, 0.5]])
+        >>> softmax_backward(torch.tensor([[1.0, 0.0]]), weights).tolist()
+        [[0.25, -0.25]]
+    """
+    backward = private(torch, "_softmax_backward_data", "the backward pass of attention takes more memory")
+    if backward is not None:
+        return backward(grad, weights, -1, weights.dtype, grad_input=grad)
+    product = grad.mul_(weights)
+    return product.addcmul_(weights, product.sum(dim=-1, keepdim=True), value=-1.0)
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Name of the attention that a language model uses: "sdpa", "eager", …; None if this release does not tell."""
+    return private(config, "_attn_implementation", "torch's attention is used for packed rows")
+
+
+def commit_hash(config: PreTrainedConfig) -> str | None:
+    """Commit that a config was loaded from; None for a local folder."""
+    return getattr(config, "_commit_hash", None)

@@ -1,8 +1,9 @@
-"""Products with frozen weights that lie in the layout that oneDNN's matrix products want.
+"""Products with frozen weights in the layout that oneDNN's matrix products use.
 
-oneDNN brings a weight into its own layout before every product. A frozen weight needs that once: one copy for the
-forward pass and one for the gradient of the input, beside the weight itself, which stays as it is. In float32 PyTorch
-takes MKL for its own products, which on an AMD processor is the slower of the two: `benchmarks/products.py`.
+oneDNN brings a weight into its own layout before every product. A frozen weight can be brought there once, which is
+called prepacking: one copy for the forward pass and one for the gradient of the input, beside the weight itself, which
+stays as it is. In float32 PyTorch uses MKL for its own products, which is the slower of the two on AMD processors
+(`benchmarks/products.py`).
 """
 
 from __future__ import annotations
@@ -17,122 +18,159 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-ROWS = 512  # the layout may depend on it: always the same, or a resumed run would not get equal bits
-TILE = 8192  # words of a head at a time
+from frozenprefix.kernels import compat
+
+# oneDNN chooses a layout for a number of rows. It is always this one, so that a resumed run gives the same bits.
+LAYOUT_ROWS = 512
+TILE = 8192  # outputs of a head (words of the vocabulary) that are computed at a time
 Layer = nn.Linear | Conv1D
 
 
-class FrozenWeight:
-    """Weights as they are, [out, in], for products forth and back inside an autograd function."""
+def prepackable_dtypes() -> tuple[torch.dtype, ...]:
+    """Dtypes in which this machine's oneDNN has products with prepacked weights; empty without oneDNN.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.plain, self.bias = weight, bias
+    Example:
+        >>> set(prepackable_dtypes()) <= {torch.float32, torch.bfloat16}
+        True
+    """
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    if _operator("_linear_pointwise") is None or _operator("_reorder_linear_weight") is None:
+        return ()
+    supports_bfloat16 = _operator("_is_mkldnn_bf16_supported")
+    if supports_bfloat16 is None or not supports_bfloat16():
+        return (torch.float32,)
+    return (torch.float32, torch.bfloat16)
 
-    def forth(self, x: Tensor) -> Tensor:
-        """x @ weight.T + bias: [rows, in] -> [rows, out]."""
-        return F.linear(x, self.plain, self.bias)
 
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of x: [rows, out] -> [rows, in]."""
-        return grad @ self.plain
+class PlainWeight:
+    """Weight in PyTorch's layout, for use inside an autograd function: the plain path of `PrepackedWeight`.
 
-
-class PackedWeight:
-    """The weights of one layer, or of several that read the same input, as one; copied when they are first needed.
-
-    Of several layers either all have a bias or none has. With `words` only these outputs of each.
+    Example:
+        >>> PlainWeight(torch.ones(3, 2), None).forward(torch.ones(1, 2)).tolist()
+        [[2.0, 2.0, 2.0]]
     """
 
-    def __init__(self, *layers: Layer, words: slice = slice(None)):
-        self._layers, self._words = layers, words
-        biases = [layer.bias.detach()[words] for layer in layers if layer.bias is not None]
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias: [rows, in] -> [rows, out]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Gradient of x: [rows, out] -> [rows, in]."""
+        return grad @ self.weight
+
+
+class PrepackedWeight:
+    """Prepacked weights of one layer, or of several that read the same input, as one; copied at the first use.
+
+    Args:
+        layers: either all of them have a bias or none has.
+        outputs: the part of each layer's outputs to use; all of them by default.
+
+    Example:
+        >>> weight = PrepackedWeight(torch.nn.Linear(4, 2), torch.nn.Linear(4, 3))
+        >>> weight.forward(torch.ones(5, 4)).shape
+        torch.Size([5, 5])
+    """
+
+    def __init__(self, *layers: Layer, outputs: slice = slice(None)):
+        self._layers, self._outputs = layers, outputs
+        biases = [layer.bias.detach()[outputs] for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
 
-    def forth(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, self.bias, "none", [], "")
+        return _linear(x, self._weight, self.bias)
 
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of x: [rows, out] -> [rows, in]."""
-        return torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._transposed, None, "none", [], "")
+    def backward(self, grad: Tensor) -> Tensor:
+        """Gradient of x: [rows, out] -> [rows, in]."""
+        return _linear(grad, self._transposed, None)
 
     @cached_property
     def _weight(self) -> Tensor:
-        return _packed(self._plain())
+        return _prepack(self._plain())
 
     @cached_property
     def _transposed(self) -> Tensor:
-        return _packed(self._plain().t())
+        return _prepack(self._plain().t())
 
     def _plain(self) -> Tensor:
-        weights = [_out_by_in(layer)[self._words] for layer in self._layers]
+        weights = [_weight_of(layer)[self._outputs] for layer in self._layers]
         return torch.cat(weights) if len(weights) > 1 else weights[0]
 
 
-class PackedForward(PackedWeight):
-    """Stands in for the forward pass of one layer.
+class PrepackedForward(PrepackedWeight):
+    """Replacement for the `forward` of one frozen layer.
 
-    With `packed_elsewhere` its weight is a part of other copies, and a second one is not made: when it is called, the
-    layer does what it always did.
+    Under autocast and for inputs of another dtype the layer's own `forward` runs. So it does while `copied_elsewhere`
+    is set: then the weight is part of another prepacked copy, and a second one is not made.
     """
 
     def __init__(self, layer: Layer):
         super().__init__(layer)
-        self.packed_elsewhere = False
+        self.copied_elsewhere = False
         self.layer, self.own, self.dtype = layer, layer.forward, layer.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed_elsewhere or x.dtype != self.dtype or torch.is_autocast_enabled("cpu"):
+        if self.copied_elsewhere or x.dtype != self.dtype or torch.is_autocast_enabled("cpu"):
             return self.own(x)
-        # reshaped outside of the function: what it returns may be changed in place
-        rows = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), self)
+        # Reshaped outside of the autograd function, whose result may then be changed in place, as AdaLoRA does.
+        rows = _PrepackedProduct.apply(x.reshape(-1, x.shape[-1]), self)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
     @cached_property
-    def tiles(self) -> list[PackedWeight]:
-        return [PackedWeight(self.layer, words=words) for words in _tiles(len(_out_by_in(self.layer)))]
+    def tiles(self) -> list[PrepackedWeight]:
+        """The layer's outputs in parts of `TILE`."""
+        return [PrepackedWeight(self.layer, outputs=outputs) for outputs in _tiles(len(_weight_of(self.layer)))]
 
 
-class _PackedProduct(torch.autograd.Function):
-    """A layer on [rows, in]; no gradient but that of its input."""
+class _PrepackedProduct(torch.autograd.Function):
+    """Apply a layer to [rows, in]; only the input gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedWeight) -> Tensor:
-        ctx.layer = layer
-        return layer.forth(x)
+    def forward(ctx: Any, x: Tensor, weight: PrepackedWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.layer.back(grad_outputs[0]), None
+        return ctx.weight.backward(grad_outputs[0]), None
 
 
-def head_tiles(head: nn.Linear) -> Sequence[FrozenWeight | PackedWeight]:
-    """A head's outputs, `TILE` words at a time; packed ones where it is packed."""
-    if isinstance(head.forward, PackedForward):
+def head_tiles(head: nn.Linear) -> Sequence[PlainWeight | PrepackedWeight]:
+    """Split a language model's head into parts of `TILE` words; prepacked ones where the head is prepacked.
+
+    Example:
+        >>> len(head_tiles(torch.nn.Linear(4, 3 * TILE + 1)))
+        4
+    """
+    if isinstance(head.forward, PrepackedForward):
         return head.forward.tiles
     weight, bias = head.weight.detach(), head.bias
-    return [
-        FrozenWeight(weight[words], None if bias is None else bias.detach()[words]) for words in _tiles(len(weight))
-    ]
+    return [PlainWeight(weight[words], None if bias is None else bias.detach()[words]) for words in _tiles(len(weight))]
 
 
-def _tiles(words: int) -> list[slice]:
-    return [slice(start, start + TILE) for start in range(0, words, TILE)]
+def _tiles(outputs: int) -> list[slice]:
+    return [slice(start, start + TILE) for start in range(0, outputs, TILE)]
 
 
-def _out_by_in(layer: Layer) -> Tensor:
+def _weight_of(layer: Layer) -> Tensor:
+    """[out, in]; a Conv1D holds it transposed."""
     weight = layer.weight.detach()
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+def _operator(name: str) -> Any:
+    return compat.private(torch.ops.mkldnn, name, "frozen weights are not prepacked")
 
 
-def packable_dtypes() -> tuple[torch.dtype, ...]:
-    """What this machine's oneDNN has products in."""
-    if not torch.backends.mkldnn.is_available():
-        return ()
-    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+def _prepack(weight: Tensor) -> Tensor:
+    return _operator("_reorder_linear_weight")(weight.contiguous(), LAYOUT_ROWS)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _operator("_linear_pointwise")(x.contiguous(), weight, bias, "none", [], "")

@@ -1,4 +1,4 @@
-"""Options of exchangeable parts: the keyword arguments of their constructors, checked before anything is loaded."""
+"""Options of mappers, fusions and adapters: the keyword arguments of their constructors, checked by type and bounds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 def option_problems(
     registry: Registry[Any], field: str, name: str, options: dict[str, Any], structural: set[str]
 ) -> list[str]:
-    """Check the name of a part and its options; return one line per problem.
+    """Check the name of a part and its options, without building it; return one line per problem.
 
     Args:
-        registry: where `name` is looked up; field: dotted key of the part in a recipe, "model.mapper".
-        structural: arguments of the constructor that are no options, because the model gives them.
+        registry: where `name` is looked up.
+        field: dotted key of the part in a recipe, such as "model.mapper".
+        name: name of the part, such as "mlp".
+        options: values by name.
+        structural: arguments of the constructor that are no options, because the model supplies them.
+
+    Example:
+        >>> from frozenprefix.models.mappers import MAPPERS, STRUCTURAL
+        >>> option_problems(MAPPERS, "model.mapper", "mlp", {"dropout": 2.0}, STRUCTURAL)
+        ['model.mapper.dropout: Input should be less than 1, got 2.0']
     """
     try:
         build: Callable[..., Any] = registry.get(name)
@@ -32,14 +40,13 @@ def option_problems(
         return [f"{field}.type: {problem}" for problem in error.problems]
     constructor = build.__init__ if inspect.isclass(build) else build
     hints = get_type_hints(constructor, include_extras=True)
-    fields: dict[str, Any] = {
-        key: (hints[key], parameter.default)
-        for key, parameter in inspect.signature(constructor).parameters.items()
-        if key not in structural | {"self"}
-    }
+    fields: dict[str, Any] = {}
+    for key, parameter in inspect.signature(constructor).parameters.items():
+        if key not in structural | {"self"}:
+            fields[key] = (hints[key], parameter.default)
+    known = ", ".join(fields) or "none"
     problems = [
-        f"{field}.{key}: {registry.kind} '{name}' has no such option{did_you_mean(key, fields)}; "
-        f"it has: {', '.join(fields) or 'none'}"
+        f"{field}.{key}: {registry.kind} '{name}' has no such option{did_you_mean(key, fields)}; it has: {known}"
         for key in options
         if key not in fields
     ]
@@ -47,5 +54,7 @@ def option_problems(
     try:
         schema.model_validate({key: value for key, value in options.items() if key in fields})
     except ValidationError as error:
-        problems += [f"{field}.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        for detail in error.errors():
+            key = ".".join(map(str, detail["loc"]))
+            problems.append(f"{field}.{key}: {detail['msg']}, got {detail['input']!r}")
     return problems

@@ -21,6 +21,7 @@ from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.planning.costs import StepShape
 from frozenprefix.training.trainer import Trainer
 from frozenprefix.training.validation import validation_losses
@@ -66,29 +67,28 @@ class StepTimer(Trainer):
 
     def run_steps(self, groups: dict[str, list[ImageGroup]], seconds: float) -> MeasuredSteps:
         """Warm up, then take steps for about `seconds`, and validate on one batch."""
-        self._build()
+        self.build_model()
         encoder = self.model.vision_encoder
-        self._use_data(groups, RandomFeatures.of(encoder.num_tokens, encoder.encoder_dim))
-        self._prepare_optimizer()
-        self.started = time.monotonic()
-        self.wrapped.train()
+        self.use_data(groups, RandomFeatures.of(encoder.num_tokens, encoder.encoder_dim))
+        self.prepare_optimizer()
+        self.model.train()
         parts: list[Any] = []
 
         def remembered() -> Iterator[dict[str, Any]]:
-            for batch in self._batches():
+            for batch in self.batches():
                 parts.append(batch["packed"])
                 yield batch
 
         batches = remembered()
         shapes: list[StepShape] = []
         times: list[float] = []
-        with self._stepping():
+        with prepacked_frozen_weights(self.model.language_model):
             for _ in range(WARM_UP_STEPS):
-                self._step(batches)
+                self.step(batches)
             while len(times) < LEAST_STEPS or (sum(times) < seconds and len(times) < MOST_STEPS):
                 parts.clear()
                 before = time.perf_counter()
-                self._step(batches)  # ends with reading the loss, so a GPU has finished too
+                self.step(batches)  # ends with reading the loss, so a GPU has finished too
                 times.append(time.perf_counter() - before)
                 shapes.append(StepShape.of(parts))
             return MeasuredSteps(shapes, times, self._time_validation())

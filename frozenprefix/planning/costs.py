@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from frozenprefix.kernels.linear import TILE
-from frozenprefix.kernels.prepack import LARGEST
-from frozenprefix.models.language_model.loading import word_embeddings
+from frozenprefix.kernels.prepack import MAX_BYTES
+from frozenprefix.models.language_model.base import word_embeddings
 from frozenprefix.models.packing.loss import ROWS
 from frozenprefix.models.packing.trie import PackedBatch
 
@@ -139,25 +139,25 @@ def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) ->
     A layer keeps, for each cell, the inputs of its two norms (in float32), the query, key and value, the attention
     weights of all heads, and of the inner width the activation's input, or that, its output and what they are
     multiplied with when there is a gate. A linear layer with frozen weights keeps nothing. Layers of the Llama family
-    keep less than this on a CPU (`models/packed_layer.py`).
+    keep less than this on a CPU (`kernels/llama_layer.py`).
     """
     attention = lm.head_dim * (lm.heads + 2 * lm.kv_heads) + lm.heads * row_length
     per_cell = 2 * 4 * lm.hidden + lm.item_bytes * (attention + (3 if lm.gated else 1) * lm.inner)
     return lm.layers * cells * per_cell
 
 
-PACKED_COPIES = "packed copies (on a CPU only)"
+PREPACKED_COPIES = "prepacked copies (on a CPU only)"
 
 
 def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
-    # with the head or, as `packable_layers` chooses, without
+    # with the head or, as `prepackable_layers` chooses, without
     weights = (lm.matrix_weights + lm.hidden * lm.vocabulary, lm.matrix_weights)
     packed = [2 * number * lm.item_bytes for number in weights]
     return {
         "language model (frozen)": lm.parameters * lm.item_bytes,
-        PACKED_COPIES: next((size for size in packed if size <= LARGEST), 0),
+        PREPACKED_COPIES: next((size for size in packed if size <= MAX_BYTES), 0),
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
         "activations": activations,

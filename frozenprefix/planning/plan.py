@@ -147,7 +147,7 @@ def plan(
         encode = machine.encode_seconds(encoder_flops, encoder_bytes, decode, half=half)
         # no backward pass, but two forward passes: about as much as training on the image
         validation = seconds / images_per_step
-        needed = sum(memory.values()) - (memory[costs.PACKED_COPIES] if machine.kind == "gpu" else 0)
+        needed = sum(memory.values()) - (memory[costs.PREPACKED_COPIES] if machine.kind == "gpu" else 0)
         fits = None if machine.memory is None else needed < 0.9 * machine.memory
         planned[name] = run.on(machine.label, seconds, 1 / encode, validation, fits)
     return Plan(

@@ -1,0 +1,51 @@
+"""Training: `train` for mappers, `train_contrastive` for locked-image tuning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+    from frozenprefix.training.caching import fill_cache
+    from frozenprefix.training.contrastive import ContrastiveTrainer, train_contrastive
+    from frozenprefix.training.objectives import Objective
+    from frozenprefix.training.registry import train_recipe
+    from frozenprefix.training.setup import build_locked_model, build_model, load_samples
+    from frozenprefix.training.tracking import read_log
+    from frozenprefix.training.trainer import Trainer, train
+    from frozenprefix.training.validation import validation_losses
+
+__all__ = [
+    "BaseTrainer",
+    "ContrastiveTrainer",
+    "Objective",
+    "Trainer",
+    "TrainingResult",
+    "build_locked_model",
+    "build_model",
+    "fill_cache",
+    "load_samples",
+    "read_log",
+    "train",
+    "train_contrastive",
+    "train_recipe",
+    "validation_losses",
+]
+_MODULES = {
+    "base_trainer": ("BaseTrainer", "TrainingResult"),
+    "caching": ("fill_cache",),
+    "contrastive": ("ContrastiveTrainer", "train_contrastive"),
+    "objectives": ("Objective",),
+    "registry": ("train_recipe",),
+    "setup": ("build_locked_model", "build_model", "load_samples"),
+    "tracking": ("read_log",),
+    "trainer": ("Trainer", "train"),
+    "validation": ("validation_losses",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers are slow to import."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

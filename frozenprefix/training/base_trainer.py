@@ -1,4 +1,4 @@
-"""What every training run has, whatever it trains: a folder, a clock, a loop, the best and the last checkpoint."""
+"""Base trainer: output folder, timing, loop, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,31 +23,51 @@ from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
-from frozenprefix.training import checkpoints
+from frozenprefix.models.state_dict import copy_into
+from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
+from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, prepare_images
-from frozenprefix.training.tracking import Tracker, progress_bar
+from frozenprefix.training.tracking import Tracker
+from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
 
 logger = logging.getLogger(__name__)
-WINDOW = 50  # steps whose mean loss and speed the bar shows
+WINDOW = 50  # steps over which the progress bar averages loss and speed
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the checkpoints are, and how the run ended."""
+    """Where the checkpoints are, and how the run ended.
+
+    Attributes:
+        best: folder of the best checkpoint; best_value: its validation measure; best_by: the name of that measure.
+        targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from frozenprefix.training import TrainingResult
+        >>> run = Path("runs/mlp")
+        >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
+        'loss'
+    """
 
     output_dir: Path
     best: Path
     steps: int
     targets_seen: int
     seconds: float
-    best_value: float | None  # of the best checkpoint, by `best_by`
-    best_by: str = "loss"  # the measure of validation that it was chosen by
+    best_value: float | None
+    best_by: str = "loss"
 
 
-class TrainingRun(ABC):
-    """One run, from its first step to its last.
+class BaseTrainer(ABC):
+    """One run, from set-up to the last checkpoint.
 
-    Subclasses build `model`, `processor` and `optimizer`, call `_take_groups`, and say what a step is.
+    A subclass builds `model`, `processor` and `optimizer`, calls `use_groups`, and implements `batches`, `step`,
+    `measure` and `best_of`.
+
+    Args:
+        recipe: what to train.
+        mixed_precision: accelerate's setting; "fp16" scales the loss.
     """
 
     lower_is_better: ClassVar[bool] = True
@@ -59,33 +78,37 @@ class TrainingRun(ABC):
     validation_groups: list[ImageGroup]
     stream: ImageStream
     total_steps: int
+    tracker: Tracker
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
         self.recipe, self.settings = recipe, recipe.training
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # or several processes without a GPU would not know of each other
+            cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
         )
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
         self.best_by = "loss"
-        self.progress = checkpoints.Progress(fingerprint=recipe.fingerprint())
-        self.bar = progress_bar(self.accelerator.is_main_process)
+        self.progress = Progress(fingerprint=recipe.fingerprint())
+        self.started = time.monotonic()
 
-    def run(self, resume: str) -> TrainingResult:
-        """Set up, train, and leave the best checkpoint behind."""
-        main = self.accelerator.is_main_process
+    def run(self, resume: str = "auto") -> TrainingResult:
+        """Set up, train, and save the best and the last checkpoint.
+
+        Args:
+            resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
+                from that folder.
+        """
+        main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        with self.bar:
-            self._build()
-            self._prepare_data()
-            self._prepare_optimizer()
-            self._restore(resume)
-            step = self.progress.step
-            with Tracker(self.output_dir, self.recipe.tracking, resume_step=step, enabled=main) as self.tracker:
-                self._loop()
+        self.setup()
+        self.restore(resume)
+        step = self.progress.step
+        self.tracker = Tracker(self.output_dir, self.recipe.tracking, resume_step=step, config=config, enabled=main)
+        with self.tracker:
+            self.loop()
         progress = self.progress
         return TrainingResult(
             self.output_dir,
@@ -97,83 +120,71 @@ class TrainingRun(ABC):
             self.best_by,
         )
 
-    # ── what a kind of run has to say ──
+    def setup(self) -> None:
+        """Build model, data and optimizer: everything that the first step needs."""
+        self.build_model()
+        self.prepare_data()
+        self.prepare_optimizer()
+
+    # ── to be implemented ──
 
     @abstractmethod
-    def _build(self) -> None:
-        """Make `model` and `processor`."""
+    def build_model(self) -> None:
+        """Set `model` and `processor`."""
 
     @abstractmethod
-    def _prepare_data(self) -> None: ...
+    def prepare_data(self) -> None:
+        """Read the images and call `use_groups`."""
 
     @abstractmethod
-    def _prepare_optimizer(self) -> None: ...
+    def prepare_optimizer(self) -> None:
+        """Set `optimizer`."""
 
     @abstractmethod
-    def _batches(self) -> Iterator[Any]:
-        """Micro-batches of this process, from the step that is due."""
+    def batches(self) -> Iterator[Any]:
+        """Micro-batches of this process, from the next step on."""
 
     @abstractmethod
-    def _step(self, batches: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step; `loss`, `targets` and whatever else there is to log."""
+    def step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """Take one optimizer step; returns `loss`, `targets` and further numbers to log."""
 
     @abstractmethod
-    def _measure(self) -> dict[str, float]:
-        """Measures on the validation images."""
+    def measure(self) -> dict[str, float]:
+        """Metrics on the validation images."""
 
     @abstractmethod
-    def _best_of(self, values: dict[str, float]) -> tuple[str, float]:
-        """The measure that checkpoints are chosen by, and its value."""
+    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
+        """Name and value of the metric that the best checkpoint is chosen by."""
 
-    def _train_mode(self) -> None:
-        self.model.train()
+    # ── data ──
 
-    def _stepping(self) -> AbstractContextManager[None]:
-        """Around all steps and the validations between them."""
-        return nullcontext()
+    def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
+        """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
+        main = self.accelerator.is_main_process
+        with progress_bar("encoding images", shown=main) as update:
+            return prepare_images(
+                ImageEncoder.from_model(self.model, self.processor),
+                samples,
+                self.recipe.data,
+                processes=Processes.of(self.accelerator),
+                bad_list=self.output_dir / "bad_images.jsonl" if main else None,
+                progress=update,
+            )
 
-    def _begin(self) -> None:  # noqa: B027 - may be left as it is
-        """Before the first step of a new run."""
-
-    def _end(self) -> None:  # noqa: B027 - may be left as it is
-        """After the last step, unless a resumed run had none to do."""
-
-    # ── set-up ──
-
-    def _encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
-        task = self.bar.add_task("encoding images", total=None, note="")
-        prepared = prepare_images(
-            ImageEncoder.from_model(self.model, self.processor),
-            samples,
-            self.recipe.data,
-            processes=Processes.of(self.accelerator),
-            bad_list=self.output_dir / "bad_images.jsonl" if self.accelerator.is_main_process else None,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
-        return prepared
-
-    def _take_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        """The images of both parts, and with them the order of the steps and their number."""
+    def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
+        """Set the images for training and validation, the order of the steps, and their number."""
         settings, self.train_groups = self.settings, groups["train"]
         self.validation_groups = groups.get("validation", [])[: settings.validation_images]
         self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
         images = (settings.epochs or 1) * len(self.train_groups)
         self.total_steps = settings.max_steps or -(-images // settings.images_per_step)
 
-    def _restore(self, resume: str) -> None:
-        folder = checkpoints.recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
-        checkpoints.recover_folder(self.output_dir / "best")
-        if resume == "never" or (resume == "auto" and not folder.exists()):
-            return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
-        self._read_model(folder)
-        self.progress = checkpoints.load_training_state(folder, self.optimizer, self.recipe.fingerprint())
-        logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
+    def load_steps(self, collator: Any, *, num_parts: int, parts: Sequence[int], in_memory: bool) -> Iterator[Any]:
+        """Collate micro-batches from the next step on, in worker processes if images have to be decoded.
 
-    def _load_steps(self, collator: Any, *, num_parts: int, parts: Sequence[int], in_memory: bool) -> Iterator[Any]:
-        """Collated micro-batches, from the step that is due; by worker processes where images have to be decoded."""
+        Args:
+            num_parts: micro-batches per step, over all processes; parts: those of this process.
+        """
         dataset = StepDataset(
             self.train_groups,
             self.stream,
@@ -185,103 +196,140 @@ class TrainingRun(ABC):
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         workers = 0 if in_memory else self.recipe.data.workers
-        # a generator of its own: the loader would draw from the global one, and shift what a resumed run draws next
-        own = torch.Generator()
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=own))
+        # A generator of its own: the loader would draw from the global one, and a resumed run would draw other numbers.
+        generator = torch.Generator()
+        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
 
-    # ── the loop ──
+    # ── loop ──
 
-    def _loop(self) -> None:
-        settings, progress, first = self.settings, self.progress, self.progress.step
-        self.started = time.monotonic() - progress.seconds
-        task = self.bar.add_task("training", total=self.total_steps, completed=first, note="")
-        if first == 0:
-            self._begin()
-            self._validate()
-        batches = self._batches()
+    def loop(self) -> None:
+        """Train from the current step to the end."""
+        self.started = time.monotonic() - self.progress.seconds
+        self.first_step = self.progress.step
+        if self.first_step == 0:
+            self.begin()
+        self.take_steps()
+        self.finish()
+
+    def begin(self) -> None:
+        """Validate before the first step of a new run."""
+        self.validate()
+
+    def take_steps(self) -> None:
+        """Take steps until the run is complete, out of time or out of patience."""
+        settings, progress = self.settings, self.progress
+        batches = self.batches()
         window: list[tuple[float, int, float]] = []
-        self._train_mode()
-        with self._stepping():
-            while progress.step < self.total_steps and not self._out_of_time() and not self._out_of_patience():
+        self.model.train()
+        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+            while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
-                values = self._step(batches)
+                values = self.step(batches)
                 window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
                 window = window[-WINDOW:]
-                rate = sum(n for _, n, _ in window) / sum(s for *_, s in window)
-                note = f"loss {sum(v for v, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
-                self.bar.update(task, completed=progress.step, note=note)
+                rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
+                note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
+                update(progress.step, self.total_steps, note)
                 if progress.step % settings.log_every == 0:
                     self.tracker.log(progress.step, {**values, "targets_per_s": rate})
                 if progress.step % settings.validate_every == 0:
-                    self._validate()
+                    self.validate()
                 if progress.step % settings.save_every == 0:
-                    self._save_last()
-        self.bar.update(task, total=progress.step)
-        if progress.validated_step != progress.step:
-            self._validate()
-        if progress.step > first:
-            self._end()
-        self._save_last()
+                    self.save_last()
 
-    def _count_step(self, targets: int) -> None:
+    def finish(self) -> None:
+        """Validate and save after the last step."""
+        if self.progress.validated_step != self.progress.step:
+            self.validate()
+        self.save_last()
+
+    def count_step(self, targets: int) -> None:
+        """Record that a step with so many targets, over all processes, is done."""
         self.progress.step += 1
         self.progress.targets_seen += targets
         self.progress.seconds = time.monotonic() - self.started
 
-    def _share_done(self) -> float:
+    def share_done(self) -> float:
+        """Share of the run that is over, in steps or in time, whichever is more."""
         return max(self.progress.step / self.total_steps, self._share_of_time())
 
+    def learning_rate_factor(self) -> float:
+        """Share of the peak learning rate for the next step."""
+        settings = self.settings
+        return learning_rate_factor(settings.schedule, self.progress.step, settings.warmup_steps, self.share_done())
+
     def _share_of_time(self) -> float:
-        """Share of max_minutes that is over, by the main process's clock: all processes have to act on one value."""
+        """Share of `max_minutes` that is over, by the clock of the main process, so that all processes agree."""
         if self.settings.max_minutes is None:
             return 0.0
         seconds = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
         return float(broadcast(seconds)) / (60 * self.settings.max_minutes)
 
-    def _out_of_time(self) -> bool:
+    def out_of_time(self) -> bool:
         return self._share_of_time() > 1
 
-    def _out_of_patience(self) -> bool:
+    def out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.bad_validations >= patience
 
     # ── validation and checkpoints ──
 
-    def _validate(self) -> None:
-        """Measure, log, and keep the best checkpoint; without validation images the latest is the best."""
+    def validate(self) -> None:
+        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best."""
         self.progress.validated_step = self.progress.step
         if not self.validation_groups:
-            self._save_best()
+            self.save_best()
             return
-        values = self._measure()
+        values = self.measure()
         self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
         if self.progress.step == 0:
             return
-        self.best_by, value = self._best_of(values)
+        self.best_by, value = self.best_of(values)
         best = self.progress.best_value
         if best is None or (value < best if self.lower_is_better else value > best):
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
-            self._save_best()
+            self.save_best()
         else:
             self.progress.bad_validations += 1
 
-    def _save_best(self) -> None:
+    def restore(self, resume: str) -> None:
+        """Continue an earlier run as `run` describes.
+
+        Raises:
+            CheckpointError: for a folder that does not exist, is damaged, or belongs to another recipe.
+        """
+        folder = recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
+        recover_folder(self.output_dir / "best")
+        if resume == "never" or (resume == "auto" and not folder.exists()):
+            return
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
+        self.read_model(folder)
+        self.progress = load_training_state(folder, self.optimizer, self.recipe.fingerprint())
+        logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
+
+    def save_best(self) -> None:
         if self.accelerator.is_main_process:
-            checkpoints.write_folder(self.output_dir / "best", self._write_model)
+            with atomic_folder(self.output_dir / "best") as folder:
+                self.write_model(folder)
 
-    def _save_last(self) -> None:
+    def save_last(self) -> None:
         if self.accelerator.is_main_process:
-            checkpoints.write_folder(self.output_dir / "last", self._write_state)
+            with atomic_folder(self.output_dir / "last") as folder:
+                self.write_state(folder)
 
-    def _read_model(self, folder: Path) -> None:
-        self.model.load_trainable(read_checkpoint(folder), source=str(folder))
+    def read_model(self, folder: Path) -> None:
+        """Load the trained weights of a checkpoint."""
+        copy_into(self.model.trainable_state(), read_checkpoint(folder), str(folder))
 
-    def _write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path) -> None:
+        """Write model, processor and recipe."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        write_text_atomic(folder / "recipe.yaml", self.recipe.to_yaml())
 
-    def _write_state(self, folder: Path) -> None:
-        self._write_model(folder)
-        checkpoints.save_training_state(folder, self.optimizer, self.progress)
+    def write_state(self, folder: Path) -> None:
+        """Write a checkpoint with the state of the training."""
+        self.write_model(folder)
+        save_training_state(folder, self.optimizer, self.progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,17 @@ from torch import Tensor
 
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.samples import ImageGroup
+from frozenprefix.data.collation import Collator
+from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import TrainingResult, TrainingRun
-from frozenprefix.training.contrastive_setup import ContrastiveCollator, build_locked_model
-from frozenprefix.training.contrastive_validation import contrastive_scores, embed_by_length
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.guards import check_finite
-from frozenprefix.training.schedule import learning_rate_factor
-from frozenprefix.training.setup import load_parts
-from frozenprefix.training.validation import batch_bounds
+from frozenprefix.training.objectives.base import image_id
+from frozenprefix.training.setup import build_locked_model, load_parts
+from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +35,32 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
 
     Returns:
         The result; `output_dir/best` holds the checkpoint with the highest mean Recall@10, which is `best_value`.
+
+    Example:
+        >>> from frozenprefix.config import load_recipe
+        >>> from frozenprefix.training import train_contrastive
+        >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
     return ContrastiveTrainer(recipe).run(resume)
 
 
-class ContrastiveTrainer(TrainingRun):
-    """One run. Use `train_contrastive`."""
+class ContrastiveTrainer(BaseTrainer):
+    """Trains a text tower and the projections against a locked image encoder (LiT, Zhai et al. 2022)."""
 
     lower_is_better = False
 
     # ── set-up ──
 
-    def _build(self) -> None:
+    def build_model(self) -> None:
         self.model, self.processor = build_locked_model(self.recipe)
         self.model.to(self.accelerator.device)
         logger.info("%s", count_parameters(self.model))
 
-    def _prepare_data(self) -> None:
-        prepared = self._encode_images(load_parts(self.recipe.data))
-        self._use_data(prepared.groups, prepared.features)
+    def prepare_data(self) -> None:
+        prepared = self.encode_images(load_parts(self.recipe.data))
+        self.use_data(prepared.groups, prepared.features)
 
-    def _use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
+    def use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
         if any(len(group.images) != 1 for listed in groups.values() for group in listed):
             raise DataError("data: got samples with several images or none; contrastive training needs one each")
         per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
@@ -69,10 +73,10 @@ class ContrastiveTrainer(TrainingRun):
                 f"data.train: got {len(groups['train'])} images that can be read, expected at least "
                 f"training.images_per_step = {per_step}"
             )
-        self._take_groups(groups)
+        self.use_groups(groups)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
 
-    def _prepare_optimizer(self) -> None:
+    def prepare_optimizer(self) -> None:
         settings = self.settings
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         groups = []
@@ -84,17 +88,17 @@ class ContrastiveTrainer(TrainingRun):
         # not wrapped for several processes: gradients are averaged by hand, as a step may run a tower several times
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
-    # ── the loop ──
+    # ── loop ──
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        return self._load_steps(
+    def batches(self) -> Iterator[dict[str, Any]]:
+        return self.load_steps(
             self.collator,
             num_parts=self.accelerator.num_processes,
             parts=[self.accelerator.process_index],
             in_memory=self.collator.features is not None,
         )
 
-    def _step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    def step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         batch = next(batches)
         learning_rate = self._set_learning_rate()
         features = self._features(batch)
@@ -116,7 +120,7 @@ class ContrastiveTrainer(TrainingRun):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         targets = int(self.accelerator.reduce(torch.tensor(len(ids[1]), device=self.accelerator.device), "sum"))
-        self._count_step(targets)
+        self.count_step(targets)
         scale = float(self.model.logit_scale.scale.detach())
         values = {"loss": float(loss), "gradient_norm": norm, "learning_rate": learning_rate, "logit_scale": scale}
         return {**values, "targets": targets}
@@ -140,7 +144,7 @@ class ContrastiveTrainer(TrainingRun):
             return self.model.encode_text(**{name: value.to(self.accelerator.device) for name, value in chunk.items()})
 
     def _average_gradients(self) -> None:
-        """What DDP does; the loss is the same on all processes, and its gradient was gathered as a sum."""
+        """As DDP does; the loss is the same on all processes, and its gradient was gathered as a sum."""
         if self.accelerator.num_processes == 1:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
@@ -149,19 +153,17 @@ class ContrastiveTrainer(TrainingRun):
             p.grad = part.view_as(p)
 
     def _set_learning_rate(self) -> float:
-        settings = self.settings
-        factor = learning_rate_factor(settings.schedule, self.progress.step, settings.warmup_steps, self._share_done())
+        factor = self.learning_rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        return settings.learning_rate * factor
+        return self.settings.learning_rate * factor
 
     # ── validation ──
 
-    def _best_of(self, values: dict[str, float]) -> tuple[str, float]:
+    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
         return "recall@10", values["recall@10"]
 
-    def _measure(self) -> dict[str, float]:
-        """Loss and recall."""
+    def measure(self) -> dict[str, float]:
         self.model.eval()
         texts, owner = texts_of(self.validation_groups)
         bounds = batch_bounds(len(self.validation_groups), self.settings.images_per_step)
@@ -179,3 +181,29 @@ class ContrastiveTrainer(TrainingRun):
         return self._features(
             self.collator.image_inputs([group.images[0] for group in self.validation_groups[start:end]])
         )
+
+
+class ContrastiveCollator:
+    """Turns images and their chosen texts into a batch.
+
+    Args:
+        features: the feature cache; None decodes images.
+        texts_per_chunk: texts are sorted by length and encoded so many at a time: less padding, less memory.
+    """
+
+    def __init__(self, processor: Any, features: FeatureCache | None, texts_per_chunk: int):
+        self.processor, self.features, self.texts_per_chunk = processor, features, texts_per_chunk
+        self.image_inputs = Collator(processor, features).image_inputs
+
+    def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
+        """Returns the images' inputs, `texts` (a list of chunks), `image_ids` int64[P] and `text_ids` int64[T]."""
+        ids = [image_id(group) for group in groups]
+        pairs = [(text, ids[i]) for i, picked in enumerate(chosen) for _, text in picked]
+        pairs.sort(key=lambda pair: len(pair[0]))
+        chunks = [pairs[i : i + self.texts_per_chunk] for i in range(0, len(pairs), self.texts_per_chunk)]
+        return {
+            **self.image_inputs([group.images[0] for group in groups]),
+            "texts": [self.processor.prepare_texts([text for text, _ in chunk]) for chunk in chunks],
+            "image_ids": torch.tensor(ids),
+            "text_ids": torch.tensor([number for _, number in pairs]),
+        }

@@ -1,4 +1,4 @@
-"""From a recipe to the parts that the loop needs: model, processor, data."""
+"""From a recipe to the model, its processor and the data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
@@ -19,16 +20,20 @@ from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, drop_empty_targets, group_by_images
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
+from frozenprefix.models.contrastive.modeling import LockedImageTextModel
+from frozenprefix.models.contrastive.processing import LockedImageTextProcessor, OpenClipProcessor
+from frozenprefix.models.contrastive.text_tower import build_text_tower
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model.loading import load_tokenizer
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
-from frozenprefix.models.vision.given_features import given_table
+from frozenprefix.models.vision.precomputed import feature_table
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,29 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
     return FrozenPrefixForConditionalGeneration(config, vision_encoder=encoder.module), processor
 
 
+def build_locked_model(
+    recipe: ContrastiveRecipe,
+) -> tuple[LockedImageTextModel, LockedImageTextProcessor | OpenClipProcessor]:
+    """Build the model of a contrastive recipe, and its processor."""
+    sections = recipe.model
+    encoder, tower = build_vision_encoder(sections.vision_encoder), build_text_tower(sections.text_tower)
+    config = LockedImageTextConfig(
+        vision_encoder=sections.vision_encoder,
+        text_tower=sections.text_tower,
+        image_projection=sections.image_projection,
+        text_projection=sections.text_projection,
+        projection_dim=sections.projection_dim,
+        objective=sections.objective,
+        identity={"vision_encoder": encoder.identity, "text_tower": tower.identity},
+        text_config=tower.text_config,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LockedImageTextModel(config, encoder.module, tower.module)
+    if tower.tokenizer is None:
+        return model, OpenClipProcessor(encoder.image_processor, open_clip_name=sections.text_tower.path)
+    return model, LockedImageTextProcessor(encoder.image_processor, tower.tokenizer)
+
+
 def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> list[Sample]:
     """Load and join sources. Empty targets, and samples that have no other, are left out and counted in the log.
 
@@ -68,7 +96,7 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
     """
     samples = [sample for source in sources for sample in load_source(source, images=images)]
     check_unique_ids(samples)
-    return drop_empty_targets(samples, where=f"data.{part}")
+    return with_targets(samples, where=f"data.{part}")
 
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:
@@ -133,7 +161,7 @@ def prepare_images(
     bad = BadImages()
     features, encoded = None, 0
 
-    given = given_table(encoder.module)
+    given = feature_table(encoder.module)
     try:
         if given is not None:
             given.keys_of(paths)

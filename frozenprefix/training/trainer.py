@@ -1,24 +1,36 @@
-"""The training loop: one function over Accelerate, from recipe to best checkpoint."""
+"""Training of a mapper: from a recipe to the best checkpoint."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from frozenprefix.config.objectives import weight_at
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.kernels.prepack import packed_frozen_weights
-from frozenprefix.training.assembly import RunParts
-from frozenprefix.training.base_trainer import TrainingResult
+from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.collation import Collator
+from frozenprefix.data.samples import ImageGroup, group_by_images
+from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
+from frozenprefix.kernels.prepack import prepacked_frozen_weights
+from frozenprefix.models.freezing import count_parameters
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+from frozenprefix.training.checkpoints import load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
-from frozenprefix.training.objectives.weighted_sum import Batch
-from frozenprefix.training.schedule import learning_rate_factor
+from frozenprefix.training.objectives.base import Batch
+from frozenprefix.training.objectives.weighted_sum import WeightedSum
+from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import validation_losses
+from frozenprefix.utils import progress_bar, write_text_atomic
 
+logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
 
 
@@ -27,60 +39,167 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
 
     Args:
         recipe: the whole experiment.
-        resume: "auto" goes on from `output_dir/last` when it is there, "never" starts anew, and a path goes on from
-            that folder.
+        resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
+            from that folder.
 
     Returns:
         The result, with the best checkpoint in `output_dir/best`.
 
     Raises:
         FrozenPrefixError: for bad data, a checkpoint of another recipe, or a loss that is not finite.
+
+    Example:
+        >>> from frozenprefix.training import train
+        >>> result = train(recipe, resume="never")
+        >>> result.best.name
+        'best'
     """
     return Trainer(recipe).run(resume)
 
 
-class Trainer(RunParts):
-    """One run, from its first step to its last. Use `train`."""
+class Trainer(BaseTrainer):
+    """Trains the mapper, and what else a recipe trains, through the frozen language model.
 
-    def _train_mode(self) -> None:
-        self.wrapped.train()
+    Example:
+        >>> from frozenprefix.training import Trainer
+        >>> trainer = Trainer(recipe)
+        >>> trainer.setup()
+        >>> trainer.step(trainer.batches())["loss"] > 0
+        True
+    """
 
-    def _stepping(self) -> AbstractContextManager[None]:
-        return packed_frozen_weights(self.model.language_model)
+    def __init__(self, recipe: Recipe):
+        half = recipe.training.precision == "fp16"
+        if half and not torch.accelerator.is_available():
+            raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        super().__init__(recipe, mixed_precision="fp16" if half else "no")
 
-    # ── the loop ──
+    # ── set-up ──
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step over all its micro-batches; each part's loss is the mean over all that it learns from."""
+    def build_model(self) -> None:
+        self.model, self.processor = build_model(self.recipe)
+        self.model.to(self.accelerator.device)
+        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
+        if refusal:
+            raise ConfigError(f"training.packing: {refusal}")
+        logger.info("%s", count_parameters(self.model))
+        self.text_before = self._measure_text(adapted=False)
+        if self.settings.init_from is not None:
+            load_initial(self.model, Path(self.settings.init_from).expanduser())
+
+    def prepare_data(self) -> None:
+        samples = load_parts(self.recipe.data)
+        # for training on text alone, the training images are never read
+        unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
+        prepared = self.encode_images(samples)
+        self.retriever = add_similar_captions(prepared, self.recipe.data)
+        self.use_data(prepared.groups | unread, prepared.features)
+
+    def use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
+        """Set the images, their features if they are cached, and the collators."""
+        if not groups["train"]:
+            raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
+        per_step = self.settings.images_per_step
+        self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+        if per_step % self.num_parts:
+            raise ConfigError(
+                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
+                f"{self.num_parts}, got {per_step}"
+            )
+        self.use_groups(groups)
+        self.collator = Collator(self.processor, features, **self._collation())
+        self.train_collator = self._training_collator(features)
+
+    def _collation(self) -> dict[str, Any]:
+        names = ("packing", "tokens_per_row", "max_target_tokens")
+        return {name: getattr(self.settings, name) for name in names}
+
+    def _training_collator(self, features: FeatureCache | None) -> Collator:
+        objectives = self.recipe.objectives
+        others = (objectives.contrastive, objectives.distillation, objectives.self_critical)
+        options = self._collation() | {"keep_samples": any(section is not None for section in others)}
+        if self.recipe.data.text_only is None:
+            return Collator(self.processor, features, **options)
+        with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
+            vectors = TextVectors.of(
+                self.recipe.model.vision_encoder,
+                [text for group in self.train_groups for sample in group.samples for text in sample.targets],
+                device=self.accelerator.device,
+                progress=update,
+            )
+        return TextOnlyCollator(self.processor, vectors, **options)
+
+    def prepare_optimizer(self) -> None:
+        settings, groups = self.settings, self.train_groups
+        images = settings.images_per_step // self.num_parts
+        self.objectives = WeightedSum.from_recipe(self.recipe, self.model, self.processor, groups, images=images)
+        optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,  # one pass over the weights in place of ten
+        )
+        self.model.adapters.set_total_steps(self.total_steps)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
+
+    # ── loop ──
+
+    def begin(self) -> None:
+        if self.text_before is not None:
+            self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
+        super().begin()
+
+    def take_steps(self) -> None:
+        with prepacked_frozen_weights(self.model.language_model):
+            super().take_steps()
+
+    def batches(self) -> Iterator[Batch]:
+        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
+        return self.load_steps(
+            self.train_collator,
+            num_parts=self.num_parts,
+            parts=range(rank * accumulation, (rank + 1) * accumulation),
+            in_memory=self.collator.features is not None or self.recipe.data.text_only is not None,
+        )
+
+    def step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimizer step over all its micro-batches; each term of the loss is a mean over all of them."""
         parts = [self._next_part(batches, number) for number in range(self.settings.gradient_accumulation_steps)]
         shares, targets = self._shares(parts)
-        learning_rate, weights = self._set_learning_rate(), self._weights()
-        losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
-        for number, part in enumerate(parts, start=1):
-            last = number == len(parts)
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                found = self.wrapped(part, shares[number - 1])
-                # DDP averages gradients over processes; the shares already add up to one
-                total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
-                self.accelerator.backward(total * self.accelerator.num_processes)
-            for name, loss in found.items():
-                losses[name] += loss.detach()
+        learning_rate, weights = self._set_learning_rate(), self.objectives.weights(self.share_done())
+        values = self._backward(parts, shares, weights)
         norm = float(
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
         )
-        values = {name: float(self.accelerator.reduce(loss, "sum")) for name, loss in losses.items()}
-        loss_value = sum(weights[name] * value for name, value in values.items())
+        loss = sum(weights[name] * value for name, value in values.items())
         # with loss scaling an infinite gradient is how the scale is found: the scaler skips that step by itself
         checked = norm if self.accelerator.scaler is None else 0.0
-        check_finite(self.progress.step + 1, loss_value, checked, learning_rate)
+        check_finite(self.progress.step + 1, loss, checked, learning_rate)
         self.optimizer.step()
-        ranks = self.model.update_adapters(self.progress.step + 1)  # it reads the gradients
+        ranks = self.model.adapters.update(self.progress.step + 1)  # reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_step(targets)
+        self.count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
         figures = {"gradient_norm": norm, "learning_rate": learning_rate, "targets": targets}
-        return {"loss": loss_value, **named, **self.objectives.figures, **ranks, **figures}
+        return {"loss": loss, **named, **self.objectives.figures, **ranks, **figures}
+
+    def _backward(
+        self, parts: list[Batch], shares: list[dict[str, float]], weights: dict[str, float]
+    ) -> dict[str, float]:
+        """Accumulate the gradient of all micro-batches; returns the loss of each term over all processes."""
+        losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
+        for number, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
+            last = number == len(parts)
+            self.accelerator.sync_gradients = last
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                terms = self.wrapped(part, share)
+                # DDP averages gradients over processes; the shares already add up to one
+                total = torch.stack([weights[name] * loss for name, loss in terms.items()]).sum()
+                self.accelerator.backward(total * self.accelerator.num_processes)
+            for name, loss in terms.items():
+                losses[name] += loss.detach()
+        return {name: float(self.accelerator.reduce(loss, "sum")) for name, loss in losses.items()}
 
     def _next_part(self, batches: Iterator[Batch], number: int) -> Batch:
         accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
@@ -88,7 +207,7 @@ class Trainer(RunParts):
         return self.objectives.prepare(batch, self.progress.step * self.num_parts + rank * accumulation + number)
 
     def _shares(self, parts: list[Batch]) -> tuple[list[dict[str, float]], int]:
-        """What share of the step each micro-batch holds, for each part of the loss; and the targets of the step."""
+        """Share of the step that each micro-batch holds, for each term of the loss; and the targets of the step."""
         counts = [self.objectives.counts(part) for part in parts]
         sums = [sum(count[name] for count in counts) for name in self.objectives.names]
         sums.append(sum(part["packed"].num_targets for part in parts))
@@ -97,26 +216,38 @@ class Trainer(RunParts):
         return [{name: count[name] / whole[name] for name in whole} for count in counts], targets
 
     def _set_learning_rate(self) -> float:
-        step, settings = self.progress.step, self.settings
-        rate = settings.learning_rate * learning_rate_factor(
-            settings.schedule, step, settings.warmup_steps, self._share_done()
-        )
+        rate = self.settings.learning_rate * self.learning_rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
-    def _weights(self) -> dict[str, float]:
-        done = self._share_done()
-        return {name: weight_at(self.objectives.weights[name], done) for name in self.objectives.names}
+    def finish(self) -> None:
+        # a resumed run that had no step left to take was measured before
+        if self.progress.step > self.first_step:
+            self._check_text()
+        super().finish()
 
-    # ── validation and saving ──
+    # ── validation ──
 
-    def _begin(self) -> None:
-        if self.text_before is not None:
-            self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
+    def measure(self) -> dict[str, float]:
+        """Loss with the right and with shuffled images, and the metrics of the objectives."""
+        size = self.settings.images_per_step
+        losses = validation_losses(self.model, self.collator, self.validation_groups, size)
+        if 3 * self.progress.step > self.total_steps:
+            warn_if_blind(self.progress.step, losses)
+        return losses | self.objectives.validate(self.collator, self.validation_groups, size)
 
-    def _end(self) -> None:
-        """Measure the LM on text again, and leave both results in the run's folder."""
+    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
+        return self.objectives.best_by(values)
+
+    def _measure_text(self, *, adapted: bool) -> TextAbility | None:
+        path = self.recipe.evaluation.text
+        if path is None:
+            return None
+        return text_ability(self.model, self.processor.tokenizer, read_text(path, "evaluation.text"), adapted)
+
+    def _check_text(self) -> None:
+        """Measure the LM on text again, and write both results to the output folder."""
         after = self._measure_text(adapted=True)
         if self.text_before is None or after is None:
             return
@@ -124,21 +255,25 @@ class Trainer(RunParts):
         self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
         if self.accelerator.is_main_process:
             summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
-            (self.output_dir / TEXT_FILE).write_text(json.dumps({**summary, "after": asdict(after)}, indent=2))
+            write_text_atomic(self.output_dir / TEXT_FILE, json.dumps({**summary, "after": asdict(after)}, indent=2))
         check_frozen_text(unchanged, trained=self.model.trains_text)
 
-    def _measure(self) -> dict[str, float]:
-        """The loss with right and with shuffled images, and what the objectives measure."""
-        size = self.settings.images_per_step
-        losses = validation_losses(self.model, self.collator, self.validation_groups, size)
-        if 3 * self.progress.step > self.total_steps:
-            warn_if_blind(self.progress.step, losses)
-        return losses | self.objectives.validate(self.collator, self.validation_groups, size)
+    # ── checkpoints ──
 
-    def _best_of(self, values: dict[str, float]) -> tuple[str, float]:
-        return self.objectives.best_by(values)
+    def read_model(self, folder: Path) -> None:
+        super().read_model(folder)
+        self.model.adapters.load_state(folder)
+
+    def write_model(self, folder: Path) -> None:
+        super().write_model(folder)
+        if self.retriever is not None:
+            self.retriever.save(folder)
+
+    def write_state(self, folder: Path) -> None:
+        super().write_state(folder)
+        self.model.adapters.save_state(folder)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """What can be moved, moved; the samples that a batch is made of stay as they are."""
+    """Move the tensors of a batch; other values stay as they are."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

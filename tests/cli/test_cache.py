@@ -55,9 +55,9 @@ def test_training_reads_what_the_command_wrote(tiny_recipe, data, tmp_path, monk
     from frozenprefix.training.trainer import Trainer
 
     trainer = Trainer(recipe)
-    trainer._build()
+    trainer.build_model()
     monkeypatch.setattr(ImageEncoder, "encode", lambda *_: pytest.fail("encoded again"))
-    trainer._prepare_data()
+    trainer.prepare_data()
     assert trainer.collator.features is not None
     assert trainer.collator.features.folder == filled.folder
     assert len(trainer.train_groups) == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from types import GenericAlias
@@ -9,13 +10,14 @@ from types import GenericAlias
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from frozenprefix.config import load_recipe
-from frozenprefix.config.errors import collect_problems
+from frozenprefix.config import ContrastiveRecipe, Recipe, load_recipe
+from frozenprefix.config.errors import collect_problems, sections_in
 from frozenprefix.config.yaml import read_yaml, write_yaml
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.mappers import MAPPERS
 from frozenprefix.models.processing import DEFAULT_PROMPTS
+from tests.helpers import ROOT
 
 SHORT = """\
 model:
@@ -58,7 +60,7 @@ def test_short_recipe_has_defaults(file):
     assert recipe.training.warmup_steps == 50
     assert recipe.data.prompts == DEFAULT_PROMPTS
     assert recipe.data.feature_cache == "auto"
-    assert recipe.evaluation.num_beams == 5
+    assert recipe.evaluation.num_beams is None
     assert recipe.tracking.tensorboard is False
 
 
@@ -328,3 +330,94 @@ def test_a_key_given_twice_is_refused(file):
 def test_tabs_and_control_characters_are_no_yaml(file):
     file.write_text("seed:\t1\x07\n")
     assert "not valid YAML" in problem_of(file)
+
+
+# ── bases ──
+
+
+def test_a_base_is_merged_key_by_key(file):
+    recipe = file.with_name("own.yaml")
+    recipe.write_text(
+        """\
+base: short.yaml
+model:
+  mapper: {prefix_length: 8}
+data:
+  train: [{type: captions, path: other}]
+training: {epochs: null, max_steps: 40}
+"""
+    )
+    loaded = load_recipe(recipe, ["model.mapper.hidden_dim=16"])
+    assert (loaded.name, loaded.output_dir) == ("own", Path("runs/own"))
+    assert loaded.model.mapper.model_dump() == {"type": "mlp", "prefix_length": 8, "hidden_dim": 16}
+    assert loaded.data.train == [{"type": "captions", "path": "other"}], "lists are replaced"
+    assert (loaded.training.epochs, loaded.training.max_steps) == (None, 40)
+    assert loaded.model.language_model.path == "/models/tiny"
+
+
+def test_name_and_folder_are_never_those_of_a_base(file):
+    file.write_text(f"name: first\noutput_dir: /runs/first\n{SHORT}")
+    recipe = file.with_name("second.yaml")
+    recipe.write_text("base: short.yaml\n")
+    assert (load_recipe(recipe).name, load_recipe(recipe).output_dir) == ("second", Path("runs/second"))
+
+
+def test_a_base_is_found_beside_the_recipe_that_names_it(file):
+    inner = file.parent / "bases"
+    inner.mkdir()
+    file.rename(inner / "short.yaml")
+    (inner / "middle.yaml").write_text("base: short.yaml\nseed: 4\n")
+    file.write_text("base: bases/middle.yaml\n")
+    assert load_recipe(file).seed == 4
+
+
+def test_a_recipe_is_checked_after_merging(file):
+    recipe = file.with_name("own.yaml")
+    recipe.write_text("base: short.yaml\nmodel: {mapper: {type: linear, hidden_dim: 3}}\ntraining: {max_steps: 3}\n")
+    assert [line.partition(":")[0] for line in problems_of(recipe)] == ["model.mapper.hidden_dim", "training.epochs"]
+
+
+def test_bases_that_cannot_be_read(file):
+    recipe = file.with_name("own.yaml")
+    recipe.write_text("base: shrt.yaml\n")
+    assert problem_of(recipe) == (
+        f"{recipe}: base: got '{file.with_name('shrt.yaml')}', expected a YAML file that exists "
+        "(did you mean 'short.yaml'?)"
+    )
+    recipe.write_text("base: 3\n")
+    assert problem_of(recipe) == f"{recipe}: base: got 3, expected the path of a recipe, relative to this one"
+    recipe.write_text("base: other.yaml\n")
+    file.with_name("other.yaml").write_text("base: own.yaml\n")
+    assert "base: goes round in a circle: " in problem_of(recipe)
+    assert "base: unknown key" in problem_of(file, "base=other.yaml")
+
+
+def test_aliases_that_grow_without_end_are_refused(file):
+    file.write_text("name: &a [*a]\n")
+    assert problem_of(file) == f"{file}: not valid YAML: its aliases repeat more than 1,000,000 values"
+
+
+# ── every key has a reader ──
+
+
+def keys_of(section: type[BaseModel]) -> set[str]:
+    """The keys of a section and of all sections inside it."""
+    found = set(section.model_fields)
+    for field in section.model_fields.values():
+        for inner in sections_in(field):
+            found |= keys_of(inner)
+    return found
+
+
+def test_every_key_is_read_outside_of_config():
+    names: set[str] = set()
+    for path in (ROOT / "frozenprefix").rglob("*.py"):
+        if "config" in path.relative_to(ROOT).parts or path.name == "configuration.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)
+    unread = (keys_of(Recipe) | keys_of(ContrastiveRecipe)) - names
+    assert not unread

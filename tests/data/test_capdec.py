@@ -84,13 +84,11 @@ def test_no_image_is_read_in_training(recipe_of, tmp_path, monkeypatch):
 def test_a_step_by_hand(recipe_of, tmp_path, packing):
     """Without noise: every target is learned behind the prefix of its own text."""
     trainer = Trainer(recipe_of(tmp_path, "data.text_only={noise: 0}", f"training.packing={packing}"))
-    trainer._build()
-    trainer._prepare_data()
-    trainer._prepare_optimizer()
-    batch = next(trainer._batches())
+    trainer.setup()
+    batch = next(trainer.batches())
     (loss,) = trainer.objectives(trainer.objectives.prepare(dict(batch), 0), {"lm": 1.0}).values()
     trainer.train_collator.keep_samples = True
-    samples = next(trainer._batches())["samples"]
+    samples = next(trainer.batches())["samples"]
     texts = [text for _, pairs in samples for _, text in pairs]
     assert len(texts) == 8
     model, processor = trainer.model, trainer.processor
@@ -107,11 +105,9 @@ def test_a_step_by_hand(recipe_of, tmp_path, packing):
 
 def test_noise_is_drawn_anew_and_keeps_vectors_on_the_sphere(recipe_of, tmp_path):
     trainer = Trainer(recipe_of(tmp_path))
-    trainer._build()
-    trainer._prepare_data()
-    trainer._prepare_optimizer()
-    clean = next(trainer._batches())["image_features"]
-    noisy = [trainer.objectives.prepare(next(trainer._batches()), 0)["image_features"] for _ in range(2)]
+    trainer.setup()
+    clean = next(trainer.batches())["image_features"]
+    noisy = [trainer.objectives.prepare(next(trainer.batches()), 0)["image_features"] for _ in range(2)]
     assert not torch.equal(*noisy)
     for features in noisy:
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(8, 1))
@@ -133,7 +129,7 @@ def test_images_are_scaled_like_texts(recipe_of, tmp_path):
 
 def test_killed_and_resumed_draws_the_same_noise(recipe_of, tmp_path, monkeypatch):
     train(recipe_of(tmp_path / "whole"))
-    take = Trainer._step
+    take = Trainer.step
 
     def step_or_die(self, batches):
         if self.progress.step == 3:
@@ -141,7 +137,7 @@ def test_killed_and_resumed_draws_the_same_noise(recipe_of, tmp_path, monkeypatc
         return take(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_or_die)
+        patch.setattr(Trainer, "step", step_or_die)
         with pytest.raises(KeyboardInterrupt):
             train(recipe_of(tmp_path / "cut"))
     torch.manual_seed(99)

@@ -92,13 +92,13 @@ def test_windows_start_with_the_start_token_where_the_tokenizer_sets_one():
 def test_a_frozen_lm_is_unchanged_to_the_bit(recipe_of, tmp_path):
     trainer = Trainer(recipe_of(tmp_path))
     logits = []
-    build = trainer._build
+    build = trainer.build_model
 
     def build_and_look():
         build()
         logits.append(logits_of(trainer.model))
 
-    trainer._build = build_and_look
+    trainer.build_model = build_and_look
     trainer.run("never")
     assert torch.equal(logits[0], logits_of(trainer.model))
     summary = json.loads((tmp_path / "text_ability.json").read_text())
@@ -136,14 +136,14 @@ def test_a_resumed_run_knows_what_was_before(recipe_of, tmp_path):
 
 
 def test_a_frozen_lm_that_changes_stops_the_run(recipe_of, tmp_path, monkeypatch):
-    take = Trainer._step
+    take = Trainer.step
 
     def step_and_spoil(self, batches):
         with torch.no_grad():
             self.model.language_model.model.norm.weight += 0.01
         return take(self, batches)
 
-    monkeypatch.setattr(Trainer, "_step", step_and_spoil)
+    monkeypatch.setattr(Trainer, "step", step_and_spoil)
     with pytest.raises(TrainingError, match="the language model is frozen, but its logits on"):
         train(recipe_of(tmp_path))
 

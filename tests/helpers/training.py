@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.models.freezing import frozen_tensors, hash_tensors
-from frozenprefix.training.base_trainer import TrainingResult, TrainingRun
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.tracking import read_log
 from tests.helpers import ROOT
 
@@ -32,16 +32,16 @@ def assert_same_tensors(one: Path, other: Path, **tolerance: float) -> None:
             assert torch.equal(after[name], tensor), name
 
 
-def run_with_hashes(trainer: TrainingRun) -> tuple[TrainingResult, list[str]]:
+def run_with_hashes(trainer: BaseTrainer) -> tuple[TrainingResult, list[str]]:
     """Run a trainer; the hashes of its frozen tensors after they were built, and at the end."""
     hashes = []
-    build = trainer._build
+    build = trainer.build_model
 
     def build_and_hash() -> None:
         build()
         hashes.append(hash_tensors(frozen_tensors(trainer.model)))
 
-    trainer._build = build_and_hash
+    trainer.build_model = build_and_hash
     result = trainer.run("auto")
     return result, [*hashes, hash_tensors(frozen_tensors(trainer.model))]
 

@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from frozenprefix.kernels import llama_layer as packed_layer
-from frozenprefix.kernels.attention import attention_for_rows
-from frozenprefix.kernels.linear import packable_dtypes
-from frozenprefix.kernels.prepack import packed_frozen_weights
+from frozenprefix.kernels import attention_for_rows, llama_layer, prepackable_dtypes, prepacked_frozen_weights
 from frozenprefix.models.packing.loss import next_token_loss
 from frozenprefix.models.packing.trie import Target, ancestor_mask, pack
 from tests.helpers.lm import tiny_lm_config
 from tests.kernels.test_prepack import BF16
 
-pytestmark = pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+pytestmark = pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 IMAGE = 299
 WHOLE = ("llama", "mistral", "qwen2")
 
@@ -58,10 +55,16 @@ def assert_alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 
 @pytest.fixture
 def whole_layers(monkeypatch) -> list[int]:
-    """Grows by one for every layer that is read as one function."""
+    """Grows by one for every layer that is computed as one function with a gradient."""
     calls: list[int] = []
-    apply = packed_layer._LayerFunction.apply
-    monkeypatch.setattr(packed_layer._LayerFunction, "apply", lambda *args: (calls.append(1), apply(*args))[1])
+    compute = llama_layer.FrozenLayer.compute
+
+    def counting(layer, hidden_states, *args):
+        if hidden_states.requires_grad:  # and not the check at set-up
+            calls.append(1)
+        return compute(layer, hidden_states, *args)
+
+    monkeypatch.setattr(llama_layer.FrozenLayer, "compute", counting)
     return calls
 
 
@@ -78,18 +81,18 @@ def whole_layers(monkeypatch) -> list[int]:
 def test_in_float32_result_and_gradient_are_the_layers_own(family, changes, whole_layers):
     lm = random_lm(family, **changes)
     expected = read_rows(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
     assert_alike(found, expected)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16")
+@pytest.mark.skipif(torch.bfloat16 not in prepackable_dtypes(), reason="the processor has no products in bfloat16")
 @pytest.mark.parametrize("family", WHOLE)
 def test_in_bfloat16_it_is_no_further_from_float32(family, whole_layers):
     lm = random_lm(family, torch.bfloat16)
     expected = read_rows(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
     exact = read_rows(lm.float())
@@ -103,7 +106,7 @@ def test_in_bfloat16_it_is_no_further_from_float32(family, whole_layers):
 def test_other_families_keep_their_layers(family, whole_layers):
     lm = random_lm(family)
     expected = read_rows(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = read_rows(lm)
     assert not whole_layers
     assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
@@ -113,7 +116,7 @@ def test_a_layer_with_something_trained_in_it_keeps_its_way(whole_layers):
     lm = random_lm("llama")
     lm.model.layers[0].post_attention_layernorm.weight.requires_grad_()
     lm.model.layers[1].mlp.up_proj.weight.requires_grad_()
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         read_rows(lm)
     assert not whole_layers
     assert lm.model.layers[0].post_attention_layernorm.weight.grad is not None
@@ -123,7 +126,7 @@ def test_a_layer_with_something_trained_in_it_keeps_its_way(whole_layers):
 @pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"hidden_act": "gelu"}])
 def test_what_a_layer_does_besides_is_left_to_it(changes, whole_layers):
     lm = random_lm("llama", **changes)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         read_rows(lm)
     assert not whole_layers
 
@@ -131,7 +134,7 @@ def test_what_a_layer_does_besides_is_left_to_it(changes, whole_layers):
 def test_hooks_on_a_part_are_called(whole_layers):
     """MAGMA's adapters are such hooks, and so is what records attention."""
     lm, seen = random_lm("llama"), []
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         handle = lm.model.layers[0].mlp.register_forward_hook(lambda *call: seen.append(call))
         read_rows(lm)
         assert (len(seen), len(whole_layers)) == (1, 1), "the other layer has none"
@@ -145,7 +148,7 @@ def test_hooks_on_the_layer_go_on(whole_layers):
     lm = random_lm("llama")
     lm.model.layers[1].register_forward_pre_hook(lambda layer, args: (args[0] * 2, *args[1:]))
     expected = read_rows(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
     assert_alike(found, expected)
@@ -155,7 +158,7 @@ def test_with_a_cache_the_layer_itself_is_used(whole_layers):
     lm = random_lm("llama")
     ids = torch.tensor([[1, 5, 6, 7]])
     expected = lm.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = lm.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     assert not whole_layers
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
@@ -165,7 +168,7 @@ def test_hidden_states_can_be_asked_for(whole_layers):
     lm = random_lm("llama")
     ids, mask = torch.tensor([[1, 5, 6, 7]]), torch.full((1, 1, 4, 4), torch.finfo().min).triu(1)
     expected = lm(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-    with packed_frozen_weights(lm), attention_for_rows(lm):
+    with prepacked_frozen_weights(lm), attention_for_rows(lm):
         found = lm(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
     assert not whole_layers, "transformers' hooks, which record attention too, are on the layers' parts"
     assert len(found) == len(expected) == 3
@@ -175,7 +178,7 @@ def test_hidden_states_can_be_asked_for(whole_layers):
 
 def test_hooks_on_the_way_back_are_called(whole_layers):
     lm, seen = random_lm("llama"), []
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         lm.model.layers[0].mlp.register_full_backward_hook(lambda *call: seen.append(call) or None)
         read_rows(lm)
     assert (len(seen), len(whole_layers)) == (1, 1)
@@ -185,12 +188,13 @@ def test_what_a_layer_returns_may_be_changed_in_place(whole_layers):
     lm = random_lm("llama")
     lm.model.layers[0].register_forward_hook(lambda layer, args, output: output.add_(1))
     expected = read_rows(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = read_rows(lm)
     assert len(whole_layers) == 2
     assert (found[1] - expected[1]).norm() < 2e-6 * expected[1].norm()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("method", ["LNTuningConfig", "AdaptionPromptConfig", "LoraConfig"])
 def test_adapters_keep_the_layers_way(method, whole_layers):
     peft = pytest.importorskip("peft")
@@ -198,8 +202,8 @@ def test_adapters_keep_the_layers_way(method, whole_layers):
     lm = peft.get_peft_model(random_lm("llama"), getattr(peft, method)(task_type="CAUSAL_LM", **options))
     ids = torch.tensor([[1, 5, 6, 7]])
     expected = lm(input_ids=ids).logits
-    with packed_frozen_weights(lm.get_base_model()):
-        changed = [layer for layer in lm.modules() if isinstance(vars(layer).get("forward"), packed_layer.PackedLayer)]
+    with prepacked_frozen_weights(lm.get_base_model()):
+        changed = [layer for layer in lm.modules() if isinstance(vars(layer).get("forward"), llama_layer.FrozenLayer)]
         assert not any(parameter.requires_grad for layer in changed for parameter in layer.parameters())
         assert len(changed) == (1 if method == "AdaptionPromptConfig" else 0)
         found = lm(input_ids=ids).logits
@@ -214,7 +218,7 @@ def test_under_autocast_a_layer_does_what_it_does_outside(dtype, whole_layers):
     lm = random_lm("llama", dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = read_rows(lm)
-        with packed_frozen_weights(lm):
+        with prepacked_frozen_weights(lm):
             found = read_rows(lm)
     assert not whole_layers
     assert torch.equal(found[0], expected[0])
@@ -222,7 +226,7 @@ def test_under_autocast_a_layer_does_what_it_does_outside(dtype, whole_layers):
 
 def test_no_weight_is_copied_twice():
     lm = random_lm("llama")
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         read_rows(lm)
         edges = torch.arange(3), torch.arange(3), torch.ones(3)
         next_token_loss(torch.randn(3, 32, requires_grad=True), lm.lm_head, *edges)
@@ -238,6 +242,6 @@ def test_no_weight_is_copied_twice():
 
 def test_outside_of_the_block_nothing_is_left():
     lm = random_lm("llama")
-    with packed_frozen_weights(lm):
-        assert isinstance(lm.model.layers[0].forward, packed_layer.PackedLayer)
+    with prepacked_frozen_weights(lm):
+        assert isinstance(lm.model.layers[0].forward, llama_layer.FrozenLayer)
     assert not any("forward" in vars(module) for module in lm.modules())

@@ -1,4 +1,4 @@
-"""Packed copies of frozen weights: the same products, the same gradients, and nothing left behind."""
+"""Prepacked copies of frozen weights: the same products, the same gradients, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from frozenprefix.kernels import prepack as packed_weights
-from frozenprefix.kernels.linear import PackedWeight, packable_dtypes
-from frozenprefix.kernels.prepack import packable_layers, packed_bytes, packed_frozen_weights
+from frozenprefix.kernels import prepack
+from frozenprefix.kernels.linear import PrepackedWeight, prepackable_dtypes
+from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights
 from frozenprefix.models.packing.loss import next_token_loss
 from tests.helpers.lm import tiny_lm_config
 from tests.models.packing.test_loss import small_tiles
 
-pytestmark = pytest.mark.skipif(not packable_dtypes(), reason="PyTorch has no oneDNN here")
+pytestmark = pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 BF16 = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(
-        torch.bfloat16 not in packable_dtypes(), reason="the processor has no products in bfloat16"
+        torch.bfloat16 not in prepackable_dtypes(), reason="the processor has no products in bfloat16"
     ),
 )
 
 
-NARROWEST = packable_dtypes()[-1] if packable_dtypes() else torch.float32  # bfloat16 where the processor has it
+NARROWEST = prepackable_dtypes()[-1] if prepackable_dtypes() else torch.float32  # bfloat16 where the processor has it
 
 
 def frozen_lm(family: str, dtype: torch.dtype = torch.bfloat16):
@@ -43,7 +43,7 @@ def logits_and_gradient(lm) -> tuple[torch.Tensor, torch.Tensor]:
 def test_logits_and_gradients_stay_what_they_are(family):
     lm = frozen_lm(family)
     expected = logits_and_gradient(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         found = logits_and_gradient(lm)
     exact = logits_and_gradient(frozen_lm(family, torch.float32))
     for before, after, truth in zip(expected, found, exact, strict=True):
@@ -51,14 +51,14 @@ def test_logits_and_gradients_stay_what_they_are(family):
         rounding = (before - truth).norm()
         assert 0 < rounding < 0.1 * truth.norm()
         assert (after - truth).norm() < 1.5 * rounding
-    assert torch.equal(logits_and_gradient(lm)[0], expected[0]), "outside the block nothing is packed"
+    assert torch.equal(logits_and_gradient(lm)[0], expected[0]), "outside the block nothing is prepacked"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "gemma"])
 def test_in_float32_they_are_equal(family):
     lm = frozen_lm(family, torch.float32)
     expected = logits_and_gradient(lm)
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         assert "forward" in vars(lm.get_output_embeddings())
         found = logits_and_gradient(lm)
     for before, after in zip(expected, found, strict=True):
@@ -67,7 +67,7 @@ def test_in_float32_they_are_equal(family):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_the_loss_reads_the_packed_head(dtype, bias, monkeypatch):
+def test_the_loss_reads_the_prepacked_head(dtype, bias, monkeypatch):
     monkeypatch.setattr("frozenprefix.models.packing.loss.ROWS", 4)
     small_tiles(monkeypatch)
     head = nn.Linear(16, 50, bias=bias).to(dtype).requires_grad_(False)
@@ -79,10 +79,10 @@ def test_the_loss_reads_the_packed_head(dtype, bias, monkeypatch):
         return loss.detach(), torch.autograd.grad(loss, hidden)[0].float()
 
     expected = loss_and_gradient()
-    with packed_frozen_weights(nn.ModuleList([head])):
+    with prepacked_frozen_weights(nn.ModuleList([head])):
         asked: list[torch.Tensor] = []
-        forth = PackedWeight.forth
-        monkeypatch.setattr(PackedWeight, "forth", lambda tile, x: (asked.append(x), forth(tile, x))[1])
+        forward = PrepackedWeight.forward
+        monkeypatch.setattr(PrepackedWeight, "forward", lambda tile, x: (asked.append(x), forward(tile, x))[1])
         found = loss_and_gradient()
     assert len(asked) == 12, "three blocks of rows, four tiles of words"
     for before, after in zip(expected, found, strict=True):
@@ -98,7 +98,7 @@ def test_a_product_equals_the_layers_own(layer, dtype):
     weight = layer.weight.float() if isinstance(layer, Conv1D) else layer.weight.float().t()
     expected = x.float() @ weight + (0 if layer.bias is None else layer.bias.float())
     wanted = weight.sum(dim=1).expand(x.shape)
-    with packed_frozen_weights(holder):
+    with prepacked_frozen_weights(holder):
         found = layer(x)
         (gradient,) = torch.autograd.grad(found.sum(), x)
     # bfloat16 has 8 bits, so a rounded result is off by 0.4 % at most
@@ -107,24 +107,24 @@ def test_a_product_equals_the_layers_own(layer, dtype):
     torch.testing.assert_close(gradient.float(), wanted, rtol=rtol, atol=1e-5)
 
 
-def test_only_frozen_layers_are_packed():
+def test_only_frozen_layers_are_prepacked():
     lm = frozen_lm("llama", NARROWEST)
-    every = packable_layers(lm)
+    every = prepackable_layers(lm)
     assert len(every) == 15
-    assert packed_bytes(every) == 2 * sum(layer.weight.nbytes for layer in every)
+    assert prepacked_bytes(every) == 2 * sum(layer.weight.nbytes for layer in every)
     trained = lm.model.layers[0].mlp.up_proj
     trained.weight.requires_grad_()
-    assert len(packable_layers(lm)) == 14
-    with packed_frozen_weights(lm):
+    assert len(prepackable_layers(lm)) == 14
+    with prepacked_frozen_weights(lm):
         assert "forward" not in vars(trained)
         assert "forward" in vars(lm.model.layers[1].mlp.up_proj)
     assert "forward" not in vars(lm.model.layers[1].mlp.up_proj)
-    assert packable_layers(frozen_lm("llama", torch.float16)) == []
+    assert prepackable_layers(frozen_lm("llama", torch.float16)) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_adapters_over_packed_layers_train_as_over_others(family, method):
+def test_adapters_over_prepacked_layers_train_as_over_others(family, method):
     """AdaLoRA adds to what its base layer returns, in place."""
     peft = pytest.importorskip("peft")
     configs = {
@@ -147,16 +147,16 @@ def test_adapters_over_packed_layers_train_as_over_others(family, method):
         return torch.cat([p.grad.float().flatten() for p in trained if p.grad is not None])
 
     expected = gradient()
-    with packed_frozen_weights(lm.get_base_model()):
+    with prepacked_frozen_weights(lm.get_base_model()):
         found = gradient()
     assert expected.norm() > 0
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_what_a_packed_product_returns_may_be_changed_in_place():
+def test_what_a_prepacked_product_returns_may_be_changed_in_place():
     layer = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
-    with packed_frozen_weights(nn.ModuleList([layer])):
+    with prepacked_frozen_weights(nn.ModuleList([layer])):
         made = layer(x)
         made += 1
         made.sum().backward()
@@ -169,32 +169,32 @@ def test_under_autocast_a_layer_does_what_it_does_outside(dtype):
     x = torch.randn(2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(x)
-        with packed_frozen_weights(nn.ModuleList([layer])):
+        with prepacked_frozen_weights(nn.ModuleList([layer])):
             assert torch.equal(layer(x), expected)
 
 
 def test_an_error_leaves_the_layers_as_they_were():
     lm = frozen_lm("gpt2")
-    with pytest.raises(RuntimeError, match="stop"), packed_frozen_weights(lm):
+    with pytest.raises(RuntimeError, match="stop"), prepacked_frozen_weights(lm):
         raise RuntimeError("stop")
     assert not any("forward" in vars(module) for module in lm.modules())
 
 
 def test_large_models_are_left_alone(monkeypatch, caplog):
     lm = frozen_lm("llama")
-    every = packable_layers(lm)
-    monkeypatch.setattr(packed_weights, "LARGEST", packed_bytes(every) - 1)
-    assert packable_layers(lm) == [layer for layer in every if layer is not lm.lm_head], "the head goes first"
-    monkeypatch.setattr(packed_weights, "LARGEST", packed_bytes(packable_layers(lm)) - 1)
+    every = prepackable_layers(lm)
+    monkeypatch.setattr(prepack, "MAX_BYTES", prepacked_bytes(every) - 1)
+    assert prepackable_layers(lm) == [layer for layer in every if layer is not lm.lm_head], "the head goes first"
+    monkeypatch.setattr(prepack, "MAX_BYTES", prepacked_bytes(prepackable_layers(lm)) - 1)
     with caplog.at_level("INFO", logger="frozenprefix"):
-        assert packable_layers(lm) == []
-    assert "frozen weights are not packed: the copies would take" in caplog.text
+        assert prepackable_layers(lm) == []
+    assert "frozen weights are not prepacked: the copies would take" in caplog.text
 
 
 def test_weights_and_their_names_are_untouched():
     lm = frozen_lm("llama")
     before = {name: value.clone() for name, value in lm.state_dict().items()}
-    with packed_frozen_weights(lm):
+    with prepacked_frozen_weights(lm):
         logits_and_gradient(lm)
         inside = lm.state_dict()
         assert inside.keys() == before.keys()
@@ -204,10 +204,15 @@ def test_weights_and_their_names_are_untouched():
 
 def test_training_packs_while_it_steps(monkeypatch):
     """In between, and not in the measures of the frozen model's text before and after it."""
+    from frozenprefix.training.base_trainer import BaseTrainer
     from frozenprefix.training.trainer import Trainer
 
     trainer = Trainer.__new__(Trainer)
     trainer.model = nn.Module()
     trainer.model.language_model = frozen_lm("llama", NARROWEST)
-    with trainer._stepping():
-        assert "forward" in vars(trainer.model.language_model.model.layers[0].mlp.up_proj)
+    layer = trainer.model.language_model.model.layers[0].mlp.up_proj
+    packed = []
+    monkeypatch.setattr(BaseTrainer, "take_steps", lambda self: packed.append("forward" in vars(layer)))
+    trainer.take_steps()
+    assert packed == [True]
+    assert "forward" not in vars(layer)

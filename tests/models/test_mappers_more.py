@@ -243,7 +243,7 @@ def copy_attention(ours: Attention, theirs: nn.MultiheadAttention) -> None:
 
 
 def test_attention_pool_refuses_a_pooled_feature():
-    with pytest.raises(ConfigError, match=r"'attention_pool' has nothing to choose from .*output=patch, or take"):
+    with pytest.raises(ConfigError, match=r"'attention_pool' has nothing to choose from .*output=patch, or use"):
         AttentionPoolMapper(encoder_dim=8, num_tokens=1, lm_dim=8, prefix_length=1)
 
 

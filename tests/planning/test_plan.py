@@ -15,8 +15,8 @@ from frozenprefix.cli.plan import duration
 from frozenprefix.config import write_yaml
 from frozenprefix.data.samples import group_by_images
 from frozenprefix.errors import ConfigError
-from frozenprefix.kernels.linear import packable_dtypes
-from frozenprefix.kernels.prepack import packable_layers, packed_bytes
+from frozenprefix.kernels.linear import prepackable_dtypes
+from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning import costs
@@ -40,10 +40,10 @@ def one_step(tiny_recipe, tiny_lm, tmp_path):
     def make(family: str):
         recipe = tiny_recipe(tmp_path / family, lm=tiny_lm(family))
         timer = StepTimer(recipe)
-        timer._build()
+        timer.build_model()
         groups = {part: group_by_images(listed) for part, listed in load_parts(recipe.data).items()}
-        timer._use_data(groups, RandomFeatures.of(4, 64))
-        batch = next(timer._batches())
+        timer.use_data(groups, RandomFeatures.of(4, 64))
+        batch = next(timer.batches())
         return timer.model, batch, StepShape.of([batch["packed"]])
 
     return make
@@ -79,14 +79,14 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
     assert predicted == pytest.approx(sum(kept.values()), rel=0.3)
 
 
-@pytest.mark.skipif(len(packable_dtypes()) < 2, reason="the processor has no products in bfloat16")
+@pytest.mark.skipif(len(prepackable_dtypes()) < 2, reason="the processor has no products in bfloat16")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_copies_are_those_that_training_makes(family, dtype):
     lm = AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False)
     step = StepShape(1, 1, 1, 1, 1, 1, 1, 1)
     memory = costs.step_memory(LanguageModelShape.of(lm), step, encoder_bytes=0, trainable=0)
-    assert memory[costs.PACKED_COPIES] == packed_bytes(packable_layers(lm)) > 0
+    assert memory[costs.PREPACKED_COPIES] == prepacked_bytes(prepackable_layers(lm)) > 0
 
 
 def test_a_step_is_counted_by_hand(one_step):

@@ -130,14 +130,14 @@ def result_recipe(result) -> ContrastiveRecipe:
 
 def test_a_resumed_run_is_the_undisturbed_one(trained, recipe_of, tmp_path, monkeypatch):
     whole, _, _ = trained
-    take = ContrastiveTrainer._step
+    take = ContrastiveTrainer.step
 
     def stop_at_three(self, batches):
         if self.progress.step == 3:
             raise KeyboardInterrupt
         return take(self, batches)
 
-    monkeypatch.setattr(ContrastiveTrainer, "_step", stop_at_three)
+    monkeypatch.setattr(ContrastiveTrainer, "step", stop_at_three)
     with pytest.raises(KeyboardInterrupt):
         train_contrastive(recipe_of(tmp_path))
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_the_gradient_cache_changes_nothing(recipe_of, tmp_path):
     for cached in ("false", "true"):
         folder = tmp_path / cached
         trainer = ContrastiveTrainer(recipe_of(folder, f"training.gradient_cache={cached}", "training.max_steps=2"))
-        build = trainer._build
+        build = trainer.build_model
 
         def build_without_dropout(build=build, trainer=trainer):
             build()
@@ -168,7 +168,7 @@ def test_the_gradient_cache_changes_nothing(recipe_of, tmp_path):
                     module.p = 0.0
             trainer.model.text_tower.model.config.attention_probs_dropout_prob = 0.0
 
-        trainer._build = build_without_dropout
+        trainer.build_model = build_without_dropout
         trainer.run("never")
         paths.append([row["loss"] for row in read_log(folder) if "loss" in row])
     assert paths[0] == pytest.approx(paths[1], abs=1e-5)

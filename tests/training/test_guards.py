@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.errors import ConfigError, DataError, TrainingError
-from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration, FrozenPrefixOutput
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.training.guards import check_finite, looks_blind
+from frozenprefix.training.objectives import NextToken
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_samples
 from frozenprefix.training.tracking import read_log
@@ -73,14 +74,15 @@ def test_empty_targets_are_left_out_and_counted(tmp_path, caplog):
         samples = load_samples([{"type": "captions", "path": str(data)}], "train")
     assert len(samples) == 11
     assert samples[0].targets == ("a shape",)
-    assert "data.train: 3 empty targets, and 1 of 12 samples without a target, are left out" in caplog.messages
+    assert "data.train: 1 of 12 samples are left out: no target 1" in caplog.messages
+    assert "data.train: 2 of 33 targets are left out: blank 2" in caplog.messages
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
     data = write_shapes(tmp_path / "shapes")
     rows = [json.dumps({"image": "images/red_circle.png", "captions": [" "]})]
     (data / "captions.jsonl").write_text("\n".join(rows))
-    with pytest.raises(DataError, match=r"data\.train: got 1 samples and not one target text"):
+    with pytest.raises(DataError, match=r"data\.train: all of its 1 samples are left out \(no target 1\)"):
         load_samples([{"type": "captions", "path": str(data)}], "train")
 
 
@@ -96,15 +98,15 @@ def test_no_readable_image_is_an_error(recipe_of, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(recipe_of, tmp_path, monkeypatch):
-    forward = FrozenPrefixForConditionalGeneration.forward
+    loss_of = NextToken.loss
     calls = []
 
-    def spoiled(self, **batch):
+    def spoiled(self, *batch):
         calls.append(1)
-        output = forward(self, **batch)
-        return output if len(calls) < 5 else FrozenPrefixOutput(loss=output.loss * math.nan)
+        loss = loss_of(self, *batch)
+        return loss if len(calls) < 5 else loss * math.nan
 
-    monkeypatch.setattr(FrozenPrefixForConditionalGeneration, "forward", spoiled)
+    monkeypatch.setattr(NextToken, "loss", spoiled)
     with pytest.raises(TrainingError, match=r"step 5: loss is nan at learning rate .* lower training\.learning_rate"):
         train(recipe_of(tmp_path))
     assert json.loads((tmp_path / "last/training_state.json").read_text())["step"] == 3

@@ -14,7 +14,7 @@ from frozenprefix.data.samplers import ImageStream
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.training.objectives.weighted_sum import Distillation
+from frozenprefix.training.objectives import Distillation
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
@@ -34,16 +34,13 @@ def recipe_of(tiny_recipe, sharp_lm, shapes):
 def started(recipe) -> Trainer:
     """A trainer that is ready for its first step."""
     trainer = Trainer(recipe)
-    trainer._build()
-    trainer._prepare_data()
-    trainer._prepare_optimizer()
-    trainer.started = 0.0
-    trainer.wrapped.train()
+    trainer.setup()
+    trainer.model.train()
     return trainer
 
 
 def first_batch(trainer: Trainer):
-    return trainer.objectives.prepare(next(trainer._batches()), 0)
+    return trainer.objectives.prepare(next(trainer.batches()), 0)
 
 
 def wake(module: torch.nn.Module) -> None:
@@ -177,7 +174,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(recipe_of, tmp_path, monkeypa
     section = "objectives={lm: 1.0, contrastive: {dim: 8}, distillation: {}}"
     recipes = [recipe_of(tmp_path / name, section, ADAPTERS) for name in "ab"]
     train(recipes[0])
-    take = Trainer._step
+    take = Trainer.step
 
     def step_or_die(self, batches):
         if self.progress.step == 3:
@@ -185,7 +182,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(recipe_of, tmp_path, monkeypa
         return take(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_or_die)
+        patch.setattr(Trainer, "step", step_or_die)
         with pytest.raises(KeyboardInterrupt):
             train(recipes[1])
     torch.manual_seed(99)
@@ -198,11 +195,11 @@ def test_killed_and_resumed_is_the_undisturbed_run(recipe_of, tmp_path, monkeypa
 def test_accumulation_averages_the_contrastive_losses(recipe_of, tmp_path):
     """Two halves of a step: their LM losses count by tokens, their contrastive losses one as much as the other."""
     halves = started(recipe_of(tmp_path, CONTRASTIVE, "training.gradient_accumulation_steps=2"))
-    parts = [halves.objectives.prepare(batch, n) for n, batch in zip(range(2), halves._batches(), strict=False)]
+    parts = [halves.objectives.prepare(batch, n) for n, batch in zip(range(2), halves.batches(), strict=False)]
     tokens = [part["packed"].num_tokens for part in parts]
     with torch.no_grad():
         alone = [halves.objectives(part, {"lm": 1.0, "contrastive": 1.0}) for part in parts]
-    row = halves._step(halves._batches())
+    row = halves.step(halves.batches())
     expected = sum(float(loss["lm"]) * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
     assert row["loss/lm"] == pytest.approx(expected, rel=1e-5)
     assert row["loss/contrastive"] == pytest.approx(sum(float(loss["contrastive"]) for loss in alone) / 2, rel=1e-5)
@@ -229,7 +226,7 @@ def test_two_processes_are_one(recipe_of, tmp_path):
 
 
 def test_a_frozen_lm_is_not_distilled(recipe_of, tmp_path):
-    with pytest.raises(ConfigError, match=r"objectives\.distillation: nothing in the language model is trained"):
+    with pytest.raises(ConfigError, match=r"objectives\.distillation: the language model has no trained parameters"):
         train(recipe_of(tmp_path, "objectives.distillation={}"))
 
 
@@ -279,7 +276,7 @@ def test_a_text_file_is_read_in_turn(recipe_of, tmp_path):
     (tmp_path / "text.txt").write_text(words)
     section = f"objectives.distillation={{texts: {tmp_path / 'text.txt'}}}"
     trainer = started(recipe_of(tmp_path / "run", section, ADAPTERS))
-    (distillation,) = trainer.objectives._others
+    _, distillation = trainer.objectives.terms
     assert isinstance(distillation, Distillation)
     decoded = trainer.processor.tokenizer.decode([token for piece in distillation.pieces for token in piece])
     assert decoded == words
@@ -319,23 +316,23 @@ def drift(checkpoint: Path) -> float:
 def test_init_from(recipe_of, tmp_path):
     first = train(recipe_of(tmp_path / "first", "training.max_steps=2"))
     trainer = Trainer(recipe_of(tmp_path / "second", f"training.init_from={first.best}", "seed=5", CONTRASTIVE))
-    trainer._build()
+    trainer.build_model()
     state, saved = trainer.model.trainable_state(), load_file(first.best / "model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     assert {name.split(".")[0] for name in state.keys() - saved.keys()} == {"contrastive"}, "heads start anew"
     lora = "model.language_model.peft={type: lora, r: 2}"
     trainer = Trainer(recipe_of(tmp_path / "fourth", f"training.init_from={first.best}", lora))
-    trainer._build()
+    trainer.build_model()
     assert all(torch.equal(trainer.model.trainable_state()[name], tensor) for name, tensor in saved.items())
     adapted = trainer.model.adapters["language_model"].named_parameters()
     assert all(not p.any() for name, p in adapted.items() if "lora_B" in name), "adapters start anew"
     adapted_first = train(recipe_of(tmp_path / "adapted", lora, "training.max_steps=2"))
     with pytest.raises(CheckpointError, match=r"language_adapter/, and the recipe has no model\.language_model\.peft"):
-        Trainer(recipe_of(tmp_path / "third", f"training.init_from={adapted_first.best}"))._build()
+        Trainer(recipe_of(tmp_path / "third", f"training.init_from={adapted_first.best}")).build_model()
     with pytest.raises(CheckpointError, match=r"training\.init_from: .*does not fit.*fusion"):
-        Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS))._build()
+        Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS)).build_model()
     with pytest.raises(CheckpointError, match=r"training\.init_from: /nowhere holds no config\.json"):
-        Trainer(recipe_of(tmp_path / "third", "training.init_from=/nowhere"))._build()
+        Trainer(recipe_of(tmp_path / "third", "training.init_from=/nowhere")).build_model()
     other = "model.vision_encoder.name=test_vit2"
     with pytest.raises(CheckpointError, match="vision_encoder: this checkpoint was trained with"):
-        Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", other))._build()
+        Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", other)).build_model()

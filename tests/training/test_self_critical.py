@@ -14,6 +14,7 @@ from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.packing.trie import Target, build_trie, pack
 from frozenprefix.training.objectives.self_critical import END_WORD, SelfCritical, image_key, reward_references
+from frozenprefix.training.sampling import cut_after_end
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
 from tests.helpers.lm import make_tokenizer, save_tiny_lm
@@ -54,12 +55,9 @@ def section(baseline: str = "greedy", samples: int = 3) -> str:
 
 def started(recipe) -> tuple[Trainer, SelfCritical]:
     trainer = Trainer(recipe)
-    trainer._build()
-    trainer._prepare_data()
-    trainer._prepare_optimizer()
-    trainer.started = 0.0
-    trainer.wrapped.train()
-    (objective,) = trainer.objectives._others
+    trainer.setup()
+    trainer.model.train()
+    _, objective = trainer.objectives.terms
     assert isinstance(objective, SelfCritical)
     return trainer, objective
 
@@ -79,7 +77,7 @@ def test_a_caption_that_was_cut_off_earns_less(recipe_of, tmp_path):
     group = trainer.train_groups[0]
     text = group.samples[0].targets[0]
     whole = trainer.processor.encode_target("<image>", text)
-    (rewards,) = objective._rewards([group], [[whole, whole[:-1], whole[:-2], whole[-1:]]]).tolist()
+    (rewards,) = objective.rewards([group], [[whole, whole[:-1], whole[:-2], whole[-1:]]]).tolist()
     assert rewards[0] > rewards[1] > rewards[2] > rewards[3] == 0
     references = reward_references(trainer.train_groups)
     assert rewards[0] == pytest.approx(cider_d(f"{text} {END_WORD}", references, image_key(group)))
@@ -100,7 +98,7 @@ def test_advantages_by_hand(recipe_of, tmp_path, monkeypatch):
         trainer, objective = started(recipe_of(tmp_path, section(baseline)))
         rewards = iter([torch.tensor([[1.0, 2, 6], [0, 0, 3]]), torch.tensor([[2.0], [1]])])
         packed = []
-        monkeypatch.setattr(objective, "_rewards", lambda *_, values=rewards: next(values))
+        monkeypatch.setattr(objective, "rewards", lambda *_, values=rewards: next(values))
         monkeypatch.setattr(objective, "draw", lambda prompts, _, samples=1: [[5 + i, 2] for i in range(2 * samples)])
 
         def keep(images, made=packed, **options):
@@ -108,7 +106,7 @@ def test_advantages_by_hand(recipe_of, tmp_path, monkeypatch):
             return pack(images, **options)
 
         monkeypatch.setattr("frozenprefix.training.objectives.self_critical.pack", keep)
-        batch = next(trainer._batches())
+        batch = next(trainer.batches())
         batch["samples"] = batch["samples"][:2]
         objective.prepare(batch, 0)
         assert packed == [expected]
@@ -130,7 +128,7 @@ def test_the_gradient_is_reinforce(recipe_of, tmp_path, monkeypatch, packing):
     """Against `mean of -advantage * log p(sample)`, each sample read alone by the plain model."""
     trainer, objective = started(recipe_of(tmp_path, section(samples=2), f"training.packing={packing}"))
     model, processor = trainer.model, trainer.processor
-    batch = next(trainer._batches())
+    batch = next(trainer.batches())
     batch["samples"] = batch["samples"][:2]
     features = batch["image_features"] = batch["image_features"][:2]
     texts = [["a red circle", "a red cross"], ["the square is red", "in grass"]]
@@ -189,11 +187,10 @@ def test_samples_are_drawn_from_the_plain_distribution(recipe_of, tmp_path):
     assert trainer.model.training, "the mode is as it was"
 
 
-def test_a_sample_stops_at_its_first_end_token(recipe_of, tmp_path):
-    _, objective = started(recipe_of(tmp_path, section()))
-    assert objective._until_end([5, 2, 7, 2]) == [5, 2]
-    assert objective._until_end([2, 2]) == [2]
-    assert objective._until_end([5, 7]) == [5, 7]
+def test_a_sample_stops_at_its_first_end_token():
+    assert cut_after_end([5, 2, 7, 2], {2}) == [5, 2]
+    assert cut_after_end([2, 2], {2}) == [2]
+    assert cut_after_end([5, 7], {2}) == [5, 7]
 
 
 # ── training ──
@@ -203,10 +200,10 @@ def expected_reward(trainer: Trainer, objective: SelfCritical, count: int = 100)
     """Mean reward of samples over all training images."""
     torch.manual_seed(7)
     groups: list[ImageGroup] = trainer.train_groups
-    prompts = [objective._prompt(group) for group in groups]
+    prompts = [objective.prompt(group) for group in groups]
     drawn = objective.draw(prompts, trainer.collator.image_inputs([group.images[0] for group in groups]), count)
     rows = [drawn[start : start + count] for start in range(0, len(drawn), count)]
-    return float(objective._rewards(groups, rows).mean())
+    return float(objective.rewards(groups, rows).mean())
 
 
 @pytest.mark.parametrize("baseline", ["greedy", pytest.param("leave_one_out", marks=pytest.mark.slow)])
@@ -218,8 +215,8 @@ def test_a_few_steps_raise_the_expected_reward(recipe_of, tmp_path, shapes, writ
     settings = ("training.max_steps=30", "training.learning_rate=0.004", f"training.init_from={start}")
     trainer, objective = started(recipe_of(tmp_path / "run", *given, section(baseline, 40), *settings))
     before = expected_reward(trainer, objective)
-    batches = trainer._batches()
-    rows = [trainer._step(batches) for _ in range(30)]
+    batches = trainer.batches()
+    rows = [trainer.step(batches) for _ in range(30)]
     assert all(row["loss"] == row["loss/self_critical"] for row in rows)
     assert expected_reward(trainer, objective) > 1.05 * before > 0.5
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
 from frozenprefix.models.language_model.loading import quiet_transformers
 from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
@@ -117,7 +118,7 @@ def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
     if Path(place).is_dir():
         identity["sha256"] = tree_sha256(Path(place), _WEIGHTS)
     else:
-        identity |= {"path": config.path, "revision": str(getattr(model.config, "_commit_hash", None))}
+        identity |= {"path": config.path, "revision": str(commit_hash(model.config))}
     _limit_length(tokenizer, model, config)
     tower = TextTower(_encoder(model), config, int(hidden))
     return BuiltTextTower(tower, tokenizer, identity, model.config.to_diff_dict())

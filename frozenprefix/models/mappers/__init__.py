@@ -1,7 +1,8 @@
 """Mappers turn image features into prefix embeddings: `mapper(image_features) -> prefix_embeds`.
 
-A mapper is an `nn.Module` with keyword arguments `encoder_dim`, `num_tokens`, `lm_dim`, `prefix_length` and options of
-its own, and `forward(image_features: float[B, N, encoder_dim]) -> float[B, prefix_length, lm_dim]`.
+A mapper is an `nn.Module` whose constructor takes the keyword arguments `encoder_dim`, `num_tokens`, `lm_dim` and
+`prefix_length`, and options of its own. Its `forward` maps float[B, num_tokens, encoder_dim] to
+float[B, prefix_length, lm_dim].
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from frozenprefix.models.configuration import MapperConfig
 from frozenprefix.models.mappers.blocks import PrefixScale
 from frozenprefix.models.options import option_problems
 from frozenprefix.registry import Registry
+
+__all__ = ["MAPPERS", "PrefixMapper", "PrefixScale", "build_mapper", "validate_mapper"]
 
 MAPPERS: Registry[type[nn.Module]] = Registry(
     "mapper",
@@ -31,7 +34,17 @@ STRUCTURAL = {"encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
 
 
 class PrefixMapper(nn.Module):
-    """A mapper followed by the scale that makes its output look like words to the LM."""
+    """A mapper, followed by the layer norm that brings its output to the size of the LM's word embeddings.
+
+    Args:
+        body: the mapper, float[B, N, D_enc] -> float[B, P, D_lm].
+        scale: the layer norm.
+
+    Example:
+        >>> mapper = PrefixMapper(torch.nn.Linear(4, 8), PrefixScale(8, embedding_rms=0.1))
+        >>> mapper(torch.randn(2, 3, 4)).shape
+        torch.Size([2, 3, 8])
+    """
 
     def __init__(self, body: nn.Module, scale: PrefixScale):
         super().__init__()
@@ -49,12 +62,20 @@ def build_mapper(
     """Build the mapper that `config` names.
 
     Args:
-        encoder_dim, num_tokens: width and number of the image tokens.
+        encoder_dim: width of the image tokens.
+        num_tokens: number of image tokens; 1 for a pooled feature.
         lm_dim: width of the LM's embeddings.
-        embedding_rms: root mean square of the LM's word embeddings; the prefix starts there.
+        embedding_rms: root mean square of the LM's word embeddings; the prefix starts with this size.
 
     Raises:
-        ConfigError: for an unknown mapper or wrong options, all of them at once.
+        ConfigError: for an unknown mapper or wrong options, with all problems at once.
+
+    Example:
+        >>> from frozenprefix.models.configuration import MapperConfig
+        >>> config = MapperConfig(type="mlp", prefix_length=5)
+        >>> mapper = build_mapper(config, encoder_dim=16, num_tokens=1, lm_dim=8, embedding_rms=0.1)
+        >>> mapper(torch.randn(2, 1, 16)).shape
+        torch.Size([2, 5, 8])
     """
     problems = validate_mapper(config)
     if problems:
@@ -70,5 +91,11 @@ def build_mapper(
 
 
 def validate_mapper(config: MapperConfig) -> list[str]:
-    """Check the mapper's name and options against its constructor; return one line per problem."""
+    """Check the mapper's name and options against its constructor; return one line per problem.
+
+    Example:
+        >>> from frozenprefix.models.configuration import MapperConfig
+        >>> validate_mapper(MapperConfig(type="linear", input_norm=True))
+        []
+    """
     return option_problems(MAPPERS, "model.mapper", config.type, config.options, STRUCTURAL)

@@ -10,17 +10,23 @@ from frozenprefix.models.options import Count
 
 
 class AttentionPoolMapper(nn.Module):
-    """P learned queries read the image tokens in one multi-head attention; a linear layer leads to the LM.
+    """P learned queries read the image tokens in one multi-head attention, followed by a linear layer.
 
-    Queries and image tokens are normed first, as in CoCa. The queries never see each other, so the image tokens must
-    be several: of a single one every query would read the same.
+    Queries and image tokens are normalized first, as in CoCa. The queries do not see each other. So there have to be
+    several image tokens: from a single one every query would read the same.
 
     Args:
-        hidden_dim: width of the attention; None is the LM's.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        hidden_dim: width of the attention; the LM's width by default.
         num_heads: 8 as in open_clip's CoCa.
 
     Raises:
         ConfigError: for a pooled feature.
+
+    Example:
+        >>> mapper = AttentionPoolMapper(encoder_dim=16, num_tokens=9, lm_dim=8, prefix_length=3)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -37,7 +43,7 @@ class AttentionPoolMapper(nn.Module):
         if num_tokens == 1:
             raise ConfigError(
                 "model.mapper.type: 'attention_pool' has nothing to choose from in a pooled feature; set "
-                "model.vision_encoder.output=patch, or take mapper 'mlp'"
+                "model.vision_encoder.output=patch, or use mapper 'mlp'"
             )
         dim = hidden_dim or lm_dim
         self.queries = learned_tokens(prefix_length, dim)

@@ -8,11 +8,19 @@ from frozenprefix.models.mappers.blocks import pool_tokens
 
 
 class LinearMapper(nn.Module):
-    """One linear layer. A pooled feature becomes all P embeddings at once (Frozen); of a patch grid each token becomes
-    one embedding (LiMBeR), the grid being averaged down in raster order when it has more tokens than the prefix.
+    """One linear layer.
+
+    From a pooled feature it computes all P embeddings at once (Frozen). In a patch grid it maps each token to one
+    embedding (LiMBeR); a grid with more tokens than the prefix is averaged first, in raster order.
 
     Args:
-        input_norm: layer norm on the features, for encoders whose features are not normalised.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        input_norm: layer norm on the features, for encoders whose features are not normalized.
+
+    Example:
+        >>> mapper = LinearMapper(encoder_dim=16, num_tokens=9, lm_dim=8, prefix_length=3)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(self, *, encoder_dim: int, num_tokens: int, lm_dim: int, prefix_length: int, input_norm: bool = False):
@@ -23,7 +31,7 @@ class LinearMapper(nn.Module):
         self.project = nn.Linear(encoder_dim, self.tokens_out * lm_dim)
 
     def forward(self, image_features: Tensor) -> Tensor:
-        # [B, N, D_enc] -> [B, N or P, D_enc]
+        # [B, N, D_enc] -> [B, 1 or P, D_enc]
         tokens = self.input_norm(image_features)
         tokens = tokens if self.tokens_out > 1 else pool_tokens(tokens, self.prefix_length)
         # -> [B, P, D_lm]

@@ -1,4 +1,4 @@
-"""MAPL: a small transformer through a bottleneck (Mañas et al. 2022, section 3)."""
+"""MAPL: a small transformer with a bottleneck (Mañas et al. 2022, section 3)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class MAPLMapper(nn.Module):
-    """Image tokens are projected down, learned queries appended; a transformer mixes them, and what becomes of the
-    queries is projected up to the LM.
+    """A narrow transformer over projected image tokens and learned queries; the queries are projected up to the LM.
 
-    With CLIP ViT-L/14, GPT-J and 32 queries this has the paper's 3.4M parameters, but for 0.1%: query, key and value
-    projections have no bias here. The queries start at a standard deviation of 0.02 instead of 1. Image tokens get no
-    positions, as in MAPL: the encoder's own must do.
+    With CLIP ViT-L/14, GPT-J and 32 queries it has the paper's 3.4 M parameters to within 0.1 %; the projections to
+    queries, keys and values have no bias here. The queries start with a standard deviation of 0.02 instead of 1. As in
+    MAPL, image tokens get no positions beyond the encoder's own.
 
     Args:
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
         hidden_dim, num_layers, num_heads, ratio: of the transformer, as in MAPL (256, 4, 8, 2.0).
-        dropout: in attention and feed-forward, while training; MAPL has none.
+        dropout: in attention and feed-forward, in training mode; MAPL has none.
+
+    Example:
+        >>> mapper = MAPLMapper(encoder_dim=16, num_tokens=9, lm_dim=8, prefix_length=3, hidden_dim=32)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(

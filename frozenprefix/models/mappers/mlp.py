@@ -14,15 +14,25 @@ ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class MLPMapper(nn.Module):
-    """Linear layers with an activation between them. A pooled feature becomes all P embeddings at once.
+    """Linear layers with activations between them; from a pooled feature it computes all P embeddings at once.
 
     Args:
-        hidden_dim: width between the layers; None is ClipCap's `lm_dim * prefix_length / 2`, but at least `lm_dim`.
-        num_layers: linear layers.
-        tokens: what to do with a patch grid: "per_token" maps each token to one embedding (the grid is averaged down,
-            in raster order, when it has more tokens than the prefix); "flatten" maps all tokens together.
-        input_norm: layer norm on the features, for encoders whose features are not normalised.
-        dropout: on the hidden layers, while training.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        hidden_dim: width of the hidden layers; by default ClipCap's `lm_dim * prefix_length / 2`, at least `lm_dim`.
+        num_layers: number of linear layers.
+        activation: "tanh", "gelu" or "relu".
+        tokens: how a patch grid is read. "per_token" maps each token to one embedding; a grid with more tokens than the
+            prefix is averaged first, in raster order. "flatten" maps all tokens together.
+        input_norm: layer norm on the features, for encoders whose features are not normalized.
+        dropout: on the hidden layers, in training mode.
+
+    Raises:
+        ConfigError: for options without effect.
+
+    Example:
+        >>> mapper = MLPMapper(encoder_dim=16, num_tokens=1, lm_dim=8, prefix_length=3)
+        >>> mapper(torch.randn(2, 1, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -44,7 +54,7 @@ class MLPMapper(nn.Module):
             raise ConfigError("model.mapper.tokens: 'flatten' has no effect on a pooled feature; remove it")
         if num_layers == 1 and (hidden_dim is not None or activation != "tanh" or dropout):
             raise ConfigError(
-                "model.mapper.num_layers: with 1 there is no hidden layer, and hidden_dim, activation and dropout have "
+                "model.mapper.num_layers: with 1 there is no hidden layer, so hidden_dim, activation and dropout have "
                 "no effect; remove them, or set num_layers to 2"
             )
         self.prefix_length = prefix_length

@@ -10,6 +10,8 @@ from frozenprefix.models.options import Count, Ratio
 
 
 class ResamplerLayer(nn.Module):
+    """Latents attend to the image tokens and to themselves: float[B, P, D], float[B, N, D] -> float[B, P, D]."""
+
     def __init__(self, dim: int, num_heads: int, ratio: float):
         super().__init__()
         self.norm_visual = nn.LayerNorm(dim)
@@ -19,19 +21,26 @@ class ResamplerLayer(nn.Module):
         self.feed_forward = feed_forward(dim, ratio, nn.GELU)
 
     def forward(self, latents: Tensor, visual: Tensor) -> Tensor:
+        # [B, P, D]
         queries = self.norm_latents(latents)
-        # keys and values are the image tokens and the latents themselves
+        # keys and values: [B, N + P, D]
         context = torch.cat([self.norm_visual(visual), queries], dim=1)
         latents = latents + self.attention(queries, context)
         return latents + self.feed_forward(self.norm_feed_forward(latents))
 
 
 class PerceiverMapper(nn.Module):
-    """P learned latents read the image tokens by cross-attention, layer after layer.
+    """P learned latents read the image tokens by cross-attention, in every layer.
 
     Args:
-        hidden_dim: width of the latents; None is the LM's.
-        num_layers, num_heads, ratio: Flamingo has 6 layers, feed-forward ratio 4.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        hidden_dim: width of the latents; the LM's width by default.
+        num_layers, num_heads, ratio: of the resampler; Flamingo has 6 layers and a feed-forward ratio of 4.
+
+    Example:
+        >>> mapper = PerceiverMapper(encoder_dim=16, num_tokens=9, lm_dim=8, prefix_length=3, num_layers=1)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(

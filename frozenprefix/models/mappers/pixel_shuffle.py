@@ -1,5 +1,6 @@
-"""Per-patch MLP, behind an optional pixel shuffle: LLaVA-1.5 (Liu et al. 2023, section 3.2), Idefics3 (Laurençon et al.
-2024, section 3.1), SmolVLM, nanoVLM.
+"""Per-patch MLP after an optional pixel shuffle.
+
+LLaVA-1.5 (Liu et al. 2023, section 3.2), Idefics3 (Laurençon et al. 2024, section 3.1), SmolVLM, nanoVLM.
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ from frozenprefix.models.options import Count
 
 
 class PixelShuffleMapper(nn.Module):
-    """Every image token becomes one embedding; with `shuffle` s, every s x s neighbouring tokens together do.
+    """Maps every image token to one embedding or, with `shuffle` s, every square of s x s neighbouring tokens.
 
-    Nothing is averaged away, so `prefix_length` follows from the number of image tokens: N / s².
+    Nothing is averaged, so `prefix_length` follows from the number of image tokens: N / s².
 
     Args:
-        shuffle: side s of the squares of tokens that are joined; 1 is LLaVA's, 4 SmolVLM's and nanoVLM's.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        shuffle: side s of the squares of tokens that are joined; 1 in LLaVA, 4 in SmolVLM and nanoVLM.
         num_layers: linear layers, with a GELU between them: 2 in LLaVA-1.5, 1 in Idefics3, SmolVLM and nanoVLM.
-        hidden_dim: width between the layers; None is the LM's, as in LLaVA-1.5.
-        input_norm: layer norm on the features, for encoders whose features are not normalised.
+        hidden_dim: width between the layers; the LM's width by default, as in LLaVA-1.5.
+        input_norm: layer norm on the features, for encoders whose features are not normalized.
 
     Raises:
-        ConfigError: for a grid that cannot be cut into such squares, or another `prefix_length` than follows.
+        ConfigError: for a grid that cannot be cut into such squares, or a `prefix_length` other than N / s².
+
+    Example:
+        >>> mapper = PixelShuffleMapper(encoder_dim=16, num_tokens=16, lm_dim=8, prefix_length=4, shuffle=2)
+        >>> mapper(torch.randn(2, 16, 16)).shape
+        torch.Size([2, 4, 8])
     """
 
     def __init__(
@@ -42,7 +49,7 @@ class PixelShuffleMapper(nn.Module):
         super().__init__()
         if num_layers == 1 and hidden_dim is not None:
             raise ConfigError("model.mapper.hidden_dim has no effect with num_layers=1; remove it")
-        check_lengths(num_tokens, shuffle, prefix_length)
+        _check_lengths(num_tokens, shuffle, prefix_length)
         self.shuffle = shuffle
         self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         width, hidden_dim = encoder_dim * shuffle**2, hidden_dim or lm_dim
@@ -53,28 +60,35 @@ class PixelShuffleMapper(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, lm_dim))
 
     def forward(self, image_features: Tensor) -> Tensor:
-        # [B, N, D_enc] -> [B, P, s² · D_enc] -> [B, P, D_lm]
-        return self.layers(join_squares(self.input_norm(image_features), self.shuffle))
+        # [B, N, D_enc] -> [B, P, s² * D_enc]
+        tokens = join_squares(self.input_norm(image_features), self.shuffle)
+        # -> [B, P, D_lm]
+        return self.layers(tokens)
 
 
 def join_squares(tokens: Tensor, side: int) -> Tensor:
-    """Space to depth: the tokens of each `side` x `side` square become one, joined in raster order.
+    """Space to depth: concatenate the tokens of each `side` x `side` square into one.
 
     Args:
-        tokens: float[B, N, D], a square grid in raster order whose sides are multiples of `side`.
+        tokens: float[B, N, D], a square grid in raster order whose side is a multiple of `side`.
 
     Returns:
-        float[B, N / side², side² · D], squares in raster order.
+        float[B, N / side², side² * D], squares in raster order.
+
+    Example:
+        >>> join_squares(torch.arange(4.0).view(1, 4, 1), side=2).tolist()
+        [[[0.0, 1.0, 2.0, 3.0]]]
     """
     if side == 1:
         return tokens
     squares = isqrt(tokens.shape[1]) // side
     # [B, N, D] -> [B, squares, side, squares, side, D] -> [B, squares, squares, side, side, D]
     grid = tokens.unflatten(1, (squares, side, squares, side)).transpose(2, 3)
+    # -> [B, squares², side² * D]
     return grid.flatten(3).flatten(1, 2)
 
 
-def check_lengths(num_tokens: int, shuffle: int, prefix_length: int) -> None:
+def _check_lengths(num_tokens: int, shuffle: int, prefix_length: int) -> None:
     side = isqrt(num_tokens)
     if shuffle > 1 and (side**2 != num_tokens or side % shuffle):
         fitting = [s for s in range(1, side + 1) if side**2 == num_tokens and side % s == 0] or [1]

@@ -9,12 +9,13 @@ from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class QFormerLayer(nn.Module):
-    """A BERT layer for queries: attention to each other, in some layers to the image tokens, feed-forward.
+    """BERT layer over queries: self-attention, in some layers cross-attention to the image tokens, feed-forward.
 
-    Post-norm as in BERT: the layer norm stands behind each residual sum.
+    It is post-norm, as in BERT: the layer norm follows each residual sum.
 
     Args:
-        encoder_dim: width of the image tokens; None for a layer that does not look at them.
+        dim, num_heads, ratio, dropout: of the layer.
+        encoder_dim: width of the image tokens; None for a layer without cross-attention.
     """
 
     def __init__(self, dim: int, encoder_dim: int | None, num_heads: int, ratio: float, dropout: float):
@@ -29,6 +30,7 @@ class QFormerLayer(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, visual: Tensor) -> Tensor:
+        # [B, P, D], [B, N, D_enc] -> [B, P, D]
         queries = self.norm_attention(queries + self.attention(queries))
         if self.cross_attention is not None:
             queries = self.norm_cross_attention(queries + self.cross_attention(queries, visual))
@@ -36,17 +38,24 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerMapper(nn.Module):
-    """P learned queries read the image tokens in every second layer of a BERT; a linear layer leads to the LM.
+    """A BERT over P learned queries, every second layer of which reads the image tokens, and a linear layer.
 
-    What of BLIP-2's Q-Former serves its text side (word embeddings, the text's feed-forward layers, heads) is left
-    out; with it the published 188M parameters come out. Image tokens get no positions here, as there: the encoder's
-    own must do. BLIP-2 starts from BERT's weights, this mapper from random ones.
+    The parts of BLIP-2's Q-Former that only its text side uses (word embeddings, feed-forward layers for text, heads)
+    are left out; with them it has the published 188 M parameters. As in BLIP-2, image tokens get no positions beyond
+    the encoder's own. BLIP-2 starts from BERT's weights, this mapper from random ones.
 
     Args:
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
         hidden_dim, num_layers, num_heads, ratio: as in BERT-base (768, 12, 12, 4.0).
-        cross_attention_every: layers 0, k, 2k, … look at the image; 2 in BLIP-2.
-        input_norm: layer norm on the features, for encoders whose features are not normalised.
-        dropout: in attention and feed-forward, while training; BLIP-2 has 0.1.
+        cross_attention_every: layers 0, k, 2k, … read the image; 2 in BLIP-2.
+        input_norm: layer norm on the features, for encoders whose features are not normalized.
+        dropout: in attention and feed-forward, in training mode; BLIP-2 has 0.1.
+
+    Example:
+        >>> shapes = {"encoder_dim": 16, "num_tokens": 9, "lm_dim": 8, "prefix_length": 3}
+        >>> mapper = QFormerMapper(**shapes, hidden_dim=32, num_layers=2, num_heads=4)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -68,10 +77,11 @@ class QFormerMapper(nn.Module):
         self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         self.queries = learned_tokens(prefix_length, hidden_dim)
         self.norm_queries = nn.LayerNorm(hidden_dim)
-        self.layers = nn.ModuleList(
-            QFormerLayer(hidden_dim, None if number % cross_attention_every else encoder_dim, num_heads, ratio, dropout)
-            for number in range(num_layers)
-        )
+        layers = []
+        for number in range(num_layers):
+            context_dim = None if number % cross_attention_every else encoder_dim
+            layers.append(QFormerLayer(hidden_dim, context_dim, num_heads, ratio, dropout))
+        self.layers = nn.ModuleList(layers)
         self.project_out = nn.Linear(hidden_dim, lm_dim)
 
     def forward(self, image_features: Tensor) -> Tensor:

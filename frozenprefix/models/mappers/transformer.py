@@ -11,6 +11,8 @@ from frozenprefix.models.options import Count, Dropout, Ratio
 
 
 class TransformerLayer(nn.Module):
+    """Pre-norm transformer layer, float[B, T, D] -> float[B, T, D]."""
+
     def __init__(self, dim: int, num_heads: int, ratio: float, dropout: float):
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim)
@@ -19,19 +21,29 @@ class TransformerLayer(nn.Module):
         self.feed_forward = feed_forward(dim, ratio, nn.ReLU, dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # [B, T, D]
         tokens = tokens + self.attention(self.norm_attention(tokens))
         return tokens + self.feed_forward(self.norm_feed_forward(tokens))
 
 
 class TransformerMapper(nn.Module):
-    """Learned prefix queries and image tokens attend to each other; the queries come out as the prefix.
+    """Image tokens and learned queries attend to each other; the transformed queries are the prefix.
 
     Args:
-        hidden_dim: width of the layers; None is the LM's own, as in ClipCap.
-        num_layers, num_heads, ratio: as in ClipCap (8, 8, 2.0).
-        visual_length: tokens that a pooled feature is unfolded into; None is `prefix_length`. A patch grid's tokens are
-            taken as they are, with a learned position each.
-        dropout: in attention and feed-forward, while training.
+        encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
+        hidden_dim: width of the layers; the LM's width by default, as in ClipCap.
+        num_layers, num_heads, ratio: of the transformer, as in ClipCap (8, 8, 2.0).
+        visual_length: number of tokens that a pooled feature is projected to; `prefix_length` by default. The tokens of
+            a patch grid are used as they are, each with a learned position.
+        dropout: in attention and feed-forward, in training mode.
+
+    Raises:
+        ConfigError: for `visual_length` with a patch grid.
+
+    Example:
+        >>> mapper = TransformerMapper(encoder_dim=16, num_tokens=9, lm_dim=8, prefix_length=3, num_layers=1)
+        >>> mapper(torch.randn(2, 9, 16)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(

@@ -1,4 +1,10 @@
-"""Cross-entropy over a large vocabulary, of which only one tile of logits exists at a time."""
+"""Next-token loss over a large vocabulary, with one tile of logits in memory at a time.
+
+The loss of an edge (node, next token) is `log sum_v exp(logit_v) - logit_label`. Its gradient with respect to the
+hidden state is `sum_v p_v * head_v - head_label`, where `head_v` is the head's row for word v and p the softmax. Both
+are sums over the words, so the words are visited in tiles: the sums are kept up to date, and the logits of a tile are
+dropped.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frozenprefix.kernels.linear import TILE, FrozenWeight, PackedWeight, head_tiles
-from frozenprefix.models.language_model.loading import cap
+from frozenprefix.kernels.linear import TILE, PlainWeight, PrepackedWeight, head_tiles
 
 ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near the caches
+
+
+def next_token_loss(
+    hidden: Tensor, head: nn.Module, source: Tensor, label: Tensor, weight: Tensor, softcap: float | None = None
+) -> Tensor:
+    """Sum over edges of `weight * -log p(label | hidden[source])`.
+
+    Args:
+        hidden: float[K, D], last hidden states of the nodes that predict something.
+        head: the LM's output layer, `head(hidden) -> float[K, V]`.
+        source: int64[E], index into the K hidden states; label: int64[E], the next token; weight: float32[E].
+        softcap: Gemma 2's cap on the logits.
+
+    Returns:
+        float32 scalar, not averaged.
+
+    Example:
+        >>> head = torch.nn.Linear(4, 8).requires_grad_(False).eval()
+        >>> torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)  # doctest: +ELLIPSIS
+        (...)
+        >>> edges = torch.tensor([0, 1]), torch.tensor([3, 5]), torch.ones(2)
+        >>> round(next_token_loss(torch.ones(2, 4), head, *edges).item(), 4)  # 2 * log(8)
+        4.1589
+    """
+    frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
+    if frozen:
+        return _FrozenHeadLoss.apply(hidden, head, source, label, weight, softcap)
+    logits = cap(head(hidden).float(), softcap)
+    return (weight * (logits.logsumexp(dim=-1)[source] - logits[source, label])).sum()
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     """Sum of weighted cross-entropies through a head that is not trained.
 
-    Logits are made tile by tile and forgotten. The gradient of the hidden states is computed on the way; the backward
-    pass scales it. The head itself gets no gradient. Logits stay in the head's dtype, for passes over them cost as much
-    as the matrix products; sums are float32.
+    The gradient of the hidden states is computed in the forward pass, while each tile of logits is at hand; the
+    backward pass only scales it. Logits stay in the head's dtype, because a pass over them costs as much as the
+    products. Sums are float32.
     """
 
     @staticmethod
@@ -28,37 +62,39 @@ class _FrozenHeadLoss(torch.autograd.Function):
         head: nn.Linear,
         source: Tensor,
         label: Tensor,
-        count: Tensor,
+        weight: Tensor,
         softcap: float | None,
     ) -> Tensor:
         tiles = head_tiles(head)
         order, spans = _by_tile(source, label, len(hidden), len(tiles))
-        source, label, count = source[order], label[order], count[order]
-        per_row = torch.zeros(len(hidden), 1, device=hidden.device).index_add_(0, source, count[:, None])
-        wanted = torch.empty_like(count)  # logits of the labels
-        normaliser = torch.empty(len(hidden), device=hidden.device)
+        source, label, weight = source[order], label[order], weight[order]
+        # [K, 1]: each row's softmax counts as often as the row has edges
+        row_weight = torch.zeros(len(hidden), 1, device=hidden.device).index_add_(0, source, weight[:, None])
+        label_logit = torch.empty_like(weight)
+        log_total = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for block, start in enumerate(range(0, len(hidden), ROWS)):
             rows = slice(start, start + ROWS)
-            softmax = _RunningSoftmax(hidden[rows], softcap, back=gradient is not None)
+            softmax = _RunningSoftmax(hidden[rows], softcap, with_gradient=gradient is not None)
             for number, (tile, edges) in enumerate(zip(tiles, spans[block], strict=True)):
-                logits = tile.forth(hidden[rows])
+                # [rows, TILE]
+                logits = tile.forward(hidden[rows])
                 if softcap is not None:
                     logits = cap(logits.float(), softcap)
-                wanted[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
+                label_logit[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
                 softmax.add(logits, tile)
-                del logits  # before the next tile's are made
-            normaliser[rows] = softmax.log_total()
+                del logits  # before the next tile's are computed
+            log_total[rows] = softmax.log_total()
             if gradient is not None:
                 edges = slice(spans[block][0].start, spans[block][-1].stop)
-                weights = count[edges]
+                scale = weight[edges]
                 if softcap is not None:
-                    weights = weights * _slope(wanted[edges], softcap)
-                taken = head.weight[label[edges]].float() * weights[:, None]
-                expected = softmax.expected() * per_row[rows]
-                gradient[rows] = expected.index_add_(0, source[edges] - start, taken, alpha=-1)
+                    scale = scale * _cap_slope(label_logit[edges], softcap)
+                label_rows = head.weight[label[edges]].float() * scale[:, None]
+                expected_rows = softmax.expected_row() * row_weight[rows]
+                gradient[rows] = expected_rows.index_add_(0, source[edges] - start, label_rows, alpha=-1)
         ctx.save_for_backward(gradient)
-        return (count * (normaliser[source] - wanted)).sum()
+        return (weight * (log_total[source] - label_logit)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,70 +103,60 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 class _RunningSoftmax:
-    """Softmax over words that come tile by tile, and the row of the head that it expects.
+    """Softmax over words that arrive tile by tile, and the mean of the head's rows under it.
 
-    What was summed is scaled down when a larger logit turns up, as in FlashAttention (Dao et al. 2022, section 3.1).
+    Exponentials are taken relative to the largest logit so far. When a larger one arrives, the sums are scaled down, as
+    in FlashAttention (Dao et al. 2022, section 3.1).
     """
 
-    def __init__(self, hidden: Tensor, softcap: float | None, *, back: bool):
-        self._softcap, self._dtype = softcap, hidden.dtype
+    def __init__(self, hidden: Tensor, softcap: float | None, *, with_gradient: bool):
+        self._softcap, self._dtype, self._with_gradient = softcap, hidden.dtype, with_gradient
         self._highest = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
         self._total = torch.zeros_like(self._highest)
-        self._back = back
-        self._summed = torch.zeros(hidden.shape if back else 0, device=hidden.device)
+        self._row_sum = torch.zeros(hidden.shape if with_gradient else 0, device=hidden.device)
 
-    def add(self, logits: Tensor, tile: FrozenWeight | PackedWeight) -> None:
-        """The next tile's logits, capped, float[rows, words], which are overwritten."""
-        slope = None if self._softcap is None else _slope(logits, self._softcap)
+    def add(self, logits: Tensor, tile: PlainWeight | PrepackedWeight) -> None:
+        """Add the next tile's logits, capped, float[rows, words]; they are overwritten."""
+        slope = None if self._softcap is None else _cap_slope(logits, self._softcap)
         highest = torch.maximum(self._highest, logits.amax(dim=-1, keepdim=True).float())
         scale = (self._highest - highest).exp_()
         shares = logits.sub_(highest.to(logits.dtype)).exp_()
         self._highest = highest
         self._total.mul_(scale).add_(shares.sum(dim=-1, keepdim=True, dtype=torch.float32))
-        if self._back:
+        if self._with_gradient:
             shares = shares if slope is None else shares.mul_(slope).to(self._dtype)
-            self._summed.mul_(scale).add_(tile.back(shares))
+            self._row_sum.mul_(scale).add_(tile.backward(shares))
 
     def log_total(self) -> Tensor:
         """Log of the sum of all exponentials: float32[rows]."""
         return (self._highest + self._total.log()).squeeze(1)
 
-    def expected(self) -> Tensor:
-        """Mean of the head's rows, weighted with the probabilities: float32[rows, D]."""
-        return self._summed / self._total
+    def expected_row(self) -> Tensor:
+        """Mean of the head's rows under the softmax: float32[rows, D]."""
+        return self._row_sum / self._total
 
 
-def _slope(capped: Tensor, softcap: float) -> Tensor:
-    """Derivative of `cap`, by its result."""
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; without one the logits themselves.
+
+    Example:
+        >>> from frozenprefix.models.packing.loss import cap
+        >>> round(float(cap(torch.tensor(100.0), 30.0)), 2)
+        29.92
+    """
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _cap_slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of `cap`, as a function of its result."""
     return 1.0 - (capped / softcap).square()
 
 
 def _by_tile(source: Tensor, label: Tensor, rows: int, tiles: int) -> tuple[Tensor, list[list[slice]]]:
-    """An order of the edges, and where in it those of each block of rows and of each tile lie."""
+    """Sort edges by block of rows, then by tile of words; return the order, and the span of each block and tile."""
     key = source.div(ROWS, rounding_mode="floor") * tiles + label.div(TILE, rounding_mode="floor")
     key, order = key.sort(stable=True)
     blocks = -(-rows // ROWS)
     ends = torch.searchsorted(key, torch.arange(1, blocks * tiles + 1, device=key.device)).tolist()
     spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     return order, [spans[block * tiles : (block + 1) * tiles] for block in range(blocks)]
-
-
-def next_token_loss(
-    hidden: Tensor, head: nn.Module, source: Tensor, label: Tensor, count: Tensor, softcap: float | None = None
-) -> Tensor:
-    """Sum over edges of `count * -log p(label | hidden[source])`.
-
-    Args:
-        hidden: float[K, D], last hidden states of the nodes that predict something.
-        head: the LM's output layer, `head(hidden) -> float[K, V]`.
-        source, label: int64[E]; count: float32[E].
-        softcap: Gemma 2's cap on logits.
-
-    Returns:
-        float32 scalar, not averaged.
-    """
-    frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
-    if frozen:
-        return _FrozenHeadLoss.apply(hidden, head, source, label, count, softcap)
-    logits = cap(head(hidden).float(), softcap)
-    return (count * (logits.logsumexp(dim=-1)[source] - logits[source, label])).sum()

@@ -21,7 +21,7 @@ VISION_SOURCES: Registry[Callable[[Any], BuiltEncoder]] = Registry(
         "open_clip": "frozenprefix.models.vision.open_clip_encoder:build",
         "transformers": "frozenprefix.models.vision.transformers_encoder:build",
         "fused": "frozenprefix.models.vision.fused_encoder:build",
-        "features": "frozenprefix.models.vision.given_features:build",
+        "features": "frozenprefix.models.vision.precomputed:build",
     },
 )
 

@@ -26,7 +26,7 @@ from frozenprefix.models.vision.efficientnet_lite import (
     convert_lite_checkpoint,
     is_lite_checkpoint,
 )
-from frozenprefix.models.vision.fusing import fuse_batch_norms
+from frozenprefix.models.vision.folding import fold_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.weights import (
     RANDOM_SEED,
@@ -98,7 +98,7 @@ def build(config: TimmEncoderConfig) -> BuiltEncoder:
         model.set_input_size((image_size, image_size))
     encoder = TimmEncoder(
         # What is trained keeps its batch norms: a checkpoint's tensors are then the library's own.
-        fuse_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
+        fold_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
         name=config.name,
         layers=layer_list(config.layer),
         image_size=image_size,

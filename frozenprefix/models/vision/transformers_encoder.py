@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import TransformersEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
@@ -216,5 +217,5 @@ def _identity(name: str, place: Path, model: Any) -> dict[str, str]:
         if not is_pypi(name):
             identity["name"] = place.resolve().name
         return {**identity, "sha256": tree_sha256(place, _WEIGHT_FILES)}
-    commit = getattr(model.config, "_commit_hash", None)
+    commit = commit_hash(model.config)
     return {**identity, "revision": commit} if commit else {**identity, "sha256": state_sha256(model)}

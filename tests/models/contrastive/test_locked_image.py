@@ -17,7 +17,7 @@ from frozenprefix.inference.embedding import Embedder
 from frozenprefix.models.contrastive import LockedImageTextModel, TextTowerConfig
 from frozenprefix.models.contrastive.open_clip_io import from_open_clip, open_clip_state, save_open_clip
 from frozenprefix.models.contrastive.text_tower import build_text_tower
-from frozenprefix.training.contrastive_setup import build_locked_model
+from frozenprefix.training.setup import build_locked_model
 from tests.helpers.contrastive import MINILM, contrastive_recipe
 
 

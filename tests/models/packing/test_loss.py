@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from frozenprefix.kernels.linear import FrozenWeight
+from frozenprefix.kernels.linear import PlainWeight
 from frozenprefix.models.packing.loss import ROWS, next_token_loss
 
 V, D = 50, 8
@@ -77,15 +77,15 @@ def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, softcap, monkey
 
 def test_one_tile_of_logits_at_a_time(monkeypatch):
     small_tiles(monkeypatch)
-    forth, made, alive = FrozenWeight.forth, [], []
+    forward, made, alive = PlainWeight.forward, [], []
 
     def counting(tile, x):
         alive.append(sum(logits() is not None for logits in made))
-        logits = forth(tile, x)
+        logits = forward(tile, x)
         made.append(weakref.ref(logits))
         return logits
 
-    monkeypatch.setattr(FrozenWeight, "forth", counting)
+    monkeypatch.setattr(PlainWeight, "forward", counting)
     head = nn.Linear(D, V).requires_grad_(False)
     next_token_loss(torch.randn(9, D, requires_grad=True), head, *edges(9))
     assert alive == [0, 0, 0, 0]

@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from frozenprefix.assets import resolve
 from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.vision import build_vision_encoder
-from frozenprefix.models.vision.fusing import fuse_batch_norms
+from frozenprefix.models.vision.folding import fold_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.weights import seeded
 
@@ -158,7 +158,7 @@ def test_fused_batch_norms_change_nothing_but_rounding(name):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     with torch.no_grad():
         expected = model(images(96))
-        fused = fuse_batch_norms(model)
+        fused = fold_batch_norms(model)
         # The norm behind the last convolution of a deep stem stays: that convolution is a module further down.
         assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules()) == (name == "test_resnet")
         torch.testing.assert_close(fused(images(96)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

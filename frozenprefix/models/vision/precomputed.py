@@ -124,7 +124,7 @@ def _read_keys(file: Path, rows: int) -> dict[str, int]:
     return {str(key): row for row, key in enumerate(keys)}
 
 
-class GivenFeatures(VisionEncoder):
+class PrecomputedFeatures(VisionEncoder):
     """Stands in the place of an encoder: features come from elsewhere, and there is no network to make others.
 
     Args:
@@ -159,9 +159,9 @@ def build(config: PrecomputedFeaturesConfig) -> BuiltEncoder:
     table = FeatureTable(resolve(config.path), None if config.keys is None else resolve(config.keys))
     identity = {"source": "features", "num_tokens": str(table.tokens), "encoder_dim": str(table.dim)}
     processor: Any = FrozenPrefixImageProcessor()
-    return BuiltEncoder(GivenFeatures(table.tokens, table.dim, table), processor, identity)
+    return BuiltEncoder(PrecomputedFeatures(table.tokens, table.dim, table), processor, identity)
 
 
-def given_table(encoder: torch.nn.Module) -> FeatureTable | None:
+def feature_table(encoder: torch.nn.Module) -> FeatureTable | None:
     """The table of an encoder that is none, else None."""
-    return encoder.table if isinstance(encoder, GivenFeatures) else None
+    return encoder.table if isinstance(encoder, PrecomputedFeatures) else None

@@ -15,7 +15,7 @@ from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.models.vision.given_features import FeatureTable
+from frozenprefix.models.vision.precomputed import FeatureTable
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.trainer import train

@@ -1,0 +1,79 @@
+"""Captions generated while a model trains: greedy, or sampled from the model's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.processing import FrozenPrefixProcessor
+
+
+@torch.no_grad()
+def generate_ids(
+    model: FrozenPrefixForConditionalGeneration,
+    processor: FrozenPrefixProcessor,
+    prompts: Sequence[list[int]],
+    images: dict[str, Tensor],
+    *,
+    max_new_tokens: int,
+    samples: int | None = None,
+) -> list[list[int]]:
+    """Continue each prompt `samples` times at random, or once greedily for None.
+
+    The LM's own probabilities are used, whatever its generation config says: self-critical training takes their
+    gradient.
+
+    Args:
+        prompts: token ids with the placeholders of their images.
+        images: `pixel_values` or `image_features` of all prompts, in order.
+
+    Returns:
+        Token ids of each text with its end token, which is absent from a text that was cut at `max_new_tokens`.
+
+    Example:
+        >>> from frozenprefix.training.sampling import generate_ids
+        >>> images, prompts = {"pixel_values": torch.zeros(1, 3, 32, 32)}, [processor.encode_prompt("<image>")]
+        >>> len(generate_ids(model, processor, prompts, images, max_new_tokens=3, samples=2))
+        2
+    """
+    options: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "do_sample": samples is not None}
+    if samples is not None:
+        options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
+    if processor.image_token_id < len(cast(Tensor, model.get_output_embeddings().weight)):
+        options["suppress_tokens"] = [processor.image_token_id]
+    ends = end_tokens(model, processor)
+    padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    training = model.training
+    model.eval()
+    generated = model.generate(
+        **{name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")},
+        **images,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        **options,
+    )
+    model.train(training)
+    return [cut_after_end(row, ends) for row in generated.tolist()]
+
+
+def end_tokens(model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> list[int]:
+    """Ids of the tokens that end a text: the tokenizer's and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({processor.tokenizer.eos_token_id, *own})
+
+
+def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """The ids up to and including the first end token.
+
+    Example:
+        >>> from frozenprefix.training.sampling import cut_after_end
+        >>> cut_after_end([5, 2, 7, 2], {2})
+        [5, 2]
+    """
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
