@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix import __version__
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
@@ -24,6 +23,7 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.version import __version__
 
 
 def evaluate_checkpoint(

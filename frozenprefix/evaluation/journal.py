@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozenprefix import __version__
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.utils import append_jsonl, content_hash, read_jsonl
+from frozenprefix.version import __version__
 
 logger = logging.getLogger(__name__)
 
