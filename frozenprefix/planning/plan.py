@@ -15,7 +15,8 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_format import MANIFEST
 from frozenprefix.data.cache_keys import ImageKeys
 from frozenprefix.data.collation import Collator, StepDataset
-from frozenprefix.data.features import ImageEncoder, feature_folder
+from frozenprefix.data.features import feature_folder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, group_by_images
 from frozenprefix.errors import ConfigError
@@ -102,7 +103,7 @@ def plan(
     paths = images_of(group for listed in groups.values() for group in listed)
 
     # sizes of the parts
-    encoder = ImageEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
     encoder_weights = [(p.numel(), p.dtype.itemsize) for p in encoder.module.parameters()]
     lm = language_model_shape(recipe.model.language_model)
@@ -236,7 +237,7 @@ def _count_cached(recipe: Recipe, encoder: ImageEncoder, paths: Sequence[Path]) 
     """Images whose features are cached, as far as is known without reading them."""
     if recipe.data.feature_cache == "off":
         return 0
-    folder = feature_folder(recipe.data, encoder.fingerprint)
+    folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
     if not (folder / MANIFEST).exists():
         return 0
     cache, keys = FeatureCache.open(folder, encoder.fingerprint), ImageKeys(folder)
