@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from frozenprefix.config.errors import collect_problems, shorten
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
+from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
 from frozenprefix.models.configuration import (
@@ -92,6 +93,11 @@ class DataSection(RecipeSection):
     workers: int = Field(2, ge=0, description="processes that decode images")
     text_only: TextOnlySection | None = Field(None, description="train on texts alone, without reading images")
     retrieval: RetrievalOptions | None = Field(None, description="captions of similar images in caption prompts")
+
+    @property
+    def feature_storage(self) -> FeatureStorage:
+        """Where image features are kept, and how."""
+        return FeatureStorage(self.feature_cache, self.feature_dtype)
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -215,11 +221,10 @@ class TrainingSection(RunSection):
 
 
 class EvaluationSection(RecipeSection):
-    """How captions and answers are generated when a run is evaluated."""
+    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on."""
 
-    num_beams: int = Field(5, ge=1)
-    max_new_tokens: int = Field(30, ge=1)
-    batch_size: int = Field(32, ge=1)
+    num_beams: int | None = Field(None, ge=1, description="null for the task's own: 5 for captions, 1 for answers")
+    max_new_tokens: int | None = Field(None, ge=1, description="null for the task's own: 30 or 10")
     limit: int | None = Field(None, ge=1, description="images; null for all")
     text: str | None = Field(None, description="a text file, on which the LM is measured before and after training")
 
@@ -229,6 +234,7 @@ class TrackingSection(RecipeSection):
 
     tensorboard: bool = False
     wandb: bool = False
+    trackio: bool = False
 
 
 def _relative(lines: list[str], field: str) -> list[Problem]:

@@ -8,23 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix import __version__
-from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
+from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples, recipe_storage
-from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
-from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
+from frozenprefix.evaluation.samples import (
+    folder_samples,
+    folder_training_samples,
+    recipe_defaults,
+    recipe_samples,
+    recipe_storage,
+)
+from frozenprefix.evaluation.task import EvaluationOptions
+from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
-
-__all__ = [
-    "encode_samples",
-    "evaluate_checkpoint",
-    "evaluate_samples",
-    "shuffled",
-]
+from frozenprefix.version import __version__
 
 
 def evaluate_checkpoint(
@@ -51,8 +50,10 @@ def evaluate_checkpoint(
         task: one of `TASKS.names()`.
         data: the folder; the validation sources of the checkpoint's recipe when None, with its training sources for
             baselines.
-        split: which rows of the folder; all when None. limit: the first so many images.
-        num_beams: the task's own number when None: 5 for captions and 1 for answers.
+        split: which rows of the folder; all when None.
+        limit: the first so many images; what the checkpoint's recipe says when None.
+        num_beams: what the checkpoint's recipe says when None, or else the task's own number: 5 for captions and 1 for
+            answers.
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
         feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
         restart: throw away what a killed evaluation has left.
@@ -69,11 +70,16 @@ def evaluate_checkpoint(
     chosen, processes = TASKS.get(task), Processes.current()
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
+    defaults = recipe_defaults(checkpoint)
+    limit = limit or defaults.limit
+    if num_beams is None and chosen.takes_beams:
+        num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = recipe_storage(checkpoint)
     options = EvaluationOptions(
         predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
         num_beams=num_beams,
+        max_new_tokens=defaults.max_new_tokens,
         train_samples=train,
         max_bad_share=max_bad_share,
         features=storage if feature_cache is None else FeatureStorage(feature_cache, storage.feature_dtype),
@@ -82,7 +88,7 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, _device(processes)), samples, options)
+    result = chosen.run(chosen.load(checkpoint, device=_device(processes)), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
@@ -121,11 +127,11 @@ def evaluate_samples(
     max_new_tokens: int | None = None,
     train_samples: Sequence[Sample] = (),
     max_bad_share: float = 0.01,
-    features: FeatureOptions | None = None,
+    features: FeatureStorage | None = None,
     restart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate samples of task "caption" or "vqa" that are there already; see `evaluate_generation`.
+    """Evaluate samples of task "caption" or "vqa" that are loaded already; see `evaluate_captions`, `evaluate_vqa`.
 
     Args:
         features: where image features are kept; the user's cache when not given.
@@ -141,11 +147,14 @@ def evaluate_samples(
         processes=Processes.current(),
         progress=progress,
     )
-    return evaluate_generation(captioner, samples, options)
+    tasks = sorted({sample.task for sample in samples})
+    if tasks not in (["caption"], ["vqa"]):
+        raise ConfigError(f"evaluate one task at a time (caption, vqa), got {', '.join(tasks) or 'no sample'}")
+    return TASKS.get(tasks[0]).run(captioner, samples, options)
 
 
 def encode_samples(
-    captioner: Captioner, samples: Iterable[Sample], features: FeatureOptions | None = None
+    captioner: Captioner, samples: Iterable[Sample], features: FeatureStorage | None = None
 ) -> tuple[dict[Path, Tensor], BadImages]:
     """Image features float[N, D_enc] of every image that can be read, and the others. All are held in memory.
 
@@ -153,9 +162,7 @@ def encode_samples(
         features: where features are kept; each image is encoded anew when not given.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-    images = ImageFeatures.of(
-        captioner.model, captioner.processor, paths, features or FeatureStorage("off"), max_bad_share=1.0
-    )
+    images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)
     return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
 
 

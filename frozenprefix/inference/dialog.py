@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreamer
 
-from frozenprefix.data.images import load_image
+from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
-
-ImageInput = str | Path | Image.Image
 
 # options of `generate` that several rows, or another form of output, would need
 REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
@@ -56,7 +53,7 @@ class Dialog:
         *,
         system: str | None = None,
     ):
-        if model.language_model.config.is_encoder_decoder:
+        if not model.lm.keeps_history:
             raise ConfigError("a dialog continues one text, so it needs a decoder-only language model")
         self.model = model.eval()
         self.processor = processor
@@ -85,8 +82,7 @@ class Dialog:
     @property
     def context(self) -> int | None:
         """Tokens of a history and its reply that the LM can read; None where nothing limits them."""
-        places = getattr(self.model.language_model.config.get_text_config(), "max_position_embeddings", None)
-        return None if places is None else places - self.model.num_virtual_tokens
+        return self.model.lm.max_positions
 
     def ask(self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
         """Say something and get the whole reply; arguments and errors as of `stream`."""
@@ -144,10 +140,9 @@ class Dialog:
     def _with_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         if not images:
             return self._prefix_embeds
-        opened = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+        features = self._captioner.encoder(images)
         with torch.no_grad():
-            prefix_embeds = cast(Tensor, self.model.prefix(pixel_values.to(self.model.device)))
+            prefix_embeds = self.model.map_features(features.to(self.model.device))
         return prefix_embeds if self._prefix_embeds is None else torch.cat([self._prefix_embeds, prefix_embeds])
 
     def _pieces(self, turn: _Turn) -> Iterator[str]:
@@ -174,7 +169,7 @@ class Dialog:
         """Let the LM continue, and put question and reply into the history."""
         language_model = cast(Any, self.model.language_model)
         ids = torch.tensor([turn.ids], device=self.model.device)
-        inputs_embeds, shown = self.model.embed_shown(ids, turn.prefix_embeds)
+        inputs_embeds, shown = self.model.fuse(ids, turn.prefix_embeds)
         cache = self._take_cache(turn.ids)
         known = cache.get_seq_length() if cache is not None else 0
         if shown is not None:

@@ -16,23 +16,19 @@ from accelerate.utils import broadcast, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.data.collation import StepDataset
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
-from frozenprefix.training.checkpoints import (
-    Progress,
-    load_training_state,
-    recover_folder,
-    save_training_state,
-    write_folder,
-)
+from frozenprefix.models.state_dict import copy_into
+from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, prepare_images
-from frozenprefix.training.tracking import Tracker, progress_bar
+from frozenprefix.training.tracking import Tracker
+from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
 
 logger = logging.getLogger(__name__)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
@@ -96,7 +92,6 @@ class BaseTrainer(ABC):
         self.best_by = "loss"
         self.progress = Progress(fingerprint=recipe.fingerprint())
         self.started = time.monotonic()
-        self.bar = progress_bar(self.accelerator.is_main_process)
 
     def run(self, resume: str = "auto") -> TrainingResult:
         """Set up, train, and save the best and the last checkpoint.
@@ -105,15 +100,15 @@ class BaseTrainer(ABC):
             resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
                 from that folder.
         """
-        main = self.accelerator.is_main_process
+        main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        with self.bar:
-            self.setup()
-            self.restore(resume)
-            step = self.progress.step
-            with Tracker(self.output_dir, self.recipe.tracking, resume_step=step, enabled=main) as self.tracker:
-                self.loop()
+        self.setup()
+        self.restore(resume)
+        step = self.progress.step
+        self.tracker = Tracker(self.output_dir, self.recipe.tracking, resume_step=step, config=config, enabled=main)
+        with self.tracker:
+            self.loop()
         progress = self.progress
         return TrainingResult(
             self.output_dir,
@@ -165,17 +160,16 @@ class BaseTrainer(ABC):
 
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
-        task = self.bar.add_task("encoding images", total=None, note="")
-        prepared = prepare_images(
-            ImageEncoder.of(self.model, self.processor),
-            samples,
-            self.recipe.data,
-            processes=Processes.of(self.accelerator),
-            bad_list=self.output_dir / "bad_images.jsonl" if self.accelerator.is_main_process else None,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
-        return prepared
+        main = self.accelerator.is_main_process
+        with progress_bar("encoding images", shown=main) as update:
+            return prepare_images(
+                ImageEncoder.from_model(self.model, self.processor),
+                samples,
+                self.recipe.data,
+                processes=Processes.of(self.accelerator),
+                bad_list=self.output_dir / "bad_images.jsonl" if main else None,
+                progress=update,
+            )
 
     def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
         """Set the images for training and validation, the order of the steps, and their number."""
@@ -224,25 +218,24 @@ class BaseTrainer(ABC):
     def take_steps(self) -> None:
         """Take steps until the run is complete, out of time or out of patience."""
         settings, progress = self.settings, self.progress
-        task = self.bar.add_task("training", total=self.total_steps, completed=progress.step, note="")
         batches = self.batches()
         window: list[tuple[float, int, float]] = []
         self.model.train()
-        while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
-            before = time.monotonic()
-            values = self.step(batches)
-            window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
-            window = window[-WINDOW:]
-            rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
-            note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
-            self.bar.update(task, completed=progress.step, note=note)
-            if progress.step % settings.log_every == 0:
-                self.tracker.log(progress.step, {**values, "targets_per_s": rate})
-            if progress.step % settings.validate_every == 0:
-                self.validate()
-            if progress.step % settings.save_every == 0:
-                self.save_last()
-        self.bar.update(task, total=progress.step)
+        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+            while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
+                before = time.monotonic()
+                values = self.step(batches)
+                window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
+                window = window[-WINDOW:]
+                rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
+                note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
+                update(progress.step, self.total_steps, note)
+                if progress.step % settings.log_every == 0:
+                    self.tracker.log(progress.step, {**values, "targets_per_s": rate})
+                if progress.step % settings.validate_every == 0:
+                    self.validate()
+                if progress.step % settings.save_every == 0:
+                    self.save_last()
 
     def finish(self) -> None:
         """Validate and save after the last step."""
@@ -318,21 +311,23 @@ class BaseTrainer(ABC):
 
     def save_best(self) -> None:
         if self.accelerator.is_main_process:
-            write_folder(self.output_dir / "best", self.write_model)
+            with atomic_folder(self.output_dir / "best") as folder:
+                self.write_model(folder)
 
     def save_last(self) -> None:
         if self.accelerator.is_main_process:
-            write_folder(self.output_dir / "last", self.write_state)
+            with atomic_folder(self.output_dir / "last") as folder:
+                self.write_state(folder)
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint."""
-        self.model.load_trainable(read_checkpoint(folder), source=str(folder))
+        copy_into(self.model.trainable_state(), read_checkpoint(folder), str(folder))
 
     def write_model(self, folder: Path) -> None:
         """Write model, processor and recipe."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        write_text_atomic(folder / "recipe.yaml", self.recipe.to_yaml())
 
     def write_state(self, folder: Path) -> None:
         """Write a checkpoint with the state of the training."""

@@ -1,12 +1,9 @@
-"""Training state on disk: written aside, renamed into place, never half there."""
+"""Training state on disk: optimizer, random numbers, progress."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from frozenprefix.models.checkpoint import check_identity, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
+from frozenprefix.models.state_dict import copy_into
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
@@ -30,7 +28,17 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 @dataclass
 class Progress:
-    """What the loop knows about itself beyond weights and optimizer."""
+    """State of a run beside weights and optimizer.
+
+    Attributes:
+        fingerprint: keys of the recipe that a resumed run must share.
+        bad_validations: validations since the best one; validated_step: the step of the latest one.
+
+    Example:
+        >>> from frozenprefix.training.checkpoints import Progress
+        >>> Progress(step=3, targets_seen=48).best_value is None
+        True
+    """
 
     step: int = 0
     targets_seen: int = 0
@@ -40,33 +48,6 @@ class Progress:
     bad_validations: int = 0
     validated_step: int = -1
     fingerprint: dict[str, Any] = field(default_factory=dict)
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, then put it in the place of `folder`. What was there stays until that is done."""
-    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (aside, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    aside.mkdir(parents=True)
-    write(aside)
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def recover_folder(folder: Path) -> Path:
-    """Undo a `write_folder` that was killed between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
-    return folder
 
 
 def save_training_state(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -94,10 +75,11 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     tensors = read_checkpoint(folder)
     made_with = FrozenPrefixConfig.from_pretrained(folder)
     check_identity(made_with.identity, model.config.identity)
-    heads = {name: p for name, p in model.trainable_state().items() if name.startswith("contrastive.")}
+    own = model.trainable_state()
+    heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():
         tensors |= heads
-    model.load_trainable(tensors, source=source)
+    copy_into(own, tensors, source)
     adapted = [part for part in FOLDERS if getattr(getattr(made_with, part), "peft", None) is not None]
     trained = [part for part, name in FOLDERS.items() if part in adapted or (folder / name).is_dir()]
     lost = [part for part in trained if part not in model.adapters]
@@ -109,7 +91,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     new = [part for part in model.adapters if part not in trained]
     if new:
         logger.info("%s has no adapters in: %s; they start anew", source, ", ".join(new))
-    model.load_adapters(folder, new=new)
+    model.adapters.load(folder, new=new)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:

@@ -1,38 +1,53 @@
-"""Figures of a run: always as JSON lines, on request to TensorBoard and Weights & Biases."""
+"""The log of a run: always `log.jsonl`, and through accelerate TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
+import uuid
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from frozenprefix.config.sections import TrackingSection
-from frozenprefix.errors import TrainingError
+from frozenprefix.errors import DataError, TrainingError
+from frozenprefix.utils import append_jsonl, read_jsonl, write_jsonl, write_text_atomic
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+PROJECT = "frozenprefix"
+# tracker: (module that it needs, extra of this package that installs it)
+TRACKERS = {
+    "tensorboard": ("torch.utils.tensorboard", "track"),
+    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio",) * 2,
+}
 
 
 class Tracker:
-    """Writes the figures of a run.
+    """Writes the numbers of a run. A context manager.
 
     Args:
-        output_dir: the run's folder; made when it is not there.
-        tracking: which trackers are wanted beside `log.jsonl`.
-        resume_step: the step that a resumed run goes on from: later lines of the log, which it will write again, are
-            dropped. 0 starts a new log.
+        output_dir: the run's folder; created if it does not exist.
+        tracking: which trackers to use beside `log.jsonl`.
+        resume_step: the step that a resumed run continues from: later lines of the log are removed, because the run
+            will write them again. 0 starts a new log.
         config: plain data that describes the run, for trackers that show it.
         enabled: False on every process but the main one, where nothing is written.
 
     Raises:
-        TrainingError: when the library of a wanted tracker is not installed, or the log of a resumed run is damaged.
+        TrainingError: when the library of a tracker is not installed, or the log of a resumed run is damaged.
+
+    Example:
+        >>> from frozenprefix.training.tracking import Tracker, read_log
+        >>> with Tracker(tmp_path) as tracker:
+        ...     tracker.log(1, {"loss": 0.5})
+        >>> read_log(tmp_path)
+        [{'step': 1, 'loss': 0.5}]
     """
 
     def __init__(
@@ -44,97 +59,67 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ):
-        self.enabled = enabled
-        self._log: Any = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self.path, self.enabled = Path(output_dir) / LOG_FILE, enabled
+        self.trackers: list[GeneralTracker] = []
         if not enabled:
             return
-        tracking = tracking or TrackingSection()
-        output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if tracking.tensorboard:
-            self._tensorboard = _open_tensorboard(output_dir, resume_step)
-        if tracking.wandb:
-            self._wandb = _open_wandb(output_dir, resume_step, dict(config or {}))
-        path = output_dir / LOG_FILE
-        _replace(path, _lines_until(path, resume_step) if resume_step else [])
-        self._log = path.open("a", encoding="utf-8")
+        rows = _read_rows(self.path) if resume_step and self.path.is_file() else []
+        for name in TRACKERS:
+            if getattr(tracking, name, False):
+                self.trackers.append(_start_tracker(name, self.path.parent, resume_step, dict(config or {})))
+        write_jsonl(self.path, [row for row in rows if row["step"] <= resume_step])
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the values of a step. Numbers that are not finite become the words "nan", "inf" and "-inf"."""
+        """Write the values of a step. Numbers that are not finite become the words "nan", "inf" and "-inf".
+
+        Trackers other than the log take numbers only.
+        """
         if not self.enabled:
             return
-        if self._log is None:
-            raise TrainingError("the tracker is closed, nothing can be logged any more")
-        row = {"step": step, **{name: _plain(value) for name, value in values.items()}}
-        self._log.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        self._log.flush()
+        append_jsonl(self.path, [{"step": step, **{name: _plain(value) for name, value in values.items()}}])
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
-        if self._tensorboard is not None:
-            for name, number in numbers.items():
-                self._tensorboard.add_scalar(name, number, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-
-    def close(self) -> None:
-        """Close every tracker; a second call does nothing."""
-        if self._log is not None:
-            self._log.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._log = self._tensorboard = self._wandb = None
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
-    """Read a run's `log.jsonl`. A last line that was cut off in writing is left out.
+    """Read the `log.jsonl` of a run. A last line that a killed process left unfinished is skipped.
 
     Raises:
         TrainingError: when there is no log, or another line of it is damaged.
+
+    Example:
+        >>> from frozenprefix.training import read_log
+        >>> _ = (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}')
+        >>> [row["loss"] for row in read_log(tmp_path)]
+        [2.5]
     """
     path = Path(output_dir) / LOG_FILE
     if not path.is_file():
-        raise TrainingError(f"{path}: no log there; is '{output_dir}' the folder of a run?")
-    return _parse(path)
+        raise TrainingError(f"{path}: no such log; is '{output_dir}' the output folder of a run?")
+    return _read_rows(path)
 
 
-def _parse(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
+    try:
+        for number, row in read_jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no step in it")
-        except ValueError as error:
-            if number == len(lines):
-                log.warning("%s:%d: the last line was cut off in writing, it is left out", path, number)
-                break
-            raise TrainingError(
-                f"{path}:{number}: got {line[:60]!r}, expected a JSON object with a step ({error}); "
-                "repair or move the file to go on"
-            ) from error
-        rows.append(row)
+                raise DataError(f"{path}:{number}: got {str(row)[:60]!r}, expected a JSON object with a step")
+            rows.append(row)
+    except DataError as error:
+        lines_before_last = path.read_bytes().rstrip(b"\n").count(b"\n")
+        if len(rows) < lines_before_last:
+            raise TrainingError(f"{error}; repair or move the file to go on") from error
+        logger.warning("%s:%d: the last line was cut off in writing and is skipped", path, len(rows) + 1)
     return rows
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    rows = _parse(path) if path.is_file() else []
-    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["step"] <= step]
-
-
-def _replace(path: Path, lines: list[str]) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _is_number(value: Any) -> bool:
@@ -155,49 +140,30 @@ def _plain(value: Any) -> Any:
     raise TrainingError(f"log value: got {type(value).__name__}, expected a number, text, list or dict of them")
 
 
-def _open_tensorboard(output_dir: Path, resume_step: int) -> Any:
+def _start_tracker(name: str, output_dir: Path, resume_step: int, config: dict[str, Any]) -> GeneralTracker:
+    module, extra = TRACKERS[name]
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import_module(module)
     except ImportError as error:
         raise TrainingError(
-            "tracking.tensorboard: got true, but TensorBoard is not installed; "
-            "pip install 'frozenprefix[track]', or set tracking.tensorboard=false"
+            f"tracking.{name}: got true, but {module} cannot be imported; pip install 'frozenprefix[{extra}]', or set "
+            f"tracking.{name}=false"
         ) from error
-    purge = resume_step + 1 if resume_step else None
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge)
-
-
-def _open_wandb(output_dir: Path, resume_step: int, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise TrainingError(
-            "tracking.wandb: got true, but Weights & Biases is not installed; "
-            "pip install 'frozenprefix[wandb]', or set tracking.wandb=false"
-        ) from error
-    # The run's id lies beside the log, so that a resumed run goes on in the same curves.
-    id_file = output_dir / "wandb_run_id"
-    if not resume_step or not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
-    return wandb.init(
-        project="frozenprefix",
-        name=output_dir.name,
-        dir=str(output_dir),
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        config=config,
-    )
-
-
-def progress_bar(shown: bool) -> Progress:
-    """The bar of a run, with a `note` behind every task; nothing where it is not `shown`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        disable=not shown,
-    )
+    tracker: GeneralTracker
+    if name == "tensorboard":
+        purge = resume_step + 1 if resume_step else None
+        tracker = TensorBoardTracker("tensorboard", logging_dir=output_dir, purge_step=purge)
+    elif name == "trackio":
+        resume = "allow" if resume_step else "never"
+        tracker = TrackioTracker(PROJECT, name=output_dir.name, resume=resume, config=config)
+    else:
+        # The run's id lies beside the log, so that a resumed run continues the same curves.
+        id_file = output_dir / "wandb_run_id"
+        if not resume_step or not id_file.is_file():
+            write_text_atomic(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text(encoding="utf-8")
+        tracker = WandBTracker(
+            PROJECT, name=output_dir.name, dir=str(output_dir), id=run_id, resume="allow", config=config
+        )
+    tracker.start()
+    return tracker

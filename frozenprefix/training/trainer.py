@@ -21,7 +21,6 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.checkpoints import load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
@@ -29,6 +28,7 @@ from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import validation_losses
+from frozenprefix.utils import progress_bar, write_text_atomic
 
 logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
@@ -79,7 +79,7 @@ class Trainer(BaseTrainer):
     def build_model(self) -> None:
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
-        refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
+        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
         if refusal:
             raise ConfigError(f"training.packing: {refusal}")
         logger.info("%s", count_parameters(self.model))
@@ -120,14 +120,13 @@ class Trainer(BaseTrainer):
         options = self._collation() | {"keep_samples": any(section is not None for section in others)}
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
-        task = self.bar.add_task("encoding texts", total=None, note="")
-        vectors = TextVectors.of(
-            self.recipe.model.vision_encoder,
-            [text for group in self.train_groups for sample in group.samples for text in sample.targets],
-            device=self.accelerator.device,
-            progress=lambda done, total: self.bar.update(task, completed=done, total=total),
-        )
-        self.bar.remove_task(task)
+        with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
+            vectors = TextVectors.of(
+                self.recipe.model.vision_encoder,
+                [text for group in self.train_groups for sample in group.samples for text in sample.targets],
+                device=self.accelerator.device,
+                progress=update,
+            )
         return TextOnlyCollator(self.processor, vectors, **options)
 
     def prepare_optimizer(self) -> None:
@@ -141,7 +140,7 @@ class Trainer(BaseTrainer):
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over the weights in place of ten
         )
-        self.model.set_total_steps(self.total_steps)
+        self.model.adapters.set_total_steps(self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
 
     # ── loop ──
@@ -178,7 +177,7 @@ class Trainer(BaseTrainer):
         checked = norm if self.accelerator.scaler is None else 0.0
         check_finite(self.progress.step + 1, loss, checked, learning_rate)
         self.optimizer.step()
-        ranks = self.model.update_adapters(self.progress.step + 1)  # reads the gradients
+        ranks = self.model.adapters.update(self.progress.step + 1)  # reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
         self.count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
@@ -256,14 +255,14 @@ class Trainer(BaseTrainer):
         self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
         if self.accelerator.is_main_process:
             summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
-            (self.output_dir / TEXT_FILE).write_text(json.dumps({**summary, "after": asdict(after)}, indent=2))
+            write_text_atomic(self.output_dir / TEXT_FILE, json.dumps({**summary, "after": asdict(after)}, indent=2))
         check_frozen_text(unchanged, trained=self.model.trains_text)
 
     # ── checkpoints ──
 
     def read_model(self, folder: Path) -> None:
         super().read_model(folder)
-        self.model.load_adapter_state(folder)
+        self.model.adapters.load_state(folder)
 
     def write_model(self, folder: Path) -> None:
         super().write_model(folder)
@@ -272,7 +271,7 @@ class Trainer(BaseTrainer):
 
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
-        self.model.save_adapter_state(folder)
+        self.model.adapters.save_state(folder)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -11,52 +11,7 @@ from torch import nn
 from frozenprefix.errors import CheckpointError
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.training import checkpoints
-from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state, write_folder
-
-
-def text_writer(text):
-    return lambda folder: (folder / "file.txt").write_text(text)
-
-
-def test_a_folder_is_replaced_and_nothing_is_left_beside(tmp_path):
-    folder = tmp_path / "last"
-    for text in ("one", "two"):
-        write_folder(folder, text_writer(text))
-        assert (folder / "file.txt").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_writer_that_fails_leaves_the_old_folder(tmp_path):
-    folder = tmp_path / "last"
-    write_folder(folder, text_writer("old"))
-
-    def fail(aside):
-        text_writer("half")(aside)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(folder, fail)
-    assert (folder / "file.txt").read_text() == "old"
-    write_folder(folder, text_writer("new"))
-    assert (folder / "file.txt").read_text() == "new"
-
-
-def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path):
-    folder = tmp_path / "last"
-    write_folder(folder, text_writer("old"))
-    folder.rename(tmp_path / ".last.old")
-    (tmp_path / ".last.new").mkdir()
-    assert checkpoints.recover_folder(folder) == folder
-    assert (folder / "file.txt").read_text() == "old"
-
-
-def test_killed_after_both_renames_the_new_folder_stays(tmp_path):
-    folder = tmp_path / "last"
-    write_folder(tmp_path / ".last.old", text_writer("old"))
-    write_folder(folder, text_writer("new"))
-    checkpoints.recover_folder(folder)
-    assert (folder / "file.txt").read_text() == "new"
-
+from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
 
 FINGERPRINT = {"seed": 1, "training.learning_rate": 0.1, "model": {"mapper": {"type": "mlp"}}}
 
