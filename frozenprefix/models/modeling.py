@@ -284,9 +284,11 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         inputs_embeds, shown = self.fuse(input_ids, prefix_embeds, attention_mask)
-        own_search = shown is None or not self.fusion.every_step
+        beams = None
+        if not args and (shown is None or not self.fusion.every_step):
+            beams = self.lm.beam_options(inputs_embeds.shape[1], kwargs)
         with self.fusion.showing(shown):
-            return self.lm.generate(inputs_embeds, attention_mask, *args, own_search=own_search, **kwargs)
+            return self.lm.generate(inputs_embeds, attention_mask, *args, beams=beams, **kwargs)
 
     # ── images and texts in one space ──
 
