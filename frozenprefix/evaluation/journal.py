@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from frozenprefix import __version__
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.freezing import hash_tensors
+from frozenprefix.version import __version__
 
 logger = logging.getLogger(__name__)
 
