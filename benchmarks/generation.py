@@ -40,7 +40,7 @@ def ours(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
 
 def transformers_search(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
     """The same through transformers' own beam search, batched and cached."""
-    embeds = model.map_features(features).to(model.compute_dtype)
+    embeds = model.map_features(features).to(model.lm.dtype)
     made = model.language_model.generate(
         inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), num_beams=BEAMS,
         max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, do_sample=False,

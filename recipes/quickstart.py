@@ -64,7 +64,7 @@ def main(overrides: list[str]) -> None:
     evaluation_started = time.monotonic()
     test = {**recipe.data.train[0], "split": "test", "limit": recipe.evaluation.limit or IMAGES}
     samples = load_source(test)
-    captioner = Captioner.from_pretrained(trained.best, batch_size=recipe.evaluation.batch_size)
+    captioner = Captioner.from_pretrained(trained.best)
     vqa, answers = evaluate_task(captioner, samples, "vqa", trained.output_dir, console)
     caption, captions = evaluate_task(captioner, samples, "caption", trained.output_dir, console)
     vqa = with_question_types(vqa, Counter(str(sample.metadata.get("question_type")) for sample in samples))

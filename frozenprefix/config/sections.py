@@ -215,11 +215,10 @@ class TrainingSection(RunSection):
 
 
 class EvaluationSection(RecipeSection):
-    """How captions and answers are generated when a run is evaluated."""
+    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on."""
 
-    num_beams: int = Field(5, ge=1)
-    max_new_tokens: int = Field(30, ge=1)
-    batch_size: int = Field(32, ge=1)
+    num_beams: int | None = Field(None, ge=1, description="null for the task's own: 5 for captions, 1 for answers")
+    max_new_tokens: int | None = Field(None, ge=1, description="null for the task's own: 30 or 10")
     limit: int | None = Field(None, ge=1, description="images; null for all")
     text: str | None = Field(None, description="a text file, on which the LM is measured before and after training")
 

@@ -1,134 +1,137 @@
-"""Image files → RGB images, and the book of those that could not be read."""
+"""Image files of a data set: finding them, and the record of those that could not be read."""
 
 from __future__ import annotations
 
-import errno
-import io
-import json
-import struct
+import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.utils import write_jsonl
+from frozenprefix.utils.images import decode_image, image_endings, load_image, read_image, to_image
 
-#: Larger images are refused before any pixel is decoded (Pillow's own warning limit: a quarter of a gigabyte as RGB).
-MAX_PIXELS = 89_478_485
+__all__ = [
+    "BadImages",
+    "decode_image",
+    "find_images",
+    "image_ending",
+    "load_image",
+    "read_image",
+    "report_left_out",
+    "to_image",
+    "walk_files",
+]
 
-# Formats that Pillow renders by starting another program or a system library.
-_RENDERED_FORMATS = frozenset({"EPS", "WMF"})
-
-# What Pillow's decoders raise for broken files; found by feeding them such files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    struct.error,
-)
-
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+log = logging.getLogger(__name__)
 
 
-def load_image(path: str | PathLike[str]) -> Image.Image:
-    """Read an image file as upright 8-bit RGB.
+def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path]:
+    """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
 
-    Transparent parts become white, 16-bit values are scaled to 8 bits, an animation gives its first frame, and the
-    orientation that the camera noted is applied.
+    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are passed over.
+
+    Args:
+        hidden: takes what was passed over.
+
+    Example:
+        >>> [path.name for path in walk_files(data_folder)][0]
+        '0.png'
+    """
+    yield from _walk(root, (), [] if hidden is None else hidden)
+
+
+def _walk(folder: Path, above: tuple[Path, ...], hidden: list[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:
+        log.warning("%s: is a link to a folder above it and is left out", folder)
+        return
+    files, folders = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            hidden.append(path)
+        elif entry.is_dir():
+            folders.append(path)
+        elif entry.is_file():
+            files.append(path)
+    yield from files
+    for path in folders:
+        yield from _walk(path, (*above, real), hidden)
+
+
+def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path]:
+    """All images under a folder, sorted by path. What is left out is counted in the log.
+
+    Args:
+        endings: of the file names, in small letters with the dot; default: everything that Pillow reads.
 
     Raises:
-        BadImageError: with reason `missing`, `empty`, `unreadable`, `not_an_image`, `truncated`, `too_large` or
-            `unsupported`.
+        DataError: there is none.
+
+    Example:
+        >>> len(find_images(data_folder))
+        12
     """
-    return decode_image(read_image(path), path)
+    wanted = frozenset(image_endings() if endings is None else endings)
+    hidden: list[Path] = []
+    files = list(walk_files(root, hidden=hidden))
+    images = sorted(path for path in files if path.suffix.lower() in wanted)
+    if not images:
+        shown = endings or (".jpg", ".png", ".webp", "…")
+        raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(shown))}")
+    others = [path for path in files if path.suffix.lower() not in wanted]
+    reasons = Counter({"hidden": len(hidden), "no image by its name": len(others)})
+    report_left_out(root, len(files) + len(hidden), reasons, what="names", examples=[*hidden, *others])
+    return images
 
 
-def read_image(path: str | PathLike[str]) -> bytes:
-    """Return the bytes of an image file, or raise `BadImageError` (`missing`, `empty`, `unreadable`)."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        reason = "missing" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "unreadable"
-        raise BadImageError(reason, f"{path}: {error.strerror or error}") from error
-    if not data:
-        raise BadImageError("empty", f"{path}: the file has no bytes")
-    return data
+def image_ending(name: str) -> str:
+    """The ending of an image's name, in small letters; "" when it is not one of an image.
+
+    Example:
+        >>> image_ending("A.JPG"), image_ending("a.txt")
+        ('.jpg', '')
+    """
+    ending = Path(name).suffix.lower()
+    return ending if ending in image_endings() else ""
 
 
-def decode_image(data: bytes, name: str | PathLike[str]) -> Image.Image:
-    """Decode the bytes of an image file as `load_image` does; `name` is for the message."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError("too_large", f"{name}: {error}") from error
-    except _DECODE_ERRORS as error:
-        raise BadImageError("not_an_image", f"{name}: no known image format in its {len(data)} bytes") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImageError(
-            "too_large", f"{name}: {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}"
-        )
-    if image.format in _RENDERED_FORMATS:
-        raise BadImageError("unsupported", f"{name}: {image.format} is a drawing format; convert it to PNG")
-    try:
-        image.load()
-    except _DECODE_ERRORS as error:
-        raise BadImageError(
-            "truncated", f"{name}: {image.format} that cannot be decoded to its end ({error})"
-        ) from error
-    return _upright(_to_rgb(image, name), image)
+def report_left_out(
+    where: Path | str,
+    total: int,
+    reasons: Mapping[str, int],
+    *,
+    what: str = "rows",
+    examples: Collection[Path | str] = (),
+) -> None:
+    """Log how many of `total` rows (or names, …) are left out, by reason. If all are, that is an error.
 
-
-def _to_rgb(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
-    try:
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return image.convert("RGB")
-    except ValueError as error:
-        raise BadImageError("unsupported", f"{name}: mode {image.mode} cannot become RGB ({error})") from error
-
-
-def _to_8_bits(values: np.ndarray, name: str | PathLike[str]) -> np.ndarray:
-    """Scale 16-bit values by 255/65535. Wider ones name no white point, so least and greatest become 0 and 255."""
-    wide = values.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise BadImageError("unsupported", f"{name}: has pixels that are not finite numbers")
-    low, high = 0.0, 65535.0
-    if values.dtype.kind == "f" or wide.min() < low or wide.max() > high:
-        low, high = wide.min(), max(wide.max(), wide.min() + 1e-12)
-    return np.rint((wide - low) * (255.0 / (high - low))).astype(np.uint8)
-
-
-def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    try:
-        orientation = original.getexif().get(_ORIENTATION_TAG)
-    except _DECODE_ERRORS:
-        return rgb  # a broken note about the camera says nothing about the image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
+    Raises:
+        DataError: nothing is left.
+    """
+    left_out = sum(reasons.values())
+    if not left_out:
+        return
+    counts = ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common() if count)
+    if left_out == total:
+        raise DataError(f"{where}: all of its {total} {what} are left out ({counts}); check where the images are")
+    named = [str(example) for example in list(examples)[:3]]
+    listed = f" ({', '.join(named)}{', …' if len(examples) > len(named) else ''})" if named else ""
+    log.warning("%s: %d of %d %s are left out: %s%s", where, left_out, total, what, counts, listed)
 
 
 class BadImages:
-    """Images that could not be used, each counted once, by reason."""
+    """Images that could not be used, each counted once, by reason.
+
+    Example:
+        >>> bad = BadImages()
+        >>> bad.record("a.jpg", BadImageError("missing", "a.jpg: No such file"))
+        >>> bad.counts
+        {'missing': 1}
+    """
 
     def __init__(self) -> None:
         self._errors: dict[str, BadImageError] = {}
@@ -153,8 +156,7 @@ class BadImages:
 
     def write(self, path: str | PathLike[str]) -> None:
         """Write one JSON object a line: `image`, `reason`, `message`."""
-        rows = ({"image": name, "reason": error.reason, "message": str(error)} for name, error in self)
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(path, ({"image": name, "reason": error.reason, "message": str(error)} for name, error in self))
         self._written = Path(path)
 
     def check(self, total: int, max_share: float = 0.01) -> None:

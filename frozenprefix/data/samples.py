@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from frozenprefix.data.images import report_left_out
 from frozenprefix.errors import DataError
+from frozenprefix.utils import content_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,12 @@ class Sample:
             place of `prompt`. Marks in any question, or none, as in a prompt. None: no chat.
         split: "train", "val", "test", or whatever name the source gives.
         task: "caption", "vqa", or "classification", whose one target is the label.
-        metadata: what the source knows beyond that. For "vqa", `answers` holds every human answer.
+        metadata: further fields of the source. For "vqa", `answers` holds every human answer.
+        where: file and line that the sample was read from, for messages.
+
+    Example:
+        >>> Sample("1", (Path("1.jpg"),), ("a dog",)).task
+        'caption'
     """
 
     id: str
@@ -37,25 +44,89 @@ class Sample:
     split: str | None = None
     task: str = "caption"
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    where: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """How messages call the sample: its id, and where it was read."""
+        return f"sample '{self.id}'" + (f" ({self.where})" if self.where else "")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGroup:
-    """The samples that show exactly the same images in the same order."""
+    """The samples that show exactly the same images in the same order.
+
+    Example:
+        >>> ImageGroup((Path("1.jpg"),), ()).images[0].name
+        '1.jpg'
+    """
 
     images: tuple[Path, ...]
     samples: tuple[Sample, ...]
 
 
 def group_by_images(samples: Iterable[Sample]) -> list[ImageGroup]:
-    """Group samples by their images. Groups, and samples within one, keep the order in which they are first seen."""
+    """Group samples by their images. Groups, and samples within one, keep the order in which they are first seen.
+
+    Example:
+        >>> one, two = Sample("1", (Path("1.jpg"),), ()), Sample("2", (Path("1.jpg"),), ())
+        >>> [[sample.id for sample in group.samples] for group in group_by_images([one, two])]
+        [['1', '2']]
+    """
     groups: dict[tuple[Path, ...], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.images, []).append(sample)
     return [ImageGroup(images, tuple(members)) for images, members in groups.items()]
 
 
-def swap_images(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
+def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
+    """The samples that have a target that is not blank, without their blank ones. The rest is counted in the log.
+
+    Training, validation and evaluation all read samples through this.
+
+    Args:
+        where: names the samples in messages: "data.train".
+
+    Raises:
+        DataError: no sample has a target.
+
+    Example:
+        >>> samples = [Sample("1", (), ("a dog", " ")), Sample("2", (), ())]
+        >>> [(sample.id, sample.targets) for sample in with_targets(samples, where="data.train")]
+        [('1', ('a dog',))]
+    """
+    kept, without, total, blank = [], 0, 0, 0
+    for sample in samples:
+        total += 1
+        targets = tuple(text for text in sample.targets if text.strip())
+        if not targets:
+            without += 1
+            continue
+        blank += len(sample.targets) - len(targets)
+        kept.append(sample if len(targets) == len(sample.targets) else replace(sample, targets=targets))
+    report_left_out(where, total, {"no target": without}, what="samples")
+    if blank:
+        report_left_out(where, sum(len(sample.targets) for sample in kept) + blank, {"blank": blank}, what="targets")
+    return kept
+
+
+def digest_samples(samples: Sequence[Sample]) -> dict[str, str | int]:
+    """What a run depends on of its samples: their number, and hashes of ids, images and texts.
+
+    Example:
+        >>> sorted(digest_samples([Sample("1", (Path("1.jpg"),), ("a dog",))]))
+        ['ids', 'images', 'prompts', 'samples', 'targets']
+    """
+    columns = {
+        "ids": (sample.id for sample in samples),
+        "images": ("\0".join(map(str, sample.images)) for sample in samples),
+        "prompts": (repr((sample.prompt, sample.question, sample.history)) for sample in samples),
+        "targets": ("\0".join(sample.targets) for sample in samples),
+    }
+    return {"samples": len(samples)} | {name: content_hash("\n".join(texts))[:16] for name, texts in columns.items()}
+
+
+def swap_images(image_sets: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
     """For each tuple of images as many others, none of them its own: what a sample is shown when it is shuffled.
 
     That is the next tuple with as many images, from half of these on, that shares none with it; where there is none,
@@ -63,22 +134,27 @@ def swap_images(shown: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tup
 
     Raises:
         DataError: when a tuple has all images that there are.
+
+    Example:
+        >>> one, two = (Path("1.jpg"),), (Path("2.jpg"),)
+        >>> swap_images([one, two]) == {one: two, two: one}
+        True
     """
-    alike: dict[int, list[tuple[Path, ...]]] = {}
-    for images in dict.fromkeys(shown):
-        alike.setdefault(len(images), []).append(images)
+    by_size: dict[int, list[tuple[Path, ...]]] = {}
+    for images in dict.fromkeys(image_sets):
+        by_size.setdefault(len(images), []).append(images)
     swapped = {}
-    for same in alike.values():
-        for place, images in enumerate(same):
-            own, start = set(images), place + len(same) // 2
-            later = (same[(start + step) % len(same)] for step in range(len(same)))
-            found = next((others for others in later if own.isdisjoint(others)), None)
-            swapped[images] = found or _foreign(shown, images)
+    for alike in by_size.values():
+        for place, images in enumerate(alike):
+            own, start = set(images), place + len(alike) // 2
+            later = (alike[(start + step) % len(alike)] for step in range(len(alike)))
+            disjoint = next((others for others in later if own.isdisjoint(others)), None)
+            swapped[images] = disjoint or _other_images(image_sets, images)
     return swapped
 
 
-def _foreign(shown: Sequence[tuple[Path, ...]], own: tuple[Path, ...]) -> tuple[Path, ...]:
-    others = dict.fromkeys(path for images in shown for path in images if path not in own)
+def _other_images(image_sets: Sequence[tuple[Path, ...]], own: tuple[Path, ...]) -> tuple[Path, ...]:
+    others = dict.fromkeys(path for images in image_sets for path in images if path not in own)
     if not others:
         raise DataError(
             f"shuffled images need at least 2 different images, and here are only those of one sample: {own[0]}"
@@ -87,15 +163,22 @@ def _foreign(shown: Sequence[tuple[Path, ...]], own: tuple[Path, ...]) -> tuple[
 
 
 def check_unique_ids(samples: Iterable[Sample]) -> None:
-    """Raise `DataError` when two samples share an id: predictions are matched to references by it."""
-    seen: set[str] = set()
-    repeated: dict[str, None] = {}
+    """Raise `DataError` when two samples share an id: predictions are matched to references by it.
+
+    Example:
+        >>> check_unique_ids([Sample("1", (), ()), Sample("1", (), ())])
+        Traceback (most recent call last):
+        frozenprefix.errors.DataError: sample id: 1 ids occur more than once ('1'), expected unique ids; ...
+    """
+    seen: dict[str, Sample] = {}
+    repeated: dict[str, str] = {}
     for sample in samples:
-        if sample.id in seen:
-            repeated[sample.id] = None
-        seen.add(sample.id)
+        other = seen.setdefault(sample.id, sample)
+        if other is not sample and sample.id not in repeated:
+            places = " and ".join(dict.fromkeys(place for place in (other.where, sample.where) if place))
+            repeated[sample.id] = f"{sample.id!r}" + (f" in {places}" if places else "")
     if repeated:
-        shown = ", ".join(repr(name) for name in list(repeated)[:3])
+        shown = ", ".join(list(repeated.values())[:3])
         raise DataError(
             f"sample id: {len(repeated)} ids occur more than once ({shown}), expected unique ids; "
             "give joined sources different `name`s"

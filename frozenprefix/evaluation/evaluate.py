@@ -14,7 +14,13 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.samples import folder_samples, folder_training_samples, recipe_samples, recipe_storage
+from frozenprefix.evaluation.samples import (
+    folder_samples,
+    folder_training_samples,
+    recipe_defaults,
+    recipe_samples,
+    recipe_storage,
+)
 from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
 from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
@@ -51,8 +57,10 @@ def evaluate_checkpoint(
         task: one of `TASKS.names()`.
         data: the folder; the validation sources of the checkpoint's recipe when None, with its training sources for
             baselines.
-        split: which rows of the folder; all when None. limit: the first so many images.
-        num_beams: the task's own number when None: 5 for captions and 1 for answers.
+        split: which rows of the folder; all when None.
+        limit: the first so many images; what the checkpoint's recipe says when None.
+        num_beams: what the checkpoint's recipe says when None, or else the task's own number: 5 for captions and 1 for
+            answers.
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
         feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
         restart: throw away what a killed evaluation has left.
@@ -69,11 +77,16 @@ def evaluate_checkpoint(
     chosen, processes = TASKS.get(task), Processes.current()
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
+    defaults = recipe_defaults(checkpoint)
+    limit = limit or defaults.limit
+    if num_beams is None and chosen.takes_beams:
+        num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = recipe_storage(checkpoint)
     options = EvaluationOptions(
         predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
         num_beams=num_beams,
+        max_new_tokens=defaults.max_new_tokens,
         train_samples=train,
         max_bad_share=max_bad_share,
         features=storage if feature_cache is None else FeatureStorage(feature_cache, storage.feature_dtype),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.config import load_checkpoint_recipe
+from frozenprefix.config import Recipe, load_checkpoint_recipe
+from frozenprefix.config.sections import EvaluationSection
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
@@ -22,7 +23,7 @@ _ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
 
 def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
     """The samples of one task in a folder; `options` are those of its data source."""
-    sources = [{**source, **options} for source in detect_sources(data)]
+    sources = [{**source, **options} for source in detect_sources(data, options.get("split"))]
     for source in sources:
         source |= _ASKED_FOR.get((source["type"], task), {})
         if source["type"] == "image_folder" and source.get("split") is not None:
@@ -68,3 +69,9 @@ def recipe_storage(checkpoint: str | Path) -> FeatureStorage:
         return FeatureStorage()
     place = recipe.data.feature_cache
     return FeatureStorage(place if place == "off" or Path(place).is_dir() else "auto", recipe.data.feature_dtype)
+
+
+def recipe_defaults(checkpoint: str | Path) -> EvaluationSection:
+    """Defaults of an evaluation in the checkpoint's recipe."""
+    recipe = load_checkpoint_recipe(checkpoint)
+    return recipe.evaluation if isinstance(recipe, Recipe) else EvaluationSection()

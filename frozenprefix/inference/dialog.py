@@ -56,7 +56,7 @@ class Dialog:
         *,
         system: str | None = None,
     ):
-        if model.language_model.config.is_encoder_decoder:
+        if not model.lm.keeps_history:
             raise ConfigError("a dialog continues one text, so it needs a decoder-only language model")
         self.model = model.eval()
         self.processor = processor
@@ -85,8 +85,7 @@ class Dialog:
     @property
     def context(self) -> int | None:
         """Tokens of a history and its reply that the LM can read; None where nothing limits them."""
-        places = getattr(self.model.language_model.config.get_text_config(), "max_position_embeddings", None)
-        return None if places is None else places - self.model.num_virtual_tokens
+        return self.model.lm.max_positions
 
     def ask(self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
         """Say something and get the whole reply; arguments and errors as of `stream`."""
@@ -174,7 +173,7 @@ class Dialog:
         """Let the LM continue, and put question and reply into the history."""
         language_model = cast(Any, self.model.language_model)
         ids = torch.tensor([turn.ids], device=self.model.device)
-        inputs_embeds, shown = self.model.embed_shown(ids, turn.prefix_embeds)
+        inputs_embeds, shown = self.model.fuse(ids, turn.prefix_embeds)
         cache = self._take_cache(turn.ids)
         known = cache.get_seq_length() if cache is not None else 0
         if shown is not None:

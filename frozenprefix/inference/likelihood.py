@@ -11,8 +11,6 @@ from torch import Tensor
 
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.models.language_model.decoder_only import refuse_rows
-from frozenprefix.models.language_model.loading import cap
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing.trie import PackedBatch, Target, pack
 from frozenprefix.models.processing import IMAGE_TOKEN
@@ -92,7 +90,7 @@ def log_likelihoods(
     """
     counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
     longest = max(len(target.input_ids) for group in groups for target in group)
-    packable = refuse_rows(model.language_model, longest) is None
+    packable = model.lm.packing_problem(longest) is None
     known: dict[tuple[int, int], list[_Row]] = {}
     units: list[tuple[int, int, _Row]] = []  # group, its first image, row
     firsts = accumulate(counts, initial=0)
@@ -184,11 +182,10 @@ def _score(
     """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first image."""
     packed = _stack(rows, model.placeholders_per_image).to(model.device)
     hidden = model.packed_hidden(packed, prefix_embeds)
-    _, head, softcap = model.parts()
     values = torch.empty(len(packed.edge_label), device=hidden.device)
     for start in range(0, len(hidden), LOGIT_ROWS):
         # [K', D_lm] -> [K', V]
-        logits = cap(head(hidden[start : start + LOGIT_ROWS]).float(), softcap)
+        logits = model.lm.logits(hidden[start : start + LOGIT_ROWS], torch.float32)
         mine = (packed.edge_source >= start) & (packed.edge_source < start + LOGIT_ROWS)
         at = packed.edge_source[mine] - start
         values[mine] = logits[at, packed.edge_label[mine]] - logits.logsumexp(dim=-1)[at]

@@ -1,8 +1,10 @@
-"""The frozen contract: no gradient, evaluation mode for good, not one bit changed."""
+"""Frozen parts: no gradient, always in evaluation mode, not one bit of a parameter or buffer changed."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,13 +15,50 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def freeze(module: Module) -> Module:
-    """Take `module` out of training: no parameter needs a gradient, dropout and batch-norm statistics stand still."""
+    """Switch off gradients and set evaluation mode, so that dropout is off and batch-norm statistics do not move.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.freezing import freeze
+        >>> freeze(nn.Linear(2, 2)).weight.requires_grad
+        False
+    """
     module.requires_grad_(False)
     return module.eval()
 
 
+@contextmanager
+def evaluating(model: Module) -> Iterator[Module]:
+    """Evaluation mode and no gradients inside the block; afterwards every submodule has the mode it had before.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.freezing import evaluating
+        >>> model = nn.Dropout()
+        >>> with evaluating(model):
+        ...     print(model.training, torch.is_grad_enabled())
+        False False
+        >>> model.training
+        True
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of parameters and buffers."""
+    """SHA-256 over names, dtypes, shapes and bytes of parameters and buffers.
+
+    Example:
+        >>> from frozenprefix.models.freezing import hash_tensors
+        >>> hash_tensors({"weight": torch.zeros(2)})[:8]
+        'b7bc6528'
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -29,7 +68,14 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters that are not trained, and all buffers of modules that hold no trained parameter."""
+    """All parameters without a gradient, and all buffers of modules without a trained parameter.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.freezing import freeze, frozen_tensors
+        >>> sorted(frozen_tensors(freeze(nn.BatchNorm1d(2))))
+        ['.num_batches_tracked', '.running_mean', '.running_var', 'bias', 'weight']
+    """
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if not any(p.requires_grad for p in module.parameters()):
@@ -39,6 +85,8 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ParameterCount:
+    """Numbers of trained and of frozen parameters."""
+
     trainable: int
     frozen: int
 
@@ -48,5 +96,13 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters of a model.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.freezing import count_parameters
+        >>> print(count_parameters(nn.Linear(3, 4)))
+        trainable parameters: 16 (100.00%), frozen: 0
+    """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, trained in sizes if not trained))

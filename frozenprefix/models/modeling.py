@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +15,20 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.checkpoint import AdaptedCheckpoint, check_identity
-from frozenprefix.models.configuration import (
-    FrozenPrefixConfig,
-)
-from frozenprefix.models.contrastive.heads import ContrastiveHeads, ImageTextEmbedding
+from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save_checkpoint, trainable_state
+from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.fusion import Shown, build_fusion, index_placeholders
-from frozenprefix.models.generation import ImageGeneration
-from frozenprefix.models.language_model import encoder_decoder as seq2seq
-from frozenprefix.models.language_model.decoder_only import RowReading
-from frozenprefix.models.language_model.encoder_decoder import check_seq2seq, is_seq2seq
-from frozenprefix.models.language_model.loading import (
-    embedding_rms,
-    fuse_activations,
-    load_language_model,
-    positions_from_mask,
-    start_token,
-    word_embeddings,
-)
+from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
+from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
+
+PARTS = ("vision_encoder", "language_model")
 
 
 @dataclass
@@ -56,26 +48,32 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(
-    AdaptedCheckpoint, RowReading, ImageTextEmbedding, ImageGeneration, PreTrainedModel, GenerationMixin
-):
-    """A frozen vision encoder, a trainable mapper, and a frozen causal LM that the fusion shows the mapper's output.
+class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 
     Args:
         config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, language_model: ready-made parts instead (a `VisionEncoder`, any causal or
-            encoder-decoder LM of transformers, or a
-            peft model around one, whose adapter stays as trainable or frozen as it is).
+        vision_encoder, language_model: ready-made parts instead: a `VisionEncoder`; any causal or encoder-decoder LM
+            of transformers, or a peft model around one, whose adapter stays as trainable or frozen as it is.
 
     The mapper's weights stay float32; the LM and the encoder run in the dtype that their config sections name.
+
+    Attributes:
+        vision_encoder, mapper, fusion: images -> features -> prefix embeddings -> into the LM.
+        lm: the frozen language model, a `FrozenLM`.
+        adapters: peft's adapters in the frozen parts, an `AdapterSet`.
+        contrastive: heads for `encode_image` and `encode_text`, or None.
+
+    Example:
+        >>> inputs = processor(image, "<image>", return_tensors="pt")
+        >>> model.generate(**inputs, max_new_tokens=4).shape
+        torch.Size([1, 4])
+        >>> model(**inputs).logits.shape  # a prefix of 2, and 300 words
+        torch.Size([1, 2, 300])
     """
 
     config_class = FrozenPrefixConfig
-    part_names = ("vision_encoder", "language_model")
     config: FrozenPrefixConfig
-    vision_encoder: VisionEncoder
-    language_model: PreTrainedModel
-    mapper: nn.Module
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
     # transformers' checkpointing does nothing in evaluation mode, in which the frozen LM always is
@@ -95,60 +93,38 @@ class FrozenPrefixForConditionalGeneration(
             built = build_vision_encoder(config.vision_encoder)
             vision_encoder, identity["vision_encoder"] = built.module, built.identity
         if language_model is None:
-            section = config.language_model
-            language_model, identity["language_model"] = load_language_model(section)
+            language_model, identity["language_model"] = load_language_model(config.language_model)
         language_model, peft_model = split_peft_model(language_model)
-        if is_seq2seq(language_model):
-            check_seq2seq(language_model)
         check_identity(config.identity, identity)
         config.identity = {**config.identity, **identity}
 
         self.vision_encoder = self._freeze_encoder(vision_encoder)
-        self.language_model = freeze_around(fuse_activations(language_model), peft_model)
-        self.add_adapters(peft_model)
-        lm_dim = word_embeddings(language_model).weight.shape[1]
+        self.lm = wrap_language_model(freeze_around(language_model, peft_model))
+        # before the fusion, whose hooks then run outside of peft's layers
+        self.adapters = AdapterSet.from_config(config, language_model, vision_encoder, peft_model)
+        self.lm.num_virtual_tokens = self.adapters.num_virtual_tokens
         self.mapper = build_mapper(
             config.mapper,
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
-            lm_dim=lm_dim,
+            lm_dim=self.lm.dim,
             embedding_rms=embedding_rms(language_model),
         )
-        self.fusion = build_fusion(config.fusion, language_model, lm_dim)
+        self.fusion = build_fusion(config.fusion, language_model, self.lm.dim)
+        self.adapters.follow(self.fusion)
         heads = config.contrastive
-        self.contrastive = None if heads is None else ContrastiveHeads(lm_dim, dim=heads.dim, loss=heads.loss)
-        self._start_token = None if self.fusion.is_prefix else start_token(language_model)
-        self._decoder_and_head: tuple[nn.Module, nn.Module, float | None] | None = None
+        self.contrastive = None if heads is None else ContrastiveHeads(self.lm.dim, dim=heads.dim, loss=heads.loss)
+        self._start_token = None if self.fusion.is_prefix else self.lm.start_token
         self.generation_config = language_model.generation_config
         self.post_init()
 
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
         if self.config.vision_encoder is None:
             return freeze(vision_encoder)
-        section = self.config.vision_encoder
-        return train_encoder(vision_encoder, section.trainable, getattr(torch, section.dtype))
+        config = self.config.vision_encoder
+        return train_encoder(vision_encoder, config.trainable, getattr(torch, config.dtype))
 
-    def init_weights(self) -> None:
-        """Parts arrive with their weights; transformers' own initialisation must not touch them."""
-
-    def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
-        """Set the mapper's mode; frozen parts stay in evaluation mode, around their adapters."""
-        super().train(mode)
-        for name in self.part_names:
-            getattr(self, name).eval()
-        for adapter in self.adapters.values():
-            adapter.train(mode)
-        return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.language_model.dtype
+    # ── encode → map → fuse → language model ──
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """float[images, 3, H, W] -> image_features: float[images, N, D_enc], with a gradient if any is trained."""
@@ -159,7 +135,7 @@ class FrozenPrefixForConditionalGeneration(
     def map_features(self, image_features: Tensor) -> Tensor:
         """float[images, N, D_enc] -> prefix_embeds: float[images, P, D_lm].
 
-        The mapper's float32 weights are used in the LM's compute dtype, through autocast.
+        The mapper's float32 weights are used in the LM's dtype, through autocast.
         """
         expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
         if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
@@ -170,17 +146,54 @@ class FrozenPrefixForConditionalGeneration(
         image_features = image_features.float()
         if self.config.unit_features:
             image_features = F.normalize(image_features, dim=-1)
-        half = self.compute_dtype != torch.float32
-        with torch.autocast(image_features.device.type, dtype=self.compute_dtype if half else None, enabled=half):
+        half = self.lm.dtype != torch.float32
+        with torch.autocast(image_features.device.type, dtype=self.lm.dtype if half else None, enabled=half):
             return self.mapper(image_features)
 
     def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
-        """Prefix embeddings of images, or of features made earlier; None without either."""
+        """Prefix embeddings float[images, P, D_lm] of images or of their features; None without either."""
         if pixel_values is not None and image_features is not None:
             raise ConfigError("give pixel_values or image_features, not both")
         if pixel_values is not None:
             image_features = self.encode(pixel_values)
         return None if image_features is None else self.map_features(image_features)
+
+    def fuse(
+        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Shown | None]:
+        """Put images into a text: int64[B, T] -> inputs_embeds: float[B, T, D_lm].
+
+        Returns:
+            The embeddings, and which image each token sees, for `fusion.showing` while the LM reads them.
+        """
+        image_token_id = self.config.image_token_id
+        if input_ids is None or image_token_id is None:
+            missing = "input_ids" if input_ids is None else "config.image_token_id"
+            raise DataError(f"{missing}: got None; the processor gives input_ids, and knows the id of <image>")
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
+        images = 0 if prefix_embeds is None else len(prefix_embeds)
+        prefix_index = index_placeholders(input_ids, image_token_id, images * self.placeholders_per_image)
+        return self._fuse_at(input_ids, prefix_index, prefix_index.cummax(dim=1).values, prefix_embeds)
+
+    def _fuse_at(
+        self, input_ids: Tensor, prefix_index: Tensor, shown_index: Tensor, prefix_embeds: Tensor | None
+    ) -> tuple[Tensor, Shown | None]:
+        """As `fuse`, with known placeholders; the indices are those of `PackedBatch`."""
+        if self._start_token is None:
+            inputs_embeds = fuse_prefix(self.lm.embed, input_ids, prefix_index, prefix_embeds)
+        else:
+            inputs_embeds = self.lm.embed(input_ids.masked_fill(prefix_index >= 0, self._start_token))
+        if prefix_embeds is None:
+            return inputs_embeds, None
+        image = shown_index.div(self.placeholders_per_image, rounding_mode="floor")
+        return inputs_embeds, Shown(prefix_embeds, prefix_index, image)
+
+    @property
+    def placeholders_per_image(self) -> int:
+        """Places that an image takes in the text."""
+        return self.fusion.placeholders(self.config.prefix_length)
 
     def forward(
         self,
@@ -188,11 +201,9 @@ class FrozenPrefixForConditionalGeneration(
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         packed: PackedBatch | None = None,
         cache: Any = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FrozenPrefixOutput:
         """Run the model on a plain batch, or on a packed one (`packed` alone, without `input_ids`).
@@ -203,65 +214,160 @@ class FrozenPrefixForConditionalGeneration(
             attention_mask: int64[B, T], 0 on padding (either side).
             labels: int64[B, T], -100 where nothing is learned; shifted inside, as in transformers. With an
                 encoder-decoder LM int64[B, L], what its decoder writes.
+            kwargs: further arguments of the LM: `position_ids`, `logits_to_keep`, …
 
         Raises:
             DataError: when placeholders and images do not match.
         """
-        cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         # [images, 3, H, W] -> [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
-            penalty = self.adapter_penalty() if self.training else 0.0
+            penalty = self.adapters.penalty() if self.training else 0.0
             return FrozenPrefixOutput(self.packed_loss(packed, prefix_embeds) + penalty, prefix_embeds=prefix_embeds)
-        if is_seq2seq(self.language_model):
-            made = seq2seq.forward(self, input_ids, prefix_embeds, attention_mask, labels)
-            return FrozenPrefixOutput(*made, None, prefix_embeds)
+        if input_ids is not None:
+            input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         # [B, T] -> [B, T, D_lm]
-        inputs_embeds, shown = self.embed_shown(input_ids, prefix_embeds, attention_mask)
-        if position_ids is None and attention_mask is not None and cache is None:
-            position_ids = positions_from_mask(attention_mask)
-        # -> [B, T, V]
+        inputs_embeds, shown = self.fuse(input_ids, prefix_embeds, attention_mask)
+        kwargs[CACHE] = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
+        # [B, T, D_lm] -> [B, T, V]
         with self.fusion.showing(shown):
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                logits_to_keep=logits_to_keep,
-                **{CACHE: cache},
-                **kwargs,
-            )
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
-        return FrozenPrefixOutput(loss, outputs.logits, outputs.get(CACHE), prefix_embeds)
+            output = self.lm(inputs_embeds, attention_mask, labels, **kwargs)
+        return FrozenPrefixOutput(output.loss, output.logits, output.cache, prefix_embeds)
 
-    def embed(
-        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Word and prefix embeddings in one sequence: int64[B, T] -> float[B, T, D_lm]."""
-        return self.embed_shown(input_ids, prefix_embeds, attention_mask)[0]
+    def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
+        """Mean loss over the trained tokens of packed rows: a float32 scalar."""
+        rows = self.lm.layout(packed)
+        inputs_embeds, shown = self._fuse_at(rows.input_ids, rows.prefix_index, rows.shown_index, prefix_embeds)
+        with self.fusion.showing(shown):
+            return self.lm.loss(rows, inputs_embeds) / packed.num_tokens
 
-    def embed_shown(
-        self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Shown | None]:
-        """As `embed`, with what `fusion.showing` needs to know while the LM reads the embeddings."""
-        image_token_id = self.config.image_token_id
-        if input_ids is None or image_token_id is None:
-            missing = "input_ids" if input_ids is None else "config.image_token_id"
-            raise DataError(f"{missing}: got None; the processor gives input_ids, and knows the id of <image>")
-        if attention_mask is not None and attention_mask.ndim == 2:
-            # a padding token may have been added to the tokenizer alone, behind the LM's vocabulary
-            input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
-        per_image = self.placeholders_per_image
-        images = 0 if prefix_embeds is None else len(prefix_embeds)
-        prefix_index = index_placeholders(input_ids, image_token_id, images * per_image)
-        inputs_embeds = self.fuse(input_ids, prefix_index, prefix_embeds)
-        if prefix_embeds is None:
-            return inputs_embeds, None
-        latest = prefix_index.cummax(dim=1).values
-        return inputs_embeds, Shown(prefix_embeds, prefix_index, latest.div(per_image, rounding_mode="floor"))
+    def packed_hidden(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
+        """Last hidden states at the nodes of packed rows that predict something: float[K, D_lm].
+
+        Raises:
+            ConfigError: when several texts share a row that this LM cannot read.
+        """
+        rows = self.lm.layout(packed)
+        inputs_embeds, shown = self._fuse_at(rows.input_ids, rows.prefix_index, rows.shown_index, prefix_embeds)
+        with self.fusion.showing(shown):
+            return self.lm.hidden(rows, inputs_embeds)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue texts with images in them. Pad `input_ids` on the left.
+
+        Args:
+            input_ids: int64[B, T], also as first argument; attention_mask: int64[B, T]; as the processor gives them.
+            pixel_values or image_features: the images, in reading order; encoded and mapped once each, not per beam.
+            args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
+
+        Returns:
+            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`. Plain beam search is
+            this package's own (`beam_search`), with the same texts and `sequences_scores` but no `scores` of every
+            step; ask for `output_logits` to have transformers' search, which also serves all other options.
+        """
+        if "max_length" in kwargs:
+            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
+        input_ids = inputs if input_ids is None else input_ids
+        prefix_embeds = self.prefix(pixel_values, image_features)
+        if input_ids is not None:
+            input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
+        inputs_embeds, shown = self.fuse(input_ids, prefix_embeds, attention_mask)
+        own_search = shown is None or not self.fusion.every_step
+        with self.fusion.showing(shown):
+            return self.lm.generate(inputs_embeds, attention_mask, *args, own_search=own_search, **kwargs)
+
+    # ── images and texts in one space ──
 
     @property
-    def placeholders_per_image(self) -> int:
-        """Places that an image takes in the text."""
-        return self.fusion.placeholders(self.config.prefix_length)
+    def heads(self) -> ContrastiveHeads:
+        """The contrastive heads.
+
+        Raises:
+            ConfigError: for a model that was trained without them.
+        """
+        if self.contrastive is None:
+            raise ConfigError(
+                "encode_image and encode_text: this model was trained without a contrastive objective; train it with "
+                "objectives.contrastive"
+            )
+        return self.contrastive
+
+    def encode_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """Images float[B, 3, H, W], or their features float[B, N, D_enc] -> unit vectors float32[B, dim]."""
+        prefix_embeds = self.prefix(pixel_values, image_features)
+        if prefix_embeds is None:
+            raise ConfigError("encode_image: give pixel_values or image_features, one of the two")
+        return self.heads.embed_prefix(prefix_embeds)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Texts int64[B, T], as `processor.prepare_texts` gives them -> unit vectors float32[B, dim].
+
+        Gradients pass through the LM only where something in it is trained.
+        """
+        heads = self.heads
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text):
+            states = self.lm.text_states(input_ids, attention_mask)
+        return heads.embed_text(states, attention_mask)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether training changes what the LM computes on text alone."""
+        return self.fusion.changes_text or any(p.requires_grad for p in self.lm.parameters())
+
+    @contextmanager
+    def bare_language_model(self) -> Iterator[None]:
+        """Inside the block the LM computes what it computes without adapters and without the fusion."""
+        with self.adapters.disabled(), self.fusion.disabled():
+            yield
+
+    # ── as a transformers model ──
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model inside `lm`."""
+        return self.lm.model
+
+    def init_weights(self) -> None:
+        """Nothing: parts arrive with their weights, which transformers' initialisation must not touch."""
+
+    def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
+        """Set the mode of the trained parts; frozen parts stay in evaluation mode, around their adapters."""
+        super().train(mode)
+        self.vision_encoder.eval()
+        self.lm.eval()
+        self.adapters.train(mode)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes, by name; adapters are saved in files of their own."""
+        return trainable_state(self)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Write config.json (with the identity of frozen parts), trained tensors, adapters; see `save_checkpoint`."""
+        if is_main_process:
+            save_checkpoint(self, save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> FrozenPrefixForConditionalGeneration:
+        """Load a checkpoint folder or Hub id; frozen parts come from where the config says; see `load_checkpoint`."""
+        return load_checkpoint(cls, pretrained_model_name_or_path, PARTS, **kwargs)

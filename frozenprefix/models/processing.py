@@ -241,6 +241,22 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [self.decode(row, **kwargs) for row in ids]
 
 
+def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens at which a text ends: the tokenizer's own, and those of the model's generation config.
+
+    Args:
+        source: a model with a `generation_config`, or a config with an `eos_token_id` (an id, a list of ids, or None).
+
+    Example:
+        >>> from frozenprefix.models.processing import end_tokens
+        >>> end_tokens(model, processor.tokenizer)
+        [2]
+    """
+    own = getattr(source, "generation_config", source).eos_token_id
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    return sorted({tokenizer.eos_token_id, *own})
+
+
 def _with_values(template: str, **values: str) -> str:
     """Define variables at the start of a Jinja template. JSON strings are Jinja strings too."""
     names = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from frozenprefix.kernels.linear import TILE
 from frozenprefix.kernels.prepack import MAX_BYTES
-from frozenprefix.models.language_model.loading import word_embeddings
+from frozenprefix.models.language_model.base import word_embeddings
 from frozenprefix.models.packing.loss import ROWS
 from frozenprefix.models.packing.trie import PackedBatch
 

@@ -23,6 +23,7 @@ from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
+from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, prepare_images
@@ -320,7 +321,7 @@ class BaseTrainer(ABC):
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint."""
-        self.model.load_trainable(read_checkpoint(folder), source=str(folder))
+        copy_into(self.model.trainable_state(), read_checkpoint(folder), str(folder))
 
     def write_model(self, folder: Path) -> None:
         """Write model, processor and recipe."""

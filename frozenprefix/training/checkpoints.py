@@ -19,6 +19,7 @@ from frozenprefix.models.checkpoint import check_identity, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
+from frozenprefix.models.state_dict import copy_into
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
@@ -74,10 +75,11 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     tensors = read_checkpoint(folder)
     made_with = FrozenPrefixConfig.from_pretrained(folder)
     check_identity(made_with.identity, model.config.identity)
-    heads = {name: p for name, p in model.trainable_state().items() if name.startswith("contrastive.")}
+    own = model.trainable_state()
+    heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():
         tensors |= heads
-    model.load_trainable(tensors, source=source)
+    copy_into(own, tensors, source)
     adapted = [part for part in FOLDERS if getattr(getattr(made_with, part), "peft", None) is not None]
     trained = [part for part, name in FOLDERS.items() if part in adapted or (folder / name).is_dir()]
     lost = [part for part in trained if part not in model.adapters]
@@ -89,7 +91,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     new = [part for part in model.adapters if part not in trained]
     if new:
         logger.info("%s has no adapters in: %s; they start anew", source, ", ".join(new))
-    model.load_adapters(folder, new=new)
+    model.adapters.load(folder, new=new)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:

@@ -21,7 +21,6 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model.loading import check_packable
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.checkpoints import load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
@@ -80,7 +79,7 @@ class Trainer(BaseTrainer):
     def build_model(self) -> None:
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
-        refusal = check_packable(self.model.language_model) if self.settings.packing != "none" else None
+        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
         if refusal:
             raise ConfigError(f"training.packing: {refusal}")
         logger.info("%s", count_parameters(self.model))
@@ -141,7 +140,7 @@ class Trainer(BaseTrainer):
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over the weights in place of ten
         )
-        self.model.set_total_steps(self.total_steps)
+        self.model.adapters.set_total_steps(self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
 
     # ── loop ──
@@ -178,7 +177,7 @@ class Trainer(BaseTrainer):
         checked = norm if self.accelerator.scaler is None else 0.0
         check_finite(self.progress.step + 1, loss, checked, learning_rate)
         self.optimizer.step()
-        ranks = self.model.update_adapters(self.progress.step + 1)  # reads the gradients
+        ranks = self.model.adapters.update(self.progress.step + 1)  # reads the gradients
         self.optimizer.zero_grad(set_to_none=True)
         self.count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
@@ -263,7 +262,7 @@ class Trainer(BaseTrainer):
 
     def read_model(self, folder: Path) -> None:
         super().read_model(folder)
-        self.model.load_adapter_state(folder)
+        self.model.adapters.load_state(folder)
 
     def write_model(self, folder: Path) -> None:
         super().write_model(folder)
@@ -272,7 +271,7 @@ class Trainer(BaseTrainer):
 
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
-        self.model.save_adapter_state(folder)
+        self.model.adapters.save_state(folder)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -11,7 +11,7 @@ from frozenprefix.utils.files import (
     write_text_atomic,
 )
 from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
-from frozenprefix.utils.jsonl import append_jsonl, read_jsonl, write_jsonl
+from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
 from frozenprefix.utils.progress import progress_bar
 from frozenprefix.utils.user_cache import build_once, user_cache
 
@@ -23,6 +23,7 @@ __all__ = [
     "content_hash",
     "encode_text",
     "file_sha256",
+    "parse_json",
     "progress_bar",
     "read_jsonl",
     "read_text",

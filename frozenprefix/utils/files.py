@@ -67,11 +67,11 @@ def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterato
     draft.mkdir(parents=True)
     try:
         yield draft
-        for file in draft.rglob("*"):
-            if file.is_file():
+        if replace:
+            for file in draft.rglob("*"):
                 _flush(file)
-        if replace and path.exists():
-            path.rename(old)
+            if path.exists():
+                path.rename(old)
         try:
             draft.rename(path)
         except OSError:
@@ -166,6 +166,6 @@ def safe_file_name(text: str, max_length: int = 80) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have the operating system write a file to disk, where it can."""
+    """Have the operating system write a file to disk, where it can. Folders are passed over."""
     with suppress(OSError), path.open("rb") as file:
         os.fsync(file.fileno())

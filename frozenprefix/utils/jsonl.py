@@ -42,7 +42,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.decode("utf-8"))
+                    value = parse_json(line.decode("utf-8"))
                 except ValueError as error:
                     if not skip_damaged:
                         raise DataError(_reason(path, number, error)) from error
@@ -53,6 +53,29 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
         raise DataError(f"{path}: {error.strerror or error}; expected a file of JSON lines there") from error
     if damaged:
         logger.info("%s: %d unfinished lines are skipped", path, damaged)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON text in which no object has a field twice: Python's parser would drop the first one silently.
+
+    Raises:
+        ValueError: as `json.loads`, and for a field that stands twice.
+
+    Example:
+        >>> parse_json('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+        ValueError: field 'a' stands twice in an object
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field '{repeated}' stands twice in an object")
+    return fields
 
 
 def write_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:
@@ -95,4 +118,4 @@ def _reason(path: str | PathLike[str], number: int, error: ValueError) -> str:
         return f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one object a line"
     if isinstance(error, UnicodeDecodeError):
         return f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); convert the file to UTF-8"
-    return f"{path}:{number}: not JSON ({error})"
+    return f"{path}:{number}: {error}"

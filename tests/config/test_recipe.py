@@ -60,7 +60,7 @@ def test_short_recipe_has_defaults(file):
     assert recipe.training.warmup_steps == 50
     assert recipe.data.prompts == DEFAULT_PROMPTS
     assert recipe.data.feature_cache == "auto"
-    assert recipe.evaluation.num_beams == 5
+    assert recipe.evaluation.num_beams is None
     assert recipe.tracking.tensorboard is False
 
 

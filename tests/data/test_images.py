@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from frozenprefix.data import images
 from frozenprefix.data.images import BadImages, decode_image, load_image
 from frozenprefix.errors import BadImageError, DataError
 
@@ -82,7 +81,7 @@ def test_overwritten_bytes_give_a_image_or_a_bad_image(kind):
 
 
 def test_too_large(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr("frozenprefix.utils.images.MAX_PIXELS", 64 * 48 - 1)
     assert reason(encoded(noise(), "PNG")) == "too_large"
 
 

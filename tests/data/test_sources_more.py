@@ -64,13 +64,13 @@ def test_conceptual_captions_by_number(tmp_path, caplog):
             metadata={"url": "http://x/2.jpg"},
         ),
     ]
-    assert "Train_GCC-training.tsv: 1 of 3 rows have no image and are left out: not downloaded 1" in caplog.text
+    assert "Train_GCC-training.tsv: 1 of 3 rows are left out: not downloaded 1" in caplog.text
     kept = load_source({**config, "keep_missing": True})
     assert [(sample.id, sample.targets) for sample in kept] == [("0", ("a dog",)), ("1", ("a cat",)), ("2", ("two",))]
     images(tmp_path, "images/2.jpg")
     with pytest.raises(DataError, match=r"images/2.jpg: is image 2, as .*000000002.png is, expected one file"):
         load_source(config)
-    with pytest.raises(DataError, match=r"none of its 3 rows has an image \(not downloaded 3\)"):
+    with pytest.raises(DataError, match=r"all of its 3 rows are left out \(not downloaded 3\)"):
         load_source({**config, "images": "elsewhere"})
 
 
@@ -80,7 +80,7 @@ def test_conceptual_captions_by_path_and_header(tmp_path, caplog):
     config = {"type": "conceptual_captions", "path": str(tmp_path), "file": "t.tsv", "images": ".", "columns": None}
     (sample,) = load_source(config)
     assert (sample.id, sample.images, sample.targets) == ("0", (tmp_path / "a/x.jpg",), ("dog",))
-    assert "1 of 2 rows have no image and are left out: column 'image' is empty 1" in caplog.text
+    assert "1 of 2 rows are left out: column 'image' is empty 1" in caplog.text
 
 
 @pytest.mark.parametrize(

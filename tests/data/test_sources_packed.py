@@ -71,7 +71,7 @@ def test_webdataset(tmp_path, cache, caplog):
         ("00000/000000000", ("a dog",), 5),
         ("00001/a/../../../evil", ("a cat",), 6),
     ]
-    assert "4 of 6 rows have no image and are left out: no image in the tar 2, HTTP Error 404 2" in caplog.text
+    assert "4 of 6 rows are left out: no image in the tar 2, HTTP Error 404 2" in caplog.text
     # images are unpacked under names of their own, whatever the members are called
     kept = cache / "unpacked"
     assert all(image.is_relative_to(kept) for sample in samples for image in sample.images)
@@ -87,7 +87,7 @@ def test_webdataset_is_unpacked_once_for_the_same_bytes(tmp_path, cache, monkeyp
     config = {"type": "webdataset", "path": str(tmp_path / "data")}
     first = load_source({**config, "split": "train"})
     with monkeypatch.context() as patch:
-        patch.setattr("frozenprefix.data.sources.webdataset_tars._samples_of", None)
+        patch.setattr("frozenprefix.data.sources.webdataset_tars._members_by_key", None)
         assert load_source(config) == first
     tar(path, **{"1.png": png(2), "1.txt": "bb"})
     second = load_source(config)
@@ -102,7 +102,7 @@ def test_webdataset_is_unpacked_once_for_the_same_bytes(tmp_path, cache, monkeyp
         ({"1.png": b"x", "1.txt": b"\xff"}, {}, r"0.tar: key 1: member 'txt' is not UTF-8 or JSON"),
         ({"1.png": b"x", "1.json": "{"}, {}, r"0.tar: key 1: member 'json' is not UTF-8 or JSON"),
         ({"1.a.png": b"x", "1.b.png": b"y"}, {}, r"0.tar: key 1: got images a.png, b.png, expected one; name it in"),
-        ({"1.txt": "a"}, {}, r"none of its 1 rows has an image \(no image in the tar 1\)"),
+        ({"1.txt": "a"}, {}, r"all of its 1 rows are left out \(no image in the tar 1\)"),
         ({"1.png": b"x", "1.txt": "a"}, {"captions": "json.caption"}, r"key 1: field 'json' is missing"),
         ({"1.png": b"x", "1.txt": "a"}, {"shards": "*.tgz"}, r"has no file '\*.tgz'"),
     ],
@@ -116,7 +116,7 @@ def test_webdataset_malformed(tmp_path, members, fields, message):
 def test_webdataset_damaged(tmp_path, cache):
     path = tar(tmp_path / "0.tar", **{"1.txt": "a", "1.png": bytes(5000)})
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"0.tar: cannot be read as a WebDataset tar: .*; make it anew"):
+    with pytest.raises(DataError, match=r"0.tar: cannot be read as a WebDataset tar: .*; create it again"):
         load_source({"type": "webdataset", "path": str(tmp_path)})
     assert not list((cache / "unpacked").iterdir())
     with pytest.raises(ConfigError, match="got neither `captions` nor `question`"):
@@ -161,7 +161,7 @@ def test_hf_dataset_saved_to_disk(tmp_path, caplog):
     ]
     assert [red_of(sample) for sample in samples] == [1, 3, 2]
     assert samples[0].images[0].suffix == ".png"
-    assert "1 of 4 rows have no image and are left out: no image in the row 1" in caplog.text
+    assert "1 of 4 rows are left out: no image in the row 1" in caplog.text
     assert len(load_source({**config, "split": "validation"})) == 1
     with pytest.raises(DataError, match=r"split 'val' is not there.*splits: train, validation"):
         load_source({**config, "split": "val"})
@@ -207,7 +207,7 @@ def test_hf_dataset_arrow_with_labels(tmp_path):
         ({"caption": ["t"]}, {"image": "img"}, r"t.parquet: `image`: no column 'img'.*; columns: image, caption"),
         ({"caption": ["t"]}, {"captions": "captoin"}, r"no column 'captoin' \(did you mean 'caption'\?\)"),
         ({"caption": [3]}, {}, r"t.parquet: row 0: field 'caption': got 3, expected a text or a list of texts"),
-        ({"caption": [None]}, {}, r"t.parquet: row 0: field 'caption' is missing"),
+        ({"caption": [None]}, {}, r"t.parquet: row 0: field 'caption': got null, expected a value"),
         ({"caption": ["t"]}, {"image": "caption"}, r"row 0: column 'caption': got 't', expected an image"),
     ],
 )
@@ -249,7 +249,7 @@ def test_llava_prompts_hold_the_earlier_turns(tmp_path, caplog):
     )
     assert samples[2].history == (("what is it?", "a dog"), ("what color?", "red"))
     assert (samples[2].prompt, samples[2].question) == (None, "why?")
-    assert "1 of 2 rows have no image and are left out: conversation about no image 1" in caplog.text
+    assert "1 of 2 rows are left out: conversation about no image 1" in caplog.text
     own = load_source({**config, "prompt": "Q {question}\n"})
     assert own[2].history is None
     assert [sample.prompt for sample in own[:2]] == ["Q {question}\n", "Q what is it?\na dog\nQ {question}\n"]

@@ -82,3 +82,14 @@ def test_a_data_section_that_is_no_block_is_refused(checkpoint):
     (checkpoint / "recipe.yaml").write_text("data: [1]\n")
     with pytest.raises(ConfigError, match=r"data: got \[1\], expected a block of keys"):
         evaluate_checkpoint(checkpoint, task="vqa")
+
+
+def test_the_recipe_holds_the_defaults(checkpoint, tiny_recipe):
+    changes = ("evaluation.num_beams=2", "evaluation.max_new_tokens=3", "evaluation.limit=2")
+    recipe = tiny_recipe(checkpoint, *changes)
+    (checkpoint / "recipe.yaml").write_text(recipe.to_yaml())
+    result = evaluate_checkpoint(checkpoint, task="caption")
+    assert result["settings"].items() >= {"num_beams": 2, "max_new_tokens": 3}.items()
+    assert (result["n"], result["source"]["limit"]) == (2, 2)
+    result = evaluate_checkpoint(checkpoint, task="caption", num_beams=1, restart=True)
+    assert result["settings"]["num_beams"] == 1

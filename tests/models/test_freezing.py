@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from frozenprefix.models.freezing import count_parameters, freeze, frozen_tensors, hash_tensors
+from frozenprefix.models.freezing import count_parameters, evaluating, freeze, frozen_tensors, hash_tensors
 from frozenprefix.training.setup import build_model
 
 CNN = ["model.vision_encoder.name=test_byobnet", "model.vision_encoder.image_size=64"]
@@ -90,3 +90,18 @@ def test_freeze_and_count():
     count = count_parameters(module)
     assert (count.trainable, count.frozen) == (16, 25)
     assert str(count) == "trainable parameters: 16 (39.02%), frozen: 25"
+
+
+def test_evaluating_restores_the_mode_of_every_module():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+
+    def fail():
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert [module.training for module in model] == [True, False]
+    assert torch.is_grad_enabled()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 def test_training_changes_the_adapter_and_no_bit_around_it(built, shapes, method):
     dropout = METHODS[method].replace("type: lora", "type: lora, lora_dropout: 0.5")
     model, processor = built("gpt2", dropout, fresh=True)
-    own = model.adapter_parameters()
+    own = model.adapters.parameter_ids()
     base = {n: p for n, p in model.language_model.named_parameters() if id(p) not in own}
     base |= dict(model.language_model.named_buffers())
     assert not any(p.requires_grad for p in base.values())
@@ -34,13 +34,13 @@ def test_training_changes_the_adapter_and_no_bit_around_it(built, shapes, method
     assert count_parameters(model).trainable == expected
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     model.train()
-    model.set_total_steps(4)
+    model.adapters.set_total_steps(4)
     batch = batch_of(processor, shapes, "trie")
     for step in range(1, 3):
         model(**batch).loss.backward()
         assert all(p.grad is None for p in base.values())
         optimizer.step()
-        model.update_adapters(step)
+        model.adapters.update(step)
         optimizer.zero_grad()
     assert hash_tensors(base) == before
     assert all(not torch.equal(p, first[n]) for n, p in model.adapters["language_model"].named_parameters().items())
@@ -65,23 +65,23 @@ def test_only_the_adapters_own_dropout_wakes(built, shapes):
 def test_merged_adapters_give_the_same_logits_and_unmerging_every_bit(built, pixels, method, family):
     model, processor = built(family, METHODS[method])
     adapted = logits_of(model, processor, pixels)
-    own = model.adapter_parameters()
+    own = model.adapters.parameter_ids()
     base = {n: p for n, p in model.language_model.named_parameters() if id(p) not in own}
     before = hash_tensors(base)
-    model.merge_adapters()
+    model.adapters.merge()
     assert hash_tensors(base) != before
     scale = float(adapted.abs().max())
     torch.testing.assert_close(logits_of(model, processor, pixels), adapted, rtol=1e-5, atol=1e-5 * scale)
-    with pytest.raises(ConfigError, match=r"call unmerge_adapters\(\) first"):
+    with pytest.raises(ConfigError, match=r"call adapters\.unmerge\(\) first"):
         model.train()
-    model.unmerge_adapters()
+    model.adapters.unmerge()
     assert hash_tensors(base) == before
     assert torch.equal(logits_of(model, processor, pixels), adapted)
 
 
 def test_virtual_tokens_cannot_be_merged(built):
     with pytest.raises(ConfigError, match="virtual tokens have no weights"):
-        built("llama", PREFIX)[0].merge_adapters()
+        built("llama", PREFIX)[0].adapters.merge()
 
 
 def test_adapters_of_a_bfloat16_model_are_float32(built, shapes, monkeypatch):
@@ -122,7 +122,7 @@ def test_an_adapted_encoder_is_trained_through_the_frozen_lm(built, lm_of, tiny_
     changed = loaded.vision_encoder(pixels) - fresh.vision_encoder(pixels)
     assert changed.abs().max() > 0
     expected = loaded.vision_encoder(pixels)
-    loaded.merge_adapters()
+    loaded.adapters.merge()
     torch.testing.assert_close(loaded.vision_encoder(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_features_of_an_adapted_encoder_cannot_be_cached(tiny_recipe, tmp_path):
 
 
 def test_attention_that_peft_would_change_in_place_is_refused():
-    from frozenprefix.models.peft.adapter import make_adapter
+    from frozenprefix.models.peft.build import make_adapter
 
     block = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))
     with pytest.raises(ConfigError, match=r"torch\.nn\.MultiheadAttention, whose frozen weights peft changes"):

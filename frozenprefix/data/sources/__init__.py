@@ -4,12 +4,12 @@
 
 | type | reads |
 |---|---|
-| captions | `captions.jsonl`: an image, or the frames of a clip, a line, with its captions |
+| captions | `captions.jsonl`: an image, or the frames of a clip, a line, with its captions or its label |
 | qa | `qa.jsonl` or `qa.json`: a question a row, with its answers |
 | image_folder | images, with or without their folders' names as labels |
 | coco | COCO's caption files, and VizWiz-Captions' |
 | karpathy | Karpathy's splits of COCO, Flickr8k and Flickr30k |
-| flickr_tokens | Flickr8k's and Flickr30k's token files |
+| flickr_tokens | Flickr8k's and Flickr30k's token files, Kaggle's captions.txt, results.csv |
 | conceptual_captions | tables of captions and addresses, with downloaded images: CC3M, CC12M |
 | visual_genome | region descriptions as captions; questions and answers |
 | vqa_v2 | VQAv2's question and annotation files, and OK-VQA's |
@@ -35,8 +35,9 @@ from pydantic import ValidationError
 from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.data.sources.base import Holdout, SourceConfig
+from frozenprefix.data.sources.detection import detect_sources
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
-from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.registry import Registry
 
 __all__ = ["SOURCES", "Holdout", "SourceConfig", "detect_sources", "load_source", "load_sources", "parse_source"]
@@ -73,6 +74,10 @@ def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:
 
     Raises:
         ConfigError: for an unknown type, and for all unknown keys and wrong values at once.
+
+    Example:
+        >>> parse_source({"type": "captions", "path": "data"}).file
+        'captions.jsonl'
     """
     if isinstance(config, SourceConfig):
         return config
@@ -100,6 +105,10 @@ def load_source(
         AssetError: when `path` cannot be found or fetched.
         DataError: for a malformed row, naming file, line and field; a split that is not there; repeated ids; and when
             not one of the images exists. Single missing images are left to be counted by their readers.
+
+    Example:
+        >>> len(load_source({"type": "captions", "path": str(data_folder)}))
+        12
     """
     source = parse_source(config)
     root = resolve(source.path, base=base)
@@ -116,48 +125,17 @@ def load_source(
 
 
 def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path | None = None) -> list[Sample]:
-    """Read several sources, one after the other, into one list with unique ids."""
-    samples = [sample for config in configs for sample in load_source(config, base=base)]
+    """Read several sources, one after the other, into one list with unique ids.
+
+    Example:
+        >>> len(load_sources(detect_sources(data_folder))) > 12
+        True
+    """
+    samples: list[Sample] = []
+    for config in configs:
+        samples += load_source(config, base=base)
     check_unique_ids(samples)
     return samples
-
-
-#: File, or pattern of files, that marks a folder → the source that reads it.
-MARKS: dict[str, dict[str, Any]] = {
-    "captions.jsonl": {"type": "captions"},
-    "qa.jsonl": {"type": "qa"},
-    "qa.json": {"type": "qa"},
-    "train/questions.json": {"type": "easy_vqa"},
-    "questions/CLEVR_*_questions.json": {"type": "clevr"},
-    "*_balanced_questions.json": {"type": "gqa"},
-    "Annotations/train.json": {"type": "vizwiz"},
-    "Annotations/val.json": {"type": "vizwiz"},
-    "region_descriptions.json": {"type": "visual_genome", "questions": None},
-    "question_answers.json": {"type": "visual_genome", "regions": None},
-    "qa.894.raw.*.txt": {"type": "daquar"},
-    "dataset_dict.json": {"type": "hf_dataset"},
-    "state.json": {"type": "hf_dataset"},
-    "*-of-*.parquet": {"type": "hf_dataset"},
-    "data/*-of-*.parquet": {"type": "hf_dataset"},
-    # tars with a number: an archive of images that lies beside them is not meant
-    "0*.tar": {"type": "webdataset"},
-    "*-0*.tar": {"type": "webdataset"},
-    "train/*0.tar": {"type": "webdataset"},
-}
-
-
-def detect_sources(path: str | Path) -> list[dict[str, Any]]:
-    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of images."""
-    root = resolve(str(path))
-    if not root.is_dir():
-        raise DataError(f"data folder: got '{path}', expected a folder that exists")
-    found: list[dict[str, Any]] = []
-    for mark, fields in MARKS.items():
-        if fields not in found and any(root.glob(mark)):
-            found.append(fields)
-    found = found or [{"type": "image_folder"}]
-    several = len({fields["type"] for fields in found}) > 1
-    return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in found]
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:

@@ -1,4 +1,4 @@
-"""What every source's config has in common."""
+"""The fields that the configs of all sources have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from frozenprefix.data.samples import Sample
 
 
 class Holdout(BaseModel):
-    """Split off a validation part by image. The part of an image depends on its name and the seed alone."""
+    """Split off a validation part by image. The part of an image depends on its name and the seed alone.
+
+    Example:
+        >>> Holdout(part="val", fraction=0.2).seed
+        0
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,7 +27,7 @@ class Holdout(BaseModel):
 
 
 class SourceConfig(BaseModel, ABC):
-    """Where data of one format lies and which of it is wanted."""
+    """Where data of one format lies, and which samples of it to return. See `CaptionsSource` for an example."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -49,4 +49,5 @@ def _sample(number: int, row: Row, root: Path, seen: set[str]) -> Sample:
         split=row.text_or_none("split"),
         task="classification" if labelled else "caption",
         metadata=metadata,
+        where=row.where,
     )

@@ -18,6 +18,10 @@ class ClevrSource(SourceConfig):
 
     `metadata["question_type"]` is the last function of the question's program: count, exist, query_color, …; the test
     part has neither program nor answer. The id is SPLIT/QUESTION_INDEX.
+
+    Example:
+        >>> ClevrSource(path="CLEVR_v1.0").questions
+        'questions/*_questions.json'
     """
 
     type: Literal["clevr"] = "clevr"
@@ -25,11 +29,10 @@ class ClevrSource(SourceConfig):
     images: str = Field("images/{split}", description="folder of a split's images")
 
     def read(self, root: Path) -> list[Sample]:
-        return [
-            self._sample(row, root)
-            for file in files_of(root, self.questions, self.split)
-            for row in read_json_object(file).rows("questions")
-        ]
+        samples = []
+        for file in files_of(root, self.questions, self.split):
+            samples += [self._sample(row, root) for row in read_json_object(file).rows("questions")]
+        return samples
 
     def _sample(self, row: Row, root: Path) -> Sample:
         split = row.text("split")
@@ -46,4 +49,5 @@ class ClevrSource(SourceConfig):
             split=split,
             task="vqa",
             metadata=metadata,
+            where=row.where,
         )

@@ -1,4 +1,4 @@
-"""COCO captions as published: `captions_train2017.json` and a folder of images; VizWiz-Captions' are alike."""
+"""COCO captions as published: `captions_train2017.json` and a folder of images; VizWiz-Captions has the same form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pydantic import Field
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.rows import read_json_object
+from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 
 
 class CocoSource(SourceConfig):
-    """One sample an image, with all its captions. The split is read from the file name."""
+    """One sample an image, with all its captions. The split is read from the file name.
+
+    Example:
+        >>> CocoSource(path="coco", annotations="annotations/captions_val2017.json", images="val2017").type
+        'coco'
+    """
 
     type: Literal["coco"] = "coco"
     annotations: str = Field(description="file under `path`, e.g. annotations/captions_val2017.json")
@@ -23,8 +28,8 @@ class CocoSource(SourceConfig):
 
     def read(self, root: Path) -> list[Sample]:
         file = read_json_object(root / self.annotations)
-        names = {row.identifier("id"): row.text("file_name") for row in file.rows("images")}
-        captions: dict[str, list[str]] = {image_id: [] for image_id in names}
+        images = _images(file)
+        captions: dict[str, list[str]] = {image_id: [] for image_id in images}
         for row in file.rows("annotations") if "annotations" in file else []:
             image_id = row.identifier("image_id")
             if image_id not in captions:
@@ -34,10 +39,25 @@ class CocoSource(SourceConfig):
         return [
             Sample(
                 id=image_id,
-                images=(root / self.images / name,),
+                images=(root / self.images / row.text("file_name"),),
                 targets=tuple(captions[image_id]),
                 split=split,
                 metadata={"image_id": image_id},
+                where=row.where,
             )
-            for image_id, name in names.items()
+            for image_id, row in images.items()
         ]
+
+
+def _images(file: Row) -> dict[str, Row]:
+    """Rows of images by id. The same image may be listed twice, as in joined files; two images may not share an id."""
+    images: dict[str, Row] = {}
+    for row in file.rows("images"):
+        image_id, name = row.identifier("id"), row.text("file_name")
+        other = images.setdefault(image_id, row)
+        if other.text("file_name") != name:
+            raise DataError(
+                f"{row.where}: field 'id': got {image_id} for {name}, which is the id of {other.text('file_name')} in "
+                f"{other.where} too"
+            )
+    return images

@@ -12,21 +12,26 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from frozenprefix.data.images import image_ending, report_left_out, walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.image_files import image_ending, report_left_out
-from frozenprefix.data.sources.rows import read_text
+from frozenprefix.data.sources.rows import read_table
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 
 
 class ConceptualCaptionsSource(SourceConfig):
-    """A row `caption<tab>url` a line. Its image is the file in `images` that is named by the number of the row.
+    """A table with a row `caption<tab>url` a line; a `.csv` file has commas. Cells may be quoted, as in CSV.
 
-    Rows count from 0; `17.jpg`, `000017.png` and `00000/000000017.jpg` are all the image of row 17, which is how
-    img2dataset writes single files when a shard has a power of ten of them. With a column "image" that holds paths
-    under `images`, the numbers play no part. Rows without an image are left out and counted by reason, or kept for
-    training on texts alone. The id is the row's number, the split is read from the file's name.
+    The image of a row is the file in `images` that is named by the row's number. Rows count from 0; `17.jpg`,
+    `000017.png` and `00000/000000017.jpg` are all the image of row 17, which is how img2dataset writes single files
+    when a shard has a power of ten of them. With a column "image" that holds paths under `images`, the numbers play no
+    part. Rows without an image are left out and counted by reason, or kept for training on texts alone. The id is the
+    row's number, the split is read from the file's name.
+
+    Example:
+        >>> ConceptualCaptionsSource(path="cc3m", file="Train_GCC-training.tsv").columns
+        ['caption', 'url']
     """
 
     type: Literal["conceptual_captions"] = "conceptual_captions"
@@ -46,13 +51,14 @@ class ConceptualCaptionsSource(SourceConfig):
         return columns
 
     def read(self, root: Path) -> list[Sample]:
-        rows = list(self._rows(root / self.file))
+        path = root / self.file
+        rows = list(self._rows(path))
         numbered = {} if rows and "image" in rows[0][1] else _by_number(root / self.images)
         without: Counter[str] = Counter()
         samples = []
         for number, (line, row) in enumerate(rows):
             if not row["caption"].strip():
-                raise DataError(f"{root / self.file}:{line}: column 'caption' is empty, expected a text")
+                raise DataError(f"{path}:{line}: column 'caption' is empty, expected a text")
             image = root / self.images / row["image"] if row.get("image") else numbered.get(number)
             if image is None and self.keep_missing:
                 image = root / self.images / f"{number}.jpg"
@@ -64,28 +70,25 @@ class ConceptualCaptionsSource(SourceConfig):
                     id=str(number),
                     images=(image,),
                     targets=(row["caption"].strip(),),
-                    split=split_in_name(Path(self.file).name),
+                    split=split_in_name(path.name),
                     metadata={"url": row["url"]} if "url" in row else {},
+                    where=f"{path}:{line}",
                 )
             )
-        report_left_out(root / self.file, len(rows), without)
+        report_left_out(path, len(rows), without)
         return samples
 
     def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         columns = self.columns
-        for line, text in enumerate(read_text(path).split("\n"), start=1):
-            if not text.strip():
-                continue
-            cells = text.rstrip("\r").split("\t")
+        for line, cells in read_table(path, "," if path.suffix == ".csv" else "\t"):
+            start = "\t".join(cells)[:60]
             if columns is None:
                 columns = cells
                 if "caption" not in columns:
-                    raise DataError(
-                        f"{path}:{line}: got {text[:60]!r}, expected names of columns, one of them 'caption'"
-                    )
+                    raise DataError(f"{path}:{line}: got {start!r}, expected names of columns, one of them 'caption'")
                 continue
             if len(cells) != len(columns):
-                got = f"{len(cells)} columns in {text[:60]!r}"
+                got = f"{len(cells)} columns in {start!r}"
                 raise DataError(f"{path}:{line}: got {got}, expected {len(columns)}: {', '.join(columns)}")
             row = dict(zip(columns, cells, strict=True))
             if "url" in row and "://" not in row["url"]:
@@ -98,10 +101,10 @@ class ConceptualCaptionsSource(SourceConfig):
 
 def _by_number(folder: Path) -> dict[int, Path]:
     """Number in the file's name → image. Two images with the same number are an error."""
-    found: dict[int, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    images: dict[int, Path] = {}
+    for path in sorted(walk_files(folder)) if folder.is_dir() else ():
         if image_ending(path.name) and path.stem.isdecimal():
-            other = found.setdefault(int(path.stem), path)
+            other = images.setdefault(int(path.stem), path)
             if other != path:
                 raise DataError(f"{path}: is image {int(path.stem)}, as {other} is, expected one file for a row")
-    return found
+    return images

@@ -30,10 +30,14 @@ _Question = tuple[str, str]
 class EasyVqaSource(SourceConfig):
     """`train/questions.json` and `test/questions.json`: lists of `[question, answer, image number]`.
 
-    A `val` split is carved out of `train` by image. `metadata["question_type"]` is shape, color or yes-no. With
-    `captions`, an image whose questions and answers give away its colour and its shape adds a caption sample,
-    "a blue rectangle", before its questions, and with `classes` one of task "classification", whose target is what
-    `classes` names; the number of images that give too little away is logged.
+    A `val` split is taken out of `train` by image. `metadata["question_type"]` is shape, color or yes-no. With
+    `captions`, an image whose questions and answers tell its colour and its shape adds a caption sample, "a blue
+    rectangle", before its questions; with `classes`, a sample of task "classification" with that label. The number of
+    images whose questions do not tell both is logged.
+
+    Example:
+        >>> EasyVqaSource(path="pypi://easy-vqa==1.0/easy_vqa/data", captions=True).val_fraction
+        0.1
     """
 
     type: Literal["easy_vqa"] = "easy_vqa"
@@ -46,18 +50,15 @@ class EasyVqaSource(SourceConfig):
     val_seed: int = 0
 
     def read(self, root: Path) -> list[Sample]:
-        return [sample for folder in ("train", "test") for sample in self._read_folder(root / folder, folder)]
+        return [*self._read_folder(root / "train", "train"), *self._read_folder(root / "test", "test")]
 
     def _read_folder(self, root: Path, folder: str) -> list[Sample]:
         samples: list[Sample] = []
         without = 0
         for number, questions in _by_image(root / "questions.json").items():
             held_out = folder == "train" and in_validation(str(number), self.val_fraction, self.val_seed)
-            name, image, split = (
-                f"{folder}/{number}",
-                root / "images" / f"{number}.png",
-                "val" if held_out else folder,
-            )
+            split = "val" if held_out else folder
+            name, image = f"{folder}/{number}", root / "images" / f"{number}.png"
             if self.captions or self.classes:
                 caption = derive_caption(questions, where=f"{root / 'questions.json'}: image {image}")
                 without += caption is None
@@ -83,7 +84,12 @@ class EasyVqaSource(SourceConfig):
 
 
 def derive_caption(questions: list[_Question], *, where: str) -> str | None:
-    """Compose "a COLOR SHAPE" from what an image's questions and answers say is there; None when a word is missing."""
+    """Compose "a COLOR SHAPE" from an image's questions and answers; None when they do not tell both.
+
+    Example:
+        >>> derive_caption([("is there a red shape?", "yes"), ("what is it?", "circle")], where="q.json")
+        'a red circle'
+    """
     there: set[str] = set()
     for question, answer in questions:
         words = re.findall(r"[a-z]+", question.lower())
@@ -102,6 +108,12 @@ def derive_caption(questions: list[_Question], *, where: str) -> str | None:
 
 
 def question_type(answer: str) -> str:
+    """ "color", "shape" or "yes-no".
+
+    Example:
+        >>> question_type("teal")
+        'color'
+    """
     if answer in COLORS:
         return "color"
     return "shape" if answer in SHAPES else "yes-no"

@@ -1,8 +1,13 @@
-"""Flickr8k.token.txt and Flickr30k's results_20130124.token: a caption a line, with split lists beside them."""
+"""Flickr8k and Flickr30k: a caption a line, with split lists beside them.
+
+Read are `Flickr8k.token.txt` and Flickr30k's `results_20130124.token`, Kaggle's `captions.txt` (`image,caption`), and
+Flickr30k's `results.csv` (`image_name| comment_number| comment`).
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +15,21 @@ from pydantic import Field
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.rows import read_text
+from frozenprefix.data.sources.rows import read_table
 from frozenprefix.errors import DataError
+from frozenprefix.utils import read_text
 
 log = logging.getLogger(__name__)
 
 
 class FlickrTokensSource(SourceConfig):
-    """Lines of `IMAGE.jpg#NUMBER<tab>caption`; one sample an image, with all its captions.
+    """Lines of `IMAGE.jpg#NUMBER<tab>caption`, or a table of images and captions; one sample an image.
 
     With `split_files`, images that are in none of the lists are left out, and their number is logged.
+
+    Example:
+        >>> FlickrTokensSource(path="flickr8k", images="Images", tokens="captions.txt").tokens
+        'captions.txt'
     """
 
     type: Literal["flickr_tokens"] = "flickr_tokens"
@@ -34,13 +44,29 @@ class FlickrTokensSource(SourceConfig):
         if left_out:
             log.info("%s: %d images are in none of the split files and are left out", self.tokens, left_out)
         return [
-            Sample(id=name, images=(root / self.images / name,), targets=tuple(texts), split=splits.get(name))
+            Sample(
+                id=name,
+                images=(root / self.images / name,),
+                targets=tuple(texts),
+                split=splits.get(name),
+                where=str(root / self.tokens),
+            )
             for name, texts in captions.items()
             if not splits or name in splits
         ]
 
 
 def _captions(path: Path) -> dict[str, list[str]]:
+    """Image → its captions, in the order of the file."""
+    head = read_text(path).split("\n", 1)[0].strip().lower()
+    if re.fullmatch(r"image\s*,\s*caption", head):
+        return _table(path, ",")
+    if re.fullmatch(r"image_name\s*\|\s*comment_number\s*\|\s*comment", head):
+        return _table(path, "|")
+    return _tokens(path)
+
+
+def _tokens(path: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -48,8 +74,25 @@ def _captions(path: Path) -> dict[str, list[str]]:
         key, tab, caption = line.partition("\t")
         name, mark, index = key.rpartition("#")
         if not (tab and mark and name and index.isdigit()):
-            raise DataError(f"{path}:{number}: got {line[:60]!r}, expected IMAGE.jpg#NUMBER, a tab and a caption")
+            raise DataError(
+                f"{path}:{number}: got {line[:60]!r}, expected IMAGE.jpg#NUMBER, a tab and a caption; or a first line "
+                "'image,caption' or 'image_name| comment_number| comment'"
+            )
         captions.setdefault(name, []).append(caption.strip())
+    return captions
+
+
+def _table(path: Path, delimiter: str) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    columns = 2 if delimiter == "," else 3
+    for number, cells in list(read_table(path, delimiter))[1:]:
+        if len(cells) == 2 and columns == 3:
+            # one line of Flickr30k's file lacks its second delimiter: "2199200615.jpg| 4   A dog runs ..."
+            cells = [cells[0], *cells[1].strip().split(maxsplit=1)]
+        if len(cells) != columns or not cells[0].strip():
+            got = f"{len(cells)} cells in {delimiter.join(cells)[:60]!r}"
+            raise DataError(f"{path}:{number}: got {got}, expected {columns}; put texts with '{delimiter}' in quotes")
+        captions.setdefault(cells[0].strip(), []).append(cells[-1].strip())
     return captions
 
 

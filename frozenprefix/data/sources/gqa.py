@@ -18,6 +18,10 @@ class GqaSource(SourceConfig):
 
     The target is the short answer; `metadata` has the whole sentence as `full_answer`, and the structural type (query,
     verify, logical, choose, compare) as `question_type`. Questions without an answer (test, challenge) have no target.
+
+    Example:
+        >>> GqaSource(path="gqa").questions
+        '*_balanced_questions.json'
     """
 
     type: Literal["gqa"] = "gqa"
@@ -51,4 +55,5 @@ class GqaSource(SourceConfig):
             split=split,
             task="vqa",
             metadata=metadata,
+            where=row.where,
         )

@@ -10,10 +10,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.hf_tables import Table, tables_of, take_images
-from frozenprefix.data.sources.image_files import report_left_out, unpack_once
+from frozenprefix.data.sources.image_files import unpack_once
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
@@ -34,11 +35,15 @@ class HfDatasetSource(SourceConfig):
     """Rows with a column of images, and columns with captions, a question and its answers, or a label.
 
     Columns hold texts or lists of texts; a label may be a number that the data set has a name for. When no column is
-    named, the first of question and answers (or answer), captions, caption, text, and label is taken that is there.
+    named, the first of these that exists is taken: question and answers (or answer), captions, caption, text, label.
 
-    Images are taken out of the tables into the user's cache when they are read for the first time, which needs their
-    size once more. Rows without an image are left out and counted. Splits are called what the data set calls them; of
-    a parquet file, what stands before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
+    Images are unpacked into the user's cache when they are read for the first time, which needs their size once more.
+    Rows without an image are left out and counted. Splits have the data set's own names; the split of a parquet file
+    is the part of its name before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
+
+    Example:
+        >>> HfDatasetSource(path="vqa", question="question", answers="answers").image
+        'image'
     """
 
     type: Literal["hf_dataset"] = "hf_dataset"
@@ -99,11 +104,12 @@ class HfDatasetSource(SourceConfig):
 
 def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: str | None) -> Sample:
     if "captions" in columns:
-        return Sample(name, (image,), tuple(text.strip() for text in row.texts(columns["captions"])), split=split)
+        texts = tuple(text.strip() for text in row.texts(columns["captions"]))
+        return Sample(name, (image,), texts, split=split, where=row.where)
     if "label" in columns:
         labels = (row.text(columns["label"]),) if columns["label"] in row else ()
         metadata = {"label": labels[0]} if labels else {}
-        return Sample(name, (image,), labels, split=split, task="classification", metadata=metadata)
+        return Sample(name, (image,), labels, split=split, task="classification", metadata=metadata, where=row.where)
     answers = row.texts(columns["answers"])
     return Sample(
         id=name,
@@ -113,6 +119,7 @@ def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: st
         split=split,
         task="vqa",
         metadata={"answers": answers},
+        where=row.where,
     )
 
 

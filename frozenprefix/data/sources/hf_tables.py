@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.data.sources.image_files import image_ending, write_image
+from frozenprefix.data.images import image_ending
+from frozenprefix.data.sources.image_files import write_image
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
 
@@ -21,7 +22,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: of a split, or a file of one. `load` returns some of its `columns`."""
+    """One table: a split of a saved data set, or one file. `load` returns the columns that it is asked for."""
 
     name: str
     split: str | None
@@ -31,14 +32,14 @@ class Table:
 
 
 def tables_of(root: Path, pattern: str | None) -> list[Table]:
-    """The tables of a folder that `save_to_disk` made, or of files: those of a pattern, else all parquet files."""
+    """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files."""
     if pattern is None and _is_saved(root):
         return _saved(root)
     return _in_files(root, pattern or "**/*.parquet")
 
 
 def take_images(table: Table, column: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Write the images of a table; yield the file of each row, or the path that the row has in its place."""
+    """Write the images of a table; yield for each row the written file, or the path that the row names instead."""
     rows = table.load([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))

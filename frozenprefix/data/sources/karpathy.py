@@ -15,8 +15,12 @@ from frozenprefix.data.sources.rows import Row, read_json_object
 class KarpathySource(SourceConfig):
     """One sample an image, with all its sentences as people wrote them (`raw`).
 
-    COCO has a fourth split, `restval`: what was left over of the official validation part. Published results count it
-    as training data, and so does the default.
+    COCO has a fourth split, `restval`: the rest of the official validation part. Published results count it as
+    training data, and so does the default.
+
+    Example:
+        >>> KarpathySource(path="coco", file="dataset_coco.json").restval
+        'train'
     """
 
     type: Literal["karpathy"] = "karpathy"
@@ -38,10 +42,12 @@ class KarpathySource(SourceConfig):
 
 def _sample(row: Row, split: str, folder: Path) -> Sample:
     name = row.text("filename")
+    sentences = row.rows("sentences")
     return Sample(
         id=name,
         images=(folder / (row.text_or_none("filepath") or ".") / name,),
-        targets=tuple(text.strip() for sentence in row.rows("sentences") for text in sentence.texts("raw")),
+        targets=tuple(text.strip() for sentence in sentences for text in sentence.texts("raw")),
         split=split,
         metadata={"image_id": row.identifier("cocoid" if "cocoid" in row else "imgid")},
+        where=row.where,
     )

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.image_files import report_left_out
 from frozenprefix.data.sources.rows import Row, read_rows
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
@@ -25,13 +25,16 @@ class LlavaSource(SourceConfig):
 
     Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
     turns of a conversation share their beginnings, so packing "trie" reads them once for all answers behind the same
-    images.
-    Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they are plain
-    text: `prompt` filled in, the answer, a new line.
+    images. Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they
+    are plain text: `prompt` filled in, the answer, a new line.
 
-    The mark of a single image is taken out, and the image put in front. Of several images (`image` is a list)
-    the marks stay where they are, and an answer's sample has the images shown so far. Rows without an image are
-    left out and counted. The id is ID#ROW.TURN.
+    The mark of a single image is removed, and the image comes first. With several images (`image` is a list) the marks
+    stay where they are, and an answer's sample has the images shown so far. Rows without an image are left out and
+    counted. The id is ID#ROW.TURN.
+
+    Example:
+        >>> LlavaSource(path="llava", file="llava_instruct_150k.json").images
+        '.'
     """
 
     type: Literal["llava"] = "llava"
@@ -48,7 +51,7 @@ class LlavaSource(SourceConfig):
     def read(self, root: Path) -> list[Sample]:
         samples: list[Sample] = []
         without: Counter[str] = Counter()
-        rows = read_rows(root / self.file)
+        rows = list(read_rows(root / self.file))
         for number, row in rows:
             if "image" in row:
                 samples += self._samples(number, row, root)
@@ -61,7 +64,8 @@ class LlavaSource(SourceConfig):
         images = tuple(root / self.images / name for name in row.names("image"))
         name = row.identifier("id") if "id" in row else "row"
         turns = _turns(row)
-        shown = list(accumulate(question.count(IMAGE_TOKEN) for question, _ in turns))  # images so far
+        marks = [question.count(IMAGE_TOKEN) for question, _ in turns]
+        shown = list(accumulate(marks))  # images so far, by turn
         if len(images) > 1 and not shown[0]:
             raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
         if shown[-1] != len(images) and (shown[-1], len(images)) != (0, 1):
@@ -80,6 +84,7 @@ class LlavaSource(SourceConfig):
                 split=split_in_name(Path(self.file).name),
                 task="vqa",
                 metadata={"answers": (answer,)},
+                where=f"{row.where}, turn {turn}",
             )
             for turn, (question, answer) in enumerate(turns)
         ]

@@ -18,6 +18,10 @@ class QaSource(SourceConfig):
 
     Every answer goes to `metadata["answers"]`; what is learned is the commonest of them, or each different one.
     A row without an id is called `IMAGE#NUMBER` by its line (JSON lines) or its place in the list (JSON).
+
+    Example:
+        >>> QaSource(path=str(data_folder)).read(data_folder)[0].task
+        'vqa'
     """
 
     type: Literal["qa"] = "qa"
@@ -52,9 +56,15 @@ class QaSource(SourceConfig):
             split=row.text_or_none("split"),
             task="vqa",
             metadata=metadata,
+            where=row.where,
         )
 
 
 def commonest(answers: tuple[str, ...]) -> tuple[str, ...]:
-    """The answer given most often, the first of these when several are; nothing for no answers."""
+    """The answer given most often, the first of several such; nothing for no answers.
+
+    Example:
+        >>> commonest(("red", "blue", "blue"))
+        ('blue',)
+    """
     return (max(answers, key=answers.count),) if answers else ()

@@ -1,13 +1,15 @@
-"""Checked reading of JSON rows: every error says file, place, field, what was got and what was expected."""
+"""Checked reading of JSON and tables: every error names file, place and field, what it got and what it expected."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from frozenprefix.errors import DataError, did_you_mean
+from frozenprefix.utils import parse_json, read_jsonl, read_text
 
 
 class Row:
@@ -17,6 +19,11 @@ class Row:
         file: the file, with the line where there is one: "captions.jsonl:12".
         values: the object.
         part: the place within the file or line: "annotations[3]".
+
+    Example:
+        >>> row = Row("qa.jsonl:3", {"image": "1.jpg", "answers": ["red"]})
+        >>> row.text("image"), row.texts("answers"), row.where
+        ('1.jpg', ('red',), 'qa.jsonl:3')
     """
 
     def __init__(self, file: str, values: Any, part: str = ""):
@@ -91,61 +98,110 @@ class Row:
         return list(self._values)
 
     def _get(self, field: str) -> Any:
-        if self._values.get(field) is None:
+        if field not in self._values:
             got = ", ".join(self._values) or "none"
             raise DataError(
                 f"{self.where}: field '{field}' is missing{did_you_mean(field, self._values)}; got the fields: {got}"
             )
+        if self._values[field] is None:
+            raise DataError(f"{self.where}: field '{field}': got null, expected a value")
         return self._values[field]
 
     def _wrong(self, field: str, value: Any, expected: str) -> DataError:
         return DataError(f"{self.where}: field '{field}': got {_shown(value)}, expected {expected}")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the line number (from 1) and the row of each line of a JSON-lines file. Blank lines are passed over."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); one object a line"
-            ) from error
-        yield number, Row(f"{path}:{number}", values)
+def rows_by_id(rows: Iterable[Row], field: str) -> dict[str, Row]:
+    """Rows by an id that must not repeat.
+
+    Raises:
+        DataError: naming both rows of the same id.
+
+    Example:
+        >>> list(rows_by_id([Row("a.json", {"id": 7})], "id"))
+        ['7']
+    """
+    by_id: dict[str, Row] = {}
+    for row in rows:
+        name = row.identifier(field)
+        other = by_id.setdefault(name, row)
+        if other is not row:
+            raise DataError(f"{row.where}: field '{field}': got {name}, which is the id of {other.where} too")
+    return by_id
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds."""
+    """Return the content of a JSON file.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON, or an object in it has a field twice.
+    """
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: {error}") from error
 
 
 def read_json_object(path: Path) -> Row:
-    """Return the one object that a JSON file holds."""
+    """Return the one object of a JSON file."""
     return Row(str(path), read_json(path))
 
 
-def read_rows(path: Path) -> list[tuple[int, Row]]:
-    """The rows of a JSON file that holds a list of objects, numbered from 0, or of a JSON-lines file, from 1."""
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a JSON file that holds a list of objects, numbered from 0, or of a JSON-lines file, from 1.
+
+    Example:
+        >>> len(list(read_rows(data_folder / "captions.jsonl")))
+        12
+    """
     if path.suffix != ".json":
-        return list(read_jsonl(path))
+        for number, values in read_jsonl(path):
+            yield number, Row(f"{path}:{number}", values)
+        return
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of objects")
-    return [(number, Row(str(path), row, f"[{number}]")) for number, row in enumerate(rows)]
+    for number, values in enumerate(rows):
+        yield number, Row(str(path), values, f"[{number}]")
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; expected the source's text or JSON file there") from error
+def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    r"""Yield the line number (from 1) and the cells of every row of a text table that is not blank.
+
+    As in CSV, a cell may be in double quotes; it may then hold delimiters, line ends and quotes, which are doubled. A
+    cell that only begins with a quote, as in tables that were written without quoting, is taken as it is.
+
+    Example:
+        >>> _ = (tmp_path / "a.tsv").write_text('1.jpg\t"a ""big"" dog"\n2.jpg\t"no" he said\n')
+        >>> [cells[1] for _, cells in read_table(tmp_path / "a.tsv", "\t")]
+        ['a "big" dog', '"no" he said']
+    """
+    text = read_text(path).replace("\r\n", "\n")
+    mark = re.escape(delimiter)
+    quoted = re.compile(rf'"((?:[^"]|"")*)"(?=[{mark}\n]|$)')
+    plain = re.compile(rf"[^{mark}\n]*")
+    place, line = 0, 1
+    while place < len(text):
+        first, cells = line, []
+        while True:
+            if match := quoted.match(text, place):
+                cells.append(match[1].replace('""', '"'))
+            else:
+                match = plain.match(text, place)
+                assert match is not None  # it matches nothing, too
+                cells.append(match[0])
+            line += match[0].count("\n")
+            place = match.end()
+            if text[place : place + 1] != delimiter:
+                break
+            place += 1
+        place, line = place + 1, line + 1  # past the line end
+        if any(cell.strip() for cell in cells):
+            yield first, cells
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -10,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from frozenprefix.data.images import walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import Holdout
 from frozenprefix.errors import DataError, did_you_mean
+from frozenprefix.utils import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +23,36 @@ T = TypeVar("T")
 def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> dict[Path, str | None]:
     """The files that a name or a glob pattern under `root` stands for, sorted → the split that their names tell.
 
-    Files of other splits than the wanted ones are left out, so that they need not be read. The file's own name goes
-    before those of its folders.
+    Files of other splits are left out, so that they need not be read. The file's own name goes before those of its
+    folders.
+
+    Example:
+        >>> {path.name: split for path, split in files_of(data_folder, "*.jsonl").items()}
+        {'captions.jsonl': None, 'qa.jsonl': None}
     """
-    files = sorted(path for path in root.glob(pattern) if path.is_file())
+    if pattern.startswith("**/"):
+        files = [path for path in walk_files(root) if path.match(pattern.removeprefix("**/"))]
+    else:
+        files = [path for path in root.glob(pattern) if path.is_file()]
     if not files:
         raise DataError(f"{root}: has no file '{pattern}'; check `path` and the fields that name its files")
     splits = {}
-    for file in files:
+    for file in sorted(files):
         splits[file] = split_in_name(file.name) or split_in_name(file.relative_to(root).parent.as_posix())
     wanted = of_wanted(splits, split, where=str(root / pattern))
     return {file: splits[file] for file in wanted}
 
 
 def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *, where: str) -> list[T]:
-    """What belongs to a wanted split, or may: its split is None when only its samples tell. A name that is not there
-    is an error, unless it may yet be among those."""
+    """The items of the wanted split(s). Items without a split are kept: their samples name it.
+
+    Raises:
+        DataError: no item is of a wanted split, and none is without one.
+
+    Example:
+        >>> of_wanted({"a.json": "train", "b.json": "val"}, "val", where="data")
+        ['b.json']
+    """
     if wanted is None:
         return list(splits)
     names = [wanted] if isinstance(wanted, str) else wanted
@@ -47,13 +62,26 @@ def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *,
 
 
 def split_in_name(name: str) -> str | None:
-    """The split that a file's name tells: "train", "val", "test" or "testdev"; training and validation count too."""
-    found = re.search(r"(?<![a-z])(train|val|testdev|test)(?:ing|idation)?(?![a-z])", name.lower())
-    return found.group(1) if found else None
+    """The split in a file's name: "train", "val", "test" or "testdev"; training and validation count too.
+
+    Example:
+        >>> split_in_name("captions_val2017.json")
+        'val'
+    """
+    match = re.search(r"(?<![a-z])(train|val|testdev|test)(?:ing|idation)?(?![a-z])", name.lower())
+    return match.group(1) if match else None
 
 
 def of_split(samples: list[Sample], split: str | list[str] | None, *, where: str) -> list[Sample]:
-    """Keep the samples of the named split(s). A name that no sample has is an error."""
+    """The samples of the named split(s).
+
+    Raises:
+        DataError: no sample has one of these splits.
+
+    Example:
+        >>> of_split([Sample("1", (), (), split="val")], "val", where="data")[0].id
+        '1'
+    """
     if split is None:
         return samples
     wanted = [split] if isinstance(split, str) else split
@@ -70,15 +98,24 @@ def _check_splits(wanted: list[str], splits: Iterable[str | None], where: str) -
 
 
 def in_validation(image: str, fraction: float, seed: int) -> bool:
-    """Say whether an image belongs to the validation part: SHA-256 of seed and name, read as a number from 0 to 1."""
-    digest = hashlib.sha256(f"{seed}:{image}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    """Whether an image belongs to the validation part: SHA-256 of seed and name, read as a number from 0 to 1.
+
+    Example:
+        >>> sum(in_validation(f"{number}.jpg", 0.1, seed=0) for number in range(1000))
+        96
+    """
+    return int(content_hash(f"{seed}:{image}")[:16], 16) < fraction * 2**64
 
 
 def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sample]:
-    """Return one part of a split by image, with `split` set to its name.
+    """One part of a split by image, with `split` set to its name.
 
     A sample whose images fall on both sides belongs to neither part, so that no image is ever in both.
+
+    Example:
+        >>> samples = [Sample(str(number), (Path(f"{number}.jpg"),), ()) for number in range(100)]
+        >>> len(hold_out(samples, Holdout(part="train"), Path()))
+        92
     """
     kept, mixed = [], 0
     for sample in samples:
@@ -93,7 +130,12 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
 
 
 def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """Keep all samples of the first `limit` images (or sets of images), in the order in which these appear."""
+    """All samples of the first `limit` images (or sets of images), in the order in which these appear.
+
+    Example:
+        >>> [sample.id for sample in first_images([Sample(i, (Path(i),), ()) for i in "abc"], 2)]
+        ['a', 'b']
+    """
     if limit is None:
         return samples
     wanted: dict[tuple[Path, ...], None] = {}
@@ -105,7 +147,14 @@ def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 def check_images_exist(samples: list[Sample], *, where: str) -> None:
-    """Raise `DataError` when there is no sample, or when not one image file exists: the path is wrong then."""
+    """Check that there are samples, and that an image file exists; if none does, a path is wrong.
+
+    Raises:
+        DataError: there is no sample, or no image.
+
+    Example:
+        >>> check_images_exist([Sample("1", (image_path,), ())], where="data")
+    """
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
     if not any(image.exists() for sample in samples for image in sample.images):

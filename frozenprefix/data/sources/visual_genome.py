@@ -11,13 +11,18 @@ from pydantic import Field, model_validator
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import Row, read_rows
+from frozenprefix.errors import DataError
 
 
 class VisualGenomeSource(SourceConfig):
     """`region_descriptions.json` as captions, one sample an image, and `question_answers.json` as questions.
 
-    A region's phrase becomes a target of the whole image: where the region lies is not told. There are no official
-    splits: use `holdout`. Ids are regions/IMAGE_ID and qa/QA_ID.
+    A region's phrase becomes a target of the whole image, without the region's place. There are no official splits:
+    use `holdout`. Ids are regions/IMAGE_ID and qa/QA_ID.
+
+    Example:
+        >>> VisualGenomeSource(path="vg", questions=None).regions
+        'region_descriptions.json'
     """
 
     type: Literal["visual_genome"] = "visual_genome"
@@ -32,22 +37,37 @@ class VisualGenomeSource(SourceConfig):
         return self
 
     def read(self, root: Path) -> list[Sample]:
-        # the first folder is where an image that lies in none of them is missed
-        folders = {path.name: path for name in reversed(self.images) for path in (root / name).glob("*.jpg")}
+        files = self._files(root)
 
         def image(image_id: str) -> Path:
-            return folders.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
+            # an image that lies in none of the folders is missed in the first one
+            return files.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
 
         samples = []
         for image_id, row in _images(root, self.regions):
-            phrases = tuple(text.strip() for region in row.rows("regions") for text in region.texts("phrase"))
-            metadata = {"image_id": image_id}
+            phrases = [text.strip() for region in row.rows("regions") for text in region.texts("phrase")]
             samples.append(
-                Sample(id=f"regions/{image_id}", images=(image(image_id),), targets=phrases, metadata=metadata)
+                Sample(
+                    id=f"regions/{image_id}",
+                    images=(image(image_id),),
+                    targets=tuple(phrases),
+                    metadata={"image_id": image_id},
+                    where=row.where,
+                )
             )
         for image_id, row in _images(root, self.questions):
             samples += [_question(question, image_id, image(image_id)) for question in row.rows("qas")]
         return samples
+
+    def _files(self, root: Path) -> dict[str, Path]:
+        """Images of all folders by name. A copy in two folders counts once; two different images are an error."""
+        files: dict[str, Path] = {}
+        for name in self.images:
+            for path in sorted((root / name).glob("*.jpg")):
+                other = files.setdefault(path.name, path)
+                if other is not path and path.stat().st_size != other.stat().st_size:
+                    raise DataError(f"{path}: got another image than {other}, expected one image of that name")
+        return files
 
 
 def _images(root: Path, file: str | None) -> Iterator[tuple[str, Row]]:
@@ -65,4 +85,5 @@ def _question(row: Row, image_id: str, image: Path) -> Sample:
         question=row.text("question"),
         task="vqa",
         metadata={"answers": (answer,), "image_id": image_id},
+        where=row.where,
     )

@@ -17,9 +17,13 @@ from frozenprefix.data.sources.selection import files_of
 class VizWizSource(SourceConfig):
     """`Annotations/train.json`: a list of `{"image", "question", "answers": [{"answer"}, …], "answer_type"}`.
 
-    The target is the commonest of the ten answers; `metadata["answers"]` has all, `metadata["answerable"]` what most
-    people thought of the question. The test part has no answers and no targets. The id is the image's name, as every
-    image has one question. The captions of the same images are read by source `coco`.
+    The target is the commonest of the ten answers; `metadata["answers"]` has all, `metadata["answerable"]` whether most
+    people could answer. The test part has no answers and no targets. The id is the image's name, as every image has
+    one question. The captions of the same images are read by source `coco`.
+
+    Example:
+        >>> VizWizSource(path="vizwiz").annotations
+        'Annotations/*.json'
     """
 
     type: Literal["vizwiz"] = "vizwiz"
@@ -27,8 +31,10 @@ class VizWizSource(SourceConfig):
     images: str = Field("{split}", description="folder of a split's images")
 
     def read(self, root: Path) -> list[Sample]:
-        files = files_of(root, self.annotations, self.split)
-        return [self._sample(row, split, root) for file, split in files.items() for _, row in read_rows(file)]
+        samples = []
+        for file, split in files_of(root, self.annotations, self.split).items():
+            samples += [self._sample(row, split, root) for _, row in read_rows(file)]
+        return samples
 
     def _sample(self, row: Row, split: str | None, root: Path) -> Sample:
         name = row.text("image")
@@ -49,4 +55,5 @@ class VizWizSource(SourceConfig):
             split=split,
             task="vqa",
             metadata=metadata,
+            where=row.where,
         )

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.qa import commonest
-from frozenprefix.data.sources.rows import Row, read_json_object
+from frozenprefix.data.sources.rows import Row, read_json_object, rows_by_id
 from frozenprefix.errors import DataError
 
 
@@ -21,6 +21,10 @@ class VqaV2Source(SourceConfig):
     The target is the annotation's `multiple_choice_answer`, or the commonest answer where there is none (OK-VQA);
     `metadata["answers"]` has the ten human answers. Without `annotations` (the test parts) there are no targets. The
     split is the file's `data_subtype` without the year.
+
+    Example:
+        >>> VqaV2Source(path="vqa", questions="questions.json", images="val2014").file_pattern
+        'COCO_{subtype}_{image_id:012d}.jpg'
     """
 
     type: Literal["vqa_v2"] = "vqa_v2"
@@ -43,7 +47,9 @@ class VqaV2Source(SourceConfig):
     def read(self, root: Path) -> list[Sample]:
         file = read_json_object(root / self.questions)
         subtype = file.text_or_none("data_subtype")
-        annotations = None if self.annotations is None else _by_question(read_json_object(root / self.annotations))
+        annotations = None
+        if self.annotations is not None:
+            annotations = rows_by_id(read_json_object(root / self.annotations).rows("annotations"), "question_id")
         return [self._sample(question, annotations, subtype, root) for question in file.rows("questions")]
 
     def _sample(self, question: Row, annotations: dict[str, Row] | None, subtype: str | None, root: Path) -> Sample:
@@ -63,11 +69,8 @@ class VqaV2Source(SourceConfig):
             split=None if subtype is None else re.sub(r"\d{4}$", "", subtype),
             task="vqa",
             metadata=metadata,
+            where=question.where,
         )
-
-
-def _by_question(file: Row) -> dict[str, Row]:
-    return {row.identifier("question_id"): row for row in file.rows("annotations")}
 
 
 def _add_answers(metadata: dict[str, Any], annotation: Row) -> tuple[str, ...]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from frozenprefix.data.images import image_ending, report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.image_files import image_ending, report_left_out, unpack_once, write_image
+from frozenprefix.data.sources.image_files import unpack_once, write_image
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
+from frozenprefix.utils import parse_json
 
 _TEXTS = ("txt", "text", "caption", "cls")
 
@@ -27,10 +28,17 @@ _TEXTS = ("txt", "text", "caption", "cls")
 class WebDatasetSource(SourceConfig):
     """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` stand next to each other; a sample is a key.
 
-    Their images are unpacked into the user's cache when a tar is read for the first time (its size is needed there
-    once more), and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by
-    reason, with those that img2dataset noted in `00000_stats.json` beside `00000.tar`. The id is TAR/KEY; the split is
-    read from the tar's place under `path`.
+    Images are unpacked into the user's cache when a tar is read for the first time (which needs their size once more),
+    and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by reason, with
+    those that img2dataset noted in `00000_stats.json` beside `00000.tar`. The id is TAR/KEY; the split is read from the
+    tar's place under `path`.
+
+    A key ends at the first dot of a name, as in WebDataset. In a tar with texts such as `photo.2020.txt`, whose names
+    have other dots, it ends at the last dot.
+
+    Example:
+        >>> WebDatasetSource(path="shards", captions="json.caption").shards
+        '**/*.tar'
     """
 
     type: Literal["webdataset"] = "webdataset"
@@ -50,7 +58,7 @@ class WebDatasetSource(SourceConfig):
         samples: list[Sample] = []
         without: Counter[str] = Counter()
         for shard, split in files_of(root, self.shards, self.split).items():
-            folder, rows = unpack_once([shard], partial(_unpack, shard))
+            folder, rows = unpack_once([shard], partial(_unpack, shard), what="keys by dots")
             name = shard.relative_to(root).with_suffix("").as_posix()
             for values in rows:
                 row = Row(str(shard), values, f"key {values['__key__']}")
@@ -71,7 +79,7 @@ class WebDatasetSource(SourceConfig):
     def _sample(self, row: Row, image: Path, name: str, split: str | None) -> Sample:
         if self.question is None:
             texts = tuple(text.strip() for text in _texts(row, self.captions or ""))
-            return Sample(id=name, images=(image,), targets=texts, split=split)
+            return Sample(id=name, images=(image,), targets=texts, split=split, where=row.where)
         answers = _texts(row, self.answers)
         return Sample(
             id=name,
@@ -81,6 +89,7 @@ class WebDatasetSource(SourceConfig):
             split=split,
             task="vqa",
             metadata={"answers": answers},
+            where=row.where,
         )
 
 
@@ -94,7 +103,7 @@ def _texts(row: Row, place: str) -> tuple[str, ...]:
 
 def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Write the images of a tar; yield each key's other members, its images' names and the key."""
-    for sample in _samples_of(shard):
+    for sample in _members_by_key(shard):
         key = sample["__key__"]
         row: dict[str, Any] = {"__key__": key, "__images__": {}}
         for member, data in sample.items():
@@ -104,18 +113,33 @@ def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
                 row["__images__"][member] = write_image(folder, data, ending)
             elif member in _TEXTS or member == "json":
                 try:
-                    row[member] = json.loads(data) if member == "json" else data.decode("utf-8")
+                    text = data.decode("utf-8-sig")
+                    row[member] = parse_json(text) if member == "json" else text
                 except ValueError as error:
                     raise DataError(f"{shard}: key {key}: member '{member}' is not UTF-8 or JSON: {error}") from error
         yield row
 
 
-def _samples_of(shard: Path) -> Iterator[dict[str, Any]]:
+def _members_by_key(shard: Path) -> Iterator[dict[str, Any]]:
     try:
+        split_name = _key_rule(shard)
         with shard.open("rb") as stream:
-            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
+            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]), keys=split_name)
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        raise DataError(f"{shard}: cannot be read as a WebDataset tar: {error.args[0]}; make it anew") from error
+        raise DataError(f"{shard}: cannot be read as a WebDataset tar: {error.args[0]}; create it again") from error
+
+
+def _key_rule(shard: Path) -> Callable[[str], tuple[str | None, str | None]]:
+    """How the names of a tar are split into key and member: at the first dot, or at the last one."""
+    with tarfile.open(shard) as tar:
+        members = [base_plus_ext(name)[1] or "" for name in tar.getnames()]
+    dotted = any(member.rpartition(".")[2] in (*_TEXTS, "json") for member in members if "." in member)
+    return _at_last_dot if dotted else base_plus_ext
+
+
+def _at_last_dot(name: str) -> tuple[str | None, str | None]:
+    key, _, member = name.rpartition(".")
+    return (key, member.lower()) if key and "/" not in member else (None, None)
 
 
 def _failures(shard: Path) -> Counter[str]:

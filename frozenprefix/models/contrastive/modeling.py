@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,18 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.checkpoint import TrainableCheckpoint, check_identity
+from frozenprefix.models.checkpoint import (
+    HUB_OPTIONS,
+    check_identity,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_state,
+)
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
+from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 
 
@@ -35,7 +41,7 @@ class LockedImageTextOutput(ModelOutput):
     text_embeds: Tensor | None = None
 
 
-class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
+class LockedImageTextModel(PreTrainedModel):
     """A locked vision encoder, a text tower, and projections of both into one space.
 
     Args:
@@ -46,7 +52,6 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
     """
 
     config_class = LockedImageTextConfig
-    part_names = ("vision_encoder", "text_tower")
     config: LockedImageTextConfig
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
@@ -77,6 +82,7 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         self.image_projection = build_projection(image_projection, vision_encoder.encoder_dim, size, "image_projection")
         self.text_projection = build_projection(text_projection, text_tower.output_dim, size, "text_projection")
         self.logit_scale = LogitScale(config.objective)
+        self.adapters = AdapterSet()  # none: the whole tower may be trained
         self.post_init()
 
     def init_weights(self) -> None:
@@ -142,14 +148,29 @@ class LockedImageTextModel(TrainableCheckpoint, PreTrainedModel):
         """Contrastive loss over unit vectors of all processes; see `contrastive_loss`."""
         return contrastive_loss(self.config.objective, self.logit_scale, images, texts, image_ids, text_ids)
 
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes, by name."""
+        return trainable_state(self)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Write config.json (with the identity of frozen parts) and the trained tensors; see `save_checkpoint`."""
+        if is_main_process:
+            save_checkpoint(self, save_directory, *args, **kwargs)
+
     @classmethod
-    def ready_parts(cls, config: LockedImageTextConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-        """As given; a text tower that was trained as a whole needs no weights that it started from."""
-        parts = super().ready_parts(config, given)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> LockedImageTextModel:
+        """Load a checkpoint folder or Hub id; see `load_checkpoint`."""
+        if not isinstance(config, cls.config_class):
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         section = config.text_tower
-        if "text_tower" not in parts and section.trained_layers == "all" and config.text_config is not None:
-            parts["text_tower"] = text_tower_from_architecture(section, config.text_config)
-        return parts
+        # a text tower that was trained as a whole is in the checkpoint; the weights it started from are not needed
+        if "text_tower" not in kwargs and section.trained_layers == "all" and config.text_config is not None:
+            kwargs["text_tower"] = text_tower_from_architecture(section, config.text_config)
+        parts = ("vision_encoder", "text_tower")
+        return load_checkpoint(cls, pretrained_model_name_or_path, parts, config=config, **kwargs)
 
 
 def build_projection(config: ProjectionConfig, input_dim: int, output_dim: int, name: str) -> nn.Module:

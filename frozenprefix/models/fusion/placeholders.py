@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frozenprefix.errors import DataError
 
@@ -31,7 +33,9 @@ def index_placeholders(input_ids: Tensor, image_token_id: int, num_prefix_embeds
     return torch.where(is_image.flatten(), is_image.flatten().cumsum(0) - 1, -1).view_as(input_ids)
 
 
-def fuse_prefix(embeddings: nn.Module, input_ids: Tensor, prefix_index: Tensor, prefix_embeds: Tensor | None) -> Tensor:
+def fuse_prefix(
+    embeddings: Callable[[Tensor], Tensor], input_ids: Tensor, prefix_index: Tensor, prefix_embeds: Tensor | None
+) -> Tensor:
     """Word embeddings, with prefix embeddings where the placeholders stand.
 
     Args:

@@ -9,16 +9,17 @@ and images that are finished leave the batch. Scores, stopping and ties between 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE, attention_implementation
-from frozenprefix.models.language_model.loading import cap, check_packable, positions_from_mask
+from frozenprefix.models.language_model.base import positions_from_mask
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
@@ -76,7 +77,7 @@ def beam_options(language_model: PreTrainedModel, prompt_length: int, options: d
         return None
     text = language_model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    if check_packable(language_model) or attention_implementation(text) not in ("sdpa", "eager"):
+    if attention_implementation(text) not in ("sdpa", "eager"):
         return None
     if window and prompt_length + values["max_new_tokens"] >= window:
         return None
@@ -144,19 +145,19 @@ class BeamSearch:
     """One search over a batch of images.
 
     Args:
-        parts: decoder, head and logit cap, as `language_model.decoder_and_head` gives them.
-        virtual_tokens: how many the LM puts into its cache by itself.
+        logits: gives the logits of last hidden states, float[..., D_lm] -> float[..., V].
+        virtual_tokens: tokens that the LM puts into its cache by itself.
     """
 
     def __init__(
         self,
         language_model: PreTrainedModel,
-        parts: tuple[nn.Module, nn.Module, float | None],
+        logits: Callable[[Tensor], Tensor],
         options: BeamOptions,
         virtual_tokens: int = 0,
     ):
         self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
-        self.decoder, self.head, self.softcap = parts
+        self.logits = logits
         self.config = language_model.config.get_text_config()
 
     @torch.no_grad()
@@ -229,7 +230,7 @@ class BeamSearch:
         """Logits at all places that predict: the last one of a prompt, every one of written words."""
         mask = additive_mask(seen, inputs_embeds.dtype)
         with attention_for_rows(self.language_model):
-            hidden = self.decoder(
+            hidden = self.language_model.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask_per_kind(self.config, mask),
                 position_ids=positions,
@@ -238,7 +239,7 @@ class BeamSearch:
             ).last_hidden_state
         if self.beams.score.shape[1] == 1:
             hidden = hidden[:, -1:]
-        return cap(self.head(hidden), self.softcap)
+        return self.logits(hidden)
 
     # ── the beams ──
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
-from frozenprefix.models.language_model.loading import embedding_rms, word_embeddings
+from frozenprefix.models.language_model.base import embedding_rms, word_embeddings
 from frozenprefix.models.mappers import PrefixMapper, build_mapper
 from frozenprefix.models.mappers.mlp import MLPMapper
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.kernels.linear import TILE, PlainWeight, PrepackedWeight, head_tiles
-from frozenprefix.models.language_model.loading import cap
 
 ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near the caches
 
@@ -135,6 +134,17 @@ class _RunningSoftmax:
     def expected_row(self) -> Tensor:
         """Mean of the head's rows under the softmax: float32[rows, D]."""
         return self._row_sum / self._total
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; without one the logits themselves.
+
+    Example:
+        >>> from frozenprefix.models.packing.loss import cap
+        >>> round(float(cap(torch.tensor(100.0), 30.0)), 2)
+        29.92
+    """
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _cap_slope(capped: Tensor, softcap: float) -> Tensor:

@@ -47,7 +47,9 @@ class AdaLoraAdapter(Adapter):
 
     def update(self, step: int) -> dict[str, float]:
         if self.config.total_step == STEPS_UNKNOWN:
-            raise TrainingError(f"{self.field}: AdaLoRA has to know its steps first; call model.set_total_steps(steps)")
+            raise TrainingError(
+                f"{self.field}: AdaLoRA needs the number of steps; call adapters.set_total_steps(steps)"
+            )
         allocator = self.tuner.rankallocator
         if allocator.init_bgt > allocator.target_bgt:  # an adapter that was loaded may be down to its ranks already
             self.tuner.update_and_allocate(step)

@@ -1,4 +1,4 @@
-"""Adapters in the frozen parts of a model: what training, saving and generation call."""
+"""The adapters of a model: one object that training, saving and generation call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
@@ -27,173 +26,204 @@ FOLDERS = {"language_model": "language_adapter", "vision_encoder": "vision_adapt
 STATE_FILE = "adapter_state.safetensors"
 
 
-class AdaptedParts(nn.Module):
-    """A model into whose frozen parts peft may put something. A mixin.
+class AdapterSet(Mapping[str, "Adapter"]):
+    """The adapters inside the frozen parts of a model: a mapping from "language_model" and "vision_encoder".
 
-    Attributes:
-        adapters: "language_model" and "vision_encoder", where they have one.
+    Example:
+        >>> dict(model.adapters)  # a model without peft methods
+        {}
+        >>> with model.adapters.disabled():
+        ...     bare = model.generate(**processor(image, "<image>", return_tensors="pt"), max_new_tokens=2)
     """
 
-    config: FrozenPrefixConfig
-    language_model: PreTrainedModel
-    vision_encoder: nn.Module
-    fusion: Fusion
-    adapters: Mapping[str, Any] = MappingProxyType({})
+    def __init__(self, adapters: Mapping[str, Adapter] | None = None):
+        self._adapters = dict(adapters or {})
 
-    def add_adapters(self, given: Any = None) -> None:
-        """Put the methods of the config into the frozen parts; before a fusion's hooks, which then stand outside.
+    @classmethod
+    def from_config(
+        cls,
+        config: FrozenPrefixConfig,
+        language_model: PreTrainedModel,
+        vision_encoder: nn.Module,
+        peft_model: Any = None,
+    ) -> AdapterSet:
+        """Inject the peft methods of a config into the frozen parts.
+
+        Call it before a fusion is built, so that the fusion's hooks run outside of peft's layers.
 
         Args:
-            given: a peft model around the language model, made by the user; what it trains goes on being trained.
+            peft_model: a user's own peft model around the language model, in place of a method in the config.
         """
+        methods = {part: getattr(getattr(config, part), "peft", None) for part in FOLDERS}
+        if peft_model is not None and methods["language_model"] is not None:
+            raise ConfigError("language_model: got a peft model beside model.language_model.peft; give one of them")
         adapters: dict[str, Adapter] = {}
-        for part in FOLDERS:
-            section = getattr(self.config, part)
-            method = None if section is None else section.peft
-            if part == "language_model" and given is not None:
+        if peft_model is not None or any(methods.values()):
+            from frozenprefix.models.peft.build import adapter_of, make_adapter
+
+            if peft_model is not None:
+                adapters["language_model"] = adapter_of(peft_model, "model.language_model.peft")
+            for part, method in methods.items():
                 if method is not None:
-                    raise ConfigError(
-                        "language_model: got a peft model beside model.language_model.peft; give one of them"
-                    )
-                from frozenprefix.models.peft.adapter import adapter_of
+                    module = language_model if part == "language_model" else _network(vision_encoder)
+                    adapters[part] = make_adapter(module, method, part)
+        adapter_set = cls(adapters)
+        if adapter_set.virtual_tokens is not None:
+            language_model.add_module("virtual_tokens", adapter_set.virtual_tokens)
+            adapter_set.virtual_tokens.attach(language_model)
+        return adapter_set
 
-                adapters[part] = adapter_of(given, f"model.{part}.peft")
-            elif method is not None:
-                from frozenprefix.models.peft.adapter import make_adapter
+    def __getitem__(self, part: str) -> Adapter:
+        return self._adapters[part]
 
-                module = self.language_model if part == "language_model" else library_model(self.vision_encoder)
-                adapters[part] = make_adapter(module, method, part)
-        self.adapters = adapters
-        if self.virtual_tokens is not None:
-            self.language_model.add_module("virtual_tokens", self.virtual_tokens)
-            self.virtual_tokens.attach(self.language_model, lambda: getattr(self, "fusion", None))
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
     @property
     def virtual_tokens(self) -> VirtualTokens | None:
-        """Learned tokens before every text, of prompt tuning and prefix tuning."""
-        adapter = self.adapters.get("language_model")
+        """Learned tokens before every text, from prompt tuning and prefix tuning."""
+        adapter = self._adapters.get("language_model")
         return None if adapter is None else adapter.virtual_tokens
 
     @property
     def num_virtual_tokens(self) -> int:
         return 0 if self.virtual_tokens is None else self.virtual_tokens.count
 
-    def adapter_parameters(self) -> set[int]:
-        """Identities of the adapters' parameters, which are saved apart."""
-        return {id(p) for adapter in self.adapters.values() for p in adapter.named_parameters().values()}
+    def follow(self, fusion: Fusion) -> None:
+        """Shift the image positions of `fusion` when virtual tokens stand before the text."""
+        if self.virtual_tokens is not None:
+            self.virtual_tokens.follow(fusion)
+
+    def parameter_ids(self) -> set[int]:
+        """`id()` of every trained parameter of the adapters, which are saved in files of their own."""
+        return {id(p) for adapter in self.values() for p in adapter.named_parameters().values()}
 
     @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Let the frozen parts compute inside the block what they compute without adapters."""
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the frozen parts compute what they compute without adapters."""
         with ExitStack() as stack:
-            for adapter in self.adapters.values():
+            for adapter in self.values():
                 stack.enter_context(adapter.disabled())
             yield
 
-    def merge_adapters(self) -> None:
-        """Add the adapters to the frozen weights: the same outputs, without the adapters' part of the time.
+    def merge(self) -> None:
+        """Add the adapters to the frozen weights: the same outputs in less time.
 
         Raises:
             ConfigError: for virtual tokens, and for quantised weights.
         """
-        for adapter in self.adapters.values():
+        for adapter in self.values():
             adapter.merge()
 
-    def unmerge_adapters(self) -> None:
-        """Undo `merge_adapters`: every bit of the frozen weights is as it was."""
-        for adapter in self.adapters.values():
+    def unmerge(self) -> None:
+        """Undo `merge`: the frozen weights are restored bit for bit."""
+        for adapter in self.values():
             adapter.unmerge()
 
     # ── training ──
 
+    def train(self, mode: bool) -> None:
+        """Set the mode of the adapters' dropout."""
+        for adapter in self.values():
+            adapter.train(mode)
+
     def set_total_steps(self, steps: int) -> None:
-        """Say how many optimizer steps training will take; AdaLoRA plans its ranks by it."""
-        for adapter in self.adapters.values():
+        """Announce the number of optimizer steps; AdaLoRA schedules its ranks by it."""
+        for adapter in self.values():
             adapter.set_total_steps(steps)
 
-    def adapter_penalty(self) -> Tensor | float:
+    def penalty(self) -> Tensor | float:
         """What the methods add to a loss: AdaLoRA's regularisation, otherwise 0."""
-        penalties = [adapter.penalty() for adapter in self.adapters.values()]
+        penalties = [adapter.penalty() for adapter in self.values()]
         return sum((p for p in penalties if p is not None), 0.0)
 
-    def update_adapters(self, step: int) -> dict[str, float]:
-        """Behind optimizer step `step` (the first is 1) and before gradients are zeroed; returns figures to log."""
+    def update(self, step: int) -> dict[str, float]:
+        """Update ranks after optimizer step `step` (counted from 1), before gradients are zeroed.
+
+        Returns:
+            Figures to log.
+        """
         figures: dict[str, float] = {}
-        for part, adapter in self.adapters.items():
+        for part, adapter in self.items():
             figures |= {f"{FOLDERS[part]}/{name}": value for name, value in adapter.update(step).items()}
         return figures
 
     # ── on disk ──
 
-    def save_adapters(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write each trained adapter into a folder of its own, in peft's layout."""
-        for part, adapter in self.adapters.items():
+        for part, adapter in self.items():
             if adapter.named_parameters():
                 adapter.save(folder / FOLDERS[part])
 
-    def load_adapters(self, source: str | PathLike[Any], *, new: Collection[str] = (), **hub: Any) -> None:
+    def load(self, source: str | PathLike[Any], *, new: Collection[str] = (), **hub: Any) -> None:
         """Read the trained adapters of a checkpoint.
 
         Args:
-            new: parts whose adapters stay as they are, because the checkpoint was made without any.
+            new: parts whose adapters keep their initial values, because the checkpoint has none for them.
 
         Raises:
             CheckpointError: when they do not fit, or the checkpoint has one that this model lacks.
         """
         for part, name in FOLDERS.items():
-            adapter = self.adapters.get(part)
+            adapter = self._adapters.get(part)
             if adapter is not None and adapter.named_parameters():
                 if part not in new:
                     adapter.load(source, name, **hub)
             elif adapter is None and (Path(source) / name).is_dir():
                 raise CheckpointError(
-                    f"{source} holds {name}/, and its config.json no peft method; give the peft model it was trained "
-                    f"with as {part}="
+                    f"{source} holds {name}/, but its config.json names no peft method; pass the peft model it was "
+                    f"trained with as {part}="
                 )
 
-    def save_adapter_state(self, folder: Path) -> None:
-        """Write what a resumed run needs of the adapters; nothing when none is trained."""
+    def save_state(self, folder: Path) -> None:
+        """Write what a resumed run needs of trained adapters; without any, no file is written."""
         state = {
             f"{part}:{name}": tensor.cpu().contiguous()
-            for part, adapter in self.adapters.items()
+            for part, adapter in self.items()
             for name, tensor in adapter.training_state().items()
         }
         if state:
             save_file(state, folder / STATE_FILE)
 
-    def load_adapter_state(self, folder: Path) -> None:
-        """Restore what `save_adapter_state` wrote."""
-        if not any(adapter.named_parameters() for adapter in self.adapters.values()):
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote."""
+        if not self.parameter_ids():
             return
         try:
             state = load_file(folder / STATE_FILE)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: {STATE_FILE} cannot be read ({error}); use --resume never") from error
-        for part, adapter in self.adapters.items():
-            own = {name.removeprefix(f"{part}:"): t for name, t in state.items() if name.startswith(f"{part}:")}
+        for part, adapter in self.items():
             device = next(iter(adapter.peft_model.parameters())).device
-            adapter.load_training_state({name: t.to(device) for name, t in own.items()}, str(folder))
+            own = {n.removeprefix(f"{part}:"): t.to(device) for n, t in state.items() if n.startswith(f"{part}:")}
+            adapter.load_training_state(own, str(folder))
 
 
-def library_model(vision_encoder: nn.Module) -> nn.Module:
-    """The library's own model inside a vision encoder, which peft's files then fit.
+def _network(vision_encoder: nn.Module) -> nn.Module:
+    """The library's own network inside a vision encoder; peft's files then fit that library's model.
 
     Raises:
-        ConfigError: for encoders of several models, and given features.
+        ConfigError: for encoders with several networks, and for precomputed features.
     """
     for name in ("model", "visual"):
         if isinstance(getattr(vision_encoder, name, None), nn.Module):
             return cast(nn.Module, getattr(vision_encoder, name))
     raise ConfigError(
-        f"model.vision_encoder.peft: {type(vision_encoder).__name__} is not one network; use source timm, open_clip or "
-        "transformers"
+        f"model.vision_encoder.peft: {type(vision_encoder).__name__} is not a single network; use source timm, "
+        "open_clip or transformers"
     )
 
 
-def freeze_around(language_model: PreTrainedModel, given: Any = None) -> PreTrainedModel:
-    """Freeze a language model, but for what trains in the adapter of a user's peft model around it."""
-    mark = None if given is None else getattr(given.base_model, "prefix", None)
-    trained = [] if mark is None else [p for name, p in given.named_parameters() if p.requires_grad and mark in name]
+def freeze_around(language_model: PreTrainedModel, peft_model: Any = None) -> PreTrainedModel:
+    """Freeze a language model, except for the trained adapter parameters of a user's peft model around it."""
+    mark = None if peft_model is None else getattr(peft_model.base_model, "prefix", None)
+    trained = []
+    if mark is not None:
+        trained = [p for name, p in peft_model.named_parameters() if p.requires_grad and mark in name]
     freeze(language_model)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -201,7 +231,7 @@ def freeze_around(language_model: PreTrainedModel, given: Any = None) -> PreTrai
 
 
 def split_peft_model(language_model: Any) -> tuple[PreTrainedModel, Any]:
-    """A transformers model, or a user's peft model around one -> the transformers model, and the peft model or None."""
+    """Split a language model into the transformers model and the user's peft model around it, None without one."""
     if isinstance(language_model, PreTrainedModel):
         return language_model, None
     from peft import PeftModel

@@ -20,7 +20,7 @@ from frozenprefix.models.options import Count, Dropout, Ratio
 Modules = list[str] | str | None
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
-# AdaLoRA needs the steps of the run, which are known when training starts (`AdaLoraAdapter.set_total_steps`)
+# AdaLoRA needs the steps of the run, which are known when training starts (`AdapterSet.set_total_steps`)
 STEPS_UNKNOWN = 10**9
 
 

@@ -43,23 +43,25 @@ class VirtualTokens(nn.Module):
         self._prompt = prompt
         self._shown: Shown | None = None
         self._is_first = False
+        # behind a function, or the fusion would become a submodule of the language model
+        self._fusion: Callable[[], Fusion | None] = lambda: None
 
-    def attach(self, language_model: PreTrainedModel, fusion: Callable[[], Fusion | None]) -> None:
+    def attach(self, language_model: PreTrainedModel) -> None:
         """Put hooks around the decoder.
 
-        Args:
-            fusion: gives the fusion whose `shown` has to be shifted too.
-
         Raises:
-            ConfigError: for a language model that takes no virtual tokens.
+            ConfigError: for a language model that cannot hold virtual tokens.
         """
         self._embeddings = language_model.get_input_embeddings
-        self._fusion = fusion
         self._window = getattr(language_model.config.get_text_config(), "sliding_window", None)
         decoder = language_model.get_decoder()
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._probe(language_model)
+
+    def follow(self, fusion: Fusion) -> None:
+        """Shift the image positions that `fusion` shows the LM's layers by the tokens in front."""
+        self._fusion = lambda: fusion
 
     @torch.no_grad()
     def _probe(self, language_model: PreTrainedModel) -> None:

@@ -54,7 +54,7 @@ class Contrastive(Objective):
         return contrastive_loss(
             self.section.loss,
             self.model.heads.logit_scale,
-            self.model.encode_prefix(prefix_embeds),
+            self.model.heads.embed_prefix(prefix_embeds),
             self.model.encode_text(**batch["texts"]),
             batch["image_ids"],
             batch["text_ids"],

@@ -11,7 +11,7 @@ from frozenprefix.config.objectives import Weight
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.text_ability import read_text, text_windows
-from frozenprefix.models.language_model.loading import cap
+from frozenprefix.models.language_model import FrozenLM
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objectives.base import Batch, Objective
@@ -63,21 +63,21 @@ class Distillation(Objective):
         return int(batch["kept"]["attention_mask"][:, 1:].sum())
 
     def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        _, head, softcap = self.model.parts()
+        lm = self.model.lm
         # hidden states that predict a token: [B, T, D_lm] -> [K, D_lm]
         predicts = batch["kept"]["attention_mask"][:, 1:].bool()
         with torch.no_grad(), self.model.bare_language_model():
-            bare = self.model.text_states(**batch["kept"])[:, :-1][predicts]
-        adapted = self.model.text_states(**batch["kept"])[:, :-1][predicts]
+            bare = lm.text_states(**batch["kept"])[:, :-1][predicts]
+        adapted = lm.text_states(**batch["kept"])[:, :-1][predicts]
         chunks = zip(bare.split(CHUNK), adapted.split(CHUNK), strict=True)
         # one chunk of logits exists at a time; the backward pass computes it again
-        parts = [checkpoint(_divergence, head, softcap, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(_divergence, lm, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(parts).sum() / len(bare)
 
 
-def _divergence(head: nn.Module, softcap: float | None, bare: Tensor, adapted: Tensor) -> Tensor:
+def _divergence(lm: FrozenLM, bare: Tensor, adapted: Tensor) -> Tensor:
     """Sum over rows of KL(bare || adapted), from hidden states float[K, D_lm]."""
-    target, predicted = (cap(head(hidden).float(), softcap).log_softmax(dim=-1) for hidden in (bare, adapted))
+    target, predicted = (lm.logits(hidden, torch.float32).log_softmax(dim=-1) for hidden in (bare, adapted))
     return F.kl_div(predicted, target, reduction="sum", log_target=True)
 
 

@@ -28,5 +28,5 @@ class NextToken(Objective):
         return batch["packed"].num_tokens
 
     def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        penalty = self.model.adapter_penalty() if self.model.training else 0.0
+        penalty = self.model.adapters.penalty() if self.model.training else 0.0
         return self.model.packed_loss(batch["packed"], prefix_embeds) + penalty

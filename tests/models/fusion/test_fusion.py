@@ -70,7 +70,7 @@ def inputs_of(processor, texts, pixel_values):
 def test_closed_gates_leave_the_bare_lm_bit_for_bit(made, pixels, name, family):
     model, processor = made(name, family, awake=False)
     inputs = inputs_of(processor, ["a red dog", "the man sits on grass"], pixels[:2])
-    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.image_token_id, model._start_token)
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.image_token_id, model.lm.start_token)
     ids = ids.masked_fill(inputs["attention_mask"] == 0, 0)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():

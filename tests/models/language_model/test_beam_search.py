@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from frozenprefix.models.language_model import DecoderOnlyLM
 from frozenprefix.models.language_model.beam_search import (
     BeamOptions,
     BeamSearch,
@@ -13,7 +14,6 @@ from frozenprefix.models.language_model.beam_search import (
     log_normaliser,
     top_tokens,
 )
-from frozenprefix.models.language_model.loading import decoder_and_head
 from tests.helpers.lm import tiny_lm_config
 
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3"]
@@ -56,7 +56,7 @@ def prompts(lm):
 def search(lm, embeds, mask, **options):
     found = beam_options(lm, embeds.shape[1], BASE | options)
     assert found is not None
-    return BeamSearch(lm, decoder_and_head(lm), found)(embeds, mask)
+    return BeamSearch(lm, DecoderOnlyLM(lm).logits, found)(embeds, mask)
 
 
 @pytest.mark.parity

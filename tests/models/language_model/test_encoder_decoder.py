@@ -12,7 +12,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.configuration import FusionConfig
 from frozenprefix.models.fusion import build_fusion
-from frozenprefix.models.language_model.encoder_decoder import check_seq2seq, close_source, divide
+from frozenprefix.models.language_model.encoder_decoder import EncoderDecoderLM, close_source, divide
 from frozenprefix.models.packing.trie import Target, pack
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.setup import build_model
@@ -149,7 +149,7 @@ def test_generated_texts_are_transformers_own(made, pixels, beams):
         image = pixels[row : row + 1]
         alone = model.generate(**processor(text=[prompt], return_tensors="pt"), pixel_values=image, **options)
         ids = torch.tensor([[*processor.encode_prompt(prompt), EOS]])
-        embeds = model.embed(ids, model.prefix(image))
+        embeds = model.fuse(ids, model.prefix(image))[0]
         expected = model.language_model.generate(inputs_embeds=embeds, **options)
         assert expected[0, 0] == 0, "transformers gives the decoder's start token"
         assert alone.tolist() == expected[:, 1:].tolist()
@@ -203,17 +203,17 @@ def test_what_an_encoder_decoder_cannot_do_is_refused_in_one_line(tiny_recipe, l
     with pytest.raises(ConfigError, match=r"the cost of an encoder-decoder model \(t5\) is not known to `plan`"):
         plan(tiny_recipe(tmp_path / "run", NONE, lm=lm_folder), ["cpu"], calibrate=0)
     with pytest.raises(ConfigError, match="has an encoder of its own"):
-        made[0].parts()
+        made[0].lm.text_states(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
 
 
 def test_embeddings_that_ids_do_not_get_are_refused():
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = {"vocab_size": 50, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **sizes}
     model = BartForConditionalGeneration(BartConfig(**config, scale_embedding=True)).eval()
-    check_seq2seq(model)
+    EncoderDecoderLM(model)
     model.model.encoder.embed_tokens = torch.nn.Embedding(50, 16)
     with pytest.raises(ConfigError, match=r"Bart.* changes its word embeddings on their way into the encoder"):
-        check_seq2seq(model)
+        EncoderDecoderLM(model)
     model.config.eos_token_id = None
     with pytest.raises(ConfigError, match="names no single eos_token_id; set one"):
-        check_seq2seq(model)
+        EncoderDecoderLM(model)

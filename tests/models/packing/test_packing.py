@@ -7,10 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from frozenprefix.errors import TrainingError
-from frozenprefix.kernels.attention import attention_for_rows
 from frozenprefix.models.fusion import fuse_prefix
-from frozenprefix.models.language_model.loading import decoder_and_head
-from frozenprefix.models.packing.loss import next_token_loss
+from frozenprefix.models.language_model import DecoderOnlyLM
 from frozenprefix.models.packing.trie import Target, ancestor_mask, build_trie, pack
 from tests.helpers.lm import TINY
 
@@ -111,18 +109,9 @@ def plain_loss(lm, images, prefix_embeds):
 
 
 def packed_loss(lm, batch, prefix_embeds):
-    decoder, head, softcap = decoder_and_head(lm)
-    mask = ancestor_mask(batch.subtree_end, torch.float32)
-    kinds = set(getattr(lm.config, "layer_types", None) or ())
-    with attention_for_rows(lm):
-        hidden = decoder(
-            inputs_embeds=fuse_prefix(lm.get_input_embeddings(), batch.input_ids, batch.prefix_index, prefix_embeds),
-            attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)[batch.predict_index]
-    total = next_token_loss(hidden, head, batch.edge_source, batch.edge_label, batch.edge_weight, softcap)
-    return total / batch.num_tokens
+    lm = DecoderOnlyLM(lm)
+    inputs_embeds = fuse_prefix(lm.embed, batch.input_ids, batch.prefix_index, prefix_embeds)
+    return lm.loss(batch, inputs_embeds) / batch.num_tokens
 
 
 @pytest.mark.parity

@@ -135,7 +135,7 @@ def test_the_penalty_by_hand(recipe_of, tmp_path):
                 rows = p if ".lora_A." in name else p.T
                 terms.append(float((rows @ rows.T - torch.eye(6)).pow(2).sum().sqrt()))
     assert len(terms) == 2 * MODULES
-    assert float(model.adapter_penalty().detach()) == pytest.approx(0.3 * sum(terms) / len(terms), rel=1e-5)
+    assert float(model.adapters.penalty().detach()) == pytest.approx(0.3 * sum(terms) / len(terms), rel=1e-5)
 
 
 def test_the_penalty_is_part_of_the_training_loss_alone(whole):
@@ -147,8 +147,8 @@ def test_the_penalty_is_part_of_the_training_loss_alone(whole):
         without = model.eval()(**batch).loss
         with_it = model.train()(**batch).loss
     model.eval()
-    torch.testing.assert_close(with_it - without, model.adapter_penalty().detach(), rtol=1e-4, atol=1e-5)
-    assert float(model.adapter_penalty().detach()) > 0
+    torch.testing.assert_close(with_it - without, model.adapters.penalty().detach(), rtol=1e-4, atol=1e-5)
+    assert float(model.adapters.penalty().detach()) > 0
 
 
 def test_schedules_that_do_not_fit_are_refused(recipe_of, tmp_path):
@@ -157,5 +157,5 @@ def test_schedules_that_do_not_fit_are_refused(recipe_of, tmp_path):
     with pytest.raises(ConfigError, match=r"training\.max_minutes: got 2, expected null with peft method 'adalora'"):
         recipe_of(tmp_path, adalora(), "training.max_minutes=2")
     model, _ = build_model(recipe_of(tmp_path, adalora()))
-    with pytest.raises(TrainingError, match=r"call model\.set_total_steps"):
-        model.update_adapters(1)
+    with pytest.raises(TrainingError, match=r"call adapters\.set_total_steps"):
+        model.adapters.update(1)

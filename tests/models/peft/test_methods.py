@@ -13,6 +13,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.peft import validate_peft
+from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.setup import build_model
 from tests.helpers import ROOT
 from tests.helpers.peft import LM, METHODS, PREFIX, PROMPT, PROMPTS, TEXTS, batch_of, gradients_of, inputs_of, logits_of
@@ -214,7 +215,7 @@ def test_virtual_tokens_give_the_logits_of_peft(built, lm_of, pixels, tmp_path, 
     model.save_pretrained(tmp_path)
     inputs = inputs_of(processor, PROMPTS[1:2], pixels[:1])
     with torch.no_grad():
-        embeds = model.embed(inputs["input_ids"], model.prefix(pixels[:1]))
+        embeds = model.fuse(inputs["input_ids"], model.prefix(pixels[:1]))[0]
         ours = model(**inputs).logits
         base = AutoModelForCausalLM.from_pretrained(lm_of(family))
         theirs = PeftModel.from_pretrained(base, tmp_path / "language_adapter").eval()
@@ -270,9 +271,9 @@ def test_disabled_adapters_leave_the_bare_model(built, pixels):
     plain, _ = built("llama", fresh=True)
     for method in METHODS.values():
         model, processor = built("llama", method)
-        plain.load_trainable(model.trainable_state())
+        copy_into(plain.trainable_state(), model.trainable_state(), "model")
         adapted = logits_of(model, processor, pixels)
-        with model.adapters_disabled():
+        with model.adapters.disabled():
             assert torch.equal(logits_of(model, processor, pixels), logits_of(plain, processor, pixels))
         assert torch.equal(logits_of(model, processor, pixels), adapted)
         assert not torch.allclose(adapted, logits_of(plain, processor, pixels), atol=1e-2)

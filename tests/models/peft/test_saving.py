@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.state_dict import copy_into
 from tests.helpers.peft import LM, METHODS, PROMPTS, batch_of, gradients_of, inputs_of, logits_of, shake
 
 # peft asks transformers under an old name
@@ -44,7 +45,7 @@ def test_plain_peft_reads_the_adapter(built, lm_of, pixels, tmp_path, method):
     base = AutoModelForCausalLM.from_pretrained(lm_of("llama"))
     theirs = PeftModel.from_pretrained(base, tmp_path / "language_adapter").eval()
     with torch.no_grad():
-        embeds = model.embed(inputs_of(processor, PROMPTS[:1], None)["input_ids"], model.prefix(pixels[:1]))
+        embeds = model.fuse(inputs_of(processor, PROMPTS[:1], None)["input_ids"], model.prefix(pixels[:1]))[0]
         expected = theirs(inputs_embeds=embeds).logits
     torch.testing.assert_close(model.language_model(inputs_embeds=embeds).logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -76,7 +77,7 @@ def test_spoilt_adapters_are_refused_by_name(built, tmp_path):
     config = json.loads((tmp_path / "good" / "config.json").read_text())
     config["language_model"]["peft"] = None
     (tmp_path / "good" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"holds language_adapter/, and its config\.json no peft method"):
+    with pytest.raises(CheckpointError, match=r"holds language_adapter/, but its config\.json names no peft method"):
         load(tmp_path / "good")
 
 
@@ -99,10 +100,10 @@ def test_a_users_own_peft_model(built, lm_of, shapes, pixels, tmp_path, trained)
     encoder = plain.vision_encoder
     own = theirs()
     with torch.no_grad():
-        embeds = plain.embed(inputs_of(processor, PROMPTS[:1], None)["input_ids"], plain.prefix(pixels[:1]))
+        embeds = plain.fuse(inputs_of(processor, PROMPTS[:1], None)["input_ids"], plain.prefix(pixels[:1]))[0]
         expected = own(inputs_embeds=embeds).logits
     model = FrozenPrefixForConditionalGeneration(config, encoder, own).eval()
-    model.load_trainable(plain.trainable_state())
+    copy_into(model.trainable_state(), plain.trainable_state(), "plain")
     assert torch.equal(model.language_model(inputs_embeds=embeds).logits, expected)
     _, gradients = gradients_of(model, batch_of(processor, shapes, "trie"))
     assert bool(gradients) == trained

@@ -1,0 +1,122 @@
+"""Which source reads a folder, told by the files in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.assets import resolve
+from frozenprefix.data.images import image_ending
+from frozenprefix.data.sources.selection import split_in_name
+from frozenprefix.errors import DataError
+
+Fields = dict[str, Any]
+
+
+def _coco(root: Path, file: Path) -> Fields:
+    year = file.stem.removeprefix("captions_")
+    return {"type": "coco", "annotations": file.relative_to(root).as_posix(), "images": _image_folder(root, year)}
+
+
+def _karpathy(root: Path, file: Path) -> Fields:
+    return {"type": "karpathy", "file": file.name, "images": _image_folder(root, ".")}
+
+
+def _flickr(root: Path, file: Path) -> Fields:
+    split_files = {}
+    for listed in sorted(root.glob("*.trainImages.txt")) + sorted(root.glob("*Images.txt")):
+        name = listed.stem.rpartition(".")[2].removesuffix("Images")
+        split_files[{"dev": "val"}.get(name, name)] = listed.name
+    return {
+        "type": "flickr_tokens",
+        "tokens": file.name,
+        "images": _image_folder(root, "."),
+        "split_files": split_files,
+    }
+
+
+def _vqa_v2(root: Path, file: Path) -> Fields:
+    subtype = file.stem.removesuffix("_questions").rpartition("_")[2]
+    annotations = file.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    return {
+        "type": "vqa_v2",
+        "questions": file.name,
+        "annotations": annotations if (root / annotations).is_file() else None,
+        "images": _image_folder(root, subtype),
+    }
+
+
+#: File, or pattern of files, that marks a folder → the source that reads it.
+MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
+    "captions.jsonl": {"type": "captions"},
+    "qa.jsonl": {"type": "qa"},
+    "qa.json": {"type": "qa"},
+    "train/questions.json": {"type": "easy_vqa"},
+    "questions/CLEVR_*_questions.json": {"type": "clevr"},
+    "*_balanced_questions.json": {"type": "gqa"},
+    "Annotations/train.json": {"type": "vizwiz"},
+    "Annotations/val.json": {"type": "vizwiz"},
+    "region_descriptions.json": {"type": "visual_genome", "questions": None},
+    "question_answers.json": {"type": "visual_genome", "regions": None},
+    "qa.894.raw.*.txt": {"type": "daquar"},
+    "dataset_dict.json": {"type": "hf_dataset"},
+    "state.json": {"type": "hf_dataset"},
+    "*-of-*.parquet": {"type": "hf_dataset"},
+    "data/*-of-*.parquet": {"type": "hf_dataset"},
+    # tars with a number: an archive of images that lies beside them is not meant
+    "0*.tar": {"type": "webdataset"},
+    "*-0*.tar": {"type": "webdataset"},
+    "train/*0.tar": {"type": "webdataset"},
+    "captions_*.json": _coco,
+    "annotations/captions_*.json": _coco,
+    "dataset_coco.json": _karpathy,
+    "dataset_flickr*.json": _karpathy,
+    "v2_OpenEnded_mscoco_*_questions.json": _vqa_v2,
+    "*.token.txt": _flickr,
+    "results_*.token": _flickr,
+    "captions.txt": _flickr,
+    "results.csv": _flickr,
+}
+
+
+def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
+    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of images.
+
+    Args:
+        split: leave out files that are another split by their names, such as captions_train2017.json for "val".
+
+    Raises:
+        DataError: for something else than a folder.
+
+    Example:
+        >>> [source["type"] for source in detect_sources(data_folder)]
+        ['captions', 'qa']
+    """
+    root = resolve(str(path))
+    if not root.is_dir():
+        raise DataError(f"data folder: got '{path}', expected a folder that exists")
+    sources: list[Fields] = []
+    for mark, source in MARKS.items():
+        for file in sorted(root.glob(mark)):
+            if callable(source):
+                fields = source(root, file)
+                if split is not None and split_in_name(file.name) not in (None, split):
+                    continue
+            else:
+                fields = source
+            if fields not in sources:
+                sources.append(fields)
+    sources = sources or [{"type": "image_folder"}]
+    several = len({fields["type"] for fields in sources}) > 1
+    return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in sources]
+
+
+def _image_folder(root: Path, name: str) -> str:
+    """The folder of the images: `name`, where an image is in it or in a folder of that name below `images`."""
+    places = [name, f"images/{name}", "images", "Images", "flickr30k_images", "Flicker8k_Dataset", "."]
+    for place in places:
+        folder = root / place
+        if folder.is_dir() and any(image_ending(path.name) for path in folder.iterdir()):
+            return place
+    return name

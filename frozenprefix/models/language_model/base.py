@@ -1,0 +1,214 @@
+"""What this package needs of a frozen language model, as one interface.
+
+Shape letters: R rows, T row length, B texts, L target length, K predicting nodes, D_lm width of the LM, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from frozenprefix.errors import ConfigError
+from frozenprefix.models.packing.trie import PackedBatch
+
+
+class Rows(Protocol):
+    """The part of a packed batch that enters the LM as input embeddings.
+
+    Attributes:
+        input_ids: int64[R, T].
+        prefix_index: int64[R, T], index of each image placeholder among all placeholders, -1 for text.
+        shown_index: int64[R, T], index of the latest placeholder up to each token, -1 for none.
+    """
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def prefix_index(self) -> Tensor: ...
+    @property
+    def shown_index(self) -> Tensor: ...
+
+
+RowsT = TypeVar("RowsT", bound=Rows)
+
+
+@dataclass
+class LMOutput:
+    """Result of a plain batch: logits float[B, T, V], the mean loss with labels, and keys and values."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    cache: Any = None
+
+
+class FrozenLM(nn.Module, ABC, Generic[RowsT]):
+    """A frozen language model that reads input embeddings.
+
+    The model puts images into the embeddings; the LM computes hidden states, losses and continuations from them.
+
+    Attributes:
+        model: the transformers model.
+        num_virtual_tokens: tokens that an adapter puts before every text and keeps in the LM's cache.
+        keeps_history: whether a text can be continued from its cache, as a dialog needs.
+
+    Example:
+        >>> model.lm.dim, model.lm.dtype, model.lm.start_token
+        (32, torch.float32, 1)
+        >>> model.lm.embed(torch.tensor([[5, 6, 7]])).shape
+        torch.Size([1, 3, 32])
+    """
+
+    keeps_history: ClassVar[bool]
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = _one_pass_activations(model)
+        self.num_virtual_tokens = 0
+
+    @property
+    def config(self) -> Any:
+        """The config of the text model, also for LMs that are part of a larger one."""
+        return self.model.config.get_text_config()
+
+    @property
+    def name(self) -> str:
+        """The transformers class, for messages."""
+        return type(self.model).__name__
+
+    @property
+    def dim(self) -> int:
+        """D_lm."""
+        return word_embeddings(self.model).weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the LM can read at once, without virtual tokens; None where nothing limits them."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return None if positions is None else positions - self.num_virtual_tokens
+
+    @property
+    def start_token(self) -> int:
+        """Id of the LM's start token, or of its end token if it has none (GPT-2 uses one token for both).
+
+        Raises:
+            ConfigError: when the LM's config names neither.
+        """
+        for token in (self.config.bos_token_id, self.config.eos_token_id):
+            if isinstance(token, int) and token < self.config.vocab_size:
+                return token
+        raise ConfigError(
+            f"model.language_model: the config of {self.name} names neither bos_token_id nor eos_token_id; this fusion "
+            "puts one of them where an image is shown: set one, or use fusion 'prefix'"
+        )
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings: int64[B, T] -> float[B, T, D_lm]."""
+        return word_embeddings(self.model)(input_ids)
+
+    @abstractmethod
+    def packing_problem(self, longest: int = 0) -> str | None:
+        """One line that says why texts of up to `longest` tokens cannot share a row, or None when they can."""
+
+    @abstractmethod
+    def layout(self, packed: PackedBatch) -> RowsT:
+        """What of a packed batch is read as input.
+
+        Raises:
+            ConfigError: when texts share a row and this LM cannot read such rows.
+        """
+
+    @abstractmethod
+    def loss(self, rows: RowsT, inputs_embeds: Tensor) -> Tensor:
+        """Sum over trained tokens of weight times -log p, as a float32 scalar; `inputs_embeds`: float[R, T, D_lm]."""
+
+    @abstractmethod
+    def hidden(self, rows: RowsT, inputs_embeds: Tensor) -> Tensor:
+        """Last hidden states at the nodes that predict something: float[K, D_lm].
+
+        Raises:
+            ConfigError: for an LM with an encoder.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Last hidden states float[..., D_lm] -> logits float[..., V] in `dtype`, or in the head's own."""
+
+    @abstractmethod
+    def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states of texts without images: int64[B, T], padded on the right -> float[B, T, D_lm]."""
+
+    @abstractmethod
+    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Token ids int64[B, T] and mask (0 on padding) in the form that the LM reads."""
+
+    @abstractmethod
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None, **kwargs: Any
+    ) -> LMOutput:
+        """Read a plain batch.
+
+        Args:
+            inputs_embeds: float[B, T, D_lm]; attention_mask: int64[B, T], from `prompt`.
+            labels: int64, -100 where nothing is learned.
+            kwargs: further arguments of the transformers model.
+        """
+
+    @abstractmethod
+    def generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, own_search: bool = True, **kwargs: Any
+    ) -> Any:
+        """Continue texts; arguments and results as in transformers' `generate`, without the prompt's tokens.
+
+        Args:
+            own_search: allow this package's beam search, which hooks that act on every new token cannot follow.
+        """
+
+
+def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:
+    """The input embedding layer of a language model."""
+    return cast(nn.Embedding, language_model.get_input_embeddings())
+
+
+@torch.no_grad()
+def embedding_rms(language_model: PreTrainedModel) -> float:
+    """Root mean square of the word embeddings, with the scale that the embedding layer itself applies.
+
+    Example:
+        >>> from frozenprefix.models.language_model import embedding_rms
+        >>> 0 < embedding_rms(model.language_model) < 1
+        True
+    """
+    embeddings = word_embeddings(language_model)
+    words = len(embeddings.weight)
+    ids = torch.arange(words, device=embeddings.weight.device)[:: max(1, words // 8192)]
+    return float(embeddings(ids).float().pow(2).mean().sqrt())
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """int64[B, T]: 0, 1, 2, … over the real tokens of each row, 0 on padding.
+
+    Example:
+        >>> from frozenprefix.models.language_model.base import positions_from_mask
+        >>> positions_from_mask(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
+        [[0, 0, 0, 1, 2]]
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _one_pass_activations(language_model: PreTrainedModel) -> PreTrainedModel:
+    """Replace transformers' tanh GELU (GPT-2), which is composed of six operations, by torch's fused one."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return language_model
