@@ -15,8 +15,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError

@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
-from frozenprefix.data.cache_keys import ImageKeys
 from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.features import ImageEncoder, feature_folder
 from frozenprefix.data.samplers import ImageStream
