@@ -20,8 +20,8 @@ class Registry(Generic[T]):
 
     Example:
         >>> colours = Registry("colour")
-        >>> colours.register("red")("#f00"), colours.get("red")
-        ('#f00', '#f00')
+        >>> colours.register("red")(0xFF0000) == colours.get("red")
+        True
     """
 
     def __init__(self, kind: str, lazy: dict[str, str] | None = None):

@@ -26,7 +26,7 @@ class ImageStream:
     Example:
         >>> stream = ImageStream(num_images=3, images_per_step=2, seed=0)
         >>> [stream.step(step) for step in range(3)]
-        [[(0, 2), (0, 0)], [(0, 1), (1, 0)], [(1, 1), (1, 2)]]
+        [[(0, 2), (0, 0)], [(0, 1), (1, 2)], [(1, 0), (1, 1)]]
     """
 
     def __init__(self, num_images: int, images_per_step: int, seed: int):
