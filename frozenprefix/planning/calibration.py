@@ -17,7 +17,7 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_writer import encode_images
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import BadImageError, DataError
@@ -124,11 +124,11 @@ def time_encoding(encoder: ImageEncoder, paths: Sequence[Path], data: DataSectio
             before = time.perf_counter()
             encode_images(
                 spread[:count],
-                encoder.encode,
+                lambda pixel_values: encoder.encode(torch.cat(pixel_values)).cpu().numpy(),
                 Path(folder) / str(number),
                 encoder.fingerprint,
                 dtype=data.feature_dtype,
-                transform=encoder.pixels,
+                transform=lambda image: encoder.pixel_values([image]),
                 batch_size=encoder.batch_size,
                 workers=max(1, data.workers),
                 bad=bad,
@@ -150,7 +150,7 @@ def _time_decoding(encoder: ImageEncoder, paths: Sequence[Path], count: int = 16
     for path in islice(cycle(paths), count):
         before = time.perf_counter()
         try:
-            encoder.pixels(load_image(path))
+            encoder.pixel_values([load_image(path)])
         except BadImageError:
             continue
         spent += time.perf_counter() - before

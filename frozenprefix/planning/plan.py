@@ -17,7 +17,8 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
 from frozenprefix.data.collation import Collator, StepDataset
-from frozenprefix.data.features import ImageEncoder, feature_folder
+from frozenprefix.data.features import feature_folder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, group_by_images
 from frozenprefix.errors import ConfigError
@@ -111,7 +112,7 @@ def plan(
     recipe = known_recipe(planned_recipe)
     samples = load_parts(recipe.data)
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
-    encoder = ImageEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     lm = language_model_shape(recipe.model.language_model)
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
     images_per_step = recipe.training.images_per_step
@@ -319,7 +320,7 @@ def _count_cached(recipe: Recipe, encoder: ImageEncoder, paths: Sequence[Path]) 
     """Images whose features are there, as far as is known without reading the images."""
     if recipe.data.feature_cache == "off":
         return 0
-    folder = feature_folder(recipe.data, encoder.fingerprint)
+    folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
     if not (folder / MANIFEST).exists():
         return 0
     cache, keys = FeatureCache.open(folder, encoder.fingerprint), ImageKeys(folder)

@@ -18,12 +18,12 @@ from frozenprefix.data.caption_retriever import (
     image_keys,
 )
 from frozenprefix.data.collation import Collator, prompt_of
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.evaluation import evaluate_samples
-from frozenprefix.evaluation.tasks import generation
+from frozenprefix.evaluation.tasks import runs
 from frozenprefix.inference import Captioner
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
 from frozenprefix.training.trainer import train
@@ -223,7 +223,7 @@ def checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("retrieving")
     recipe = retrieving(tiny_recipe, folder, lm=sharp_lm)
     model, processor = build_model(recipe)
-    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    prepared = prepare_images(ImageEncoder.from_model(model, processor), load_parts(recipe.data), recipe.data)
     retriever = add_similar_captions(prepared, recipe.data)
     assert retriever is not None
     for part in (model, processor):
@@ -235,7 +235,7 @@ def checkpoint(tiny_recipe, sharp_lm, tmp_path_factory) -> Path:
 def test_prompts_of_training(tiny_recipe, tiny_lm, tmp_path):
     recipe = retrieving(tiny_recipe, tmp_path)
     model, processor = build_model(recipe)
-    prepared = prepare_images(ImageEncoder.of(model, processor), load_parts(recipe.data), recipe.data)
+    prepared = prepare_images(ImageEncoder.from_model(model, processor), load_parts(recipe.data), recipe.data)
     before = {part: [group.images for group in groups] for part, groups in prepared.groups.items()}
     add_similar_captions(prepared, recipe.data)
     assert before == {part: [group.images for group in groups] for part, groups in prepared.groups.items()}
@@ -300,7 +300,7 @@ def test_captions_change_with_what_is_retrieved(checkpoint, shapes):
 def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch):
     captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
     asked: dict[tuple[bool, str], list[str]] = {}
-    predict = generation.predict
+    predict = runs.predict
 
     def spy(captioner, batch, images, settings):
         for sample, shown in batch:
@@ -308,7 +308,7 @@ def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch)
             asked.setdefault((kind, sample.id), []).append(prompt_of(sample, captioner.processor))
         return predict(captioner, batch, images, settings)
 
-    monkeypatch.setattr(generation, "predict", spy)
+    monkeypatch.setattr(runs, "predict", spy)
     samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square", "blue_triangle", "blue_cross")]
     result = evaluate_samples(
         captioner, samples, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=3, train_samples=()
@@ -316,7 +316,7 @@ def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch)
     assert result["baselines"].keys() == {"blind", "shuffled", "retrieval_only"}
     lookup = ImageLookup(
         lambda paths: image_keys(captioner.model.vision_encoder, paths),
-        lambda paths: captioner._features(captioner._images(paths)),
+        captioner.encoder,
     )
     shown = [sample.prompt for sample in captioner.retriever.with_prompts(samples, lookup, prompt="")]
     ids = [sample.id for sample in samples]
