@@ -174,7 +174,7 @@ def test_images_without_features_stop_the_run(given, tmp_path):
 
 
 def test_there_is_nothing_to_encode_ahead(given):
-    with pytest.raises(ConfigError, match="got 'features'; `plan` works out runs that encode their images"):
+    with pytest.raises(ConfigError, match="got 'features'; `plan` needs an encoder that reads images"):
         plan(given, ["cpu"])
     with pytest.raises(ConfigError, match="got 'features', which are there already: nothing to encode"):
         fill_cache(given)
