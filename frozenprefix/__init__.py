@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frozenprefix import _auto
+from frozenprefix.version import __version__
 
 if TYPE_CHECKING:
     from frozenprefix.config.recipe import Recipe
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from frozenprefix.models.processing import FrozenPrefixProcessor
     from frozenprefix.training.trainer import train
 
-__version__ = "0.1.0"
 __all__ = [
     "Captioner",
     "FrozenPrefixConfig",
@@ -28,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-# Imported when first used: `import frozenprefix` itself loads neither torch nor transformers.
+# Imported when first used: Recipe loads pydantic, train loads accelerate.
 _EXPORTS = {
     "Captioner": "frozenprefix.inference",
     "FrozenPrefixConfig": "frozenprefix.models.configuration",
@@ -51,4 +52,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_auto.install()
+# The models register with transformers' Auto classes, which imports torch and takes seconds. The `frozenprefix` command
+# names its classes itself and must print its help at once.
+if Path(sys.argv[0]).stem != "frozenprefix":
+    from frozenprefix.models import auto as _auto  # noqa: F401

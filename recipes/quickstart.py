@@ -31,7 +31,7 @@ from frozenprefix.data.sources import load_source
 from frozenprefix.errors import FrozenPrefixError
 from frozenprefix.evaluation import evaluate_samples
 from frozenprefix.evaluation.metrics.vqa import exact_match
-from frozenprefix.interpret.report import write_report
+from frozenprefix.interpret import write_report
 from frozenprefix.training.tracking import read_log
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")

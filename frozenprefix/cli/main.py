@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from frozenprefix import __version__
 from frozenprefix.cli import ask, cache, caption, chat, compare, data, evaluate, plan, search, train, video
 from frozenprefix.errors import ConfigError, FrozenPrefixError
+from frozenprefix.version import __version__
 
 
 class _Group(TyperGroup):

@@ -1,27 +1,29 @@
-"""One self-contained HTML page about a run: images with what the model says of them, scores, loss, recipe."""
+"""One self-contained HTML page about a run: scores, loss, images with the model's texts, recipe."""
 
 from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from PIL import Image
 
-from frozenprefix import __version__
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.evaluation.metrics.vqa import normalize_vqa_answer
-from frozenprefix.interpret.loss_curve import loss_curve
-from frozenprefix.interpret.markup import escape, foreign, number
+from frozenprefix.interpret.loss_curve import CURVES, describe_loss, draw_loss
+from frozenprefix.version import __version__
 
 _LONG_SIDE = 224
-_MOST_QUESTIONS = 12
-_TASKS = {"caption": "Captions", "vqa": "Answers to questions"}
+_MAX_QUESTIONS = 12
+_TASK_TITLES = {"caption": "Captions", "vqa": "Answers to questions"}
+# Not allowed in HTML: control characters, and halves of surrogate pairs, which cannot be written as UTF-8.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Row = Mapping[str, Any]
 
@@ -39,34 +41,54 @@ def write_report(
     """Write a page that needs no other file and no network. The same arguments give the same bytes.
 
     Args:
-        path: the HTML file; its folder is made when it is not there.
-        results: what `evaluation.evaluate_samples` returns, or several of them by task.
+        path: the HTML file; its folder is created if needed.
+        results: the result of `evaluation.evaluate_samples`, or several of them by task.
         predictions: rows of the predictions file, of all tasks together: `id`, `images`, `question` (None for a
-            caption), `references`, `model`, and `blind` and `shuffled` if there are any.
+            caption), `references`, `model`, and optionally `blind` and `shuffled`.
         log: rows of `training.tracking.read_log`.
-        max_images: images on the page, taken at even distances from all.
+        max_images: number of images on the page, evenly spaced over all evaluated images.
 
     Returns:
         The path.
 
     Raises:
-        DataError: for results without metrics, or a prediction without one of its keys.
+        DataError: for results without metrics, or a prediction that lacks a key.
+
+    Example:
+        >>> row = {"images": [image_path], "question": None, "references": ["a red circle"], "model": "a circle"}
+        >>> results = {"task": "caption", "metrics": {"cider_d": 0.5}, "n": 1}
+        >>> page = write_report(
+        ...     tmp_path / "report.html", title="A run", results=results, predictions=[row], log=[], recipe_yaml=""
+        ... )
+        >>> "a red circle" in page.read_text(encoding="utf-8")
+        True
     """
     if max_images < 1:
         raise DataError(f"max_images must be ≥ 1, got {max_images}")
-    images = _by_images(predictions)
+    images = _rows_by_images(predictions)
     count = min(max_images, len(images))
     chosen = [list(images)[i * len(images) // count] for i in range(count)]
-    spread = ", at even distances" if len(chosen) < len(images) else ""
-    template = Template(files("frozenprefix.interpret").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=escape(title),
-        summary=escape(f"Written by frozenprefix {__version__}."),
-        scores="\n".join(_scores(task, result) for task, result in _by_task(results).items()),
-        curve=loss_curve(log),
-        shown=f"{len(chosen)} of {len(images)} evaluated images{spread}.",
-        images="\n".join(_article(key, images[key]) for key in chosen),
-        recipe=escape(recipe_yaml),
+    environment = Environment(
+        loader=PackageLoader("frozenprefix.interpret", ""),
+        autoescape=True,
+        finalize=_without_forbidden,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    page = environment.get_template("report.html").render(
+        title=title,
+        version=__version__,
+        tables=[_score_table(task, result) for task, result in _results_by_task(results).items()],
+        loss_description=describe_loss(log),
+        loss_chart=_data_uri(draw_loss(log), "svg+xml") if describe_loss(log) else "",
+        validation_labels=[CURVES[name][0] for name in _VALIDATION],
+        validation_rows=[
+            (row["step"], [row.get(name) for name in _VALIDATION]) for row in log if any(n in row for n in _VALIDATION)
+        ],
+        cards=[_card(key, images[key]) for key in chosen],
+        total=len(images),
+        recipe=recipe_yaml,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +96,25 @@ def write_report(
     return path
 
 
+def _without_forbidden(value: Any) -> Any:
+    """Applied to every value before it is escaped; `Markup` is the output of the template's own macros."""
+    return _FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _number(value: Any) -> str:
+    """A score in a table: three decimals, counts without decimals, a dash for None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
+    whole = isinstance(value, int) or (abs(value) > 1 and value.is_integer())
+    return f"{value:.0f}" if whole else f"{value:.3f}"
+
+
 # ── scores ──
 
+_VALIDATION = [name for name in CURVES if name.startswith("validation/")]
 
-def _by_task(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+
+def _results_by_task(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     by_task = {str(results.get("task", "")): results} if "metrics" in results else dict(results)
     for task, result in by_task.items():
         if not isinstance(result, Mapping) or not isinstance(result.get("metrics"), Mapping):
@@ -87,37 +124,28 @@ def _by_task(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return by_task
 
 
-def _scores(task: str, result: Mapping[str, Any]) -> str:
+def _score_table(task: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's scores as rows: the model beside its baselines, then the same by question type."""
     columns = {"model": result["metrics"], **result.get("baselines", {})}
     groups = result.get("groups") or {}
-    rows = [_score_row(name, [scores.get(name) for scores in columns.values()]) for name in result["metrics"]]
+    sections = []
     for metric, types in groups.get("model", {}).items():
-        rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(_title(metric))}</th></tr>')
-        for kind in types:
-            rows.append(_score_row(kind, [groups.get(name, {}).get(metric, {}).get(kind) for name in columns]))
-    count = f" (n = {number(result['n'])})" if "n" in result else ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("metric", *columns))
-    return "\n".join(
-        [
-            '<div class="scroll"><table>',
-            f"<caption>{escape(_TASKS.get(task, task or 'Evaluation'))}{count}</caption>",
-            f"<thead><tr>{head}</tr></thead>",
-            "<tbody>",
-            *rows,
-            "</tbody></table></div>",
-        ]
-    )
-
-
-def _score_row(name: str, values: Sequence[Any]) -> str:
-    cells = "".join(f"<td>{number(value)}</td>" for value in values)
-    return f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+        rows = {kind: [groups.get(name, {}).get(metric, {}).get(kind) for name in columns] for kind in types}
+        title = metric.replace("_", " ") if "_by_" in metric else f"{metric} by question type"
+        sections.append((title, rows))
+    return {
+        "title": _TASK_TITLES.get(task, task or "Evaluation"),
+        "n": result.get("n"),
+        "columns": list(columns),
+        "rows": {name: [scores.get(name) for scores in columns.values()] for name in result["metrics"]},
+        "sections": sections,
+    }
 
 
 # ── images ──
 
 
-def _by_images(predictions: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+def _rows_by_images(predictions: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     images: dict[tuple[str, ...], list[Row]] = {}
     for place, row in enumerate(predictions):
         missing = [key for key in ("images", "references", "model") if key not in row]
@@ -127,71 +155,47 @@ def _by_images(predictions: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     return images
 
 
-def _article(images: tuple[str, ...], rows: Sequence[Row]) -> str:
+def _card(paths: tuple[str, ...], rows: Sequence[Row]) -> dict[str, Any]:
     captions = [row for row in rows if row.get("question") is None]
     questions = [row for row in rows if row.get("question") is not None]
     truth = next((str(text) for row in captions for text in row["references"]), "")
-    shown = [*captions, *questions[:_MOST_QUESTIONS]]
-    left_out = len(captions) + len(questions) - len(shown)
-    return "\n".join(
-        [
-            "<article>",
-            f"<h3>{escape(', '.join(Path(image).name for image in images))}</h3>",
-            *(_image(image, truth) for image in images),
-            '<ul class="answers">',
-            *(_entry(row) for row in shown),
-            *([f"<li><small>and {left_out} more</small></li>"] if left_out else []),
-            "</ul>",
-            "</article>",
-        ]
-    )
-
-
-def _entry(row: Row) -> str:
-    """What the model says of an image, the truth, and beneath it what it says without the image or of another."""
-    asked, references = row.get("question"), [str(text) for text in row["references"]]
-    style, mark = _verdict(row)
-    label = "Caption" if asked is None else foreign(str(asked))
-    truth = " / ".join(foreign(text) for text in references) or "<em>(not known)</em>"
-    baselines = [f"{name}: {foreign(str(row[name]))}" for name in ("blind", "shuffled") if row.get(name) is not None]
-    return "\n".join(
-        [
-            f'<li class="{style}">{label} <strong>{foreign(str(row["model"]))}</strong>',
-            f'<span class="mark">{mark}</span>',
-            f"<small>truth: {truth}</small>",
-            *(f"<small>{line}</small>" for line in baselines),
-            "</li>",
-        ]
-    )
+    return {
+        "title": ", ".join(Path(path).name for path in paths),
+        "images": [_image(path, truth) for path in paths],
+        "entries": [(row, _verdict(row)) for row in [*captions, *questions[:_MAX_QUESTIONS]]],
+        "left_out": max(0, len(questions) - _MAX_QUESTIONS),
+    }
 
 
 def _verdict(row: Row) -> tuple[str, str]:
-    """Answers are right or wrong, compared as VQA accuracy does; other words for a caption need not be wrong."""
+    """CSS class and mark. Answers are compared as VQA accuracy does; a caption in other words need not be wrong."""
     if not row["references"]:
         return "open", ""
-    said = normalize_vqa_answer(str(row["model"]))
-    same = said in {normalize_vqa_answer(str(text)) for text in row["references"]}
+    same = normalize_vqa_answer(str(row["model"])) in {normalize_vqa_answer(str(text)) for text in row["references"]}
     if row.get("question") is not None:
         return ("right", "✓ right") if same else ("wrong", "✗ wrong")
     return ("right", "✓ same words") if same else ("open", "≠ other words")
 
 
-def _image(path: str, truth: str) -> str:
-    """An `img` with its data inside; an image that has gone since is named in its place."""
+def _image(path: str, truth: str) -> dict[str, Any]:
+    """Attributes of an `img` with its data inside, or the reason why the image cannot be shown."""
     try:
         image = load_image(path)
     except BadImageError as error:
-        return f'<p class="missing">This image cannot be shown: {escape(error.reason)}.</p>'
-    alt = f"Image {Path(path).name}" + (f": {truth}" if truth else "")
+        return {"problem": error.reason}
     # Small drawings are embedded as they are, and scaled up by the browser without smoothing.
     scale = max(1, _LONG_SIDE // max(image.size))
-    style = ' class="crisp"' if scale > 1 else ""
     image.thumbnail((_LONG_SIDE, _LONG_SIDE))
-    size = f'width="{image.width * scale}" height="{image.height * scale}"'
-    return f'<img src="{_data_uri(image)}" alt="{escape(alt)}" {size}{style}>'
+    return {
+        "src": _image_uri(image),
+        "alt": f"Image {Path(path).name}" + (f": {truth}" if truth else ""),
+        "width": image.width * scale,
+        "height": image.height * scale,
+        "crisp": scale > 1,
+    }
 
 
-def _data_uri(image: Image.Image) -> str:
+def _image_uri(image: Image.Image) -> str:
     """PNG for drawings, which have few colours, JPEG for photos."""
     drawing = max(image.size) <= _LONG_SIDE // 2 or image.getcolors(64) is not None
     buffer = io.BytesIO()
@@ -199,10 +203,8 @@ def _data_uri(image: Image.Image) -> str:
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=80, optimize=True)
-    kind = "png" if drawing else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return _data_uri(buffer.getvalue(), "png" if drawing else "jpeg")
 
 
-def _title(metric: str) -> str:
-    """What a group's figures are: "accuracy by question type", unless the name itself says by what."""
-    return metric.replace("_", " ") if "_by_" in metric else f"{metric} by question type"
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

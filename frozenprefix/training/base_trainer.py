@@ -16,7 +16,7 @@ from accelerate.utils import broadcast, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.data.collation import StepDataset
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
@@ -164,7 +164,7 @@ class BaseTrainer(ABC):
         main = self.accelerator.is_main_process
         with progress_bar("encoding images", shown=main) as update:
             return prepare_images(
-                ImageEncoder.of(self.model, self.processor),
+                ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
                 processes=Processes.of(self.accelerator),

@@ -121,7 +121,7 @@ class Trainer(BaseTrainer):
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
         with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
-            vectors = TextVectors.of(
+            vectors = TextVectors.from_texts(
                 self.recipe.model.vision_encoder,
                 [text for group in self.train_groups for sample in group.samples for text in sample.targets],
                 device=self.accelerator.device,

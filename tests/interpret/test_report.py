@@ -12,9 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from frozenprefix.errors import DataError
-from frozenprefix.interpret.loss_curve import loss_curve, nice_ticks, points_of
-from frozenprefix.interpret.markup import escape, foreign, number
-from frozenprefix.interpret.report import write_report
+from frozenprefix.interpret import write_report
+from frozenprefix.interpret.loss_curve import describe_loss, draw_loss, loss_points
 
 VOID = {"meta", "link", "img", "br"}
 VQA = {
@@ -117,7 +116,7 @@ def test_page_needs_nothing_from_outside(tmp_path, rows):
         for name, value in attributes.items()
         if name in ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href", "formaction")
     ]
-    assert len(addresses) == 3, "two images and the icon"
+    assert len(addresses) == 4, "two images, the loss and the icon"
     assert all(value.startswith("data:") for value in addresses)
     assert not page.named("script")
     assert not re.search(r"https?:|@import|url\(", text)
@@ -165,7 +164,9 @@ def test_page_is_accessible(tmp_path, rows):
     text, page = write(tmp_path, rows)
     assert page.named("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
-    assert [image["alt"] for image in page.named("img")] == ["Image red.png: a red box", "Image blue.png: a sea"]
+    loss = "Loss over 30 steps. At the end: training 2.000, validation 1.500, validation, shuffled images 3.000."
+    alts = [image["alt"] for image in page.named("img")]
+    assert alts == [loss, "Image red.png: a red box", "Image blue.png: a sea"]
     assert all(cell.get("scope") in ("col", "row", "rowgroup") for cell in page.named("th"))
     assert [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)][:3] == [1, 2, 2]
     assert "prefers-color-scheme: dark" in text
@@ -173,7 +174,7 @@ def test_page_is_accessible(tmp_path, rows):
 
 def test_drawings_stay_sharp_and_photos_become_small(tmp_path, rows):
     _, page = write(tmp_path, rows)
-    sharp, small = page.named("img")
+    sharp, small = page.named("img")[1:]
     assert (sharp["width"], sharp["height"], sharp["class"]) == ("192", "192", "crisp")
     drawn = opened(sharp, "png")
     assert (drawn.size, drawn.convert("RGB").getpixel((20, 20))) == ((64, 64), (255, 0, 0))
@@ -192,12 +193,12 @@ def test_same_arguments_give_the_same_bytes(tmp_path, rows):
     assert write(tmp_path, rows)[0] == write(tmp_path, rows)[0]
 
 
-def test_images_are_taken_at_even_distances(tmp_path):
+def test_images_are_evenly_spaced(tmp_path):
     made = [drawing(tmp_path / f"{n}.png", "red", 8) for n in range(10)]
     rows = [{"images": [p], "question": None, "references": ["x"], "model": "x"} for p in made]
     _, page = write(tmp_path, rows, max_images=4)
-    assert [image["alt"] for image in page.named("img")] == [f"Image {n}.png: x" for n in (0, 2, 5, 7)]
-    assert "4 of 10 evaluated images, at even distances." in page.text
+    assert [image["alt"] for image in page.named("img")][1:] == [f"Image {n}.png: x" for n in (0, 2, 5, 7)]
+    assert "4 of 10 evaluated images, evenly spaced." in page.text
     assert "10 of 10 evaluated images." in write(tmp_path, rows)[1].text
 
 
@@ -210,7 +211,7 @@ def test_many_questions_are_cut_and_counted(tmp_path, rows):
 def test_image_that_is_gone_is_named(tmp_path, rows):
     Path(rows[0]["images"][0]).unlink()
     _, page = write(tmp_path, rows)
-    assert len(page.named("img")) == 1
+    assert len(page.named("img")) == 2, "the loss and the other image"
     assert "red.png This image cannot be shown: missing." in page.text
 
 
@@ -218,6 +219,7 @@ def test_nothing_predicted_and_nothing_logged(tmp_path):
     _, page = write(tmp_path, [], log=[], results={})
     assert "0 of 0 evaluated images." in page.text
     assert "The log holds no loss." in page.text
+    assert not page.named("img")
 
 
 @pytest.mark.parametrize(
@@ -236,44 +238,36 @@ def test_errors_name_what_is_missing(tmp_path, rows, changes, message):
 # ── the loss curve ──
 
 
-def test_curve_by_hand():
-    text = loss_curve([{"step": 0, "validation/loss": 4.0}, {"step": 10, "validation/loss": 1.0}])
-    # 0 to 4 over 252 to 10, 0 to 10 over 44 to 466
-    assert 'class="line validation" points="44.0,10.0 466.0,191.5"' in text
-    assert 'aria-label="Loss over 10 steps. At the end: validation 1.000."' in text
+def test_the_chart_shows_all_three_losses():
+    text = draw_loss(LOG).decode()
+    for words in ("step", "loss per token", "training", "validation, shuffled images"):
+        assert f">{words}</text>" in text, words
+    assert draw_loss(LOG).decode() == text, "the same bytes every time"
 
 
-def test_curve_has_axes_labels_and_all_three_losses():
-    text = loss_curve(LOG)
-    page = Page(text)
-    assert len(page.named("polyline")) == 3
-    assert 'class="line train" points="184.7,82.6 466.0,155.2"' in text, "3.5 and 2.0 on an axis to 5"
-    assert "step" in page.text
-    assert "loss per token" in page.text
-    assert "training validation validation, shuffled images" in page.text
+def test_the_page_has_the_chart_and_its_table(tmp_path, rows):
+    _, page = write(tmp_path, rows)
+    chart = page.named("img")[0]
+    head, _, data = chart["src"].partition(",")
+    assert head == "data:image/svg+xml;base64"
+    assert base64.b64decode(data) == draw_loss(LOG)
     assert "step validation validation, shuffled images 0 4 4.100 30 1.500 3" in page.text
 
 
 def test_values_that_are_no_numbers_are_left_out_of_the_curve():
     log = [{"step": 1, "loss": "inf"}, {"step": 2, "loss": 3}, {"step": 3, "loss": None}, {"step": 4, "other": 1.0}]
-    assert points_of(log, "loss") == [(2.0, 3.0)]
+    assert loss_points(log, "loss") == [(2.0, 3.0)]
+    assert describe_loss(log) == "Loss over 2 steps. At the end: training 3.000."
+    assert describe_loss([{"step": 4, "other": 1.0}]) == ""
 
 
 def test_many_points_are_averaged():
-    points = points_of([{"step": n, "loss": float(n % 2)} for n in range(480)], "loss")
+    points = loss_points([{"step": n, "loss": float(n % 2)} for n in range(480)], "loss")
     assert len(points) == 240
     assert points[:2] == [(0.5, 0.5), (2.5, 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("highest", "ticks"),
-    [(4.56, [0, 1, 2, 3, 4, 5]), (0.9, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (750, [0, 200, 400, 600, 800]), (0, [0, 1])],
-)
-def test_ticks_are_round(highest, ticks):
-    assert nice_ticks(highest) == ticks
-
-
-def test_numbers_and_texts():
-    assert [number(v) for v in (0.25, 84.0, 7, 1.0, None, "nan")] == ["0.250", "84", "7", "1.000", "–", "nan"]
-    assert escape("a'b") == "a&#x27;b"
-    assert foreign("  ") == "<em>(nothing)</em>"
+def test_numbers_of_every_kind(tmp_path):
+    metrics = {"a": 0.25, "b": 84.0, "c": 7, "d": 1.0, "e": None, "f": "nan"}
+    _, page = write(tmp_path, [], results={"task": "x", "metrics": metrics})
+    assert "a 0.250 b 84 c 7 d 1.000 e – f nan" in page.text

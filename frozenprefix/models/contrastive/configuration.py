@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter
-from transformers import AutoConfig
 
 from frozenprefix.models.configuration import VISION_ENCODER, Section, SectionedConfig, VisionEncoderConfig
 
@@ -99,6 +98,3 @@ class LockedImageTextConfig(SectionedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> LockedImageTextConfig:
         """Itself: `text_config` is plain data of the tower's library and serves to build it, not to generate."""
         return self
-
-
-AutoConfig.register(LockedImageTextConfig.model_type, LockedImageTextConfig, exist_ok=True)

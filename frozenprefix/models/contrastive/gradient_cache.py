@@ -20,10 +20,10 @@ def cached_contrastive_step(
     text_chunks: Sequence[Chunk],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Accumulate the gradient of a contrastive loss over the whole batch, with the activations of one chunk at a time.
+    """Accumulate the gradient of a contrastive loss over the whole batch, holding activations of one chunk at a time.
 
-    All chunks are encoded without a graph; the loss gives the gradient of every embedding; each chunk is then encoded
-    again, with the same random numbers, to carry its part further. Costs one more forward pass.
+    All chunks are encoded without a graph, and the loss gives the gradient of every embedding. Then each chunk is
+    encoded again, with the same random numbers, to back-propagate its part. This costs one more forward pass.
 
     Args:
         encode_images, encode_texts: one chunk -> float[n, D].
@@ -32,6 +32,15 @@ def cached_contrastive_step(
 
     Returns:
         The loss, detached.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
+        >>> images, texts = nn.Linear(3, 2), nn.Linear(4, 2)
+        >>> chunks = torch.randn(2, 5, 3), torch.randn(2, 5, 4)  # 2 chunks of 5
+        >>> loss = cached_contrastive_step(images, chunks[0], texts, chunks[1], lambda i, t: (i @ t.T).mean())
+        >>> images.weight.grad.shape
+        torch.Size([2, 3])
     """
     parts = [(encode_images, chunk) for chunk in image_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
     states, embeds = [], []

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -162,13 +162,13 @@ def test_a_run_with_fused_encoders_is_cached_saved_and_loaded(fused_recipe, tmp_
 
 def test_fingerprints_name_every_part(fused_recipe, tmp_path):
     def fingerprint(**parts):
-        return ImageEncoder.build(fused_recipe(tmp_path, **parts).model.vision_encoder).fingerprint
+        return ImageEncoder.from_config(fused_recipe(tmp_path, **parts).model.vision_encoder).fingerprint
 
     first = fingerprint()
     assert first == fingerprint()
     assert first != fingerprint(second={**CNN, "layer": -2})
     assert first != fingerprint(second=LITE)
-    assert "encoder.encoders" not in ImageEncoder.build(vision_encoder_config(**VIT, image_size=32)).fingerprint
+    assert "encoder.encoders" not in ImageEncoder.from_config(vision_encoder_config(**VIT, image_size=32)).fingerprint
 
 
 def test_a_recipe_names_the_wrong_key_of_a_part(fused_recipe, tmp_path):
