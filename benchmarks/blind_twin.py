@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks import common
 from frozenprefix.config import Recipe, load_recipe, read_yaml
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.sources import load_sources
 from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.evaluation.comparison import Evaluation, compare
@@ -39,7 +39,7 @@ def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}_blind")
     table = folder / "constant.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = ImageEncoder.build(recipe.model.vision_encoder).module
+    encoder = ImageEncoder.from_config(recipe.model.vision_encoder).module
     feature = torch.ones(encoder.num_tokens, encoder.encoder_dim)
     images = {p for s in load_sources([*recipe.data.train, *recipe.data.validation]) for p in s.images}
     save_file({"/".join(image.absolute().parts[1:]): feature.clone() for image in images}, table)

@@ -19,7 +19,7 @@ from benchmarks import common
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
 from frozenprefix.config import Recipe
-from frozenprefix.data.features import ImageEncoder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import load_image
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.setup import load_parts
@@ -50,10 +50,10 @@ def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
 
 def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
     """Rates of the encoder alone on prepared pixels, of decoding on one core, and of the whole command."""
-    encoder = ImageEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     paths = [path for sample in load_parts(recipe.data)["train"] for path in sample.images]
     before = time.perf_counter()
-    pixels = [encoder.pixels(load_image(path)) for path in paths[: encoder.batch_size]]
+    pixels = encoder.pixel_values([load_image(path) for path in paths[: encoder.batch_size]])
     decoding = len(pixels) / (time.perf_counter() - before)
     batches = len(paths) // encoder.batch_size
     bare, command = [], []

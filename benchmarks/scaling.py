@@ -69,7 +69,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         self.texts = captions(size)
         self.features = features_of(size.images)
-        self.weights = LanguageModelShape.of(self.model.language_model).matrix_weights
+        self.weights = LanguageModelShape.from_model(self.model.language_model).matrix_weights
 
     def __call__(self) -> None:
         image, prefix = self.size.vocabulary, self.size.prefix

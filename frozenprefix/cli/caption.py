@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.data.images import BadImages
     from frozenprefix.inference import Caption
 
 
@@ -33,7 +32,7 @@ def command(
 
     captioner = Captioner.from_pretrained(checkpoint)
     bad = BadImages()
-    captions = captioner.caption(readable(images, bad), prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens)
+    captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:
             typer.echo(f"{caption.path}\t{caption.text}")
@@ -44,19 +43,6 @@ def command(
         typer.secho(f"skipped, {error.reason}: {error}", fg=typer.colors.RED, err=True)
     if len(bad):
         raise typer.Exit(1)
-
-
-def readable(images: Iterable[Path], bad: BadImages) -> Iterator[Path]:
-    """The images that can be read; the others go to `bad`, so that one broken file does not end a long run."""
-    from frozenprefix.data.images import load_image
-
-    for path in images:
-        try:
-            load_image(path)
-        except BadImageError as error:
-            bad.record(path, error)
-        else:
-            yield path
 
 
 def write_jsonl(captions: Iterable[Caption], out: Path) -> None:

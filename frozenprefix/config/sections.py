@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from frozenprefix.config.errors import collect_problems, shorten
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
+from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
 from frozenprefix.models.configuration import (
@@ -92,6 +93,11 @@ class DataSection(RecipeSection):
     workers: int = Field(2, ge=0, description="processes that decode images")
     text_only: TextOnlySection | None = Field(None, description="train on texts alone, without reading images")
     retrieval: RetrievalOptions | None = Field(None, description="captions of similar images in caption prompts")
+
+    @property
+    def feature_storage(self) -> FeatureStorage:
+        """Where image features are kept, and how."""
+        return FeatureStorage(self.feature_cache, self.feature_dtype)
 
     @field_validator("train", "validation", mode="before")
     @classmethod

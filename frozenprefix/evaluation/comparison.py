@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.bootstrap import paired_bootstrap
 from frozenprefix.evaluation.scoring import rows_of
+from frozenprefix.utils import read_jsonl
+from frozenprefix.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -44,14 +45,12 @@ class Evaluation:
             predictions = file.parent / predictions.name  # both were moved together
         if not predictions.is_file():
             raise DataError(f"{file}: predictions: {result['predictions']} is not there; evaluate again")
-        data = predictions.read_bytes()
-        if hashlib.sha256(data).hexdigest() != result.get("predictions_sha256"):
+        if hash_file(predictions) != result.get("predictions_sha256"):
             raise DataError(
                 f"{file}: predictions_sha256: {predictions} is not the file that was scored; a later evaluation wrote "
                 "to the same place: evaluate again, with another --predictions"
             )
-        rows = [json.loads(line) for line in data.decode("utf-8").splitlines()]
-        return cls(file, result, {row["id"]: row for row in rows})
+        return cls(file, result, {row["id"]: row for _, row in read_jsonl(predictions)})
 
 
 def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix.data.features import FeatureOptions, FeatureStorage, ImageFeatures
+from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
@@ -20,17 +20,10 @@ from frozenprefix.evaluation.samples import (
     recipe_samples,
     recipe_storage,
 )
-from frozenprefix.evaluation.tasks.generation import evaluate_generation, shuffled
-from frozenprefix.evaluation.tasks.registry import TASKS, EvaluationOptions
+from frozenprefix.evaluation.task import EvaluationOptions
+from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.version import __version__
-
-__all__ = [
-    "encode_samples",
-    "evaluate_checkpoint",
-    "evaluate_samples",
-    "shuffled",
-]
 
 
 def evaluate_checkpoint(
@@ -95,7 +88,7 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, _device(processes)), samples, options)
+    result = chosen.run(chosen.load(checkpoint, device=_device(processes)), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
@@ -134,11 +127,11 @@ def evaluate_samples(
     max_new_tokens: int | None = None,
     train_samples: Sequence[Sample] = (),
     max_bad_share: float = 0.01,
-    features: FeatureOptions | None = None,
+    features: FeatureStorage | None = None,
     restart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate samples of task "caption" or "vqa" that are there already; see `evaluate_generation`.
+    """Evaluate samples of task "caption" or "vqa" that are loaded already; see `evaluate_captions`, `evaluate_vqa`.
 
     Args:
         features: where image features are kept; the user's cache when not given.
@@ -154,11 +147,14 @@ def evaluate_samples(
         processes=Processes.current(),
         progress=progress,
     )
-    return evaluate_generation(captioner, samples, options)
+    tasks = sorted({sample.task for sample in samples})
+    if tasks not in (["caption"], ["vqa"]):
+        raise ConfigError(f"evaluate one task at a time (caption, vqa), got {', '.join(tasks) or 'no sample'}")
+    return TASKS.get(tasks[0]).run(captioner, samples, options)
 
 
 def encode_samples(
-    captioner: Captioner, samples: Iterable[Sample], features: FeatureOptions | None = None
+    captioner: Captioner, samples: Iterable[Sample], features: FeatureStorage | None = None
 ) -> tuple[dict[Path, Tensor], BadImages]:
     """Image features float[N, D_enc] of every image that can be read, and the others. All are held in memory.
 
@@ -166,9 +162,7 @@ def encode_samples(
         features: where features are kept; each image is encoded anew when not given.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-    images = ImageFeatures.of(
-        captioner.model, captioner.processor, paths, features or FeatureStorage("off"), max_bad_share=1.0
-    )
+    images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)
     return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
 
 

@@ -1,20 +1,22 @@
-"""What a checkpoint is evaluated on: a folder of data, or the validation data of its own recipe."""
+"""The samples of an evaluation: from a folder of data, or the validation data of the checkpoint's own recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from frozenprefix.config import Recipe, load_checkpoint_recipe
 from frozenprefix.config.sections import EvaluationSection
 from frozenprefix.data.features import FeatureStorage
-from frozenprefix.data.samples import Sample
+from frozenprefix.data.samples import Sample, check_unique_ids, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError
 
-#: (type of source, task) → what it must be asked for, or it gives no sample of that task.
-_ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
+#: (type of source, task) → fields without which the source gives no sample of that task.
+_TASK_FIELDS: dict[tuple[str, str], dict[str, Any]] = {
     ("easy_vqa", "caption"): {"captions": True},
     ("easy_vqa", "classification"): {"classes": "color shape"},
     ("image_folder", "classification"): {"labels": True},
@@ -22,17 +24,22 @@ _ASKED_FOR: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
-    """The samples of one task in a folder; `options` are those of its data source."""
+    """The samples of one task in a folder; `options` are those of its data source.
+
+    Example:
+        >>> len(folder_samples(data_folder, "caption", limit=2))
+        2
+    """
     sources = [{**source, **options} for source in detect_sources(data, options.get("split"))]
     for source in sources:
-        source |= _ASKED_FOR.get((source["type"], task), {})
+        source |= _TASK_FIELDS.get((source["type"], task), {})
         if source["type"] == "image_folder" and source.get("split") is not None:
             source["split_folders"] = True
     return [sample for source in sources for sample in load_source(source) if sample.task == task]
 
 
 def folder_training_samples(data: str | Path, task: str, split: str | None) -> list[Sample]:
-    """The folder's own training split, for baselines; nothing when that is what is evaluated."""
+    """The folder's own training split, for baselines; empty when that is the split to evaluate."""
     if split in (None, "train"):
         return []
     return [sample for sample in folder_samples(data, task) if sample.split == "train"]
@@ -56,6 +63,43 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
         why = "holds no recipe.yaml" if recipe is None else f"has a recipe without data.{part}"
         raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
     return first_images([sample for sample in load_sources(sources) if sample.task == task], limit)
+
+
+def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:
+    """The samples that can be scored: those with a target. The others are counted in the log.
+
+    Raises:
+        ConfigError: for samples of another task.
+        DataError: for ids that occur twice, or when no sample has a target.
+
+    Example:
+        >>> samples = folder_samples(data_folder, "caption")
+        >>> check_samples_of(samples, "caption") == samples
+        True
+    """
+    tasks = sorted({sample.task for sample in samples})
+    if tasks != [task]:
+        raise ConfigError(f"task '{task}' evaluates samples of task '{task}', got {', '.join(tasks) or 'no sample'}")
+    check_unique_ids(samples)
+    return with_targets(samples, where=f"task '{task}'")
+
+
+def join_captions(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample per image and prompt, with the captions of all samples of that image as references.
+
+    Data with one caption a row would otherwise be scored against one reference each.
+
+    Example:
+        >>> rows = [Sample("a", (image_path,), ("a dog",)), Sample("b", (image_path,), ("a brown dog",))]
+        >>> [(sample.id, sample.targets) for sample in join_captions(rows)]
+        [('a', ('a dog', 'a brown dog'))]
+    """
+    references: dict[tuple[Path, ...], list[str]] = {}
+    first: dict[tuple[Any, ...], Sample] = {}
+    for sample in samples:
+        references.setdefault(sample.images, []).extend(sample.targets)
+        first.setdefault((sample.images, sample.prompt), sample)
+    return [replace(sample, targets=tuple(references[sample.images])) for sample in first.values()]
 
 
 def recipe_storage(checkpoint: str | Path) -> FeatureStorage:

@@ -66,8 +66,8 @@ def caption_scorer(samples: Sequence[Sample]) -> Scorer:
     references = CaptionReferences({sample.id: list(sample.targets) for sample in samples})
 
     def score(texts: Mapping[str, str]) -> Scores:
-        made = caption_metrics(dict(texts), references)
-        return Scores(made.corpus, per_sample=made.per_image, statistics={"bleu": made.bleu_statistics})
+        scores = caption_metrics(dict(texts), references)
+        return Scores(scores.corpus, per_sample=scores.per_image, statistics={"bleu": scores.bleu_statistics})
 
     return score
 
@@ -86,13 +86,13 @@ def vqa_scorer(samples: Sequence[Sample]) -> Scorer:
     taxonomy = lru_cache(_taxonomy)
 
     def score(texts: Mapping[str, str]) -> Scores:
-        found = {"accuracy": vqa_accuracy(dict(texts), answers), "exact_match": exact_match(dict(texts), answers)}
+        scores = {"accuracy": vqa_accuracy(dict(texts), answers), "exact_match": exact_match(dict(texts), answers)}
         for threshold in WUPS_AT if taxonomy() is not None else ():
-            found[f"wups_{threshold}"] = wups(dict(texts), answers, threshold=threshold, taxonomy=taxonomy())
+            scores[f"wups_{threshold}"] = wups(dict(texts), answers, threshold=threshold, taxonomy=taxonomy())
         return Scores(
-            metrics={name: mean(values.values()) for name, values in found.items()},
-            groups={name: by_group(found["accuracy"], of) for name, of in types.items()},
-            per_sample={key: {name: values[key] for name, values in found.items()} for key in answers},
+            metrics={name: mean(values.values()) for name, values in scores.items()},
+            groups={name: by_group(scores["accuracy"], groups) for name, groups in types.items()},
+            per_sample={key: {name: values[key] for name, values in scores.items()} for key in answers},
         )
 
     return score
@@ -118,14 +118,14 @@ def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **
         clusters: sample id → what is drawn as a whole, such as its image; see `bootstrap_interval`.
         options: `n` and `seed` of the bootstrap.
     """
-    found: dict[str, list[float]] = {}
+    bounds: dict[str, list[float]] = {}
     for name in scores.metrics:
         rows, metric, ids = rows_of(name, scores.per_sample, scores.statistics)
         if ids:
             groups = None if clusters is None else [clusters[key] for key in ids]
             interval = bootstrap_interval(rows, metric, clusters=groups, **options)
-            found[name] = [interval.low, interval.high]
-    return found
+            bounds[name] = [interval.low, interval.high]
+    return bounds
 
 
 def rows_of(
@@ -142,6 +142,3 @@ def rows_of(
     if not ids or any(name not in per_sample[key] for key in ids):
         return np.empty(0), None, []
     return np.array([per_sample[key][name] for key in ids], dtype=np.float64), None, ids
-
-
-SCORERS: dict[str, Callable[[Sequence[Sample]], Scorer]] = {"caption": caption_scorer, "vqa": vqa_scorer}

@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
-from frozenprefix.data.images import load_image
+from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
+from frozenprefix.data.images import BadImages
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
-from frozenprefix.models.vision.precomputed import feature_table
 
 T = TypeVar("T")
 
@@ -59,6 +58,7 @@ class Captioner:
         self.processor = processor
         self.batch_size = batch_size
         self.retriever = retriever
+        self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
@@ -75,6 +75,7 @@ class Captioner:
         prompt: str | None = None,
         num_beams: int = 5,
         max_new_tokens: int = 30,
+        bad: BadImages | None = None,
         **generate: Any,
     ) -> Iterator[Caption]:
         """Caption image files, in order.
@@ -82,74 +83,46 @@ class Captioner:
         Args:
             prompt: text before the caption; the prompt of the training when not given. Retrieved captions, if the
                 model was trained with them, stand in front of it.
+            bad: collects the images that cannot be read, which are left out; without it the first one raises.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9, num_beams=1`.
 
         Raises:
             BadImageError: for an image that cannot be read.
         """
         text = self.processor.prompt_for("caption") if prompt is None else self.processor.with_image(prompt)
-        for batch in batched(paths, self.batch_size):
-            prompts, images = [text] * len(batch), self._images(batch)
+        for batch, features in self.encoder.batches(map(Path, paths), self.batch_size, bad):
+            files, prompts = cast(list[Path], batch), [text] * len(batch)
             if self.retriever is not None:
-                features = self._features(images)
-                keys = image_keys(self.model.vision_encoder, batch)
-                prompts, images = self.retriever.prompts(prompts, features, keys), {"image_features": features}
-            texts = self.generate(
-                prompts,
-                **images,
-                num_beams=num_beams,
-                max_new_tokens=max_new_tokens,
-                **generate,
-            )
-            for path, made in zip(batch, texts, strict=True):
-                yield Caption(Path(path), made.text, made.score)
+                keys = image_keys(self.model.vision_encoder, files)
+                prompts = self.retriever.prompts(prompts, features.cpu(), keys)
+            texts = self.generate(prompts, features, num_beams=num_beams, max_new_tokens=max_new_tokens, **generate)
+            for path, generation in zip(files, texts, strict=True):
+                yield Caption(path, generation.text, generation.score)
 
-    def answer(
-        self, image: str | Path | Image.Image, question: str, *, max_new_tokens: int = 10, **generate: Any
-    ) -> str:
+    def answer(self, image: ImageInput, question: str, *, max_new_tokens: int = 10, **generate: Any) -> str:
         """Answer a question about one image, greedily unless `generate` says otherwise."""
-        shown = {"images": [image]} if isinstance(image, Image.Image) else self._images([image])
         prompt = self.processor.prompt_for("vqa", question)
         options = {"max_new_tokens": max_new_tokens, "num_beams": 1, **generate}
-        return self.generate([prompt], **shown, **options)[0].text
-
-    def _images(self, paths: Sequence[str | Path]) -> dict[str, Any]:
-        """The argument of `generate` that shows image files: decoded, or features that are given for them."""
-        given = feature_table(self.model.vision_encoder)
-        if given is not None:
-            return {"image_features": given.features(paths)}
-        return {"images": [load_image(path) for path in paths]}
-
-    @torch.inference_mode()
-    def _features(self, images: dict[str, Any]) -> Tensor:
-        """image_features float32[n, N, D_enc] of what `_images` gives."""
-        if "image_features" in images:
-            return images["image_features"]
-        pixel_values = self.processor.image_processor(images["images"], return_tensors="pt")["pixel_values"]
-        return self.model.encode(pixel_values.to(self.model.device)).float().cpu()
+        return self.generate([prompt], [image], **options)[0].text
 
     def generate(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image.Image] | None = None,
-        *,
-        image_features: Tensor | None = None,
+        images: Sequence[ImageInput] | Tensor | None = None,
         **generate: Any,
     ) -> list[Generation]:
         """Continue one batch of prompts.
 
         Args:
             prompts: texts with an `<image>` for every image; without images the LM continues them blind.
-            images: images in reading order, or `image_features` float[n, N, D_enc] made of them earlier.
+            images: files, PIL images, or image features float[n, N, D_enc], in reading order over all prompts.
             generate: options of transformers' `generate`.
         """
-        if images is None and image_features is None:
+        if images is None:
             prompts = [self.blind_prompt(prompt) for prompt in prompts]
         inputs = self.processor(text=list(prompts), return_tensors="pt")
         if images is not None:
-            inputs |= self.processor.image_processor(list(images), return_tensors="pt")
-        elif image_features is not None:
-            inputs["image_features"] = image_features
+            inputs["image_features"] = self.encoder(images)
         tokenizer = self.processor.tokenizer
         settings = {
             "do_sample": False,

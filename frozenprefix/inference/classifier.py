@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from frozenprefix.data.images import load_image
+from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import log_likelihoods
@@ -20,7 +18,7 @@ from frozenprefix.models.packing.trie import Target
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 LABEL_MARK = "{label}"
-Images = Sequence[str | Path | Image.Image] | Tensor
+Images = Sequence[ImageInput] | Tensor
 Normalise = Literal["sum", "mean"]
 
 
@@ -98,7 +96,7 @@ class Classifier:
         prior = self.blind_scores(labels) if self.calibrate else torch.zeros(len(labels))
         rows = []
         for start in range(0, len(images), self.batch_size):
-            features = self._features(images[start : start + self.batch_size])
+            features = self.captioner.encoder(images[start : start + self.batch_size])
             prefix_embeds = self.model.map_features(features.to(self.model.device))
             values = log_likelihoods(self.model, [targets] * len(features), prefix_embeds, rows_at_once=self.batch_size)
             rows += [self._combined(value, targets) for value in values]
@@ -140,10 +138,3 @@ class Classifier:
         if self.normalise == "mean":
             values = values / torch.tensor([len(target.input_ids) - target.num_context for target in targets])
         return values.view(len(self.templates), -1).mean(dim=0)
-
-    def _features(self, images: Images) -> Tensor:
-        if isinstance(images, Tensor):
-            return images
-        opened = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
-        return self.model.encode(pixel_values.to(self.model.device))

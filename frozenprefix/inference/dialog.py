@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreamer
 
-from frozenprefix.data.images import load_image
+from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
-
-ImageInput = str | Path | Image.Image
 
 # options of `generate` that several rows, or another form of output, would need
 REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
@@ -143,10 +140,9 @@ class Dialog:
     def _with_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         if not images:
             return self._prefix_embeds
-        opened = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+        features = self._captioner.encoder(images)
         with torch.no_grad():
-            prefix_embeds = cast(Tensor, self.model.prefix(pixel_values.to(self.model.device)))
+            prefix_embeds = self.model.map_features(features.to(self.model.device))
         return prefix_embeds if self._prefix_embeds is None else torch.cat([self._prefix_embeds, prefix_embeds])
 
     def _pieces(self, turn: _Turn) -> Iterator[str]:
@@ -173,11 +169,11 @@ class Dialog:
         """Let the LM continue, and put question and reply into the history."""
         language_model = cast(Any, self.model.language_model)
         ids = torch.tensor([turn.ids], device=self.model.device)
-        inputs_embeds, shown = self.model.fuse(ids, turn.prefix_embeds)
+        inputs_embeds, images = self.model.fuse(ids, turn.prefix_embeds)
         cache = self._take_cache(turn.ids)
         known = cache.get_seq_length() if cache is not None else 0
-        if shown is not None:
-            shown = replace(shown, prefix_index=shown.prefix_index[:, known:], image=shown.image[:, known:])
+        if images is not None:
+            images = replace(images, prefix_index=images.prefix_index[:, known:], image=images.image[:, known:])
         options = {
             "do_sample": False,
             "eos_token_id": self._captioner.end_tokens(),
@@ -187,7 +183,7 @@ class Dialog:
         if stopped is not None:
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList([*given, _Until(stopped)])
-        with self.model.fusion.showing(shown):
+        with self.model.fusion.seeing(images):
             new = language_model.generate(
                 None,
                 inputs_embeds=inputs_embeds,  # the whole history, of which transformers takes what the cache lacks

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from frozenprefix.data.images import BadImages, load_image
-from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.data.image_encoder import ImageEncoder
+from frozenprefix.data.images import BadImages
+from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.registry import Registry
+from frozenprefix.utils import content_hash
 
 
 class EmbeddingModel(Protocol):
     """A model with images and texts in one space. Vectors have length 1."""
 
     config: Any
+    vision_encoder: Any
 
     @property
     def device(self) -> Any:
@@ -32,8 +34,8 @@ class EmbeddingModel(Protocol):
     def eval(self) -> Any:
         """Leave training mode."""
 
-    def encode_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
-        """float[P, 3, H, W], or features float[P, N, D_enc] -> float[P, D]."""
+    def encode_image(self, *, image_features: Tensor) -> Tensor:
+        """float[P, N, D_enc] -> float[P, D]."""
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """int64[T, L], int64[T, L] -> float[T, D]."""
@@ -84,6 +86,7 @@ class Embedder:
         self.model.eval()
         self.processor = processor
         self.batch_size = batch_size
+        self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Embedder:
@@ -99,7 +102,7 @@ class Embedder:
             json.dumps(self.model.config.identity, sort_keys=True),
             self.processor.image_processor.to_json_string(),
         ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return content_hash("\n".join(parts))
 
     @torch.inference_mode()
     def embed_images(self, paths: Iterable[str | Path], bad: BadImages | None = None) -> tuple[list[Path], np.ndarray]:
@@ -113,19 +116,9 @@ class Embedder:
         """
         kept: list[Path] = []
         vectors: list[np.ndarray] = []
-        for batch in batched(paths, self.batch_size):
-            images = {}
-            for path in map(Path, batch):
-                try:
-                    images[path] = load_image(path)
-                except BadImageError as error:
-                    if bad is None:
-                        raise
-                    bad.record(path, error)
-            if images:
-                pixels = self.processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
-                vectors.append(_array(self.model.encode_image(pixel_values=pixels.to(self.model.device))))
-                kept += images
+        for batch, features in self.encoder.batches(map(Path, paths), self.batch_size, bad):
+            vectors.append(_array(self.model.encode_image(image_features=features.to(self.model.device))))
+            kept += cast(list[Path], batch)
         return kept, np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
 
     @torch.inference_mode()

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from frozenprefix.data.images import load_image
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import likeliest
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
@@ -106,19 +105,14 @@ def write_answers(
     if not blind:
         distinct, order = _features(captioner, episodes, features)
         shown = distinct[order]
-    made = captioner.generate(prompts, image_features=shown, num_beams=1, max_new_tokens=max_new_tokens)
+    made = captioner.generate(prompts, images=shown, num_beams=1, max_new_tokens=max_new_tokens)
     return [generation.text for generation in made]
 
 
-@torch.inference_mode()
 def _features(
     captioner: Captioner, episodes: Sequence[Episode], known: ImagesToFeatures | None
 ) -> tuple[Tensor, list[int]]:
     """Features of the different images float[n, N, D_enc], and which one stands at each place of all prompts."""
     place: dict[Path, int] = {}
     order = [place.setdefault(path, len(place)) for episode in episodes for path in episode.images]
-    if known is not None:
-        return known(list(place)), order
-    images = [load_image(path) for path in place]
-    pixel_values = captioner.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return captioner.model.encode(pixel_values.to(captioner.model.device)), order
+    return (captioner.encoder if known is None else known)(list(place)), order

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.inference.embedding import Embedder
-from frozenprefix.utils import user_cache
+from frozenprefix.utils import content_hash, user_cache, write_bytes_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index.json"
@@ -140,19 +138,16 @@ class ImageIndex:
 
     def save(self, folder: str | Path) -> None:
         """Write `index.json` and the vectors that it names. An older index stays whole until the last moment."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"embeds-{uuid.uuid4().hex[:12]}.safetensors"
-        save_file({"embeds": self.embeds}, folder / name)
+        folder, data = Path(folder), save({"embeds": self.embeds})
+        name = f"embeds-{content_hash(data)[:12]}.safetensors"
+        write_bytes_atomic(folder / name, data)
         content = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "embeds": name,
             "images": [[str(path), *stamp] for path, stamp in zip(self.paths, self.stamps, strict=True)],
         }
-        draft = folder / f"{INDEX_FILE}.{uuid.uuid4().hex[:12]}"
-        draft.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        draft.replace(folder / INDEX_FILE)
+        write_text_atomic(folder / INDEX_FILE, json.dumps(content, ensure_ascii=False))
         for old in folder.glob("embeds-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -191,7 +186,7 @@ class ImageIndex:
 
 def index_folder(images: Path, fingerprint: str) -> Path:
     """Where the index of a folder of images lies in the user's cache."""
-    name = hashlib.sha256(str(images.resolve()).encode()).hexdigest()[:12]
+    name = content_hash(str(images.resolve()))[:12]
     return user_cache() / "indexes" / f"{name}-{fingerprint[:12]}"
 
 

@@ -243,7 +243,7 @@ class VideoCaptioner:
             else processor.with_image(prompt, len(features))
         )
         options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, **generate}
-        return self.captioner.generate([text], image_features=features, **options)[0]
+        return self.captioner.generate([text], images=features, **options)[0]
 
     def summary(
         self,
@@ -281,14 +281,9 @@ class VideoCaptioner:
         clip = Clip(path)
         middles = [clip.index_at((start + end) / 2) for start, end in uniform_spans(clip, self.frames)]
         images = [frame.image for frame in clip.at(sorted(set(middles)))]
-        features = torch.cat([self._encode(batch) for batch in batched(images, self.captioner.batch_size)])
+        batches = self.captioner.encoder.batches(images, self.captioner.batch_size)
+        features = torch.cat([encoded.cpu() for _, encoded in batches])
         return features.mean(dim=0, keepdim=True) if self.pooling == "mean" else features
-
-    @torch.no_grad()
-    def _encode(self, images: list[Image.Image]) -> Tensor:
-        model = self.captioner.model
-        pixel_values = self.captioner.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return model.encode(pixel_values.to(model.device)).float().cpu()
 
 
 def merge(segments: Sequence[Segment]) -> list[Segment]:

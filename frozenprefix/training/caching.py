@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from frozenprefix.config.base_recipe import BaseRecipe
-from frozenprefix.data.features import ImageEncoder, feature_folder
+from frozenprefix.data.features import feature_folder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import ConfigError, DataError
@@ -60,9 +61,9 @@ def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | Non
         raise ConfigError("model.vision_encoder.source: got 'features', which are there already: nothing to encode")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
-    encoder = ImageEncoder.build(recipe.model.vision_encoder)
+    encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     encoder.module.to(accelerator.device)
-    folder = feature_folder(recipe.data, encoder.fingerprint)
+    folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
     bad_list = folder / "bad_images.jsonl"
     started = time.monotonic()
     prepared = prepare_images(

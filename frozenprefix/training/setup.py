@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +16,13 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
-from frozenprefix.data.features import ImageEncoder, fill_feature_cache, share_bad_images
+from frozenprefix.data.features import fill_feature_cache, share_bad_images
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.processes import Processes
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.data.sources import load_source
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
@@ -95,13 +96,7 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
     """
     samples = [sample for source in sources for sample in load_source(source, images=images)]
     check_unique_ids(samples)
-    kept = [replace(s, targets=tuple(text for text in s.targets if text.strip())) for s in samples]
-    empty = sum(len(before.targets) - len(after.targets) for before, after in zip(samples, kept, strict=True))
-    if empty:
-        logger.warning("data.%s: %d empty targets are left out", part, empty)
-    if not any(sample.targets for sample in kept):
-        raise DataError(f"data.{part}: {len(samples)} samples, none with a target to learn; check path and split")
-    return [sample for sample in kept if sample.targets]
+    return with_targets(samples, where=f"data.{part}")
 
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:
@@ -178,7 +173,7 @@ def prepare_images(
             features, encoded = fill_feature_cache(
                 encoder,
                 paths,
-                data,
+                data.feature_storage,
                 bad=bad,
                 max_bad_share=data.max_bad_share,
                 workers=data.workers,
@@ -211,8 +206,8 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     cache = prepared.features
     assert cache is not None  # a recipe without features is refused
     samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
-    retriever = CaptionRetriever.of(samples["train"], cache, data.retrieval)
-    lookup = ImageLookup.of_cache(cache)
+    retriever = CaptionRetriever.from_samples(samples["train"], cache, data.retrieval)
+    lookup = ImageLookup.from_cache(cache)
     for part, listed in samples.items():
         shown = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
         prepared.groups[part] = group_by_images(shown)

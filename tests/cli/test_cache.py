@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from frozenprefix.cli.main import app
 from frozenprefix.config import write_yaml
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.features import ImageEncoder, feature_folder
+from frozenprefix.data.features import feature_folder
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.training.caching import fill_cache, folder_bytes
@@ -23,7 +24,7 @@ from tests.helpers.recipes import tiny_recipe_dict
 
 @pytest.fixture(scope="module")
 def encoder(tiny_recipe, tmp_path_factory) -> ImageEncoder:
-    return ImageEncoder.build(tiny_recipe(tmp_path_factory.mktemp("run")).model.vision_encoder)
+    return ImageEncoder.from_config(tiny_recipe(tmp_path_factory.mktemp("run")).model.vision_encoder)
 
 
 @pytest.fixture
@@ -146,12 +147,12 @@ def test_processes_share_the_images_and_agree_on_the_bad_ones(encoder, tiny_reci
 def test_auto_folders_differ_by_encoder_and_dtype(encoder, tiny_recipe, tmp_path):
     def folder(*overrides: str) -> Path:
         recipe = tiny_recipe(tmp_path, *overrides)
-        built = ImageEncoder.build(recipe.model.vision_encoder)
-        return feature_folder(recipe.data, built.fingerprint)
+        built = ImageEncoder.from_config(recipe.model.vision_encoder)
+        return feature_folder(recipe.data.feature_storage, built.fingerprint)
 
     folders = [folder(), folder("data.feature_dtype=int8"), folder("model.vision_encoder.grid=1")]
     assert len(set(folders)) == 3
-    assert folder() == folders[0] == feature_folder(tiny_recipe(tmp_path).data, encoder.fingerprint)
+    assert folder() == folders[0] == feature_folder(tiny_recipe(tmp_path).data.feature_storage, encoder.fingerprint)
     assert folder(f"data.feature_cache={tmp_path}") == tmp_path
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import frozenprefix
 from frozenprefix.cli.main import app
 from frozenprefix.errors import CheckpointError, ConfigError, TrainingError
+from frozenprefix.training import registry
 from tests.config.test_recipe import SHORT
 from tests.helpers import ROOT
 from tests.test_import import best_of
@@ -98,9 +99,7 @@ def test_debug_shows_the_traceback(recipe):
 
 
 def test_other_errors_keep_their_traceback(recipe, monkeypatch):
-    import frozenprefix.training.trainer
-
-    monkeypatch.setattr(frozenprefix.training.trainer, "train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(registry, "train_recipe", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("train", recipe)
 
@@ -118,15 +117,15 @@ def test_errors_in_a_real_process_have_no_traceback_and_no_colour_codes(tmp_path
 @pytest.fixture
 def trained(monkeypatch):
     """Calls of `train`, which is not run."""
-    import frozenprefix.training.trainer as loop
+    from frozenprefix.training.trainer import TrainingResult
 
     calls = []
 
     def train(recipe, *, resume="auto"):
         calls.append((recipe, resume))
-        return loop.TrainingResult(recipe.output_dir, recipe.output_dir / "best", 30, 360, 61.4, 2.5)
+        return TrainingResult(recipe.output_dir, recipe.output_dir / "best", 30, 360, 61.4, 2.5)
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(registry, "train_recipe", train)
     return calls
 
 
@@ -147,12 +146,10 @@ def test_other_processes_say_nothing(recipe, trained):
 
 
 def test_training_errors(recipe, monkeypatch):
-    import frozenprefix.training.trainer
-
     def fail(*_, **__):
         raise TrainingError("loss: got nan at step 3")
 
-    monkeypatch.setattr(frozenprefix.training.trainer, "train", fail)
+    monkeypatch.setattr(registry, "train_recipe", fail)
     assert call("train", recipe, code=2).stderr == "Error: loss: got nan at step 3\n"
 
 
@@ -178,7 +175,7 @@ def captioner(monkeypatch):
             if checkpoint == "broken":
                 raise CheckpointError("broken: no model.safetensors")
 
-        def caption(self, paths, **options):
+        def caption(self, paths, *, bad, **options):
             calls.append(options)
             for path in paths:
                 yield inference.Caption(path, f"a {path.stem}", -0.5)
@@ -204,10 +201,11 @@ def test_caption_to_a_file(images, captioner, tmp_path):
     assert (result.stdout, result.stderr) == ("", f"1 captions in {out}\n")
 
 
-def test_a_broken_image_is_skipped_and_said(images, captioner):
+def test_a_broken_image_is_skipped_and_said(images, tiny_checkpoint):
     (images / "b.png").write_bytes(b"no image")
-    result = call("caption", "ckpt", images, code=1)
-    assert result.stdout.splitlines() == [f"{images / 'a.jpg'}\ta a", f"{images / 'deep/c.png'}\ta c"]
+    result = call("caption", tiny_checkpoint, images, code=1)
+    names = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert names == [str(images / "a.jpg"), str(images / "deep/c.png")]
     assert result.stderr.startswith("skipped, not_an_image: ")
     assert "b.png" in result.stderr
 

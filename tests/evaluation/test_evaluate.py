@@ -15,12 +15,11 @@ from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import AssetError, ConfigError, DataError
-from frozenprefix.evaluation import evaluate_checkpoint, evaluate_samples, scoring
+from frozenprefix.evaluation import TASKS, evaluate_checkpoint, evaluate_samples, scoring
 from frozenprefix.evaluation.evaluate import encode_samples
 from frozenprefix.evaluation.metrics.captions import bleu_of_sums
 from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, vqa_scorer
-from frozenprefix.evaluation.tasks import generation
-from frozenprefix.evaluation.tasks.registry import TASKS
+from frozenprefix.evaluation.tasks import captioning, runs, vqa
 from frozenprefix.inference import Captioner
 from tests.helpers.data import rows_of
 from tests.helpers.drawings import write_shapes
@@ -88,7 +87,7 @@ def test_questions(captioner, questions, tmp_path):
 
 def test_scores_are_of_the_predictions(captioner, questions, tmp_path, monkeypatch):
     """A model that always says "red", whatever it is shown."""
-    monkeypatch.setattr(generation, "predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
+    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
     answers = [sample.targets[0] for sample in questions]
     share = answers.count("red") / len(answers)
@@ -158,9 +157,7 @@ def test_every_sample_has_its_scores(captioner, captions, tmp_path):
 def test_intervals_draw_whole_images(captioner, questions, tmp_path, monkeypatch):
     """One of the two questions of each image is answered rightly: half of the samples, half of every image."""
     right = {s.id: s.targets[0] for s in questions if s.question == "what color is this?"}
-    monkeypatch.setattr(
-        generation, "predict", lambda captioner, batch, *_: {s.id: right.get(s.id, "no") for s, _ in batch}
-    )
+    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {s.id: right.get(s.id, "no") for s, _ in batch})
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
     assert result["metrics"]["accuracy"] == 0.5
     assert result["intervals"]["accuracy"] == [0.5, 0.5]
@@ -182,7 +179,7 @@ def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp
 
         return score
 
-    monkeypatch.setitem(generation.SCORERS, "caption", broken)
+    monkeypatch.setattr(captioning, "caption_scorer", broken)
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(RuntimeError, match="the scorer fell over"):
         evaluate_samples(captioner, captions, predictions=path, num_beams=1, max_new_tokens=2)
@@ -198,7 +195,7 @@ def test_predictions_are_written_before_they_are_scored(captioner, captions, tmp
 def test_shuffled_never_gives_the_own_image(count):
     """Some images have several samples, and samples of one image do not stand together."""
     samples = [Sample(str(i), (Path(f"{i % count}.png"),), ()) for i in range(3 * count)]
-    others = generation.shuffled(samples)
+    others = runs.shuffled(samples)
     assert len(others) == len(samples)
     assert all(sample.images != other.images for sample, other in zip(samples, others, strict=True))
     assert {other.images for other in others} == {sample.images for sample in samples}, "every image is shown"
@@ -207,7 +204,7 @@ def test_shuffled_never_gives_the_own_image(count):
 def test_shuffled_gives_as_many_images_as_a_sample_has():
     def others(*shown: str) -> list[str]:
         samples = [Sample(str(i), tuple(Path(name) for name in names), ()) for i, names in enumerate(shown)]
-        return ["".join(str(path) for path in sample.images) for sample in generation.shuffled(samples)]
+        return ["".join(str(path) for path in sample.images) for sample in runs.shuffled(samples)]
 
     assert others("a", "ab", "c", "cd", "ab", "efg") == ["c", "cd", "a", "ab", "cd", "abc"]
     assert others("x", "xy", "xyz", "a", "ab") == ["a", "ab", "aba", "x", "xy"]
@@ -239,13 +236,13 @@ def test_chats_with_several_images_are_evaluated(captioner, captions, tmp_path):
 
 def test_shuffled_needs_two_images():
     with pytest.raises(DataError, match="at least 2 different images"):
-        generation.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])
+        runs.shuffled([Sample("1", (Path("a"),), ()), Sample("2", (Path("a"),), ())])
 
 
 def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
     features, _ = encode_samples(captioner, captions, FeatureStorage())
     own = {sample.id: features[sample.images[0]] for sample in captions}
-    predict, seen = generation.predict, []
+    predict, seen = runs.predict, []
 
     def spy(captioner, batch, images, settings):
         seen.extend(batch)
@@ -253,14 +250,13 @@ def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
 
     given = []
     generate = Captioner.generate
-    monkeypatch.setattr(generation, "predict", spy)
-    monkeypatch.setattr(
-        Captioner,
-        "generate",
-        lambda self, prompts, **options: (given.append(options["image_features"]), generate(self, prompts, **options))[
-            1
-        ],
-    )
+    monkeypatch.setattr(runs, "predict", spy)
+
+    def record(self, prompts, images=None, **options):
+        given.append(images)
+        return generate(self, prompts, images, **options)
+
+    monkeypatch.setattr(Captioner, "generate", record)
     evaluate_samples(captioner, captions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=2)
     shown = [part for part in given if part is not None]
     assert [part is None for part in given] == [False, False, True, False, False], "model, blind, shuffled"
@@ -326,8 +322,8 @@ def test_a_checkpoint_on_a_folder(tiny_checkpoint, shapes, tmp_path, task, n):
 
 
 def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
-    monkeypatch.setitem(generation.SCORERS, "vqa", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
+    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
+    monkeypatch.setattr(vqa, "vqa_scorer", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
     result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
     path = tiny_checkpoint / "predictions_vqa_val.jsonl"
     assert result["predictions"] == str(path)

@@ -13,9 +13,9 @@ from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_checkpoint
-from frozenprefix.evaluation.candidates import candidate_answers
-from frozenprefix.evaluation.tasks import generation
-from frozenprefix.evaluation.tasks.generation import VQA, evaluate_generation
+from frozenprefix.evaluation.tasks import runs, vqa
+from frozenprefix.evaluation.tasks.candidates import candidate_answers
+from frozenprefix.evaluation.tasks.vqa import VQA, evaluate_vqa
 from tests.helpers.data import rows_of
 
 CANDIDATES = ["red", "a red circle", "red dog", "blue", "green", "circle", "cross", "the dog"]
@@ -88,9 +88,9 @@ def likeliest_alone(captioner, sample, image, candidates) -> str:
 def test_the_chosen_answer_is_the_likeliest_alone(captioner, questions, tmp_path):
     # one token each, so that the choice depends on the question and the image and not on the length alone
     letters = list("abcdefghijklmnopqrstuvwxyz")
-    result = evaluate_generation(captioner, questions, choosing(tmp_path / "p.jsonl", letters))
+    result = evaluate_vqa(captioner, questions, choosing(tmp_path / "p.jsonl", letters))
     rows = rows_of(tmp_path / "p.jsonl")
-    others = generation.shuffled(questions)
+    others = runs.shuffled(questions)
     for row, sample, other in zip(rows, questions, others, strict=True):
         assert row["model"] == likeliest_alone(captioner, sample, sample.images[0], letters)
         assert row["blind"] == likeliest_alone(captioner, sample, None, letters)
@@ -100,7 +100,7 @@ def test_the_chosen_answer_is_the_likeliest_alone(captioner, questions, tmp_path
 
 
 def test_candidates_of_several_tokens(captioner, questions, tmp_path):
-    result = evaluate_generation(captioner, questions, choosing(tmp_path / "p.jsonl"))
+    result = evaluate_vqa(captioner, questions, choosing(tmp_path / "p.jsonl"))
     rows = rows_of(tmp_path / "p.jsonl")
     for row, sample in zip(rows, questions, strict=True):
         assert row["model"] == likeliest_alone(captioner, sample, sample.images[0], CANDIDATES)
@@ -112,7 +112,7 @@ def test_candidates_of_several_tokens(captioner, questions, tmp_path):
 
 def test_the_candidates_come_from_the_training_samples(captioner, questions, train, tmp_path):
     options = choosing(tmp_path / "p.jsonl", 2, train_samples=train)
-    result = evaluate_generation(captioner, questions, options)
+    result = evaluate_vqa(captioner, questions, options)
     assert result["settings"] == {"answering": "choose", "candidates": 2}
     chosen = {row[run] for row in rows_of(tmp_path / "p.jsonl") for run in ("model", "blind", "shuffled")}
     assert chosen <= set(candidate_answers(2, train))
@@ -139,8 +139,8 @@ def test_training_samples_are_read_only_where_answers_are_taken_from_them():
 
 
 def test_a_killed_evaluation_goes_on(captioner, questions, tmp_path, monkeypatch):
-    whole = evaluate_generation(captioner, questions, choosing(tmp_path / "whole.jsonl"))
-    choose, asked = generation.choose, []
+    whole = evaluate_vqa(captioner, questions, choosing(tmp_path / "whole.jsonl"))
+    choose, asked = vqa.choose, []
 
     def guarded(captioner, batch, *rest):
         if len(asked) == 6:
@@ -149,17 +149,17 @@ def test_a_killed_evaluation_goes_on(captioner, questions, tmp_path, monkeypatch
         asked.extend(sample.id for sample, _ in batch)
         return choose(captioner, batch, *rest)
 
-    monkeypatch.setattr(generation, "choose", guarded)
+    monkeypatch.setattr(vqa, "choose", guarded)
     path = tmp_path / "p.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_generation(captioner, questions, choosing(path))
+        evaluate_vqa(captioner, questions, choosing(path))
     with pytest.raises(ConfigError, match=r"candidates: an evaluation was begun with 8 .* this one has 6"):
-        evaluate_generation(captioner, questions, choosing(path, CANDIDATES[:6]))
+        evaluate_vqa(captioner, questions, choosing(path, CANDIDATES[:6]))
     with pytest.raises(ConfigError, match="list of candidates: an evaluation was begun with"):
-        evaluate_generation(captioner, questions, choosing(path, CANDIDATES[::-1]))
+        evaluate_vqa(captioner, questions, choosing(path, CANDIDATES[::-1]))
     with pytest.raises(ConfigError, match=r"answering: an evaluation was begun with 'choose' .* has 'generate'"):
-        evaluate_generation(captioner, questions, EvaluationOptions(predictions=path, features=FeatureStorage("off")))
-    result = evaluate_generation(captioner, questions, choosing(path))
+        evaluate_vqa(captioner, questions, EvaluationOptions(predictions=path, features=FeatureStorage("off")))
+    result = evaluate_vqa(captioner, questions, choosing(path))
     assert len(asked) == 18 + 1, "8 questions, 2 blind, 8 shuffled: each once"
     assert {**result, "predictions": ""} == {**whole, "predictions": ""}
 
@@ -175,4 +175,4 @@ def test_a_killed_evaluation_goes_on(captioner, questions, tmp_path, monkeypatch
 )
 def test_options_that_do_not_fit(captioner, questions, tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
-        evaluate_generation(captioner, questions, EvaluationOptions(predictions=tmp_path / "p.jsonl", **given))
+        evaluate_vqa(captioner, questions, EvaluationOptions(predictions=tmp_path / "p.jsonl", **given))

@@ -6,13 +6,14 @@ import threading
 
 import pytest
 
-from frozenprefix.data.features import FeatureStorage, ImageEncoder
+from frozenprefix.data.features import FeatureStorage
+from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
 from frozenprefix.evaluation.samples import recipe_storage
-from frozenprefix.evaluation.tasks import generation
+from frozenprefix.evaluation.tasks import evaluate_vqa, runs
 from tests.helpers.data import rows_of
 
 SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
@@ -28,7 +29,7 @@ class Killed(Exception):
 @pytest.fixture
 def killed_after(monkeypatch):
     """`killed_after(2)`: the third batch never comes. Returns the list of the samples asked for."""
-    predict = generation.predict
+    predict = runs.predict
 
     def install(batches: int = 10**6) -> list[str]:
         asked: list[str] = []
@@ -40,7 +41,7 @@ def killed_after(monkeypatch):
             asked.extend(sample.id for sample, _ in batch)
             return predict(captioner, batch, images, settings)
 
-        monkeypatch.setattr(generation, "predict", guarded)
+        monkeypatch.setattr(runs, "predict", guarded)
         return asked
 
     return install
@@ -147,7 +148,7 @@ def run_in_threads(count: int, run) -> list:
 def test_processes_share_the_samples_and_count_none_twice(captioner, questions, tmp_path, monkeypatch):
     """8 questions in batches of 3 for 2 processes: uneven shares."""
     alone = evaluate_samples(captioner, questions, predictions=tmp_path / "alone.jsonl", **SETTINGS)
-    lock, asked, predict = threading.Lock(), [], generation.predict
+    lock, asked, predict = threading.Lock(), [], runs.predict
 
     def one_at_a_time(captioner, batch, images, settings):
         with lock:  # the threads share the model
@@ -155,11 +156,11 @@ def test_processes_share_the_samples_and_count_none_twice(captioner, questions, 
             asked.extend((sample.id, other and other.id, who) for sample, other in batch)
             return predict(captioner, batch, images, settings)
 
-    monkeypatch.setattr(generation, "predict", one_at_a_time)
+    monkeypatch.setattr(runs, "predict", one_at_a_time)
     path = tmp_path / "shared.jsonl"
     results = run_in_threads(
         2,
-        lambda processes: generation.evaluate_generation(
+        lambda processes: evaluate_vqa(
             captioner, questions, EvaluationOptions(predictions=path, processes=processes, **SETTINGS)
         ),
     )
@@ -200,7 +201,7 @@ def test_images_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
     assert second["baselines"] == first["baselines"]
     options["features"] = FeatureStorage("off")
     off = evaluate_samples(captioner, val, predictions=tmp_path / "3.jsonl", **options)
-    assert encoded == [], "without a cache the model itself encodes"
+    assert sum(encoded) == 4 + 8, "without a cache images are encoded again, each once"
     assert off["baselines"]["consensus"] == first["baselines"]["consensus"]
 
 

@@ -12,8 +12,8 @@ import pytest
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.comparison import Evaluation, compare
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.evaluation.tasks.retrieval import (
     RETRIEVAL,
     chance_metrics,
@@ -147,8 +147,8 @@ def test_two_models_can_be_compared(colour_embedder, colour_images, tmp_path):
     class Confused(ColourModel):
         """Takes red for blue."""
 
-        def encode_image(self, pixel_values=None, image_features=None):
-            return super().encode_image(pixel_values)[:, [2, 1, 0]]
+        def encode_image(self, image_features):
+            return super().encode_image(image_features)[:, [2, 1, 0]]
 
     loaded = []
     for name, model in (("a", Confused()), ("b", colour_embedder.model)):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from frozenprefix.cli import video as command
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import BadImageError, ConfigError, DataError
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.tasks.video import evaluate_video
 from frozenprefix.inference import Captioner
 from frozenprefix.inference.stream import StreamCaptioner, live_frames
@@ -45,7 +45,7 @@ def says_colours(captioner, monkeypatch):
 
     batches = []
 
-    def generate(self, prompts, images=None, *, image_features=None, **options):
+    def generate(self, prompts, images=None, **options):
         batches.append((list(prompts), options))
         return [Generation(f"a {colour_of(image)} thing", -1.0) for image in images]
 
@@ -213,7 +213,7 @@ def test_bad_clips_are_counted(captioner, clips, tmp_path):
 
 def test_evaluation_takes_captions_of_one_clip(captioner, clips, tmp_path):
     two = Sample("two", (clips[0].images[0],) * 2, ("a",))
-    with pytest.raises(ConfigError, match="captions of one video each; 1 samples are others: two"):
+    with pytest.raises(ConfigError, match="one video a sample; 1 samples differ, first two"):
         evaluate_video(captioner, [*clips, two], EvaluationOptions(tmp_path / "p.jsonl"))
     with pytest.raises(ConfigError, match="task 'video' has no option 'fps'"):
         evaluate_video(captioner, clips, EvaluationOptions(tmp_path / "p.jsonl", extra={"fps": 3}))

@@ -12,12 +12,20 @@ from tests.helpers.drawings import COLOURS
 EYE = np.eye(4, dtype=np.float32)
 
 
+class MeanColour(torch.nn.Module):
+    """float[n, 3, H, W] -> the mean colour, float[n, 1, 3]."""
+
+    def forward(self, pixel_values):
+        return pixel_values.mean(dim=(2, 3))[:, None]
+
+
 class ColourModel:
     """Sees the mean colour of an image; knows red, green and blue by name. Counts the images that it sees."""
 
     def __init__(self, name: str = "one"):
         self.config = SimpleNamespace(identity={"vision_encoder": {"name": name}})
         self.device = torch.device("cpu")
+        self.vision_encoder = MeanColour()
         self.seen = 0
 
     def eval(self):
@@ -26,9 +34,9 @@ class ColourModel:
     def trainable_state(self):
         return {"weight": torch.ones(1)}
 
-    def encode_image(self, pixel_values=None, image_features=None):
-        self.seen += len(pixel_values)
-        ink = 1 - pixel_values.mean(dim=(2, 3))  # white paper takes no part
+    def encode_image(self, image_features):
+        self.seen += len(image_features)
+        ink = 1 - image_features[:, 0]  # white paper takes no part
         return torch.nn.functional.normalize(ink.max(dim=1, keepdim=True).values - ink, dim=-1)
 
     def encode_text(self, input_ids, attention_mask):

@@ -15,7 +15,8 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.tasks import few_shot as fewshot
+from frozenprefix.evaluation import EvaluationOptions
+from frozenprefix.evaluation.tasks import few_shot
 from frozenprefix.evaluation.tasks.few_shot import FEW_SHOT, evaluate_fewshot
 from frozenprefix.evaluation.tasks.few_shot_episodes import (
     MADE_UP_NAMES,
@@ -24,7 +25,6 @@ from frozenprefix.evaluation.tasks.few_shot_episodes import (
     fast_vqa_episodes,
     similar_episodes,
 )
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
 from frozenprefix.utils import file_sha256
 from tests.helpers.drawings import COLOURS, SHAPES, write_shapes
@@ -288,7 +288,7 @@ def test_a_model_that_binds_is_right_and_shuffling_takes_that_away(captioner, sa
             made.append(text.removeprefix("This is a ").removesuffix("."))
         return made
 
-    monkeypatch.setattr(fewshot, "choose_answers", bind)
+    monkeypatch.setattr(few_shot, "choose_answers", bind)
     episodes = binding_episodes(samples, ways=2, episodes=60)
     result = evaluate_fewshot(captioner, episodes, options_for(tmp_path / "p.jsonl"))
     assert result["metrics"]["accuracy"] == 1
@@ -304,7 +304,7 @@ def test_written_answers_are_right_when_they_start_right(captioner, samples, tmp
         Episode(str(i), (Shot(sample.images[0], "This is a dax."),), sample.images[0], "This is a", "dax", ("dax", "x"))
         for i, sample in enumerate(samples[:2])
     ]
-    monkeypatch.setattr(fewshot, "write_answers", lambda captioner, batch, **options: [text] * len(batch))
+    monkeypatch.setattr(few_shot, "write_answers", lambda captioner, batch, **options: [text] * len(batch))
     result = evaluate_fewshot(captioner, episodes, options_for(tmp_path / "p.jsonl"), answering="generate")
     assert result["metrics"]["accuracy"] == right
 

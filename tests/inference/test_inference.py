@@ -123,7 +123,7 @@ def test_features_made_earlier_give_the_same(captioner, paths):
     features = captioner.model.encode(pixels)
     prompts = ["<image>", "<image> a", "<image> the dog"]
     assert captioner.generate(prompts, images, max_new_tokens=4) == captioner.generate(
-        prompts, image_features=features, max_new_tokens=4
+        prompts, features, max_new_tokens=4
     )
 
 

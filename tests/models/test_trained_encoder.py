@@ -202,7 +202,7 @@ def test_a_cache_of_features_that_change_is_refused_when_the_recipe_is_read(tiny
 
 
 def test_a_plan_of_a_trained_encoder_is_refused(tiny_recipe, tmp_path):
-    with pytest.raises(ConfigError, match="trainable: got 'all'; `plan` works out runs with a frozen encoder"):
+    with pytest.raises(ConfigError, match="trainable: got 'all'; `plan` needs a frozen encoder"):
         plan(tiny_recipe(tmp_path, *TRAINED), ["cpu"])
 
 

@@ -13,7 +13,7 @@ from frozenprefix.config import load_recipe
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.yaml import write_yaml
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions
+from frozenprefix.evaluation import EvaluationOptions
 from frozenprefix.evaluation.tasks.retrieval import evaluate_retrieval
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.models.contrastive import LockedImageTextModel, load_processor

@@ -74,14 +74,15 @@ def test_empty_targets_are_left_out_and_counted(tmp_path, caplog):
         samples = load_samples([{"type": "captions", "path": str(data)}], "train")
     assert len(samples) == 11
     assert samples[0].targets == ("a shape",)
-    assert "data.train: 3 empty targets are left out" in caplog.messages
+    assert "data.train: 1 of 12 samples are left out: no target 1" in caplog.messages
+    assert "data.train: 2 of 33 targets are left out: blank 2" in caplog.messages
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
     data = write_shapes(tmp_path / "shapes")
     rows = [json.dumps({"image": "images/red_circle.png", "captions": [" "]})]
     (data / "captions.jsonl").write_text("\n".join(rows))
-    with pytest.raises(DataError, match=r"data\.train: 1 samples, none with a target to learn"):
+    with pytest.raises(DataError, match=r"data\.train: all of its 1 samples are left out \(no target 1\)"):
         load_samples([{"type": "captions", "path": str(data)}], "train")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
-from frozenprefix.evaluation.confusion import confusion_svg
+from frozenprefix.evaluation.confusion import draw_confusion
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.classification import classification_report
-from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
+from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import Scores
-from frozenprefix.evaluation.tasks.generation import open_features, shuffled
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions, EvaluationTask, check_options
+from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
+from frozenprefix.evaluation.tasks.runs import shuffled
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.classifier import Classifier, Normalise
 
@@ -64,10 +64,10 @@ def evaluate_classification(
     settings = {
         "templates": classifier.templates, "calibrate": calibrate, "normalise": normalise, "end_token": end_token
     }  # fmt: skip
-    images = open_features(captioner, samples, options)
+    images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if sample.images[0] not in images.bad]
     truth = {sample.id: sample.targets[0] for sample in samples}
-    what = Evaluated(
+    scored = ScoredTask(
         "classification",
         samples,
         lambda made: _scores(made, truth, names),
@@ -78,7 +78,7 @@ def evaluate_classification(
     )
     header = header_of(captioner, samples, {"task": "classification", "labels": names, **settings})
     return evaluate_runs(
-        what, lambda journal: _choose(classifier, samples, names, images, journal, options), header, options
+        scored, lambda journal: _choose(classifier, samples, names, images, journal, options), header, options
     )
 
 
@@ -161,5 +161,5 @@ def _confusion(
     """Counts, and a drawing of them beside the predictions."""
     counts = _report(made, truth, labels)["confusion"]
     drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
-    drawing.write_text(confusion_svg(labels, counts), encoding="utf-8")
+    draw_confusion(labels, counts, drawing)
     return {"labels": list(labels), "counts": counts, "file": str(drawing)}

@@ -10,11 +10,10 @@ from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.journal import Journal, digest, header_of
 from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
-from frozenprefix.evaluation.result import Evaluated, Predictions, evaluate_runs, predict_missing
+from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import Scores, mean
+from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.evaluation.tasks.few_shot_episodes import MADE_UP_NAMES, binding_episodes
-from frozenprefix.evaluation.tasks.generation import open_features
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.few_shot import Episode, choose_answers, write_answers
 
@@ -53,7 +52,7 @@ def evaluate_fewshot(
     max_new_tokens = options.max_new_tokens or 10
     _check(captioner, episodes, max_new_tokens)
     samples = [_as_sample(episode) for episode in episodes]
-    images = open_features(captioner, samples, options)
+    images = options.open_features(captioner, samples)
     episodes = [episode for episode in episodes if not any(path in images.bad for path in episode.images)]
     if len(episodes) < 2:
         raise DataError(f"got {len(episodes)} episodes, expected at least 2, for the baseline with supports shuffled")
@@ -62,20 +61,20 @@ def evaluate_fewshot(
     header = header_of(
         captioner, samples, {"task": "fewshot", **settings, "choices": digest([e.choices for e in episodes])}
     )
-    what = Evaluated(
+    scored = ScoredTask(
         "fewshot",
         samples,
         lambda made: _scores(episodes, made, answering),
         settings,
         images.bad,
-        drawn={episode.id: episode.query for episode in episodes},
+        clusters={episode.id: episode.query for episode in episodes},
         chance={"accuracy": mean(1 / len(episode.choices) for episode in episodes)},
     )
 
     def predict(journal: Journal) -> Predictions:
         return _answer_runs(captioner, episodes, images, answering, max_new_tokens, journal, options)
 
-    return evaluate_runs(what, predict, header, options)
+    return evaluate_runs(scored, predict, header, options)
 
 
 def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:

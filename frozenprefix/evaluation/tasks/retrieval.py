@@ -12,9 +12,9 @@ import numpy as np
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.result import Evaluated, result_of
+from frozenprefix.evaluation.result import ScoredTask, result_of
 from frozenprefix.evaluation.scoring import Scorer, Scores
-from frozenprefix.evaluation.tasks.registry import EvaluationOptions, EvaluationTask, check_options
+from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.inference.image_index import nearest
 
@@ -87,7 +87,7 @@ def _evaluate(
     texts, owner = texts_of(groups)
     embeds = embedder.embed_texts(texts)
     rows = [_as_sample(group) for group in groups]
-    what = Evaluated(
+    scored = ScoredTask(
         "retrieval",
         rows,
         retrieval_scorer(recall_at),
@@ -98,7 +98,7 @@ def _evaluate(
     others = np.roll(images, len(images) // 2, axis=0)
     runs = {"model": images, "shuffled": others}
     made = {name: _found(vectors, embeds, owner, rows, texts) for name, vectors in runs.items()}
-    return result_of(what, made, options.predictions)
+    return result_of(scored, made, options.predictions)
 
 
 def _found(

@@ -142,12 +142,12 @@ def test_a_run_reads_features_by_image(given, shapes, tmp_path):
     caption = next(captioner.caption([path], num_beams=1, max_new_tokens=5))
     features = FeatureTable(tmp_path / "regions.safetensors").features([path])
     prompt = captioner.processor.prompt_for("caption")
-    expected = captioner.generate([prompt], image_features=features, num_beams=1, max_new_tokens=5)[0]
+    expected = captioner.generate([prompt], features, num_beams=1, max_new_tokens=5)[0]
     assert (caption.text, caption.score) == (expected.text, pytest.approx(expected.score))
     captioner.answer(path, "what color is this?")
     with pytest.raises(ConfigError, match=r"source 'features' has no network for pixel_values; give image_features"):
         captioner.model(input_ids=torch.tensor([[5]]), pixel_values=torch.zeros(1, 3, 8, 8))
-    found = ImageFeatures.of(captioner.model, captioner.processor, [path], FeatureStorage())
+    found = ImageFeatures.from_encoder(captioner.encoder, [path], FeatureStorage())
     assert torch.equal(found([path]), features)
 
 
@@ -174,7 +174,7 @@ def test_images_without_features_stop_the_run(given, tmp_path):
 
 
 def test_there_is_nothing_to_encode_ahead(given):
-    with pytest.raises(ConfigError, match="got 'features'; `plan` works out runs that encode their images"):
+    with pytest.raises(ConfigError, match="got 'features'; `plan` needs an encoder that reads images"):
         plan(given, ["cpu"])
     with pytest.raises(ConfigError, match="got 'features', which are there already: nothing to encode"):
         fill_cache(given)

@@ -1,36 +1,38 @@
-"""What a model can be evaluated on. A new task is an `EvaluationTask` in its own module, and one line here."""
+"""What an evaluation task is, and the options that every task takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from frozenprefix.data.features import FeatureOptions, FeatureStorage
+from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, did_you_mean
-from frozenprefix.registry import Registry
-
-if TYPE_CHECKING:
-    from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.captioner import Captioner
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What a task is told beside the model and the samples.
+    """Options of an evaluation, beside the model and the samples.
 
     Attributes:
         predictions: JSONL file for every prediction; written by the main process.
-        num_beams, max_new_tokens: the task's own when None.
+        num_beams, max_new_tokens: the task's own default when None.
         train_samples: the data's training split, for baselines and examples; may be empty.
         max_bad_share: share of images that may be unreadable, 0 to 1.
         features: where image features are kept.
-        restart: throw away what a killed evaluation has left, instead of going on with it.
-        processes: who takes part.
-        progress: called with (done, in all) of this process.
+        restart: discard what a killed evaluation left, instead of resuming it.
+        processes: the processes that share the work.
+        progress: called with (done, total) of this process.
         extra: options of one task only, by name; a task refuses those that it does not know.
+
+    Example:
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl", num_beams=1)
+        >>> options.features.feature_cache
+        'auto'
     """
 
     predictions: Path
@@ -38,29 +40,38 @@ class EvaluationOptions:
     max_new_tokens: int | None = None
     train_samples: Sequence[Sample] = ()
     max_bad_share: float = 0.01
-    features: FeatureOptions = field(default_factory=FeatureStorage)
+    features: FeatureStorage = field(default_factory=FeatureStorage)
     restart: bool = False
     processes: Processes = field(default_factory=Processes)
     progress: Callable[[int, int], None] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def open_features(self, captioner: Captioner, samples: Iterable[Sample]) -> ImageFeatures:
+        """The features of all images of `samples`, from the feature cache where there is one."""
+        return ImageFeatures.from_encoder(
+            captioner.encoder,
+            [path for sample in samples for path in sample.images],
+            self.features,
+            max_bad_share=self.max_bad_share,
+            processes=self.processes,
+        )
 
-def check_options(task: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise `ConfigError` for an option that the task does not have."""
-    for name in given:
+
+def check_options(task: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `ConfigError` for an option that the task does not have.
+
+    Example:
+        >>> check_options("vqa", ["answring"], ["answering", "candidates"])
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: task 'vqa' has no option 'answring' (did you mean 'answering'?); known: ...
+    """
+    for name in names:
         if name not in known:
             hint = f"{did_you_mean(name, known)}; known: {', '.join(known)}" if known else "; it has none of its own"
             raise ConfigError(f"task '{task}' has no option {name!r}{hint}")
 
 
 Run = Callable[[Any, Sequence[Sample], EvaluationOptions], dict[str, Any]]
-
-
-def load_captioner(checkpoint: str | Path, device: str | None) -> Captioner:
-    """The model that most tasks evaluate."""
-    from frozenprefix.inference.captioner import Captioner
-
-    return Captioner.from_pretrained(checkpoint, device=device)
 
 
 @dataclass(frozen=True)
@@ -70,28 +81,15 @@ class EvaluationTask:
     Attributes:
         run: (model, samples, options) → the result as plain JSON: `task`, `metrics`, `baselines` (name → metrics),
             `n`, `groups`, `intervals` (metric → [low, high]), `bad_images`, `settings`, `predictions`,
-            `predictions_sha256`; the same in every process. `evaluation.result` makes it.
+            `predictions_sha256`; the same in every process. See `evaluation.result`.
         sample_task: `Sample.task` of the samples that it takes.
-        uses_train: from the task's own options, whether `options.train_samples` is wanted.
+        uses_train: from the task's own options, whether `options.train_samples` is used.
         takes_beams: whether it generates by beam search, so that `options.num_beams` has an effect.
-        load: (checkpoint, device) → the model that `run` takes.
+        load: `load(checkpoint, device=…)` → the model that `run` takes.
     """
 
     run: Run
     sample_task: str
     uses_train: Callable[[Mapping[str, Any]], bool] = lambda extra: False
     takes_beams: bool = False
-    load: Callable[[str | Path, str | None], Any] = load_captioner
-
-
-TASKS: Registry[EvaluationTask] = Registry(
-    "evaluation task",
-    {
-        "caption": "frozenprefix.evaluation.tasks.generation:CAPTION",
-        "classification": "frozenprefix.evaluation.tasks.classification:CLASSIFICATION",
-        "fewshot": "frozenprefix.evaluation.tasks.few_shot:FEW_SHOT",
-        "retrieval": "frozenprefix.evaluation.tasks.retrieval:RETRIEVAL",
-        "video": "frozenprefix.evaluation.tasks.video:VIDEO",
-        "vqa": "frozenprefix.evaluation.tasks.generation:VQA",
-    },
-)
+    load: Callable[..., Any] = Captioner.from_pretrained

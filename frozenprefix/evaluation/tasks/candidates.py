@@ -12,6 +12,7 @@ from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.tasks.runs import Pairs, images_of
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import likeliest
 
@@ -61,15 +62,15 @@ def _checked(answers: list[Any]) -> list[str]:
 @torch.inference_mode()
 def choose(
     captioner: Captioner,
-    batch: Sequence[tuple[Sample, Sample | None]],
+    batch: Pairs,
     images: ImageFeatures,
     candidates: Sequence[str],
 ) -> dict[str, str]:
-    """The likeliest candidate for each of a batch, as `predict` of `evaluation.generation` has a text generated."""
-    shown = [path for _, other in batch if other is not None for path in other.images]
+    """The likeliest candidate of each sample of a batch, by sample id."""
+    paths = images_of(batch)
     prompts = [prompt_of(sample, captioner.processor) for sample, _ in batch]
     model = captioner.model
-    prefix_embeds = model.map_features(images(shown).to(model.device)) if shown else None
+    prefix_embeds = model.map_features(images(paths).to(model.device)) if paths else None
     # training closes answers: without their end "black" is always likelier than "black, white"
     chosen = likeliest(captioner, prompts, [candidates] * len(batch), prefix_embeds, end_token=True)
     return {sample.id: text for (sample, _), text in zip(batch, chosen, strict=True)}
