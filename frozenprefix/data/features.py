@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.image_encoder import Fingerprint, ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.processes import Processes

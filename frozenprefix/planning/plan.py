@@ -11,9 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from frozenprefix.config import ContrastiveRecipe, Recipe
-from frozenprefix.data.cache import FeatureCache
+from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import MANIFEST
-from frozenprefix.data.cache_keys import ImageKeys
 from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder

@@ -206,8 +206,8 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     cache = prepared.features
     assert cache is not None  # a recipe without features is refused
     samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
-    retriever = CaptionRetriever.of(samples["train"], cache, data.retrieval)
-    lookup = ImageLookup.of_cache(cache)
+    retriever = CaptionRetriever.from_samples(samples["train"], cache, data.retrieval)
+    lookup = ImageLookup.from_cache(cache)
     for part, listed in samples.items():
         shown = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
         prepared.groups[part] = group_by_images(shown)
