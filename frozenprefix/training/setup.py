@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from frozenprefix.config.contrastive import ContrastiveRecipe
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
     """Build the model of a recipe, and its processor."""
-    sections = recipe.model
+    sections = resolve_precision(recipe).model
     encoder = build_vision_encoder(sections.vision_encoder)
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
@@ -66,7 +65,7 @@ def build_locked_model(
     recipe: ContrastiveRecipe,
 ) -> tuple[LockedImageTextModel, LockedImageTextProcessor | OpenClipProcessor]:
     """Build the model of a contrastive recipe, and its processor."""
-    sections = recipe.model
+    sections = resolve_precision(recipe).model
     encoder, tower = build_vision_encoder(sections.vision_encoder), build_text_tower(sections.text_tower)
     config = LockedImageTextConfig(
         vision_encoder=sections.vision_encoder,
