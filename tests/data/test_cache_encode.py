@@ -13,7 +13,6 @@ from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_keys import ImageKeys, image_key
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import BadImageError, CacheError, DataError
-
 from tests.data.test_cache import PRINT
 
 

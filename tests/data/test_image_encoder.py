@@ -63,7 +63,9 @@ def test_batches_leave_bad_images_out_and_stay_full(encoder, paths, tmp_path, de
 
 def test_precomputed_features_are_found_by_file(tmp_path, paths):
     save_file({path.stem: torch.randn(4, 6) for path in paths}, tmp_path / "regions.safetensors")
-    table = ImageEncoder.from_config(vision_encoder_config(source="features", path=str(tmp_path / "regions.safetensors")))
+    table = ImageEncoder.from_config(
+        vision_encoder_config(source="features", path=str(tmp_path / "regions.safetensors"))
+    )
     features = table(paths[:3])
     assert features.shape == (3, 4, 6)
     batches = list(table.batches(["/elsewhere/red_circle.png"], 2))
