@@ -15,8 +15,8 @@ from frozenprefix.errors import ConfigError, DataError
 IMAGE_TOKEN = "<image>"
 DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
 
-# Put before a template: messages whose content is a list of parts become text with `<image>` marks, which is what the
-# templates of language models read. The empty expression keeps the template's own first newline.
+# Prepended to a template: it turns messages whose content is a list of parts into text with `<image>` marks, the form
+# that templates of language models read. The empty expression at the end keeps the template's own first newline.
 _PARTS_TO_TEXT = """
 {%- set turns = namespace(all=[]) -%}
 {%- for message in messages -%}
@@ -36,7 +36,7 @@ _PARTS_TO_TEXT = """
 {%- set messages = turns.all -%}
 {{- '' }}"""
 
-# For tokenizers without a template: the prompt that questions were trained with, images in front of it.
+# For tokenizers without a template: the prompt that questions were trained with, with the images in front.
 _QUESTIONS_AND_ANSWERS = """
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
@@ -66,6 +66,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         tokenizer: the LM's tokenizer; `<image>` is added to it, with an id behind the LM's vocabulary.
         prefix_length: placeholders per image.
         prompts: prompt template per task; "{question}" is filled in.
+
+    Example:
+        >>> inputs = processor(image, "<image>a red", return_tensors="pt")
+        >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
+        (torch.Size([1, 5]), torch.Size([1, 3, 32, 32]))
     """
 
     def __init__(
@@ -90,13 +95,17 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
     ) -> str:
-        """The prompt of a task, question filled in; a prompt without `<image>` gets one in front for every image.
+        """The prompt of a task, with the question filled in; without an `<image>` it gets one in front per image.
 
         Args:
             template: the prompt's template, in place of the task's own.
 
         Raises:
             ConfigError: for a task without a prompt, or a question that the prompt has no place for.
+
+        Example:
+            >>> processor.prompt_for("vqa", "what color is this?")
+            '<image>Question: what color is this? Answer:'
         """
         if template is None and task not in self.prompts:
             raise ConfigError(f"no prompt for task '{task}'; known: {', '.join(sorted(self.prompts))}")
@@ -107,11 +116,15 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return self.with_image(template.replace("{question}", question or ""), images)
 
     def chat_prompt(self, history: Sequence[tuple[str, str]], question: str, *, images: int = 1) -> str:
-        """A conversation up to the reply to `question`, in the words of `apply_chat_template`.
+        """A conversation up to the reply to `question`, formatted by `apply_chat_template`.
 
         Args:
             history: earlier questions and their replies.
-            images: put in front of the first question when no question has an `<image>`.
+            images: images in front of the first question, when no question has an `<image>`.
+
+        Example:
+            >>> processor.chat_prompt([("what shape is this?", "a cross")], "what color is it?")
+            '<image>Question: what shape is this? Answer: a cross\\nQuestion: what color is it? Answer:'
         """
         asked = [text for text, _ in history] + [question]
         if not any(IMAGE_TOKEN in text for text in asked):
@@ -128,7 +141,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Messages as text or model inputs, as in transformers, with templates that were written for text alone.
+        """Messages as text or model inputs, as in transformers; works with templates written for text alone.
 
         Args:
             conversation: `{"role", "content"}` messages or a list of such lists. The content is a text with `<image>`
@@ -158,9 +171,13 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return _with_values(_QUESTIONS_AND_ANSWERS, MARK=IMAGE_TOKEN, BEFORE=before, AFTER=after, GLUE=glue)
 
     def encode_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own start token; an `<image>` is `prefix_length` placeholders.
+        """Token ids of a prompt, with the tokenizer's start token if it adds one; an `<image>` is `prefix_length` ids.
 
         A prompt that begins with the start token, as some chat templates write it, gets no second one.
+
+        Example:
+            >>> processor.encode_prompt("<image>") == [processor.image_token_id] * 2
+            True
         """
         start = self.tokenizer.bos_token
         add_special_tokens = add_special_tokens and not (start and prompt.startswith(start))
@@ -174,10 +191,14 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return expanded
 
     def encode_target(self, prompt: str, target: str, max_tokens: int | None = None) -> list[int]:
-        """Token ids of what is learned after `prompt`, closed by the end token.
+        """Token ids of the target that is learned after `prompt`, closed by the end token.
 
-        A target that follows words starts with a space; one that follows the image does not. A target over
+        A target that follows words starts with a space; one that follows the image does not. A target longer than
         `max_tokens` is cut, and still closed.
+
+        Example:
+            >>> processor.tokenizer.decode(processor.encode_target("Answer:", "red"))
+            ' red</s>'
         """
         if not target.strip():
             raise DataError(f"empty target after prompt {prompt!r}")
@@ -188,7 +209,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [*ids, self.tokenizer.eos_token_id]
 
     def prepare_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, Tensor]:
-        """Texts without images, each closed by the end token and padded on the right: inputs of `encode_text`.
+        """Inputs of the model's `encode_text`: texts without images, closed by the end token, padded on the right.
 
         Args:
             max_tokens: longer texts are cut, and still closed.
@@ -213,7 +234,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list of them, in reading order over all texts; or a list of lists, one per text.
-            text: one prompt or a list; `<image>` marks where an image goes, and stands in front when it is missing.
+            text: one prompt or a list; `<image>` marks the place of an image, which is in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
             add_special_tokens: put the tokenizer's start token in front, where the prompt does not begin with it.
 

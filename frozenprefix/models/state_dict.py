@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint against those of a model."""
+"""Comparing and copying the tensors of a checkpoint and of a model."""
 
 from __future__ import annotations
 
@@ -10,26 +10,40 @@ from torch import Tensor
 from frozenprefix.errors import CheckpointError
 
 
-def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
     """Compare key sets and shapes of a model's tensors and a checkpoint's.
 
     Raises:
-        CheckpointError: with every key that is missing, unexpected, or of another shape.
+        CheckpointError: naming every key that is missing, unexpected, or of another shape.
+
+    Example:
+        >>> from frozenprefix.models.state_dict import check_fit
+        >>> check_fit({"weight": torch.zeros(2)}, {"bias": torch.zeros(2)}, "checkpoint")
+        Traceback (most recent call last):
+        frozenprefix.errors.CheckpointError: checkpoint does not fit this model: missing weight; unexpected bias
     """
-    problems = [f"missing {name}" for name in own.keys() - given.keys()]
-    problems += [f"unexpected {name}" for name in given.keys() - own.keys()]
+    problems = [f"missing {name}" for name in own.keys() - saved.keys()]
+    problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [
-        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & given.keys()
-        if given[name].shape != own[name].shape
+        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
 
 
 @torch.no_grad()
-def copy_into(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Copy a checkpoint's tensors into a model's, which they have to fit; see `check_fit`."""
-    check_fit(own, given, source)
+def copy_into(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
+    """Copy a checkpoint's tensors into a model's after `check_fit`.
+
+    Example:
+        >>> from frozenprefix.models.state_dict import copy_into
+        >>> own = {"weight": torch.zeros(2)}
+        >>> copy_into(own, {"weight": torch.ones(2)}, "checkpoint")
+        >>> own["weight"].tolist()
+        [1.0, 1.0]
+    """
+    check_fit(own, saved, source)
     for name, tensor in own.items():
-        tensor.copy_(given[name])
+        tensor.copy_(saved[name])

@@ -1,14 +1,14 @@
-"""A few real steps of a recipe, and a few real images through its encoder, by the clock of this machine."""
+"""Measured on this machine: a few training steps of a recipe, and a few images through its encoder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_images
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup
@@ -27,12 +27,20 @@ from frozenprefix.training.trainer import Trainer
 from frozenprefix.training.validation import validation_losses
 
 WARM_UP_STEPS = 2
-LEAST_STEPS, MOST_STEPS = 3, 40
-PIECE = 256  # images that are encoded at once, at most, to take the time
+MIN_STEPS, MAX_STEPS = 3, 40
+MAX_IMAGES = 256  # that are encoded to measure the rate
 
 
 class RandomFeatures:
-    """Stands in for a feature cache where nothing but shapes and time matters."""
+    """Random features in place of a feature cache, where only shapes and time matter.
+
+    Args:
+        tokens, dim: of the features, float16[n, tokens, dim].
+
+    Example:
+        >>> RandomFeatures(4, 64).get(["a", "b"]).shape
+        (2, 4, 64)
+    """
 
     def __init__(self, tokens: int, dim: int):
         self._one = np.random.default_rng(0).standard_normal((1, tokens, dim)).astype(np.float16)
@@ -43,80 +51,90 @@ class RandomFeatures:
     def get(self, keys: Sequence[str]) -> np.ndarray:
         return self._one.repeat(len(keys), axis=0)
 
-    @classmethod
-    def of(cls, tokens: int, dim: int) -> FeatureCache:
-        return cast(FeatureCache, cls(tokens, dim))
+    def as_cache(self) -> FeatureCache:
+        """Itself, as the type that collators take."""
+        return cast(FeatureCache, self)
 
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """Training steps that were run: their sizes and seconds, and the seconds of validation per image."""
+    """Training steps that were run.
+
+    Attributes:
+        shapes, seconds: size and time of each step.
+        validation_seconds: time of validation per image.
+    """
 
     shapes: list[StepShape]
     seconds: list[float]
     validation_seconds: float
 
 
-class StepTimer(Trainer):
-    """A trainer that takes a few steps on random features and writes nothing."""
+def step_trainer(recipe: Recipe, groups: dict[str, list[ImageGroup]]) -> Trainer:
+    """A trainer that is ready for steps on random features, and that writes nothing.
 
-    def __init__(self, recipe: Recipe):
-        # whatever the recipe's length is, there have to be enough steps
-        training = recipe.training.model_copy(update={"max_steps": 10**6, "epochs": None, "max_minutes": None})
-        super().__init__(recipe.model_copy(update={"training": training}))
+    Example:
+        >>> from frozenprefix.data.samples import group_by_images
+        >>> from frozenprefix.training.setup import load_parts
+        >>> groups = {part: group_by_images(samples) for part, samples in load_parts(recipe.data).items()}
+        >>> trainer = step_trainer(recipe, groups)
+        >>> trainer.step(trainer.batches())["loss"] > 0
+        True
+    """
+    # there have to be enough steps, whatever the recipe's length is
+    training = recipe.training.model_copy(update={"max_steps": 10**6, "epochs": None, "max_minutes": None})
+    trainer = Trainer(recipe.model_copy(update={"training": training}))
+    trainer.build_model()
+    encoder = trainer.model.vision_encoder
+    trainer.use_data(groups, RandomFeatures(encoder.num_tokens, encoder.encoder_dim).as_cache())
+    trainer.prepare_optimizer()
+    trainer.model.train()
+    return trainer
 
-    def run_steps(self, groups: dict[str, list[ImageGroup]], seconds: float) -> MeasuredSteps:
-        """Warm up, then take steps for about `seconds`, and validate on one batch."""
-        self.build_model()
-        encoder = self.model.vision_encoder
-        self.use_data(groups, RandomFeatures.of(encoder.num_tokens, encoder.encoder_dim))
-        self.prepare_optimizer()
-        self.model.train()
-        parts: list[Any] = []
 
-        def remembered() -> Iterator[dict[str, Any]]:
-            for batch in self.batches():
-                parts.append(batch["packed"])
-                yield batch
+def time_steps(recipe: Recipe, groups: dict[str, list[ImageGroup]], seconds: float) -> MeasuredSteps:
+    """Warm up, take steps for about `seconds`, and validate on one batch."""
+    trainer = step_trainer(recipe, groups)
+    batches, parts = trainer.batches(), trainer.settings.gradient_accumulation_steps
+    shapes: list[StepShape] = []
+    times: list[float] = []
+    with prepacked_frozen_weights(trainer.model.language_model):
+        for _ in range(WARM_UP_STEPS):
+            trainer.step(batches)
+        while len(times) < MIN_STEPS or (sum(times) < seconds and len(times) < MAX_STEPS):
+            before = time.perf_counter()
+            step = list(islice(batches, parts))
+            trainer.step(iter(step))  # reads the loss, so a GPU has finished too
+            times.append(time.perf_counter() - before)
+            shapes.append(StepShape.from_parts([batch["packed"] for batch in step]))
+        return MeasuredSteps(shapes, times, _time_validation(trainer))
 
-        batches = remembered()
-        shapes: list[StepShape] = []
-        times: list[float] = []
-        with prepacked_frozen_weights(self.model.language_model):
-            for _ in range(WARM_UP_STEPS):
-                self.step(batches)
-            while len(times) < LEAST_STEPS or (sum(times) < seconds and len(times) < MOST_STEPS):
-                parts.clear()
-                before = time.perf_counter()
-                self.step(batches)  # ends with reading the loss, so a GPU has finished too
-                times.append(time.perf_counter() - before)
-                shapes.append(StepShape.of(parts))
-            return MeasuredSteps(shapes, times, self._time_validation())
 
-    def _time_validation(self) -> float:
-        groups = self.validation_groups[: max(2, self.settings.images_per_step)]
-        if len(groups) < 2:
-            return 0.0
-        before = time.perf_counter()
-        validation_losses(self.model, self.collator, groups, self.settings.images_per_step)
-        return (time.perf_counter() - before) / len(groups)
+def _time_validation(trainer: Trainer) -> float:
+    """Seconds per image."""
+    groups = trainer.validation_groups[: max(2, trainer.settings.images_per_step)]
+    if len(groups) < 2:
+        return 0.0
+    before = time.perf_counter()
+    validation_losses(trainer.model, trainer.collator, groups, trainer.settings.images_per_step)
+    return (time.perf_counter() - before) / len(groups)
 
 
 @dataclass(frozen=True)
 class MeasuredEncoding:
-    """Images per second from files to the cache, and the seconds that one core needs to read an image."""
+    """Images per second from files to the cache, and the seconds that one core needs to decode an image."""
 
     images_per_second: float
     decode_seconds: float
 
 
 def time_encoding(encoder: ImageEncoder, paths: Sequence[Path], data: DataSection, seconds: float) -> MeasuredEncoding:
-    """Encode images into a cache that is thrown away, more each time, until it takes about `seconds`.
+    """Encode images into a temporary cache, more in each round, until it takes about `seconds`.
 
     Raises:
         DataError: when none of them can be read.
     """
-    spread = paths[:: max(1, len(paths) // PIECE)][:PIECE]
+    spread = paths[:: max(1, len(paths) // MAX_IMAGES)][:MAX_IMAGES]
     count, rate, spent = min(8, len(spread)), 0.0, 0.0
     with TemporaryDirectory() as folder:
         for number in range(6):
@@ -136,7 +154,7 @@ def time_encoding(encoder: ImageEncoder, paths: Sequence[Path], data: DataSectio
             )
             took = time.perf_counter() - before
             spent += took
-            rate = max(rate, (count - len(bad)) / took)  # the best one: whatever else ran made the others slower
+            rate = max(rate, (count - len(bad)) / took)  # other programs can only slow a round down
             if number and spent > seconds:
                 break
             count = max(count, min(len(spread), int(rate * seconds / 2)))

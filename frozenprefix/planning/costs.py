@@ -1,4 +1,4 @@
-"""What a training step costs, counted from shapes: arithmetic, memory, bytes moved.
+"""Costs that follow from shapes: arithmetic, memory and bytes moved of a training step, and size of the cache.
 
 Letters: a decoder layer of width h with H query heads and G key-value heads of width d, and an inner width f; V words;
 R rows of T cells; b bytes a number of the LM's dtype.
@@ -6,8 +6,10 @@ R rows of T cells; b bytes a number of the LM's dtype.
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +17,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from frozenprefix.data.cache_format import Manifest, StorageDType
 from frozenprefix.kernels.linear import TILE
 from frozenprefix.kernels.prepack import MAX_BYTES
 from frozenprefix.models.language_model.base import word_embeddings
 from frozenprefix.models.packing.loss import ROWS
 from frozenprefix.models.packing.trie import PackedBatch
 
+INDEX_BYTES = 85  # an image's line in the index of its shard
+KEY_BYTES = 90  # and in the list of keys, its path not counted
+SHARD_IMAGES, SHARD_BYTES = 500, 5_200  # a tar file is filled up to 10,240 bytes: half of that on average
 ADAM_BYTES = 16  # a float32 parameter, its gradient, and AdamW's two moments
 ADAM_TRAFFIC = 28  # AdamW reads those four and writes three back
 
 
 @dataclass(frozen=True)
 class LanguageModelShape:
-    """What of a causal LM decides the cost of a step.
+    """Sizes of a causal LM that decide the cost of a step.
 
     Attributes:
         gated: whether the feed-forward has a gate beside its activation, as LLaMA's.
@@ -48,8 +54,13 @@ class LanguageModelShape:
     item_bytes: int
 
     @classmethod
-    def of(cls, language_model: PreTrainedModel) -> LanguageModelShape:
-        """Read it off a model, which may be on the meta device."""
+    def from_model(cls, language_model: PreTrainedModel) -> LanguageModelShape:
+        """Read the sizes off a model, which may be on the meta device.
+
+        Example:
+            >>> LanguageModelShape.from_model(model.language_model).layers
+            2
+        """
         config = language_model.config.get_text_config()
         decoder = language_model.base_model
         embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
@@ -92,8 +103,8 @@ class StepShape:
     part_cells: float
 
     @classmethod
-    def of(cls, parts: Sequence[PackedBatch]) -> StepShape:
-        """The step that is made of these micro-batches."""
+    def from_parts(cls, parts: Sequence[PackedBatch]) -> StepShape:
+        """The size of a step of these micro-batches."""
         sizes = [tuple(part.input_ids.shape) for part in parts]
         return cls(
             targets=sum(part.num_targets for part in parts),
@@ -108,17 +119,23 @@ class StepShape:
 
     @classmethod
     def mean(cls, steps: Sequence[StepShape]) -> StepShape:
+        """The mean of each size.
+
+        Example:
+            >>> StepShape.mean([StepShape(*[1.0] * 8), StepShape(*[3.0] * 8)]).targets
+            2.0
+        """
         return cls(**{f.name: sum(getattr(step, f.name) for step in steps) / len(steps) for f in fields(cls)})
 
 
 def _count_nodes(packed: PackedBatch) -> int:
-    """Cells that are not padding: padding stands behind the last trie of a row, and its positions are all 0."""
+    """Cells that are not padding. Padding comes after the last trie of a row, with position 0."""
     lengths = (packed.position_ids != 0).long() * torch.arange(packed.position_ids.shape[1])
     return int((lengths.max(dim=1).values + 1).sum())
 
 
 def step_flops(lm: LanguageModelShape, step: StepShape, mapper_flops: float) -> dict[str, float]:
-    """Floating-point operations of a step by part; a multiplication and an addition are two.
+    """Floating-point operations of a step, by part. A multiplication and an addition count as two.
 
     The frozen LM has a forward pass and a backward pass to its input: twice the forward cost, and no gradient of a
     weight. Attention's two products each have two in the backward pass.
@@ -134,7 +151,7 @@ def step_flops(lm: LanguageModelShape, step: StepShape, mapper_flops: float) -> 
 
 
 def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) -> float:
-    """What a forward pass keeps for the backward pass, while no weight of the LM gets a gradient.
+    """Bytes that a forward pass keeps for the backward pass when no weight of the LM gets a gradient.
 
     A layer keeps, for each cell, the inputs of its two norms (in float32), the query, key and value, the attention
     weights of all heads, and of the inner width the activation's input, or that, its output and what they are
@@ -161,8 +178,8 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
         "vision encoder (frozen)": encoder_bytes,
         "mapper, gradients, AdamW": ADAM_BYTES * trainable,
         "activations": activations,
-        # what a layer computes and drops again, and in the backward pass the gradients of what it kept
-        "layer at work": 2 * activations / lm.layers,
+        # temporaries of one layer, and the gradients of what it kept
+        "layer being computed": 2 * activations / lm.layers,
         "logits": ROWS * min(TILE, lm.vocabulary) * lm.item_bytes,
     }
 
@@ -172,16 +189,49 @@ def step_bytes(lm: LanguageModelShape, step: StepShape, trainable: int) -> dict[
     blocks = -(-step.predicted // ROWS)
     return {
         "weights": 2 * lm.matrix_weights * lm.item_bytes,
-        # written, read again by the next operation, and read once more by the backward pass
+        # written, read by the next operation, and read again by the backward pass
         "activations": 3 * activation_bytes(lm, step.cells, step.scores / step.cells),
-        # its weights for every block of rows, forth and back; a tile of logits stays in the caches
+        # its weights are read for every block of rows, forward and backward; a tile of logits stays in the caches
         "head": blocks * 2 * lm.vocabulary * lm.hidden * lm.item_bytes,
         "optimizer": ADAM_TRAFFIC * trainable,
     }
 
 
+def cached_bytes(dtype: StorageDType, tokens: int, dim: int) -> int:
+    """Bytes that one image takes in the feature cache: tar members with their headers, and its line in the index.
+
+    Example:
+        >>> cached_bytes("int8", 49, 1280) < cached_bytes("float16", 49, 1280)
+        True
+    """
+    manifest = Manifest({}, dtype, tokens, dim)
+    members = [manifest.features_length] + ([manifest.scale_length] if dtype == "int8" else [])
+    block = tarfile.BLOCKSIZE
+    return sum(block + -(-length // block) * block for length in members) + INDEX_BYTES
+
+
+def cache_size(dtype: StorageDType, tokens: int, dim: int, paths: Sequence[Path]) -> int:
+    """Bytes of a feature cache of these images.
+
+    Example:
+        >>> cache_size("float16", 1, 64, [image_path]) > cached_bytes("float16", 1, 64)
+        True
+    """
+    keys = sum(len(str(path.absolute())) + KEY_BYTES for path in paths)
+    shards = -(-len(paths) // SHARD_IMAGES)
+    return len(paths) * cached_bytes(dtype, tokens, dim) + keys + shards * SHARD_BYTES
+
+
 def mapper_flops(mapper: nn.Module, image_features: Tensor) -> int:
-    """Operations of the mapper's forward and backward pass on float[B, N, D_enc]; both may be on the meta device."""
+    """Operations of the mapper's forward and backward pass.
+
+    Args:
+        mapper, image_features: the module and its input float[B, N, D_enc]; both may be on the meta device.
+
+    Example:
+        >>> mapper_flops(torch.nn.Linear(8, 4), torch.randn(2, 1, 8))
+        256
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         mapper(image_features).sum().backward()
     mapper.zero_grad(set_to_none=True)
@@ -190,7 +240,11 @@ def mapper_flops(mapper: nn.Module, image_features: Tensor) -> int:
 
 @torch.no_grad()
 def encoder_cost(encoder: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
-    """(operations, bytes moved) of encoding float[1, 3, H, W]: every layer's output is written once and read once."""
+    """Cost of encoding one image, float[1, 3, H, W], when every layer's output is written once and read once.
+
+    Returns:
+        Operations, and bytes moved.
+    """
     numbers = 0
 
     def count(module: nn.Module, inputs: object, output: object) -> None:

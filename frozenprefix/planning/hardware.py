@@ -1,4 +1,4 @@
-"""Machines to plan for, by their published peak rates, and how much of those a training step gets."""
+"""Machines to plan for: their published peak rates, and the share of them that a training step reaches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from frozenprefix.registry import Registry
 # which well-tuned training reaches 0.35 to 0.5 on GPUs (PaLM, Chowdhery et al. 2022, table 3: model FLOPs utilisation).
 COMPUTE_SHARE = 0.4
 BANDWIDTH_SHARE = 0.7
-# A GPU starts kernels one after the other; small models wait for that. A decoder layer of transformers is about 30
-# kernels forward and 50 backward, and PyTorch needs about 5 microseconds to start one.
+# A GPU starts kernels one after the other, and small models wait for that. A decoder layer of transformers takes about
+# 30 kernels forward and 50 backward, and PyTorch needs about 5 microseconds to start one.
 KERNELS_PER_LAYER = 80
 KERNEL_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine.
+    """A machine that a recipe can be planned for.
 
     Args:
         bf16, fp32: peak FLOP/s of dense matrix products (bf16: with float32 accumulation; fp32: without TF32, which
@@ -28,6 +28,10 @@ class Hardware:
         cores: CPU cores that decode images; for GPUs those that its usual machine has for each GPU (8 H100 or A100
             have 112 or 128 in NVIDIA's DGX).
         source: where the figures were published.
+
+    Example:
+        >>> round(HARDWARE.get("h100").seconds(1e15, 0, half=True), 1)
+        2.5
     """
 
     label: str
@@ -40,14 +44,25 @@ class Hardware:
     source: str
 
     def seconds(self, flops: float, num_bytes: float, *, half: bool, layers: int = 0) -> float:
-        """Time for that much work: the slowest of arithmetic, memory and starting kernels."""
+        """Time of some work: the slowest of arithmetic, memory and starting kernels.
+
+        Args:
+            flops, num_bytes: operations, and bytes moved.
+            half: whether the products are in bfloat16.
+            layers: decoder layers, for the kernels to start.
+        """
         compute = flops / ((self.bf16 if half else self.fp32) * COMPUTE_SHARE)
         memory = num_bytes / (self.bandwidth * BANDWIDTH_SHARE)
         launches = layers * KERNELS_PER_LAYER * KERNEL_SECONDS if self.kind == "gpu" else 0.0
         return max(compute, memory, launches)
 
     def encode_seconds(self, flops: float, num_bytes: float, decode_seconds: float, *, half: bool) -> float:
-        """Time of an image from file to features; `decode_seconds` is what one core needs to read it."""
+        """Time of an image from file to features.
+
+        Args:
+            flops, num_bytes, half: as for `seconds`.
+            decode_seconds: time that one core needs to decode it.
+        """
         encode, decode = self.seconds(flops, num_bytes, half=half), decode_seconds / self.cores
         # a GPU encodes while the cores decode; without one the same cores do both
         return max(encode, decode) if self.kind == "gpu" else encode + decode

@@ -1,28 +1,32 @@
-"""What a plan can work out, and what it would leave out."""
+"""Which recipes can be planned."""
 
 from __future__ import annotations
 
-from frozenprefix.config.base_recipe import BaseRecipe
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe
 from frozenprefix.errors import ConfigError
 
 OTHER_OBJECTIVES = ("contrastive", "distillation", "self_critical")
 
 
-def known_recipe(recipe: BaseRecipe) -> Recipe:
-    """The recipe, when a plan covers all of it.
+def plannable_recipe(recipe: Recipe | ContrastiveRecipe) -> Recipe:
+    """Return the recipe if the cost of all its parts is known.
 
     Raises:
-        ConfigError: with one line for every part that the figures would leave out.
+        ConfigError: with one line for every part whose cost is not known.
+
+    Example:
+        >>> plannable_recipe(recipe) is recipe
+        True
     """
     if not isinstance(recipe, Recipe):
-        kind = getattr(recipe, "kind", type(recipe).__name__)
-        raise ConfigError(f"kind: got '{kind}', expected 'prefix': `plan` knows the cost of training a mapper only")
+        raise ConfigError(
+            f"kind: got '{recipe.kind}', expected 'prefix': `plan` knows only the cost of training a mapper"
+        )
     encoder, key, problems = recipe.model.vision_encoder, "model.vision_encoder", []
     if encoder.source == "features":
-        problems.append(f"{key}.source: got 'features'; `plan` works out runs that encode their images")
+        problems.append(f"{key}.source: got 'features'; `plan` needs an encoder that reads images")
     if encoder.trainable != "none":
-        problems.append(f"{key}.trainable: got {encoder.trainable!r}; `plan` works out runs with a frozen encoder")
+        problems.append(f"{key}.trainable: got {encoder.trainable!r}; `plan` needs a frozen encoder")
     if recipe.model.fusion.type != "prefix":
         problems.append(f"model.fusion.type: got '{recipe.model.fusion.type}'; `plan` knows the cost of 'prefix' only")
     further = {

@@ -1,9 +1,7 @@
-"""What a recipe costs before it is run: parameters, memory, arithmetic, disk and time, here and on other machines."""
+"""The cost of a recipe before it is run: parameters, memory, arithmetic, disk and time, here and on other machines."""
 
 from __future__ import annotations
 
-import math
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from frozenprefix.config.base_recipe import BaseRecipe
-from frozenprefix.config.recipe import Recipe
-from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_format import MANIFEST, Manifest, StorageDType
-from frozenprefix.data.cache_keys import ImageKeys
+from frozenprefix.config import ContrastiveRecipe, Recipe
+from frozenprefix.data.cache import FeatureCache, ImageKeys
+from frozenprefix.data.cache_format import MANIFEST
 from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -31,48 +27,31 @@ from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.planning import costs
 from frozenprefix.planning.calibration import (
-    MeasuredEncoding,
-    MeasuredSteps,
     RandomFeatures,
-    StepTimer,
     black_image,
     time_encoding,
+    time_steps,
 )
 from frozenprefix.planning.costs import LanguageModelShape, StepShape
 from frozenprefix.planning.hardware import HARDWARE
-from frozenprefix.planning.limits import known_recipe
+from frozenprefix.planning.limits import plannable_recipe
+from frozenprefix.planning.workload import MachinePlan, Workload, count_steps, seconds_per_step
 from frozenprefix.training.setup import images_of, load_parts
 
 SAMPLED_STEPS = 24
 SCALES = (1_000_000, 100_000_000)
-INDEX_BYTES = 85  # an image's line in the index of its shard
-KEY_BYTES = 90  # and in the list of keys, its path not counted
-SHARD_IMAGES, SHARD_BYTES = 500, 5_200  # a tar file is filled up to 10,240 bytes: half of that on average
-
-
-@dataclass(frozen=True)
-class MachinePlan:
-    """A recipe on one machine.
-
-    Attributes:
-        seconds_per_step: of training; encode_per_second: images from files to the cache.
-        seconds_to_encode: the images that are not in the cache yet; seconds_to_train: all steps and validations.
-        steps: that are taken; fewer than planned when `max_minutes` ends the run.
-        fits: whether memory suffices, None when unknown.
-    """
-
-    label: str
-    seconds_per_step: float
-    encode_per_second: float
-    seconds_to_encode: float
-    seconds_to_train: float
-    steps: int
-    fits: bool | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All figures of a plan. Bytes, seconds and operations; `machines` by name, "here" first when it was measured."""
+    """All figures of a plan, in bytes, seconds and operations.
+
+    Attributes:
+        memory: bytes in use at the peak of a step, by part.
+        step: the mean step; flops, bytes: operations and bytes moved in it, by part.
+        machines: by name, "here" first if it was measured.
+        scale: cache and time for millions of images.
+    """
 
     name: str
     parameters: dict[str, int]
@@ -93,99 +72,122 @@ class Plan:
 
 
 def plan(
-    planned_recipe: BaseRecipe, hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"), *, calibrate: float = 4.0
+    recipe: Recipe | ContrastiveRecipe,
+    hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"),
+    *,
+    calibrate: float = 4.0,
 ) -> Plan:
-    """Work out what a recipe costs.
+    """Compute what a recipe costs.
 
-    Shapes are counted on training batches that the run itself will see, and models of which only the shape is needed
-    are not loaded.
+    Shapes are counted on training batches that the run itself will see. Only the encoder's weights are loaded, and for
+    calibration those of the language model.
 
     Args:
         hardware: names in `HARDWARE`.
-        calibrate: seconds of real training steps for the time on this machine; 0 leaves this machine out, and then the
-            language model's weights are not needed.
+        calibrate: seconds of real training steps for the time on this machine; 0 leaves this machine out.
 
     Raises:
         ConfigError: for a name that is not in the table, and for parts of a recipe whose cost is not known.
         FrozenPrefixError: as training the recipe would.
+
+    Example:
+        >>> list(plan(recipe, ["h100"], calibrate=0).machines)
+        ['h100']
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
-    recipe = known_recipe(planned_recipe)
+    recipe = plannable_recipe(recipe)
+    settings = recipe.training
     samples = load_parts(recipe.data)
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
+    paths = images_of(group for listed in groups.values() for group in listed)
+
+    # sizes of the parts
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
-    lm = language_model_shape(recipe.model.language_model)
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
-    images_per_step = recipe.training.images_per_step
+    encoder_weights = [(p.numel(), p.dtype.itemsize) for p in encoder.module.parameters()]
+    lm = language_model_shape(recipe.model.language_model)
     with torch.device("meta"):
         mapper = build_mapper(
             recipe.model.mapper, encoder_dim=dim, num_tokens=tokens, lm_dim=lm.hidden, embedding_rms=1.0
         )
-        mapper_flops = costs.mapper_flops(mapper, torch.empty(images_per_step, tokens, dim))
+        mapper_flops = costs.mapper_flops(mapper, torch.empty(settings.images_per_step, tokens, dim))
     trainable = count_parameters(mapper).trainable
+
+    # costs of a step and of an image
     step = StepShape.mean(sample_steps(recipe, groups["train"], encoder))
-    encoder_flops, encoder_bytes = costs.encoder_cost(encoder.module, black_image(encoder))
-    sizes = [(p.numel(), p.dtype.itemsize) for p in encoder.module.parameters()]
-    memory = costs.step_memory(lm, step, encoder_bytes=sum(n * size for n, size in sizes), trainable=trainable)
     flops = costs.step_flops(lm, step, mapper_flops)
     moved = costs.step_bytes(lm, step, trainable)
-    paths = images_of(group for listed in groups.values() for group in listed)
-    per_image = cached_bytes(recipe.data.feature_dtype, tokens, dim)
-    run = _Run.of(recipe, groups, len(paths) - _count_cached(recipe, encoder, paths))
+    encoder_bytes = sum(count * size for count, size in encoder_weights)
+    memory = costs.step_memory(lm, step, encoder_bytes=encoder_bytes, trainable=trainable)
+    image_flops, image_bytes = costs.encoder_cost(encoder.module, black_image(encoder))
+    workload = Workload.from_recipe(recipe, groups, len(paths) - _count_cached(recipe, encoder, paths))
 
+    # times on machines
     planned: dict[str, MachinePlan] = {}
     if calibrate:
         encoding = time_encoding(encoder, paths, recipe.data, calibrate / 2)
-        measured = StepTimer(recipe).run_steps(groups, calibrate)
-        planned["here"] = _here(run, lm, step, mapper_flops, measured, encoding)
-        decode = encoding.decode_seconds
+        measured = time_steps(recipe, groups, calibrate)
+        seconds = seconds_per_step(measured, lambda one: sum(costs.step_flops(lm, one, mapper_flops).values()), step)
+        planned["here"] = workload.on_machine(
+            "this machine", seconds, 1 / encoding.images_per_second, measured.validation_seconds, None
+        )
     else:
-        decode = time_encoding(encoder, paths[:8], recipe.data, 0.0).decode_seconds
-    half = recipe.training.precision != "fp32"
+        encoding = time_encoding(encoder, paths[:8], recipe.data, 0.0)
+    half = settings.precision != "fp32"
     for name, machine in machines.items():
         seconds = machine.seconds(sum(flops.values()), sum(moved.values()), half=half, layers=lm.layers)
-        encode = machine.encode_seconds(encoder_flops, encoder_bytes, decode, half=half)
+        encode = machine.encode_seconds(image_flops, image_bytes, encoding.decode_seconds, half=half)
         # no backward pass, but two forward passes: about as much as training on the image
-        validation = seconds / images_per_step
+        validation = seconds / settings.images_per_step
         needed = sum(memory.values()) - (memory[costs.PREPACKED_COPIES] if machine.kind == "gpu" else 0)
         fits = None if machine.memory is None else needed < 0.9 * machine.memory
-        planned[name] = run.on(machine.label, seconds, 1 / encode, validation, fits)
+        planned[name] = workload.on_machine(machine.label, seconds, encode, validation, fits)
+
+    per_image = costs.cached_bytes(recipe.data.feature_dtype, tokens, dim)
+    encoder_parameters = sum(count for count, _ in encoder_weights)
     return Plan(
         name=recipe.name,
-        parameters={
-            "trainable": trainable,
-            "language model": lm.parameters,
-            "vision encoder": sum(n for n, _ in sizes),
-        },
+        parameters={"trainable": trainable, "language model": lm.parameters, "vision encoder": encoder_parameters},
         memory=memory,
         step=step,
-        images_per_step=images_per_step,
+        images_per_step=settings.images_per_step,
         flops=flops,
         bytes=moved,
-        encoder_flops=encoder_flops,
-        images={"all": len(paths), "cached": len(paths) - run.to_encode, "train": len(groups["train"])},
+        encoder_flops=image_flops,
+        images={"all": len(paths), "cached": len(paths) - workload.to_encode, "train": len(groups["train"])},
         cache_bytes_per_image=per_image,
-        cache_bytes=cache_size(recipe.data.feature_dtype, tokens, dim, paths),
+        cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, paths),
         machines=planned,
-        scale=[_at_scale(count, per_image, images_per_step, planned) for count in SCALES],
+        scale=[_at_scale(count, per_image, settings.images_per_step, planned) for count in SCALES],
     )
 
 
 def language_model_shape(config: LanguageModelConfig) -> LanguageModelShape:
-    """Shape of a causal LM, from its config alone; `ConfigError` for an encoder-decoder."""
-    found = resolve_language_model(config)
-    lm_config = AutoConfig.from_pretrained(found.location, revision=found.revision or "main")
+    """Sizes of a causal LM, from its config alone.
+
+    Raises:
+        ConfigError: for an encoder-decoder LM, whose cost is not known.
+
+    Example:
+        >>> from frozenprefix.models.configuration import LanguageModelConfig
+        >>> language_model_shape(LanguageModelConfig(path=str(lm_folder))).layers
+        2
+    """
+    source = resolve_language_model(config)
+    lm_config = AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
     if lm_config.is_encoder_decoder:
         raise ConfigError(
             f"model.language_model: the cost of an encoder-decoder model ({lm_config.model_type}) is not known to "
-            "`plan`; train it right away"
+            "`plan`"
         )
     with torch.device("meta"):
-        return LanguageModelShape.of(AutoModelForCausalLM.from_config(lm_config, dtype=getattr(torch, config.dtype)))
+        return LanguageModelShape.from_model(
+            AutoModelForCausalLM.from_config(lm_config, dtype=getattr(torch, config.dtype))
+        )
 
 
 def sample_steps(recipe: Recipe, groups: Sequence[ImageGroup], encoder: ImageEncoder) -> list[StepShape]:
-    """Sizes of training steps spread over the run, packed as they will be."""
+    """Sizes of training steps spread over the run, packed as in training."""
     settings = recipe.training
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
@@ -195,13 +197,13 @@ def sample_steps(recipe: Recipe, groups: Sequence[ImageGroup], encoder: ImageEnc
     )
     collator = Collator(
         processor,
-        RandomFeatures.of(1, 1),
+        RandomFeatures(1, 1).as_cache(),
         packing=settings.packing,
         tokens_per_row=settings.tokens_per_row,
         max_target_tokens=settings.max_target_tokens,
     )
     parts = settings.gradient_accumulation_steps
-    steps = _count_steps(recipe, len(groups))
+    steps = count_steps(recipe, len(groups))
     dataset = StepDataset(
         groups,
         ImageStream(len(groups), settings.images_per_step, recipe.seed),
@@ -212,89 +214,7 @@ def sample_steps(recipe: Recipe, groups: Sequence[ImageGroup], encoder: ImageEnc
         parts=range(parts),
     )
     chosen = sorted({round(i * (steps - 1) / max(1, SAMPLED_STEPS - 1)) for i in range(SAMPLED_STEPS)})
-    return [StepShape.of([dataset[i * parts + part]["packed"] for part in range(parts)]) for i in chosen]
-
-
-def cached_bytes(dtype: StorageDType, tokens: int, dim: int) -> int:
-    """Bytes that one image takes in the cache: tar members with their headers, and its line in the index."""
-    manifest = Manifest({}, dtype, tokens, dim)
-    members = [manifest.features_length] + ([manifest.scale_length] if dtype == "int8" else [])
-    block = tarfile.BLOCKSIZE
-    return sum(block + -(-length // block) * block for length in members) + INDEX_BYTES
-
-
-def cache_size(dtype: StorageDType, tokens: int, dim: int, paths: Sequence[Path]) -> int:
-    """Bytes of a whole cache folder."""
-    keys = sum(len(str(path.absolute())) + KEY_BYTES for path in paths)
-    shards = -(-len(paths) // SHARD_IMAGES)
-    return len(paths) * cached_bytes(dtype, tokens, dim) + keys + shards * SHARD_BYTES
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How much there is to do: images to encode, steps, images to validate on in all, and the limit in minutes."""
-
-    to_encode: int
-    steps: int
-    validated: int
-    max_minutes: float | None
-    images_per_step: int
-    cached: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, groups: dict[str, list[ImageGroup]], to_encode: int) -> _Run:
-        settings = recipe.training
-        steps = _count_steps(recipe, len(groups["train"]))
-        images = len(groups.get("validation", [])[: settings.validation_images])
-        # before the first step, every validate_every steps, and at the end
-        times = 1 + math.ceil(steps / settings.validate_every)
-        return cls(
-            to_encode,
-            steps,
-            images * times,
-            settings.max_minutes,
-            settings.images_per_step,
-            recipe.data.feature_cache != "off",
-        )
-
-    def on(
-        self,
-        label: str,
-        step: float,
-        encode_per_second: float,
-        validation: float,
-        fits: bool | None = None,
-    ) -> MachinePlan:
-        """Args: seconds of a step, images encoded a second, seconds of validation per image."""
-        if not self.cached:  # images are then encoded in every step
-            step += self.images_per_step / encode_per_second
-            validation += 1 / encode_per_second
-        seconds = self.steps * step + self.validated * validation
-        limit = math.inf if self.max_minutes is None else 60 * self.max_minutes
-        return MachinePlan(
-            label,
-            seconds_per_step=step,
-            encode_per_second=encode_per_second,
-            seconds_to_encode=self.to_encode / encode_per_second if self.cached else 0.0,
-            seconds_to_train=min(seconds, limit),
-            steps=round(self.steps * min(1.0, limit / seconds)),
-            fits=fits,
-        )
-
-
-def _here(
-    run: _Run,
-    lm: LanguageModelShape,
-    step: StepShape,
-    mapper_flops: float,
-    measured: MeasuredSteps,
-    encoding: MeasuredEncoding,
-) -> MachinePlan:
-    """The mean step takes what the measured ones took, for the work that it has more or less than they had."""
-    work = [sum(costs.step_flops(lm, shape, mapper_flops).values()) for shape in measured.shapes]
-    rates = sorted(seconds / flops for seconds, flops in zip(measured.seconds, work, strict=True))
-    seconds = rates[len(rates) // 2] * sum(costs.step_flops(lm, step, mapper_flops).values())
-    return run.on("this machine", seconds, encoding.images_per_second, measured.validation_seconds)
+    return [StepShape.from_parts([dataset[i * parts + part]["packed"] for part in range(parts)]) for i in chosen]
 
 
 def _at_scale(images: int, per_image: int, images_per_step: int, machines: dict[str, MachinePlan]) -> dict[str, Any]:
@@ -312,13 +232,8 @@ def _at_scale(images: int, per_image: int, images_per_step: int, machines: dict[
     }
 
 
-def _count_steps(recipe: Recipe, images: int) -> int:
-    settings = recipe.training
-    return settings.max_steps or -(-(settings.epochs or 1) * images // settings.images_per_step)
-
-
 def _count_cached(recipe: Recipe, encoder: ImageEncoder, paths: Sequence[Path]) -> int:
-    """Images whose features are there, as far as is known without reading the images."""
+    """Images whose features are cached, as far as is known without reading them."""
     if recipe.data.feature_cache == "off":
         return 0
     folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)

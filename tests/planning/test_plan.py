@@ -20,10 +20,10 @@ from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning import costs
-from frozenprefix.planning.calibration import RandomFeatures, StepTimer
-from frozenprefix.planning.costs import LanguageModelShape, StepShape
+from frozenprefix.planning.calibration import step_trainer
+from frozenprefix.planning.costs import LanguageModelShape, StepShape, cache_size, cached_bytes
 from frozenprefix.planning.hardware import COMPUTE_SHARE, HARDWARE
-from frozenprefix.planning.plan import cache_size, cached_bytes, language_model_shape, plan
+from frozenprefix.planning.plan import language_model_shape, plan
 from frozenprefix.training.caching import fill_cache
 from frozenprefix.training.setup import build_model, load_parts
 from tests.helpers.contrastive import contrastive_recipe
@@ -39,12 +39,10 @@ def one_step(tiny_recipe, tiny_lm, tmp_path):
 
     def make(family: str):
         recipe = tiny_recipe(tmp_path / family, lm=tiny_lm(family))
-        timer = StepTimer(recipe)
-        timer.build_model()
         groups = {part: group_by_images(listed) for part, listed in load_parts(recipe.data).items()}
-        timer.use_data(groups, RandomFeatures.of(4, 64))
-        batch = next(timer.batches())
-        return timer.model, batch, StepShape.of([batch["packed"]])
+        trainer = step_trainer(recipe, groups)
+        batch = next(trainer.batches())
+        return trainer.model, batch, StepShape.from_parts([batch["packed"]])
 
     return make
 
@@ -57,7 +55,7 @@ def test_flops_are_those_that_torch_counts(one_step, family):
         model(**batch).loss.backward()
     mapper = costs.mapper_flops(model.mapper, batch["image_features"])
     assert mapper > 0
-    expected = sum(costs.step_flops(LanguageModelShape.of(model.language_model), step, mapper).values())
+    expected = sum(costs.step_flops(LanguageModelShape.from_model(model.language_model), step, mapper).values())
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -75,7 +73,9 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch).loss  # noqa: F841 - keeps the graph, and with it the storages, alive
-    predicted = costs.activation_bytes(LanguageModelShape.of(model.language_model), step.part_cells, step.row_length)
+    predicted = costs.activation_bytes(
+        LanguageModelShape.from_model(model.language_model), step.part_cells, step.row_length
+    )
     assert predicted == pytest.approx(sum(kept.values()), rel=0.3)
 
 
@@ -85,7 +85,7 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
 def test_packed_copies_are_those_that_training_makes(family, dtype):
     lm = AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False)
     step = StepShape(1, 1, 1, 1, 1, 1, 1, 1)
-    memory = costs.step_memory(LanguageModelShape.of(lm), step, encoder_bytes=0, trainable=0)
+    memory = costs.step_memory(LanguageModelShape.from_model(lm), step, encoder_bytes=0, trainable=0)
     assert memory[costs.PREPACKED_COPIES] == prepacked_bytes(prepackable_layers(lm)) > 0
 
 
@@ -104,7 +104,7 @@ def test_shape_from_the_config_is_that_of_the_model(tiny_lm, family):
     folder = tiny_lm(family)
     shape = language_model_shape(LanguageModelConfig(path=str(folder)))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert shape == LanguageModelShape.of(model)
+    assert shape == LanguageModelShape.from_model(model)
     assert shape.parameters == count_parameters(model).trainable
     assert (shape.hidden, shape.layers, shape.heads, shape.inner, shape.vocabulary) == (
         32, 2, 4, 128 if family == "gpt2" else 64, 300,

@@ -70,8 +70,10 @@ def test_merged_adapters_give_the_same_logits_and_unmerging_every_bit(built, pix
     before = hash_tensors(base)
     model.adapters.merge()
     assert hash_tensors(base) != before
-    scale = float(adapted.abs().max())
-    torch.testing.assert_close(logits_of(model, processor, pixels), adapted, rtol=1e-5, atol=1e-5 * scale)
+    # one rounding of the sum of two weights stands for the rounding of two products: 1.5e-5 of the largest logit was
+    # measured on an Intel processor, 1e-5 at most on AMD
+    tolerance = 4e-5 * float(adapted.abs().max())
+    torch.testing.assert_close(logits_of(model, processor, pixels), adapted, rtol=1e-5, atol=tolerance)
     with pytest.raises(ConfigError, match=r"call adapters\.unmerge\(\) first"):
         model.train()
     model.adapters.unmerge()

@@ -21,7 +21,7 @@ __all__ = [
     "load_processor",
 ]
 
-# Imported when first used: the prefix model needs the losses alone.
+# Imported at first use: recipes need the configuration alone, and the prefix model the losses.
 _EXPORTS = {
     "configuration": ("LockedImageTextConfig", "ProjectionConfig", "TextTowerConfig"),
     "modeling": ("LockedImageTextModel", "LockedImageTextOutput"),

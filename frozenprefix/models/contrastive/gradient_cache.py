@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from frozenprefix.utils.random_state import random_state, set_random_state
+
 Chunk = TypeVar("Chunk")
 
 
@@ -18,10 +20,10 @@ def cached_contrastive_step(
     text_chunks: Sequence[Chunk],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Accumulate the gradient of a contrastive loss over the whole batch, with the activations of one chunk at a time.
+    """Accumulate the gradient of a contrastive loss over the whole batch, holding activations of one chunk at a time.
 
-    All chunks are encoded without a graph; the loss gives the gradient of every embedding; each chunk is then encoded
-    again, with the same random numbers, to carry its part further. Costs one more forward pass.
+    All chunks are encoded without a graph, and the loss gives the gradient of every embedding. Then each chunk is
+    encoded again, with the same random numbers, to back-propagate its part. This costs one more forward pass.
 
     Args:
         encode_images, encode_texts: one chunk -> float[n, D].
@@ -30,11 +32,20 @@ def cached_contrastive_step(
 
     Returns:
         The loss, detached.
+
+    Example:
+        >>> from torch import nn
+        >>> from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
+        >>> images, texts = nn.Linear(3, 2), nn.Linear(4, 2)
+        >>> chunks = torch.randn(2, 5, 3), torch.randn(2, 5, 4)  # 2 chunks of 5
+        >>> loss = cached_contrastive_step(images, chunks[0], texts, chunks[1], lambda i, t: (i @ t.T).mean())
+        >>> images.weight.grad.shape
+        torch.Size([2, 3])
     """
     parts = [(encode_images, chunk) for chunk in image_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
     states, embeds = [], []
     for encode, chunk in parts:
-        states.append(_random_state())
+        states.append(random_state())
         with torch.no_grad():
             embeds.append(encode(chunk))
     images = torch.cat(embeds[: len(image_chunks)]).requires_grad_()
@@ -42,25 +53,15 @@ def cached_contrastive_step(
     value = loss(images, texts)
     value.backward()
     gradients = torch.cat([_gradient(images), _gradient(texts)]).split([len(part) for part in embeds])
-    after = _random_state()
+    after = random_state()
     for (encode, chunk), state, gradient in zip(parts, states, gradients, strict=True):
-        _restore(state)
+        set_random_state(state)
         again = encode(chunk)
         if again.requires_grad:
             again.backward(gradient.to(again.dtype))
-    _restore(after)
+    set_random_state(after)
     return value.detach()
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -1,7 +1,7 @@
 """Contrastive losses between images and texts, where an image may have several texts.
 
-`positive: bool[P, T]` says which texts describe which images. The other positives of a row are neither its target
-nor its negatives: two captions of one image never push each other away.
+`positive: bool[P, T]` marks which texts describe which images. The other positives of a row are neither its target
+nor its negatives, so two captions of one image never push each other away.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class LogitScale(nn.Module):
     """Learnable scale (stored as its logarithm) and, for the sigmoid loss, bias of the cosine similarities.
 
     They start as in CLIP (scale 1 / 0.07, no bias) and SigLIP (scale 10, bias -10).
+
+    Example:
+        >>> from frozenprefix.models.contrastive.losses import LogitScale
+        >>> round(LogitScale("sigmoid").scale.item(), 3)
+        10.0
     """
 
     def __init__(self, objective: Objective):
@@ -54,6 +59,11 @@ def infonce_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
     Raises:
         DataError: when a row or a column has no positive, or no negative.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.losses import infonce_loss
+        >>> round(float(infonce_loss(torch.zeros(2, 2), torch.eye(2).bool())), 4)  # log 2: nothing is told apart
+        0.6931
     """
     check_pairs(positive)
     return (_rows_loss(logits, positive) + _rows_loss(logits.t(), positive.t())) / 2
@@ -71,6 +81,11 @@ def sigmoid_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
     Args:
         logits: float[P, T]; positive: bool[P, T].
+
+    Example:
+        >>> from frozenprefix.models.contrastive.losses import sigmoid_loss
+        >>> round(float(sigmoid_loss(torch.zeros(2, 2), torch.eye(2).bool())), 4)  # 2 log 2
+        1.3863
     """
     signs = positive.to(logits.dtype) * 2 - 1
     return -F.logsigmoid(signs * logits).sum() / logits.shape[1]
@@ -89,8 +104,8 @@ def contrastive_loss(
 ) -> Tensor:
     """Loss over the embeddings of all processes, the same on each.
 
-    The gradient passes through the gathering, so gradients averaged over processes, as DDP does, are those of one
-    process that holds the whole batch.
+    Gradients pass through the gathering. Averaged over processes, as DDP does, they equal those of one process that
+    holds the whole batch.
 
     Args:
         image_embeds: unit float[P, D]; text_embeds: unit float[T, D]; of this process.
@@ -105,7 +120,7 @@ def contrastive_loss(
 
 
 def check_pairs(positive: Tensor) -> None:
-    """Refuse images without a text, texts without an image, and batches with nothing to tell apart."""
+    """Refuse images without a text, texts without an image, and batches without negatives."""
     for name, counts, others in (
         ("image", positive.sum(1), positive.shape[1]),
         ("text", positive.sum(0), len(positive)),
@@ -123,7 +138,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not (is_available() and is_initialized()) or get_world_size() == 1:
         return rows
     counts = [int(n) for n in _gather_equal(torch.tensor([len(rows)], device=rows.device))]
-    # equal shapes are needed to gather; the padding is cut off again
+    # gathering needs equal shapes; the padding is cut off afterwards
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     parts = list(all_gather(padded)) if padded.requires_grad else _gather_equal(padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -1,4 +1,4 @@
-"""A locked image encoder and a text tower that learns to meet it (LiT, Zhai et al. 2022)."""
+"""A locked image encoder, and a text tower that is trained to match it (LiT, Zhai et al. 2022)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,19 @@ class LockedImageTextModel(PreTrainedModel):
         config: what to build. Frozen parts are loaded from where the config says.
         vision_encoder, text_tower: ready-made parts instead.
 
-    What is trained stays float32; run it under autocast for speed. The encoder runs in its section's dtype.
+    Trained weights stay float32; run the model under autocast for speed. The encoder runs in its section's dtype.
+
+    Example:
+        >>> from frozenprefix.models.contrastive import LockedImageTextConfig, LockedImageTextModel
+        >>> from frozenprefix.models.contrastive.configuration import TextTowerConfig
+        >>> from frozenprefix.models.contrastive.text_tower import text_tower_from_architecture
+        >>> section = TextTowerConfig(path="bert")
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> tower = text_tower_from_architecture(section, {"model_type": "bert", "vocab_size": 50, **sizes})
+        >>> config = LockedImageTextConfig(text_tower=section, projection_dim=4)
+        >>> lit = LockedImageTextModel(config, model.vision_encoder, tower)
+        >>> lit.encode_text(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)).shape
+        torch.Size([2, 4])
     """
 
     config_class = LockedImageTextConfig
@@ -89,7 +101,7 @@ class LockedImageTextModel(PreTrainedModel):
         """Parts arrive with their weights; transformers' own initialisation must not touch them."""
 
     def train(self, mode: bool = True) -> LockedImageTextModel:
-        """Set the mode of what is trained; frozen parts, frozen text layers too, stay in evaluation mode."""
+        """Set the mode of trained parts; frozen ones, including frozen text layers, stay in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())

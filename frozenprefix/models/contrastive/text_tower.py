@@ -1,4 +1,4 @@
-"""Text towers: texts -> one vector each, from any encoder of transformers or from open_clip."""
+"""Text towers, which turn each text into one vector: any encoder of transformers, or an open_clip tower."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json")
 
 
 class TextTower(nn.Module):
-    """Texts -> one vector each.
+    """A text encoder with pooling: one vector per text.
 
     Args:
         model: an encoder of transformers, or the text tower of an open_clip model, which pools and projects itself.
@@ -58,10 +58,11 @@ class TextTower(nn.Module):
 
 @dataclass(frozen=True)
 class BuiltTextTower:
-    """A text tower, its tokenizer, the identity of its weights, and the architecture of a transformers model.
+    """A text tower with its tokenizer and the identity of its weights.
 
     Attributes:
-        tokenizer: a transformers tokenizer, or None for open_clip, which knows it by the tower's name.
+        tokenizer: a transformers tokenizer; None for open_clip, which finds its own by the tower's name.
+        text_config: the architecture of a transformers model.
         scale, bias: log of the logit scale, and the logit bias, of an open_clip model.
     """
 
@@ -74,11 +75,11 @@ class BuiltTextTower:
 
 
 def build_text_tower(config: TextTowerConfig) -> BuiltTextTower:
-    """Build the tower that `config` describes, in float32 on the CPU, its lower layers frozen as asked for.
+    """Build the tower that `config` describes, in float32 on the CPU, with its lower layers frozen.
 
     Raises:
         ConfigError: for options that have no effect or do not fit the tower.
-        AssetError: for weights that cannot be had.
+        AssetError: for weights that cannot be loaded.
     """
     problems = []
     if config.source == "transformers" and config.weights is not None:
@@ -94,7 +95,7 @@ def build_text_tower(config: TextTowerConfig) -> BuiltTextTower:
 
 
 def text_tower_from_architecture(config: TextTowerConfig, text_config: dict[str, Any]) -> TextTower:
-    """The tower of a transformers model with random weights, for a checkpoint that holds all of them."""
+    """A transformers tower with random weights, for a checkpoint that holds all of its weights."""
     settings = AutoConfig.for_model(**text_config)
     with torch.device("cpu"):
         return TextTower(_encoder(AutoModel.from_config(settings)), config, int(settings.hidden_size))
@@ -126,7 +127,7 @@ def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
 
 def _encoder(model: Any) -> Any:
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # not read, and often without trained weights
+        model.pooler = None  # unused, and often without trained weights
     return model
 
 
@@ -145,9 +146,9 @@ def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any, config: TextTo
 def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
     import open_clip
 
-    from frozenprefix.models.vision.open_clip_encoder import _find_weights, _public_name
+    from frozenprefix.models.vision.open_clip_encoder import portable_name, resolve_open_clip_weights
 
-    weights, identity = _find_weights(config.path, config.weights)
+    weights, identity = resolve_open_clip_weights(config.path, config.weights)
     try:
         with seeded():
             whole = open_clip.create_model(
@@ -159,13 +160,13 @@ def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
     identity.setdefault("sha256", state_sha256(model.text))
     model.text.output_tokens = False
     tower = TextTower(model.text, config, int(model.text.output_dim))
-    identity = {"source": "open_clip", "path": _public_name(config.path), **identity}
+    identity = {"source": "open_clip", "path": portable_name(config.path), **identity}
     bias = None if model.logit_bias is None else model.logit_bias.detach()
     return BuiltTextTower(tower, None, identity, scale=model.logit_scale.detach(), bias=bias)
 
 
 def _freeze_below(model: nn.Module, trained: int | str, name: str) -> None:
-    """Freeze all but the last `trained` layers and what comes after them."""
+    """Freeze all but the last `trained` layers and the modules after them."""
     if trained == "all":
         return
     model.requires_grad_(False)

@@ -1,9 +1,18 @@
-"""Beam search for images: transformers' results, without its copies.
+"""Beam search with the results of transformers' `generate(num_beams=k)`, without copying keys and values.
 
-The beams of an image share one row. Its prefix is read once, and what beams write is kept as a growing trie, just like
-the targets in `packing`: a beam sees its own ancestors through the mask, so that keys and values are never reordered,
-and images that are finished leave the batch. Scores, stopping and ties between finished beams follow transformers'
-`generate(num_beams=k)`. Shape letters: B images, P prompt length, k beams, C candidates, V vocabulary.
+transformers gives every beam a batch row of its own: the prompt is read k times, and in every step the whole cache is
+copied into the new order of beams. Here all beams of an image share one row. The cache grows by k tokens a step, one
+per beam, and is never reordered; what changes is who sees whom:
+
+    step          0     1     2            the cache of one image with k = 2 after three steps
+    beam 0      p p p   a0    a1    a2     ancestors of beam 0 at step 2, if it descends from beam 1:
+    beam 1              b0    b1    b2         p p p, b0, b1, a2
+
+So a beam is a path in a trie of written tokens, its mask (`_Beams.ancestors`) says which tokens lie on the path, and
+its position is prompt length + step, as it would be in a row of its own. Images whose beams are finished leave the
+batch. Scores, stopping and ties follow transformers, whose rules the comments name where they surprise.
+
+Shape letters: B images, P prompt length, k beams, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +35,8 @@ BLOCK = 64  # words of the vocabulary that are looked at together
 LOGIT_ROWS = 32  # rows of logits that are in float32 at a time
 LEAVE_AT = 8  # finished images leave when they are one in so many
 
-# options of `generate` that this search follows, those that only sampling or the form of the output reads, and the
-# values of the others that change nothing
+# Options of `generate` that this search follows; those that only matter for sampling or the form of the output; and
+# the values at which the others change nothing.
 FOLLOWED = {
     "num_beams", "max_new_tokens", "eos_token_id", "pad_token_id", "length_penalty", "early_stopping",
     "num_return_sequences", "return_dict_in_generate",
@@ -48,7 +57,7 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """What a search does, as in transformers' `GenerationConfig`."""
+    """Options of a search, with the meaning they have in transformers' `GenerationConfig`."""
 
     num_beams: int
     max_new_tokens: int
@@ -61,12 +70,20 @@ class BeamOptions:
 
     @property
     def candidates(self) -> int:
-        """So many that `num_beams` go on even when every end token is among the best of every beam."""
+        """Enough that `num_beams` continue even if every end token is among the best words of every beam."""
         return max(2, 1 + len(self.end_tokens)) * self.num_beams
 
 
 def beam_options(language_model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
-    """Read options of transformers' `generate`; None when this search does not follow one of them, or not this LM."""
+    """Options of transformers' `generate` as `BeamOptions`; None if this search does not support all of them.
+
+    Example:
+        >>> from frozenprefix.models.language_model.beam_search import beam_options
+        >>> beam_options(model.language_model, 3, {"num_beams": 4, "max_new_tokens": 8}).candidates
+        8
+        >>> beam_options(model.language_model, 3, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
+        True
+    """
     config = copy.deepcopy(cast(Any, language_model.generation_config))
     unknown = config.update(**options)
     values = {name: value for name, value in config.to_dict().items() if value is not None}
@@ -83,7 +100,7 @@ def beam_options(language_model: PreTrainedModel, prompt_length: int, options: d
         return None
     ends = values.get("eos_token_id", ())
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
-    made = BeamOptions(
+    beams = BeamOptions(
         values["num_beams"],
         values["max_new_tokens"],
         ends,
@@ -93,11 +110,11 @@ def beam_options(language_model: PreTrainedModel, prompt_length: int, options: d
         values.get("num_return_sequences", 1),
         values.get("return_dict_in_generate", False),
     )
-    return made if made.candidates <= text.vocab_size else None
+    return beams if beams.candidates <= text.vocab_size else None
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer in memory that is taken once: float[B, heads, room, D]."""
+    """Keys and values of one layer, float[B, heads, room, D], in memory that is allocated once."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -125,15 +142,15 @@ class _Layer(DynamicLayer):
 
 @dataclass
 class _Beams:
-    """Running and finished beams of the images in the batch; all tensors start with the image."""
+    """Running and finished beams of the images in the batch; the first dimension of all tensors is the image."""
 
-    image: Tensor  # int64[B]: number in the whole batch
+    image: Tensor  # int64[B]: number of the image in the whole batch
     words: Tensor  # int64[B, k, max_new_tokens]
     score: Tensor  # float32[B, k], best first
     ancestors: Tensor  # bool[B, k, k * max_new_tokens]: which written tokens a beam sees
     done_words: Tensor
     done_score: Tensor  # float32[B, k], best first, with the length penalty
-    done: Tensor  # bool[B, k]: whether that place is taken by a finished text
+    done: Tensor  # bool[B, k]: whether a finished text takes that place
     hopeful: Tensor  # bool[B, 1]: whether a running beam may still become one of the best
 
     def keep(self, images: Tensor) -> None:
@@ -213,12 +230,13 @@ class BeamSearch:
         """float[B, P, D] -> logits of the first word, float[B, V]."""
         prompt = inputs_embeds.shape[1]
         causal = torch.ones(prompt, prompt, dtype=torch.bool, device=inputs_embeds.device).tril()
-        itself = torch.eye(prompt, dtype=torch.bool, device=inputs_embeds.device)  # padding must see something
+        # a row of the mask with nothing to see would give NaN: padding sees itself
+        itself = torch.eye(prompt, dtype=torch.bool, device=inputs_embeds.device)
         seen = (causal & self.prompt_seen[:, None, :]) | itself
         return self._forward(inputs_embeds, seen, positions_from_mask(self.prompt_seen))[:, -1]
 
     def _read_words(self, chosen: Tensor, step: int) -> Tensor:
-        """The words that beams took, int64[B, k] -> logits of the next, float[B * k, V]."""
+        """The words that the beams chose, int64[B, k] -> logits of the next ones, float[B * k, V]."""
         k = chosen.shape[1]
         embeds = self.language_model.get_input_embeddings()(chosen)
         written = self.beams.ancestors[:, :, : (step + 1) * k]
@@ -227,7 +245,7 @@ class BeamSearch:
         return self._forward(embeds, seen, positions).flatten(0, 1)
 
     def _forward(self, inputs_embeds: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
-        """Logits at all places that predict: the last one of a prompt, every one of written words."""
+        """Logits where a word is predicted: at the last token of a prompt, at every written word."""
         mask = additive_mask(seen, inputs_embeds.dtype)
         with attention_for_rows(self.language_model):
             hidden = self.language_model.base_model(
@@ -244,7 +262,10 @@ class BeamSearch:
     # ── the beams ──
 
     def _advance(self, logits: Tensor, step: int) -> Tensor:
-        """Choose among the next words of all beams; returns the words that go on, int64[B, k]."""
+        """Choose among the next words of all beams; returns the words that continue, int64[B, k].
+
+        `width` is 1 in the first step, where all beams are still the same, and k afterwards.
+        """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
         images, width = beams.score.shape
         value, word = top_tokens(logits, count)
@@ -256,20 +277,22 @@ class BeamSearch:
         for token in self.options.end_tokens:
             ended = ended | (word == token)
         self._finish(score, word, parent, ended, step)
-        # transformers leaves the penalty in the score; it is far below every other
+        # a beam that ended does not run on; as in transformers, it gets a score far below all others
         score, order = (score + ended * IMPOSSIBLE).topk(k)
         word, parent = word.gather(1, order), parent.gather(1, order)
         beams.score = score
         beams.words = _take(beams.words, parent)
         beams.words[:, :, step] = word
+        # a new beam sees what its parent saw, and its own word, which will be token `step * k + place` of the cache
         beams.ancestors = _take(beams.ancestors, parent)
         place = torch.arange(k, device=word.device)
         beams.ancestors[:, place, step * k + place] = True
         return word
 
     def _finish(self, score: Tensor, word: Tensor, parent: Tensor, ended: Tensor, step: int) -> None:
-        """Let texts that ended among the best k candidates take the place of worse finished ones."""
+        """Let texts that ended among the best k candidates replace worse finished ones."""
         beams, k = self.beams, self.options.num_beams
+        # an end token behind the best k candidates is ignored, a rule that transformers took over from fairseq
         ended = ended & (torch.arange(score.shape[1], device=score.device) < k)
         score = score / (step + 1) ** self.options.length_penalty
         full = beams.done.all(-1, keepdim=True) & (self.options.early_stopping is True)
@@ -281,8 +304,9 @@ class BeamSearch:
         beams.done = torch.cat([beams.done, ended], dim=1).gather(1, order)
 
     def _is_open(self, step: int) -> Tensor:
-        """bool[B]: images for which a running beam may still win, by transformers' rule."""
+        """bool[B]: images of which a running beam may still win, by transformers' rule."""
         beams, options = self.beams, self.options
+        # the best score a running beam can end with: at its present length, or with "never" at the greatest length
         longest = options.early_stopping == "never" and options.length_penalty > 0
         length = options.max_new_tokens if longest else step + 1
         best = beams.score[:, :1] / length**options.length_penalty
@@ -303,7 +327,7 @@ class BeamSearch:
         return chosen[kept]
 
     def _crop(self, words: Tensor) -> Tensor:
-        """Cut where all have ended; what follows an end token is padding already."""
+        """Cut off the columns after the last end token; what follows an end token is padding already."""
         ends = torch.isin(words, torch.tensor(self.options.end_tokens, dtype=words.dtype, device=words.device))
         after = ends.cumsum(-1) - ends.long() > 0
         return words[:, : int((~after).sum(-1).max())]
@@ -318,6 +342,11 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of every row: float[N, V] -> float32[N, count], int64[N, count].
 
     The `count` largest lie in the `count` blocks with the largest maxima: only those are sorted.
+
+    Example:
+        >>> from frozenprefix.models.language_model.beam_search import top_tokens
+        >>> top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 2)[1].tolist()
+        [[1, 2]]
     """
     vocabulary = logits.shape[1]
     blocks = vocabulary // BLOCK

@@ -25,11 +25,10 @@ _SINGLE_DIGIT_PRE_TOKENIZERS = {"smollm", "starcoder", "refact", "command-r", "c
 
 
 def gguf_to_pretrained(gguf_path: Path) -> Path:
-    """Return a folder with the config, weights (safetensors), generation config and tokenizer of a GGUF file.
+    """Convert a GGUF file once to a transformers folder in the user's cache, and return that folder.
 
-    Converted at the first call, into `user_cache()/gguf/`, under a name made of the file's SHA-256. The weights are
-    the dequantised values themselves, in the narrowest of float16, bfloat16 and float32 that holds all of them
-    exactly; for quantised files that is float32.
+    The folder is `user_cache()/gguf/SHA256`. Its weights are the dequantised values, in the narrowest of float16,
+    bfloat16 and float32 that holds all of them exactly; for quantised files that is float32.
 
     Raises:
         AssetError: there is no such file, the `gguf` package is missing, or the file is damaged or of a kind that
@@ -51,7 +50,7 @@ def _convert(gguf_path: Path, target: Path) -> None:
     try:
         model, tokenizer = _load(gguf_path)
     except Exception as error:
-        # A damaged file shows itself as whatever error its bytes happen to provoke in the reader.
+        # a damaged file can raise any error in the reader
         raise AssetError(
             f"GGUF file '{gguf_path}' ({gguf_path.stat().st_size} bytes) cannot be read: {type(error).__name__}: "
             f"{error}. It is damaged, cut short, or of an architecture that transformers {transformers.__version__} "
@@ -68,17 +67,17 @@ def _load(gguf_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _split_digits(gguf_path, tokenizer)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Without it, the versions that have it refuse to save what they have loaded.
+        # versions that have this class refuse to save a model loaded without it
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, **options)
     return model, tokenizer
 
 
 def _split_digits(gguf_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Cut text at every digit before byte-level BPE if the file names a pre-tokenizer that does so.
+    """Split text at every digit before byte-level BPE if the file names a pre-tokenizer that does so.
 
-    transformers does not know these names and falls back to GPT-2's pre-tokenizer, which groups white space before a
-    digit ("a  2", "\\n\\n1.") differently from what the model was trained on.
+    transformers ignores these names and uses GPT-2's pre-tokenizer, which groups white space before a digit
+    ("a  2", "\\n\\n1.") differently than in the model's training.
     """
     from gguf import GGUFReader
 

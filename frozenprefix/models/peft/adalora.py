@@ -1,6 +1,7 @@
-"""AdaLoRA (Zhang et al. 2023): what its ranks need besides a forward pass, for which peft leaves the calls to training.
+"""AdaLoRA (Zhang et al. 2023): ranks that change during training.
 
-Its regularisation is added by peft in the forward pass of its own model only, which packed rows do not take.
+peft adds the regularisation only in the forward pass of its own model, which packed rows do not use; it is computed
+here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class AdaLoraAdapter(Adapter):
         self.tuner.rankallocator.set_total_step(steps)
 
     def penalty(self) -> Tensor:
-        """How far singular vectors are from orthogonal: the paper's section 3.1, a mean over matrices as in peft."""
+        """Distance of the singular vectors from orthogonality (the paper's section 3.1), averaged over matrices."""
         products = []
         for name, parameter in self.named_parameters().items():
             if ".lora_A." in name:
@@ -51,13 +52,13 @@ class AdaLoraAdapter(Adapter):
                 f"{self.field}: AdaLoRA needs the number of steps; call adapters.set_total_steps(steps)"
             )
         allocator = self.tuner.rankallocator
-        if allocator.init_bgt > allocator.target_bgt:  # an adapter that was loaded may be down to its ranks already
+        if allocator.init_bgt > allocator.target_bgt:  # a loaded adapter may have its final ranks already
             self.tuner.update_and_allocate(step)
         ranks = self.ranks()
         return {"rank_total": float(sum(ranks)), "rank_min": float(min(ranks)), "rank_max": float(max(ranks))}
 
     def ranks(self) -> list[int]:
-        """Rank of every matrix: its singular values that are not cut off."""
+        """Rank of every matrix: the number of singular values that are not pruned."""
         if self.config.rank_pattern is None:
             return [len(values) for values in self._singular_values().values()]
         return [sum(kept) for kept in self.config.rank_pattern.values()]
@@ -68,7 +69,7 @@ class AdaLoraAdapter(Adapter):
     # ── on disk ──
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """peft's tensors as they are in memory, nothing cut."""
+        """peft's tensors as they are in memory, without pruning."""
         pattern, self.config.rank_pattern = self.config.rank_pattern, None
         try:
             return super().saved_tensors()
@@ -76,7 +77,7 @@ class AdaLoraAdapter(Adapter):
             self.config.rank_pattern = pattern
 
     def save(self, folder: Path) -> None:
-        """Write what is cut off only while it is not zero: between two allocations it may have grown again."""
+        """Write the pruned ranks too, unless they are zero: between two allocations they may have grown again."""
         pattern = self.config.rank_pattern
         if pattern is not None and not self._is_exact(pattern):
             self.config.rank_pattern = None
@@ -88,7 +89,7 @@ class AdaLoraAdapter(Adapter):
             self.config.rank_pattern = pattern
 
     def _is_exact(self, pattern: dict[str, list[bool]]) -> bool:
-        """Whether all singular values that `pattern` cuts off are zero."""
+        """Whether all singular values that `pattern` prunes are zero."""
         for name, values in self._singular_values().items():
             kept = torch.tensor(pattern[name], device=values.device)
             if bool((values.detach().flatten()[~kept] != 0).any()):
@@ -105,7 +106,7 @@ class AdaLoraAdapter(Adapter):
         self.tuner.rankallocator._set_budget_scheduler(self.tuner.model)
 
     def training_state(self) -> dict[str, Tensor]:
-        """Parameters, the running means of importance and uncertainty, and what is cut off."""
+        """Parameters, the running means of importance and uncertainty, and the pruning pattern."""
         allocator, state = self.tuner.rankallocator, super().training_state()
         state |= {f"importance.{name}": tensor for name, tensor in allocator.exp_avg_ipt.items()}
         state |= {f"uncertainty.{name}": tensor for name, tensor in allocator.exp_avg_unc.items()}
@@ -120,6 +121,6 @@ class AdaLoraAdapter(Adapter):
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
         allocator.exp_avg_ipt, allocator.exp_avg_unc = under("importance."), under("uncertainty.")
-        # update_ipt starts all three anew for a name that the first of them lacks
+        # update_ipt resets all three for a name that is missing in the first of them
         allocator.ipt = {name: torch.zeros_like(tensor) for name, tensor in allocator.exp_avg_ipt.items()}
         self.config.rank_pattern = {name: kept.tolist() for name, kept in under("kept.").items()} or None

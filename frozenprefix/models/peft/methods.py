@@ -1,8 +1,8 @@
 """The methods, with peft's own names and defaults for their options.
 
-Left out is what would change frozen weights (`bias`, `modules_to_save`, `trainable_token_indices`, initialisations such
-as PiSSA that take a part out of the weights), what needs data or training code of its own, and what follows from the
-model.
+Not offered: options that would change frozen weights (`bias`, `modules_to_save`, `trainable_token_indices`,
+initialisations such as PiSSA that take a part out of the weights), options that need data or training code of their
+own, and options that follow from the model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ def lora(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
 ) -> LoraConfig:
-    """Low-rank changes beside frozen matrices: Hu et al. 2022."""
+    """LoRA: low-rank updates of frozen matrices (Hu et al. 2022).
+
+    Example:
+        >>> from frozenprefix.models.peft import PEFT_METHODS
+        >>> PEFT_METHODS.get("lora")(r=4, target_modules=["q_proj"]).lora_alpha
+        8
+    """
     return LoraConfig(
         r=r,
         target_modules=target_modules,
@@ -55,7 +61,7 @@ def lora(
 # with the options of lora and their types, which a recipe is checked against
 @wraps(lora, assigned=("__annotations__",))
 def dora(**options: Any) -> LoraConfig:
-    """LoRA on the direction of every column, and its length: Liu et al. 2024."""
+    """DoRA: LoRA on the direction of every column, and a trained length (Liu et al. 2024)."""
     config = lora(**options)
     config.use_dora = True
     return config
@@ -78,7 +84,7 @@ def adalora(
     layers_to_transform: list[int] | int | None = None,
     layers_pattern: list[str] | str | None = None,
 ) -> AdaLoraConfig:
-    """LoRA whose ranks move during training to the matrices that need them: Zhang et al. 2023.
+    """AdaLoRA: ranks move during training to the matrices that need them (Zhang et al. 2023).
 
     Ranks fall from `init_r` after `tinit` steps to `target_r` on average, `tfinal` steps before the end.
     """
@@ -106,7 +112,7 @@ def adalora(
 def ia3(
     *, target_modules: Modules = None, exclude_modules: Modules = None, feedforward_modules: Modules = None
 ) -> IA3Config:
-    """Learned scales of keys, values and inner activations: Liu et al. 2022 (T-Few)."""
+    """IA3: learned scales of keys, values and inner activations (Liu et al. 2022, T-Few)."""
     options: dict[str, Any] = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     if feedforward_modules is not None:
         options["feedforward_modules"] = feedforward_modules
@@ -114,9 +120,9 @@ def ia3(
 
 
 def prefix_tuning(*, num_virtual_tokens: Count = 20, init_weights: Literal["zero"] | None = None) -> PrefixTuningConfig:
-    """Keys and values of virtual tokens in every layer: Li & Liang 2021.
+    """Prefix tuning: keys and values of virtual tokens in every layer (Li & Liang 2021).
 
-    Without their reparametrisation: peft's checkpoints hold its result alone, so that training could not go on.
+    Without the paper's reparametrisation: peft's checkpoints hold only its result, so training could not be resumed.
     """
     return PrefixTuningConfig(num_virtual_tokens=num_virtual_tokens, init_weights=init_weights)
 
@@ -126,9 +132,9 @@ def prompt_tuning(
     num_virtual_tokens: Count = 20,
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM"] = "SAMPLE_VOCAB",
 ) -> PromptTuningConfig:
-    """Embeddings of virtual tokens: Lester et al. 2021.
+    """Prompt tuning: embeddings of virtual tokens (Lester et al. 2021).
 
     They start as words of the vocabulary, which the paper's section 3.2 found better than random numbers; peft's
-    default, normal with deviation 1, is many times as large as the word embeddings of most LMs.
+    default, a standard normal, is many times as large as the word embeddings of most LMs.
     """
     return PromptTuningConfig(num_virtual_tokens=num_virtual_tokens, prompt_tuning_init=prompt_tuning_init)

@@ -1,9 +1,19 @@
 """Virtual tokens before everything else in a text, the image included: prompt tuning and prefix tuning.
 
-To whoever calls it, a language model with virtual tokens looks like one without: hooks around its decoder put them in
-front, widen masks and shift positions, and take them off the hidden states and off the length of the cache. Packed
-rows, transformers' `generate` and this package's beam search need to know nothing of them. A packed row has them once;
-all its texts see them. Shape letters: B rows, T tokens, S tokens with those in the cache, V virtual tokens.
+For its callers, a language model with virtual tokens looks like one without. Two hooks around the decoder hide them:
+
+    before   first pass     put V embeddings in front (prompt tuning), or start the cache with V keys and values in
+                            every layer (prefix tuning)
+             every pass     widen the mask by V columns, and shift positions by V
+    after    first pass     take the V hidden states off again (prompt tuning)
+             every pass     let the cache count the tokens after the virtual ones only
+
+The last line is needed because callers use the cache's length: `generate` derives from it which tokens are new. While
+the decoder runs, the cache has to count all of its tokens, so the hooks switch between the two. Packed rows,
+transformers' `generate` and this package's beam search need to know nothing of all this. A packed row has the virtual
+tokens once, and all its texts see them.
+
+Shape letters: B rows, T tokens, S tokens including those in the cache, V virtual tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +30,19 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.fusion import Fusion, Shown
+from frozenprefix.models.fusion import Fusion, ImageContext
 
 Mask = Tensor | dict[str, Any] | None
 
 
 class VirtualTokens(nn.Module):
-    """What peft's prompt encoder learns, put before every text that the language model reads.
+    """The output of peft's prompt encoder, before every text that the language model reads.
 
     Args:
         encoder: peft's prompt encoder, which holds the trained parameters.
-        prompt: gives, for a batch of one, embeddings float[1, V, D_lm] or a cache of keys and values.
+        prompt: computes embeddings float[1, V, D_lm] or a cache of keys and values, for a batch of one.
         count: V.
-        in_layers: keys and values in every layer (prefix tuning) in place of embeddings (prompt tuning).
+        in_layers: True for keys and values in every layer (prefix tuning), False for embeddings (prompt tuning).
     """
 
     def __init__(self, encoder: nn.Module, prompt: Callable[[int], Any], count: int, in_layers: bool):
@@ -41,7 +51,7 @@ class VirtualTokens(nn.Module):
         self.count, self.in_layers = count, in_layers
         self.enabled = True
         self._prompt = prompt
-        self._shown: Shown | None = None
+        self._context: ImageContext | None = None
         self._is_first = False
         # behind a function, or the fusion would become a submodule of the language model
         self._fusion: Callable[[], Fusion | None] = lambda: None
@@ -65,7 +75,7 @@ class VirtualTokens(nn.Module):
 
     @torch.no_grad()
     def _probe(self, language_model: PreTrainedModel) -> None:
-        """Let the LM read one token, and look whether it kept the virtual ones."""
+        """Check on one token that the LM keeps the virtual ones in its cache."""
         token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
         reason = "its decoder keeps no keys and values of them"
         try:
@@ -84,6 +94,7 @@ class VirtualTokens(nn.Module):
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
             return None
+        # callers pass arguments by position or by name; from here on all have names
         names = list(inspect.signature(decoder.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get(CACHE)
@@ -101,7 +112,7 @@ class VirtualTokens(nn.Module):
         return (), kwargs
 
     def _begin(self, kwargs: dict[str, Any]) -> None:
-        """Put the virtual tokens into the input, or into the cache."""
+        """First pass of a text: put the virtual tokens into the input, or into the cache."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = self._embeddings()(kwargs["input_ids"])
@@ -112,13 +123,14 @@ class VirtualTokens(nn.Module):
         # [B, T, D_lm] -> [B, V + T, D_lm]
         kwargs["inputs_embeds"], kwargs["input_ids"] = torch.cat([prompt, embeds], dim=1), None
         fusion = self._fusion()
-        self._shown = None if fusion is None else fusion.shown
-        if fusion is not None and self._shown is not None:
-            index, image = (F.pad(t, (self.count, 0), value=-1) for t in (self._shown.prefix_index, self._shown.image))
-            fusion.shown = replace(self._shown, prefix_index=index, image=image)
+        self._context = None if fusion is None else fusion.context
+        if fusion is not None and self._context is not None:
+            places = (self._context.prefix_index, self._context.image)
+            index, image = (F.pad(place, (self.count, 0), value=-1) for place in places)
+            fusion.context = replace(self._context, prefix_index=index, image=image)
 
     def _fill(self, cache: Cache | None, embeds: Tensor) -> Cache:
-        """A cache that begins with the virtual tokens' keys and values."""
+        """A cache that starts with the keys and values of the virtual tokens."""
         prompt = self._prompt(1)
         if cache is None:
             cache = Cache(layers=[DynamicLayer() for _ in prompt.layers])
@@ -131,9 +143,9 @@ class VirtualTokens(nn.Module):
         if not self.enabled:
             return
         fusion = self._fusion()
-        if fusion is not None and self._shown is not None:
-            fusion.shown, self._shown = self._shown, None
-        if output is None:  # the decoder failed
+        if fusion is not None and self._context is not None:
+            fusion.context, self._context = self._context, None
+        if output is None:  # the decoder raised an error
             return
         if self._is_first and not self.in_layers:
             output.last_hidden_state = output.last_hidden_state[:, self.count :]
@@ -149,7 +161,7 @@ class VirtualTokens(nn.Module):
             raise ConfigError(f"{CACHE}: got a cache that was made without the virtual tokens; start a new one")
 
     def _shift(self, positions: Tensor, rows: bool) -> Tensor:
-        """int64[B, T] -> int64[B, T] or, with rows for the virtual tokens, int64[B, V + T]."""
+        """int64[B, T] -> int64[B, T], or int64[B, V + T] when the virtual tokens are in the input."""
         shifted = positions + self.count
         if not rows:
             return shifted
@@ -157,7 +169,12 @@ class VirtualTokens(nn.Module):
         return torch.cat([own.expand(len(positions), -1), shifted], dim=1)
 
     def _widen(self, mask: Mask, rows: bool, positions: Tensor | None) -> Mask:
-        """Let all tokens see the virtual ones: [B, S] -> [B, V + S], [B, H, T, S] -> [B, H, (V +) T, V + S]."""
+        """Let all tokens see the virtual ones: [B, S] -> [B, V + S], [B, H, T, S] -> [B, H, (V +) T, V + S].
+
+        Args:
+            rows: whether the virtual tokens are in the input, so that a 4-D mask needs rows for them too. They see
+                each other causally, and nothing after them.
+        """
         if isinstance(mask, dict):
             return {kind: self._widen(one, rows, positions) for kind, one in mask.items()}
         if mask is None or mask.ndim == 2:
@@ -178,12 +195,13 @@ class VirtualTokens(nn.Module):
 
 
 def hide_length(cache: Cache, count: int) -> None:
-    """Let a cache count the tokens behind `count` virtual ones only, as whoever reads texts with it does."""
+    """Let a cache count the tokens after the `count` virtual ones only, as its users do."""
     if not hides_length(cache):
         cache.get_seq_length = lambda layer_idx=0: type(cache).get_seq_length(cache, layer_idx) - count  # type: ignore[method-assign]
 
 
 def show_length(cache: Cache) -> None:
+    """Undo `hide_length`."""
     vars(cache).pop("get_seq_length", None)
 
 
