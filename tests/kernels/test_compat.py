@@ -115,7 +115,7 @@ def test_no_other_package_uses_a_private_name_of_a_library():
     """Names that start with an underscore belong to this package, or to an object of its own."""
     package = ROOT / "frozenprefix"
     trees = {path: ast.parse(path.read_text()) for path in package.rglob("*.py")}
-    own = {name for tree in trees.values() for name in _defined(tree)}
+    own = set().union(*map(_defined, trees.values()))
     found = []
     for path, tree in trees.items():
         if path.parent != package / "kernels":
@@ -123,11 +123,16 @@ def test_no_other_package_uses_a_private_name_of_a_library():
     assert not found
 
 
-def _defined(tree: ast.AST) -> list[str]:
-    functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
-    fields = [node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target,
-    "id")] return functions + fields + [node.attr for node in assigned if _is_own(node.value)]
+def _defined(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node.value):
+            names.add(node.attr)
+    return names
 
 
 def _private_attributes(tree: ast.AST) -> list[str]:
