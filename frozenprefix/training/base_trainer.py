@@ -19,7 +19,6 @@ from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
@@ -186,7 +185,7 @@ class BaseTrainer(ABC):
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
-                processes=Processes.of(self.accelerator),
+                processes=self.accelerator.state,
                 bad_list=self.output_dir / "bad_images.jsonl" if main else None,
                 progress=update,
             )
