@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoConfig
 
 from frozenprefix.assets import is_pypi, resolve
@@ -14,9 +15,9 @@ from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.loading import load_checkpoint_recipe
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.data.processes import Processes
 from frozenprefix.kernels.precision import measure_products, native_bfloat16
 from frozenprefix.models.language_model.loading import resolve_language_model
+from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=BaseRecipe)
@@ -47,7 +48,8 @@ def resolve_precision(recipe: R, resumed: str | Path | None = None) -> R:
         return recipe.with_precision(precision)
     hidden, inner = _feed_forward_sizes(recipe)
     rates = measure_products(hidden, inner)
-    precision = Processes.current().gather(["bf16" if rates.faster == torch.bfloat16 else "fp32"])[0]
+    current_processes()  # forms the group
+    precision = gather_object(["bf16" if rates.faster == torch.bfloat16 else "fp32"])[0]
     message = "precision: %s; products of %d x %d run at %.0f GFLOP/s in fp32 and %.0f in bf16"
     logger.info(message, precision, hidden, inner, rates.float32 / 1e9, rates.bfloat16 / 1e9)
     return recipe.with_precision(precision)
