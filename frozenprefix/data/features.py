@@ -137,7 +137,7 @@ class ImageFeatures:
             >>> encoder = ImageEncoder.from_model(model, processor)
             >>> features = ImageFeatures.from_encoder(encoder, [image_path], FeatureStorage("off"))
             >>> features([image_path]).shape
-            torch.Size([1, 1, 64])
+            torch.Size([1, 4, 64])
         """
         processes = processes or Processes()
         paths, bad = list(dict.fromkeys(paths)), BadImages()

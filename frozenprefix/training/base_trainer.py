@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch.utils.data import DataLoader
 
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
-from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
@@ -171,8 +172,14 @@ class BaseTrainer(ABC):
                 progress=update,
             )
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        """Set the images for training and validation, the order of the steps, and their number."""
+    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+        """Set the images for training and validation, the order of the steps, and their number.
+
+        A resumed run must have the same training samples: a digest of them is part of the state.
+        """
+        samples = [sample for group in groups["train"] for sample in group.samples]
+        digest = digest_samples(samples, None if features is None else features.key_of)
+        self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
         settings, self.train_groups = self.settings, groups["train"]
         self.validation_groups = groups.get("validation", [])[: settings.validation_images]
         self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
@@ -306,7 +313,7 @@ class BaseTrainer(ABC):
         if not folder.is_dir():
             raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
-        self.progress = load_training_state(folder, self.optimizer, self.recipe.fingerprint())
+        self.progress = load_training_state(folder, self.optimizer, self.progress.fingerprint)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
 
     def save_best(self) -> None:

@@ -113,7 +113,7 @@ def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerpr
     if differs:
         key = sorted(differs)[0]
         raise CheckpointError(
-            f"{folder} was made by another recipe: {key} was {progress.fingerprint.get(key)!r}, now "
+            f"{folder} belongs to another recipe or other data: {key} was {progress.fingerprint.get(key)!r}, now "
             f"{fingerprint.get(key)!r}; restore it, choose another output_dir, or use --resume never"
         )
     torch.set_rng_state(tensors.pop("rng.cpu"))
