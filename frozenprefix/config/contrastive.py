@@ -38,7 +38,13 @@ class ContrastiveTrainingSection(RunSection):
 
 
 class ContrastiveRecipe(BaseRecipe):
-    """One experiment of locked-image tuning."""
+    """One experiment of locked-image tuning.
+
+    Example:
+        >>> from frozenprefix.config import load_recipe
+        >>> load_recipe("recipes/lit_flickr8k.yaml").model.projection_dim
+        384
+    """
 
     same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
         "": ("seed", "model"),

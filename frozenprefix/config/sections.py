@@ -202,7 +202,12 @@ class RunSection(RecipeSection):
 
 
 class TrainingSection(RunSection):
-    """How a mapper, and whatever else a recipe trains through the language model, is trained."""
+    """How a mapper, and whatever else a recipe trains through the language model, is trained.
+
+    Example:
+        >>> TrainingSection(epochs=2).packing
+        'trie'
+    """
 
     gradient_accumulation_steps: int = Field(1, ge=1)
     packing: Packing = "trie"
@@ -221,7 +226,12 @@ class TrainingSection(RunSection):
 
 
 class EvaluationSection(RecipeSection):
-    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on."""
+    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on.
+
+    Example:
+        >>> EvaluationSection(num_beams=3).limit is None
+        True
+    """
 
     num_beams: int | None = Field(None, ge=1, description="null for the task's own: 5 for captions, 1 for answers")
     max_new_tokens: int | None = Field(None, ge=1, description="null for the task's own: 30 or 10")
@@ -230,7 +240,7 @@ class EvaluationSection(RecipeSection):
 
 
 class TrackingSection(RecipeSection):
-    """Where figures go beside the run's own log.jsonl, which is always written."""
+    """Where figures go besides the run's own log.jsonl, which is always written."""
 
     tensorboard: bool = False
     wandb: bool = False

@@ -12,24 +12,24 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
+from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, prepare_images
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
@@ -167,7 +167,7 @@ class BaseTrainer(ABC):
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
-                processes=Processes.of(self.accelerator),
+                processes=self.accelerator.state,
                 bad_list=self.output_dir / "bad_images.jsonl" if main else None,
                 progress=update,
             )
@@ -313,7 +313,12 @@ class BaseTrainer(ABC):
         if not folder.is_dir():
             raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
-        self.progress = load_training_state(folder, self.optimizer, self.progress.fingerprint)
+        state = self.accelerator.state
+        self.progress = load_training_state(
+            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
+        )
+        if self.accelerator.scaler is not None and self.progress.scaler:
+            self.accelerator.scaler.load_state_dict(self.progress.scaler)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
 
     def save_best(self) -> None:
@@ -322,9 +327,13 @@ class BaseTrainer(ABC):
                 self.write_model(folder)
 
     def save_last(self) -> None:
+        """Save the state that a resumed run continues from. All processes must call it."""
+        random_states = gather_object([random_state()])
+        if self.accelerator.scaler is not None:
+            self.progress.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             with atomic_folder(self.output_dir / "last") as folder:
-                self.write_state(folder)
+                self.write_state(folder, random_states)
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint."""
@@ -336,7 +345,7 @@ class BaseTrainer(ABC):
         self.processor.save_pretrained(folder)
         write_text_atomic(folder / "recipe.yaml", self.recipe.to_yaml())
 
-    def write_state(self, folder: Path) -> None:
+    def write_state(self, folder: Path, random_states: RandomStates) -> None:
         """Write a checkpoint with the state of the training."""
         self.write_model(folder)
-        save_training_state(folder, self.optimizer, self.progress)
+        save_training_state(folder, self.optimizer, self.progress, random_states)

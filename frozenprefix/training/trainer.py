@@ -22,7 +22,7 @@ from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ab
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
-from frozenprefix.training.checkpoints import load_initial
+from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
@@ -168,6 +168,8 @@ class Trainer(BaseTrainer):
     def step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step over all its micro-batches; each term of the loss is a mean over all of them."""
         parts = [self._next_part(batches, number) for number in range(self.settings.gradient_accumulation_steps)]
+        with self.accelerator.autocast():
+            self.objectives.prepare_step(parts)
         shares, targets = self._shares(parts)
         learning_rate, weights = self._set_learning_rate(), self.objectives.weights(self.share_done())
         values = self._backward(parts, shares, weights)
@@ -271,8 +273,8 @@ class Trainer(BaseTrainer):
         if self.retriever is not None:
             self.retriever.save(folder)
 
-    def write_state(self, folder: Path) -> None:
-        super().write_state(folder)
+    def write_state(self, folder: Path, random_states: RandomStates) -> None:
+        super().write_state(folder, random_states)
         self.model.adapters.save_state(folder)
 
 
