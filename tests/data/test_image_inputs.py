@@ -97,8 +97,10 @@ def test_other_ranges_of_three_channels(values):
 
 @pytest.mark.parametrize(
     "value",
-    [np.zeros(3), np.zeros((5, 5, 5)), np.zeros((0, 3)), NOISE / 128.0 - 1.0, NOISE * 300.5, np.full((2, 2, 3), np.nan)]
-    + [np.array([["a"]]), 3, None, [1, 2]],
+    [
+        *(np.zeros(3), np.zeros((5, 5, 5)), np.zeros((0, 3)), np.full((2, 2, 3), np.nan), np.array([["a"]])),
+        *(NOISE / 128.0 - 1.0, NOISE * 300.5, 3, None, [1, 2]),
+    ],
 )  # fmt: skip
 def test_what_is_no_image_is_refused(value):
     with pytest.raises(BadImageError) as caught:

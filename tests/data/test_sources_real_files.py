@@ -227,7 +227,7 @@ def test_one_rule_for_samples_without_a_target(caplog):
     assert [(sample.id, sample.targets) for sample in with_targets(samples, where="data.val")] == [("1", ("a",))]
     assert "data.val: 2 of 3 samples are left out: no target 2" in caplog.text
     assert "data.val: 1 of 2 targets are left out: blank 1" in caplog.text
-    with pytest.raises(DataError, match="data.val: all of its 1 samples are left out"):
+    with pytest.raises(DataError, match=r"data.val: all of its 1 samples are left out"):
         with_targets(samples[1:2], where="data.val")
 
 
