@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from frozenprefix.cli.caption import find_images as images_of_paths
+from frozenprefix.cli.caption import list_images
 from frozenprefix.data.images import find_images, walk_files
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import DataError
@@ -65,7 +65,7 @@ def test_a_hidden_folder_that_is_named_itself_is_read(tmp_path):
 
 def test_commands_and_sources_find_the_same_images(folder, tmp_path):
     found = find_images(folder)
-    assert images_of_paths([folder]) == found
+    assert list_images([folder]) == found
     assert [sample.images[0] for sample in load_source({"type": "image_folder", "path": str(folder)})] == found
 
 
