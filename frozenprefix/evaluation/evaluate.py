@@ -10,7 +10,6 @@ from torch import Tensor
 
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.samples import (
@@ -23,6 +22,7 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
 
@@ -67,7 +67,8 @@ def evaluate_checkpoint(
             `data`, a `split` without `data`, or an evaluation that was begun with other settings.
         DataError: when there are no such samples, or too many images are bad.
     """
-    chosen, processes = TASKS.get(task), Processes.current()
+    chosen, processes = TASKS.get(task), current_processes()
+    device = str(processes.device) if processes.num_processes > 1 else None
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
@@ -88,7 +89,7 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, device=_device(processes)), samples, options)
+    result = chosen.run(chosen.load(checkpoint, device=device), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
@@ -144,7 +145,7 @@ def evaluate_samples(
         max_bad_share=max_bad_share,
         features=features or FeatureStorage(),
         restart=restart,
-        processes=Processes.current(),
+        processes=current_processes(),
         progress=progress,
     )
     tasks = sorted({sample.task for sample in samples})
@@ -164,12 +165,3 @@ def encode_samples(
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)
     return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
-
-
-def _device(processes: Processes) -> str | None:
-    """The accelerator of this process, when several share a machine."""
-    if processes.count == 1:
-        return None
-    from accelerate import PartialState
-
-    return str(PartialState().device)

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError
@@ -167,7 +166,7 @@ class BaseTrainer(ABC):
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
-                processes=Processes.of(self.accelerator),
+                processes=self.accelerator.state,
                 bad_list=self.output_dir / "bad_images.jsonl" if main else None,
                 progress=update,
             )

@@ -14,7 +14,6 @@ from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
-from frozenprefix.data.processes import Processes
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.training.setup import load_parts, prepare_images
 
@@ -70,7 +69,7 @@ def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | Non
         encoder,
         samples,
         recipe.data,
-        processes=Processes.of(accelerator),
+        processes=accelerator.state,
         bad_list=bad_list if accelerator.is_main_process else None,
         progress=progress,
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.recipe import Recipe
@@ -19,7 +21,6 @@ from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
 from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError
@@ -34,6 +35,7 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.precomputed import feature_table
+from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ def prepare_images(
     samples: dict[str, list[Sample]],
     data: DataSection,
     *,
-    processes: Processes | None = None,
+    processes: PartialState | None = None,
     bad_list: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedImages:
@@ -155,7 +157,7 @@ def prepare_images(
         DataError: when too many images are bad, or given features lack some.
         CacheError: for a cache folder that is damaged, or was made with another encoder.
     """
-    processes = processes or Processes()
+    processes = processes or current_processes()
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
     paths = images_of(group for listed in groups.values() for group in listed)
     bad = BadImages()
@@ -167,7 +169,7 @@ def prepare_images(
             given.keys_of(paths)
             features = cast(FeatureCache, given)  # it has what is asked of a cache in training
         elif data.feature_cache == "off":
-            mine = paths[processes.rank :: processes.count]
+            mine = paths[processes.process_index :: processes.num_processes]
             find_unreadable(mine, bad, workers=max(1, data.workers), progress=progress)
         else:
             features, encoded = fill_feature_cache(
@@ -180,7 +182,7 @@ def prepare_images(
                 processes=processes,
                 progress=progress,
             )
-        share_bad_images(bad, processes)
+        share_bad_images(bad)
     finally:
         if bad_list is not None:
             bad_list.unlink(missing_ok=True)
@@ -189,7 +191,7 @@ def prepare_images(
                 logger.warning("%d of %d images cannot be used; %s lists them", len(bad), len(paths), bad_list)
     bad.check(len(paths), data.max_bad_share)
     kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
-    return PreparedImages(kept, features, bad, len(paths), sum(processes.gather([encoded])))
+    return PreparedImages(kept, features, bad, len(paths), sum(gather_object([encoded])))
 
 
 def add_similar_captions(prepared: PreparedImages, data: DataSection) -> CaptionRetriever | None:
