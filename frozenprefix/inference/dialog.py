@@ -18,7 +18,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens
 
 # options of `generate` that several rows, or another form of output, would need
 REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
@@ -176,7 +176,7 @@ class Dialog:
             images = replace(images, prefix_index=images.prefix_index[:, known:], image=images.image[:, known:])
         options = {
             "do_sample": False,
-            "eos_token_id": self._captioner.end_tokens(),
+            "eos_token_id": end_tokens(self.model, self.processor.tokenizer),
             "pad_token_id": self.processor.tokenizer.pad_token_id,
             **turn.options,
         }

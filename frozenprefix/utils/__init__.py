@@ -12,6 +12,7 @@ from frozenprefix.utils.files import (
 )
 from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
 from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
+from frozenprefix.utils.outputs import check_output
 from frozenprefix.utils.progress import progress_bar
 from frozenprefix.utils.user_cache import build_once, user_cache
 
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "build_once",
+    "check_output",
     "content_hash",
     "encode_text",
     "file_sha256",

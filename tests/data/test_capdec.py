@@ -18,7 +18,6 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
-
 from tests.helpers.drawings import write_shapes
 
 TEXT_ONLY = "data.text_only={noise: 0.01}"

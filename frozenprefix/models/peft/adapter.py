@@ -73,16 +73,18 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """Inside the block the part computes what it computes without the adapter."""
         layers, tokens = self.layers(), self.virtual_tokens
+        trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         for layer in layers:
-            # peft's public switch would also set requires_grad on frozen adapters
-            layer._disable_adapters = True
+            layer.enable_adapters(False)
         if tokens is not None:
             tokens.enabled = False
         try:
             yield
         finally:
             for layer in layers:
-                layer._disable_adapters = False
+                layer.enable_adapters(True)
+            for parameter, required in trained:  # peft's switch changes them too
+                parameter.requires_grad_(required)
             if tokens is not None:
                 tokens.enabled = True
 

@@ -22,7 +22,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
     Example:
         >>> import timm
-        >>> network = fold_batch_norms(timm.create_model("resnet10t", num_classes=0))
+        >>> network = fold_batch_norms(timm.create_model("mobilenetv3_small_050", num_classes=0))
         >>> any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
         False
     """

@@ -57,13 +57,7 @@ AutoImageProcessor.register(
 
 
 def make_image_processor(
-    *,
-    image_size: int,
-    resize_mode: str,
-    interpolation: str,
-    mean: Any,
-    std: Any,
-    crop_pct: float = 1.0,
+    *, image_size: int, resize_mode: str, interpolation: str, mean: Any, std: Any, crop_pct: float = 1.0
 ) -> FrozenPrefixImageProcessor:
     """Build the processor from what timm calls the data config and open_clip the preprocessing config.
 
