@@ -153,6 +153,6 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], current: dict[str, A
     if differing:
         key = differing[0]
         raise CheckpointError(
-            f"{folder} was made by another recipe: {key} was {saved.get(key)!r}, now {current.get(key)!r}; restore it, "
-            "choose another output_dir, or use --resume never"
+            f"{folder} belongs to another recipe or other data: {key} was {saved.get(key)!r}, now "
+            f"{current.get(key)!r}; restore it, choose another output_dir, or use --resume never"
         )
