@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
-from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
@@ -190,8 +191,14 @@ class BaseTrainer(ABC):
                 progress=update,
             )
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        """Set the images for training and validation, the order of the steps, and their number."""
+    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+        """Set the images for training and validation, the order of the steps, and their number.
+
+        A resumed run must have the same training samples: a digest of them is part of the state.
+        """
+        samples = [sample for group in groups["train"] for sample in group.samples]
+        digest = digest_samples(samples, None if features is None else features.key_of)
+        self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
         settings, self.train_groups = self.settings, groups["train"]
         self.validation_groups = groups.get("validation", [])[: settings.validation_images]
         self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
@@ -327,7 +334,7 @@ class BaseTrainer(ABC):
         self.read_model(folder)
         state = self.accelerator.state
         self.progress = load_training_state(
-            folder, self.optimizer, self.recipe.fingerprint(), rank=state.process_index, processes=state.num_processes
+            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
         )
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)

@@ -73,7 +73,7 @@ class ContrastiveTrainer(BaseTrainer):
                 f"data.train: got {len(groups['train'])} images that can be read, expected at least "
                 f"training.images_per_step = {per_step}"
             )
-        self.use_groups(groups)
+        self.use_groups(groups, features)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
 
     def prepare_optimizer(self) -> None:
