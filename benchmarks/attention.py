@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from frozenprefix.kernels.attention import additive_mask, matmul_attention
+from frozenprefix.kernels import additive_mask, matmul_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -36,11 +36,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def inputs(rows: int, heads: int, groups: int, length: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value that need gradients, and a causal mask."""
+    """Query, key and value with gradients, and a causal mask."""
     torch.manual_seed(0)
-    made = [torch.randn(rows, n, length, dim, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)]
-    seen = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, -1, -1)
-    return [*made, additive_mask(seen, dtype)]
+    tensors = [torch.randn(rows, n, length, dim, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)]
+    visible = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, -1, -1)
+    return [*tensors, additive_mask(visible, dtype)]
 
 
 def step(attention: Attention, tensors: list[Tensor]) -> list[Tensor]:
@@ -70,12 +70,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = 30
     if arguments.quick:
         sizes, rounds = {"tiny": (2, 4, 2, 12, 8)}, 2
-    made = [
+    cases = [
         measure(f"{name}, {str(dtype).removeprefix('torch.')}", dtype, size, rounds)
         for name, size in sizes.items()
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    return {"cases": made, "ratio": min(case["ratio"] for case in made)}
+    return {"cases": cases, "ratio": min(case["ratio"] for case in cases)}
 
 
 def markdown(report: dict[str, Any]) -> str:

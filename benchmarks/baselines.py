@@ -1,4 +1,4 @@
-"""The methods that this toolkit is compared with, written from their descriptions."""
+"""The baselines of the benchmarks: ClipCap's training step and beam search, and transformers' Llava."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.workloads import END, FEATURE, PREFIX, random_lm
 
 
 def padded(captions: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
-    """Captions cut or padded to `length`: int64[B, length], and where words are."""
+    """Captions cut or padded to `length`: token ids int64[B, length], and their mask float[B, length]."""
     words, mask = torch.zeros(len(captions), length, dtype=torch.long), torch.zeros(len(captions), length)
     for row, caption in enumerate(captions):
         kept = caption[:length]
@@ -23,12 +23,12 @@ def padded(captions: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
 
 
 class ClipCapStep:
-    """A step of ClipCap's prefix-only training (Mokady et al. 2021) as its published program does it.
+    """A step of ClipCap's prefix-only training (Mokady et al. 2021), as in its published code.
 
-    Every caption is a row with its own run of the mapper, padded to the data set's length (the mean plus ten
-    deviations); the LM gives logits at every position; its weights keep `requires_grad`, so that their gradients are
-    computed and pile up, because only the mapper's are cleared. One thing is done better than there: padding is
-    ignored by a mask of its own, not by the id of a word.
+    Every caption is a row with its own mapper pass, padded to the length of the data set (mean plus ten standard
+    deviations). The LM computes logits at every position. Its weights keep `requires_grad`, and their gradients
+    accumulate, because only the mapper's are cleared. One difference favours the baseline: padding is masked, and not
+    marked by the id of a real token.
     """
 
     def __init__(self, config: PreTrainedConfig, mapper: nn.Module, all_captions: list[list[list[int]]]):
@@ -41,7 +41,7 @@ class ClipCapStep:
     def __call__(self, features: Tensor, captions: list[list[list[int]]]) -> None:
         rows = [caption for texts in captions for caption in texts]
         words, mask = padded(rows, self.length)
-        # an image's feature once for each of its captions
+        # [images, 1, D] -> [captions, 1, D]
         repeated = features.repeat_interleave(len(captions[0]), dim=0)
         prefix = self.mapper(repeated)
         embeds = torch.cat([prefix, self.language_model.get_input_embeddings()(words)], dim=1)
@@ -56,7 +56,7 @@ class ClipCapStep:
 
 
 class LlavaStep:
-    """A step of transformers' Llava with only its projector trained, the vision tower's features made before."""
+    """A step of transformers' Llava that trains only the projector, on precomputed vision features."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
         vision = CLIPVisionConfig(
@@ -74,7 +74,7 @@ class LlavaStep:
         self.dtype = dtype
 
     def __call__(self, features: Tensor, captions: list[list[list[int]]]) -> None:
-        """`features`: float32[images, 1, 512]; the tower would give PREFIX tokens of that width."""
+        """`features`: float32[images, 1, 512]. Each is repeated PREFIX times, as many as a vision tower's tokens."""
         rows = [[*caption, END] for texts in captions for caption in texts]
         words, mask = padded(rows, max(map(len, rows)))
         tokens = features.repeat_interleave(len(captions[0]), dim=0).expand(-1, PREFIX, -1).to(self.dtype)
@@ -90,13 +90,13 @@ class LlavaStep:
 def clipcap_beam_search(
     language_model: nn.Module, prefix: Tensor, *, num_beams: int, new_tokens: int, end: int | None
 ) -> Tensor:
-    """Beam search for one image as ClipCap's script does it: the whole sequence is read again for every word.
+    """Beam search for one image as in ClipCap's script: every step runs the whole sequence again, without a cache.
 
     Args:
         prefix: float[1, P, D].
 
     Returns:
-        int64[new tokens] of the best beam by mean log-probability.
+        int64[new tokens], the beam with the best mean log-probability.
     """
     embeddings = language_model.get_input_embeddings()
     generated, words = prefix, torch.empty(1, 0, dtype=torch.long)

@@ -1,9 +1,9 @@
-"""What a recipe owes to its images: beside it its twin, trained with one and the same vector for all of them.
+"""How much a recipe gains from its images: it is compared with a twin trained on one constant vector for all images.
 
 python benchmarks/blind_twin.py RECIPE [KEY=VALUE ...] --task vqa [--option answering=choose] [--json report.json]
 
-Trains what is not trained yet, in the recipe's output_dir and beside it, evaluates both on the recipe's validation
-data, and compares them by paired bootstrap over images.
+Both are trained, in the recipe's output_dir and beside it, unless they are already. Both are evaluated on the recipe's
+validation data and compared by paired bootstrap over images.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.sources import load_sources
 from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.evaluation.comparison import Evaluation, compare
-from frozenprefix.training.trainer import train
+from frozenprefix.training import train
 
 
 def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe with features of the same shape but equal for all images, in a folder beside the recipe's own.
+    """The recipe with one constant feature for all images, in a folder beside the recipe's own.
 
-    What it starts from has seen images, and is left out.
+    `training.init_from` is removed, because that checkpoint was trained on images.
     """
     recipe = load_recipe(path, overrides)
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}_blind")
@@ -52,7 +52,7 @@ def blind_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def evaluated(recipe: Recipe, task: str, options: dict[str, Any]) -> Evaluation:
-    """The recipe's last checkpoint on its validation data; trained first, or to its end, where that is left to do."""
+    """Train the recipe unless it is complete, and evaluate its last checkpoint on its validation data."""
     trained = train(recipe)
     result = evaluate_checkpoint(trained.output_dir / "last", task=task, **options)
     file = trained.output_dir / f"{task}_scores.json"
@@ -88,16 +88,18 @@ def markdown(report: dict[str, Any]) -> str:
         gain = between(difference["difference"], difference["low"], difference["high"])
         rows.append([name, own, report["blind_twin"][name], gain, report["shuffled"].get(name, "–")])
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    head = ["", "trained on images (95 %)", "blind twin", "difference (95 %)", "shown another's image"]
+    head = ["", "trained on images (95 %)", "blind twin", "difference (95 %)", "shuffled images"]
     return f"`{report['recipe']}`, {report['n']} samples, {settings}.\n\n{common.table(head, rows)}"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `frozenprefix train` takes them")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in `frozenprefix train`")
     parser.add_argument("--task", choices=["vqa", "caption"], default="vqa")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the evaluation's task")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the evaluation task"
+    )
     arguments = parser.parse_intermixed_args(argv)
     return common.publish(run, arguments, "blind-twin", markdown)
 

@@ -1,4 +1,4 @@
-"""Images per second into the feature cache, against the bare encoder; training steps with and without the cache.
+"""Images per second with `frozenprefix cache` and with the encoder alone; training steps with and without the cache.
 
 python benchmarks/cache.py [--quick] [--json report.json]
 """
@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import load_image
 from frozenprefix.training.caching import fill_cache
@@ -27,7 +27,7 @@ from frozenprefix.training.trainer import Trainer
 
 
 def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
-    """The recipe of Flickr8k in small, or a tiny one; and what the images are."""
+    """A small Flickr8k recipe, or a tiny one, and a description of its images."""
     training = {"max_steps": 100, "targets_per_image": 4, "images_per_step": 12}
     if quick:
         model = {
@@ -49,7 +49,7 @@ def make(folder: Path, quick: bool) -> tuple[Recipe, str]:
 
 
 def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
-    """Bare encoder on pixels that are ready, decoding on one core, and the command from files to shards."""
+    """Rates of the encoder alone on prepared pixels, of decoding on one core, and of the whole command."""
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     paths = [path for sample in load_parts(recipe.data)["train"] for path in sample.images]
     before = time.perf_counter()
@@ -63,7 +63,7 @@ def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
             encoder.encode(pixels)
 
     encode_all()
-    for number in range(rounds):  # in turns, so that a slow minute hits both
+    for number in range(rounds):  # in turns, so that a slow minute affects both
         before = time.perf_counter()
         encode_all()
         bare.append(batches * len(pixels) / (time.perf_counter() - before))
@@ -83,7 +83,7 @@ def encoding(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 class Steps(Trainer):
-    """The steps of a recipe, one a call."""
+    """One training step per call."""
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -96,9 +96,9 @@ class Steps(Trainer):
 
 
 def training(recipe: Recipe, folder: Path, rounds: int) -> dict[str, Any]:
-    """Targets per second of the same steps, from the cache and from image files, in turns.
+    """Targets per second of the same steps, in turns from the cache and from image files.
 
-    Images are read by the training process itself: workers would prepare them while the other arm is timed.
+    The training process reads the images itself: workers would prepare them while the other arm is timed.
     """
     arms = {}
     for name, cache in (("with_cache", str(folder / "round-0")), ("without_cache", "off")):
@@ -116,20 +116,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, images = make(folder, arguments.quick)
-        found = encoding(recipe, folder, 1 if arguments.quick else 3)
+        rates = encoding(recipe, folder, 1 if arguments.quick else 3)
         steps = training(recipe, folder, 1 if arguments.quick else 12)
     rows = [
-        ["encoder alone, on pixels that are ready", "images/s", found["bare_encoder_per_s"]],
-        ["decoding and resizing, one core", "images/s", found["decode_per_s_per_core"]],
-        ["`frozenprefix cache`, from files to shards", "images/s", found["cache_per_s"]],
-        ["share of the encoder alone", "", found["share_of_bare_encoder"]],
-        ["images that are in the cache already", "images/s", found["cached_already_per_s"]],
+        ["encoder alone, on prepared pixels", "images/s", rates["bare_encoder_per_s"]],
+        ["decoding and resizing, one core", "images/s", rates["decode_per_s_per_core"]],
+        ["`frozenprefix cache`, from files to shards", "images/s", rates["cache_per_s"]],
+        ["share of the encoder alone", "", rates["share_of_bare_encoder"]],
+        ["images already in the cache", "images/s", rates["cached_already_per_s"]],
         ["training with the cache", "targets/s", steps["with_cache_targets_per_s"]],
         ["training from image files", "targets/s", steps["without_cache_targets_per_s"]],
-        ["steps with the cache, times as fast", "", steps["speed_up"]],
+        ["speed-up by the cache", "", steps["speed_up"]],
     ]
-    report = {"benchmark": "cache", "data": images, **found, **steps}
-    title = f"EfficientNet-Lite0 at 224 pixels in bf16, {found['images']} {images}; SmolLM2-135M in training.\n\n"
+    report = {"benchmark": "cache", "data": images, **rates, **steps}
+    title = f"EfficientNet-Lite0 at 224 pixels in bf16, {rates['images']} {images}; SmolLM2-135M in training.\n\n"
     common.finish(report, arguments, "cache", title + common.table(["", "", ""], rows))
 
 

@@ -1,8 +1,8 @@
-"""What a closed-form start saves: the same mapper trained from random weights, and from `recipes/closed_form.py`.
+"""Training steps saved by a closed-form start: one mapper trained from random weights and from the closed form.
 
 python benchmarks/closed_form_start.py [--json report.json] [--steps 80]
 
-Needs Flickr8k by FROZENPREFIX_DATA, and real weights: a classifier with random ones knows no classes.
+Needs Flickr8k (FROZENPREFIX_DATA) and real weights: a classifier with random weights knows no classes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,22 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from frozenprefix import FrozenPrefixConfig, FrozenPrefixProcessor, train
 from frozenprefix.config import load_recipe
-from frozenprefix.models.configuration import FrozenPrefixConfig
-from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-POINTS, IMAGES = 8, 48  # validations along the way, and their photos
+VALIDATIONS, IMAGES = 8, 48
 
 
 def closed_form(photo: Path, folder: Path) -> Path:
-    """The checkpoint of the recipe's script, which also names what is in a photo."""
+    """Run `recipes/closed_form.py` on a photo, and return its checkpoint."""
     command = [sys.executable, RECIPES / "closed_form.py", photo, "--output", folder]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
 
 
 def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool) -> dict[int, float]:
-    """Validation loss by step, of a mapper of the checkpoint's kind and with its prompt."""
+    """Validation loss by step, for the mapper and the prompt of the checkpoint `start`."""
     mapper = FrozenPrefixConfig.from_pretrained(start).mapper
     prompt = FrozenPrefixProcessor.from_pretrained(start).prompts["caption"]
     settings = {
@@ -49,7 +47,7 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
         "training.epochs": None,
         "training.max_minutes": None,
         "training.max_steps": steps,
-        "training.validate_every": max(1, steps // POINTS),
+        "training.validate_every": max(1, steps // VALIDATIONS),
         "training.validation_images": IMAGES,
         "training.init_from": str(start) if from_start else None,
         "output_dir": str(folder),
@@ -61,8 +59,11 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
 
 
 def saved_steps(plain: dict[int, float], closed: dict[int, float]) -> dict[int, float | None]:
-    """For each validation of the closed-form start: the step at which the random start is as good, by interpolation,
-    minus its own; None when it never is."""
+    """Steps saved at each validation of the closed-form start.
+
+    That is the interpolated step at which the random start reaches the same loss, minus the step of the validation;
+    None if it never does.
+    """
     points = sorted(plain.items())
     saved: dict[int, float | None] = {}
     for step, loss in closed.items():
@@ -94,7 +95,7 @@ def markdown(report: dict[str, Any]) -> str:
             step,
             report["random"][step],
             loss,
-            "more than were taken" if report["steps_saved"][step] is None else report["steps_saved"][step],
+            "not reached" if report["steps_saved"][step] is None else report["steps_saved"][step],
         ]
         for step, loss in report["closed_form"].items()
     ]

@@ -1,9 +1,9 @@
-"""Images captioned per second with beam search, against ClipCap's script.
+"""Images captioned per second with beam search, compared with ClipCap's script.
 
     python benchmarks/generation.py [--quick] [--json report.json]
 
-The language model has GPT-2 small's size and random weights. No text ends before its last word, so that every method
-writes the same number of words.
+The language model has the size of GPT-2 small and random weights. No caption ends early, so that every method
+generates the same number of tokens.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks import common
 from benchmarks.baselines import clipcap_beam_search
-from benchmarks.workloads import PREFIX, features_of, our_model, shapes
+from benchmarks.workloads import FLOAT, PREFIX, features_of, our_model, shapes
 
 BEAMS = 5
-FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def ours(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
     """Captions of features float[n, 1, 512] as one batch, through `model.generate`."""
     ids = torch.full((len(features), PREFIX), model.config.image_token_id)
-    made = model.generate(
+    generated = model.generate(
         input_ids=ids, image_features=features, num_beams=BEAMS, max_new_tokens=new_tokens, eos_token_id=None,
         pad_token_id=0, do_sample=False,
     )  # fmt: skip
-    return made.tolist()
+    return generated.tolist()
 
 
 def transformers_search(model: Any, features: Tensor, new_tokens: int) -> list[list[int]]:
     """The same through transformers' own beam search, batched and cached."""
     embeds = model.map_features(features).to(model.lm.dtype)
-    made = model.language_model.generate(
+    generated = model.language_model.generate(
         inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), num_beams=BEAMS,
         max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, do_sample=False,
     )  # fmt: skip
-    return made.tolist()
+    return generated.tolist()
 
 
 @torch.no_grad()
 def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -> dict[str, Any]:
-    """Rates of all arms at one length.
+    """Rates of all arms at one caption length.
 
     Args:
-        batch: images generated for at once; alone: images for the method that takes one at a time, and for the
-            check that a batch writes what single images get.
+        batch: images per batch.
+        alone: images for the method without batches, and for the comparison of batched with single captions.
     """
     config = shapes(quick)["gpt2"].config
     models = {dtype: our_model(config, FLOAT[dtype]).eval() for dtype in FLOAT}
@@ -85,7 +84,7 @@ def measure(quick: bool, new_tokens: int, batch: int, rounds: int, alone: int) -
 
 
 def same_captions(model: Any, features: Tensor, new_tokens: int, alone: int) -> float:
-    """Share of captions that an image gets alone as it gets in the batch."""
+    """Share of captions that are the same for an image alone and in a batch."""
     together = ours(model, features, new_tokens)
     singles = [ours(model, features[i : i + 1], new_tokens)[0] for i in range(alone)]
     return sum(a == b for a, b in zip(singles, together, strict=False)) / alone
@@ -113,16 +112,16 @@ def markdown(report: dict[str, Any]) -> str:
         "ours_bf16": "images/s, ours bf16",
     }
     for name, label in names.items():
-        rows.append([label, *(made["images_per_s"][name] for made in lengths.values()), ""])
+        rows.append([label, *(one["images_per_s"][name] for one in lengths.values()), ""])
     for key, label, target in (
         ("ratio", "ours bf16 / ClipCap", "≥ 30"),
         ("ratio_fp32", "ours fp32 / ClipCap", ""),
         ("ratio_transformers_bf16", "transformers bf16 / ClipCap", ""),
     ):
-        rows.append([label, *(made[key] for made in lengths.values()), target])
+        rows.append([label, *(one[key] for one in lengths.values()), target])
     for dtype, target in (("fp32", "1"), ("bf16", "")):
-        shares = [made["same_captions"][dtype] for made in lengths.values()]
-        rows.append([f"captions that a batch does not change, {dtype}", *shares, target])
+        shares = [one["same_captions"][dtype] for one in lengths.values()]
+        rows.append([f"share of captions that are the same alone and in a batch, {dtype}", *shares, target])
     head = ["", *(f"{tokens} words" for tokens in lengths), "target"]
     return f"Beam search with {BEAMS} beams, {report['batch']} images in a batch.\n\n" + common.table(head, rows)
 
@@ -131,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--alone", type=int, default=4, help="images for the method that takes one at a time")
+    parser.add_argument("--alone", type=int, default=4, help="images for the method without batches")
     arguments = parser.parse_args(argv)
     return common.publish(run, arguments, "generation", markdown)
 

@@ -1,10 +1,11 @@
-"""Every method of the line on the same photos: one recipe each, the same frozen parts, the same number of targets.
+"""All published methods on the same photos, with the same frozen parts and the same number of targets.
 
-python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--targets 3840]
+    python benchmarks/methods.py [--quick] [--json report.json] [--only limber,flamingo] [--targets 3840]
+        [--resume part.json]
 
-Each method is a recipe in `recipes/`, trained on the same number of captions by a process of its own, then asked for
-captions of validation photos, with the right images, with shuffled ones, and with none. What one run has measured is
-kept in `--json`, and is not measured again; methods that are done stay when others are added.
+Each method is a recipe in `recipes/`. It is trained in its own process on the same number of captions, and then
+captions validation photos: with the right images, with shuffled ones, and with none. `--resume` keeps each result as
+soon as it is measured, and later runs skip the methods that it holds.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from benchmarks import common
 from benchmarks.recipes import photos, small_parts
 from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.data.sources import load_source
-from frozenprefix.evaluation.evaluate import evaluate_samples
+from frozenprefix.evaluation import evaluate_samples
 from frozenprefix.evaluation.text_ability import text_ability
-from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference import Captioner
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.trainer import Trainer
+from frozenprefix.training import Trainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# recipe -> what it is, in the table
+# recipe -> its name in the table
 METHODS = {
     "clipcap_mlp": "ClipCap, MLP",
     "clipcap_transformer": "ClipCap, transformer",
@@ -54,11 +55,11 @@ METHODS = {
     "flickr8k": "this toolkit's own MLP",
 }
 TEXT = " ".join(pydoc_data.topics.topics[topic] for topic in ("class", "import", "exceptions"))
-LOSS_OF, CAPTIONED = 64, 200  # photos whose loss is taken; photos that are captioned
+VALIDATION_IMAGES, CAPTIONED = 64, 200
 
 
 def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
-    """The recipe as it stands, but for its length, its data's place and its output; with `quick` in small."""
+    """The recipe with another length, data folder and output folder; `quick` also replaces its models by tiny ones."""
     path = RECIPES / f"{name}.yaml"
     settings = load_recipe(path).training
     steps = math.ceil(targets / settings.images_per_step / (settings.targets_per_image or 1))
@@ -70,10 +71,10 @@ def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
         f"training.log_every={max(1, steps // 8)}",
         f"training.validate_every={steps}",
         f"training.save_every={steps}",
-        f"training.validation_images={LOSS_OF}",
+        f"training.validation_images={VALIDATION_IMAGES}",
         f"output_dir={folder / 'run'}",
     ]
-    if name == "adalora":  # the ranks' schedule belongs to the run's length
+    if name == "adalora":  # its rank schedule depends on the length of the run
         length += [f"model.language_model.peft.{key}={steps // part}" for key, part in (("tinit", 10), ("tfinal", 5))]
         length.append(f"model.language_model.peft.deltaT={max(1, steps // 150)}")
     if quick:
@@ -86,7 +87,7 @@ def recipe_of(name: str, folder: Path, targets: int, quick: bool) -> Recipe:
 
 
 def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:
-    """Train one method and ask it for captions. For a process of its own: the peak memory is the process's."""
+    """Train one method and evaluate its captions, in its own process: the peak memory is that of the process."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = recipe_of(name, folder, targets, quick)
@@ -118,41 +119,41 @@ def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what is not in the report yet, one process per method."""
+    """Measure the methods that `--resume` does not hold yet, one process per method."""
     report: dict[str, Any] = {"targets": arguments.targets, "methods": {}}
-    if arguments.json and arguments.json.is_file():
-        found = json.loads(arguments.json.read_text())
-        if found.get("targets") == arguments.targets:
-            report["methods"] = found["methods"]
+    if arguments.resume and arguments.resume.is_file():
+        earlier = json.loads(arguments.resume.read_text())
+        if earlier.get("targets") == arguments.targets:
+            report["methods"] = earlier["methods"]
     for name in arguments.only.split(",") if arguments.only else METHODS:
         if name in report["methods"]:
             continue
         command = [sys.executable, __file__, "--measure", name, "--targets", str(arguments.targets)]
         done = subprocess.run(command + ["--quick"] * arguments.quick, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise SystemExit(f"{name} failed; what it wrote stands above")
+            raise SystemExit(f"{name} failed; its output is above")
         report["methods"][name] = json.loads(done.stdout.splitlines()[-1])
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        if arguments.resume:
+            arguments.resume.write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
 def markdown(report: dict[str, Any]) -> str:
     rows = []
-    for name, made in sorted(report["methods"].items(), key=lambda item: item[1]["validation_loss"]):
-        before, after = made["perplexity"]
+    for name, result in sorted(report["methods"].items(), key=lambda item: item[1]["validation_loss"]):
+        before, after = result["perplexity"]
         rows.append(
             [
                 f"[{METHODS[name]}](../recipes/{name}.yaml)",
-                f"{made['trainable'] / 1e6:.1f} M",
-                made["targets_per_s"],
-                f"{made['peak_rss_mib'] / 1024:.1f}",
-                f"{made['validation_loss']:.3f}",
-                f"{made['shuffled_loss']:.3f}",
-                f"{made['metrics']['cider_d']:.3f}",
-                f"{made['baselines']['shuffled']['cider_d']:.3f}",
-                f"{made['baselines']['blind']['cider_d']:.3f}",
-                "0, to the bit" if made["text_is_unchanged"] else f"{100 * (after / before - 1):+.1f} %",
+                f"{result['trainable'] / 1e6:.1f} M",
+                result["targets_per_s"],
+                f"{result['peak_rss_mib'] / 1024:.1f}",
+                f"{result['validation_loss']:.3f}",
+                f"{result['shuffled_loss']:.3f}",
+                f"{result['metrics']['cider_d']:.3f}",
+                f"{result['baselines']['shuffled']['cider_d']:.3f}",
+                f"{result['baselines']['blind']['cider_d']:.3f}",
+                "0 (same bits)" if result["text_is_unchanged"] else f"{100 * (after / before - 1):+.1f} %",
             ]
         )
     header = [
@@ -163,8 +164,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
-    parser.add_argument("--only", help="recipes, with commas between them")
-    parser.add_argument("--targets", type=int, help="captions that every method learns from; 3840, or 96 with --quick")
+    parser.add_argument("--only", help="names of recipes, separated by commas")
+    parser.add_argument("--targets", type=int, help="training captions per method; 3840, or 96 with --quick")
+    parser.add_argument("--resume", type=Path, help="file that keeps the results of each method")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.targets = arguments.targets or (96 if arguments.quick else 3840)

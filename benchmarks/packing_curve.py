@@ -1,4 +1,4 @@
-"""One recipe trained with and without packing: the same steps, the same seed, the two loss curves and their times.
+"""One recipe trained with and without packing: same steps, same seed, loss curves and times compared.
 
 python benchmarks/packing_curve.py [--quick] [--json report.json] [--recipe recipes/flickr8k.yaml] [--steps 80]
     [training.KEY=VALUE ...]
@@ -21,10 +21,10 @@ from transformers import LlamaConfig
 from benchmarks import common
 from benchmarks.recipes import make_recipe, photos, save_random_lm, synthetic_photos
 from frozenprefix.config import Recipe, load_recipe
-from frozenprefix.training.trainer import train
+from frozenprefix.training import train
 
 ARMS = ("trie", "none")
-CURVES = 5  # validations along the way
+VALIDATIONS = 5
 
 
 def quick_recipe(folder: Path, packing: str) -> Recipe:
@@ -48,7 +48,7 @@ def quick_recipe(folder: Path, packing: str) -> Recipe:
 
 
 def full_recipe(folder: Path, packing: str, path: Path, steps: int, overrides: list[str]) -> Recipe:
-    """The recipe, warm-up and all, but for its length and its output; photos by FROZENPREFIX_DATA where it is set."""
+    """The recipe with its own warm-up, but another length, output folder and data (see `photos`)."""
     source, _ = photos(folder / "photos", 6000)
     validation = {**source, "split": "val" if source["path"] != str(folder / "photos") else "train", "limit": 48}
     source.pop("limit", None)
@@ -63,7 +63,7 @@ def full_recipe(folder: Path, packing: str, path: Path, steps: int, overrides: l
             "training.max_minutes=null",
             f"training.max_steps={steps}",
             f"training.warmup_steps={warmup}",
-            f"training.validate_every={max(1, steps // CURVES)}",
+            f"training.validate_every={max(1, steps // VALIDATIONS)}",
             "training.log_every=1",
             f"training.packing={packing}",
             *overrides,
@@ -81,20 +81,20 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Largest distances between the curves, and the share of the time."""
-    trie, none = (found[arm] for arm in ARMS)
-    apart = [abs(value - none["validation_loss"][step]) for step, value in trie["validation_loss"].items()]
+def compare(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Largest differences between the curves, and the ratio of the times."""
+    trie, none = (arms[arm] for arm in ARMS)
+    validation = [abs(value - none["validation_loss"][step]) for step, value in trie["validation_loss"].items()]
     training = [abs(a - b) for a, b in zip(trie["training_loss"], none["training_loss"], strict=True)]
     return {
-        "max_validation_difference": max(apart),
+        "max_validation_difference": max(validation),
         "max_training_difference": max(training),
         "time_ratio": trie["seconds"] / none["seconds"],
     }
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
+    arms: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for packing in ARMS:
             root = Path(folder)
@@ -102,8 +102,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 recipe = quick_recipe(root, packing)
             else:
                 recipe = full_recipe(root, packing, arguments.recipe, arguments.steps, arguments.overrides)
-            found[packing] = measure(recipe)
-    return {"steps": len(found["trie"]["training_loss"]), "arms": found, **compare(found)}
+            arms[packing] = measure(recipe)
+    return {"steps": len(arms["trie"]["training_loss"]), "arms": arms, **compare(arms)}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -122,11 +122,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "flickr8k.yaml")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `frozenprefix train` takes them")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in `frozenprefix train`")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.quick and arguments.overrides:
-        parser.error("--quick has a recipe of its own; leave KEY=VALUE out")
-    # the README has a table of the recipe as it is, and one of a run that goes on from a trained mapper
+        parser.error("--quick has its own recipe and takes no KEY=VALUE")
+    # the README has two tables: the recipe unchanged, and a run that continues from a trained mapper
     keys = sorted(override.split("=")[0] for override in arguments.overrides)
     sections = {(): "packing_curve", ("training.init_from", "training.precision"): "packing_curve-continued"}
     return common.publish(run, arguments, sections.get(tuple(keys)), markdown)

@@ -1,4 +1,4 @@
-"""What `frozenprefix plan` predicts, over what is then measured, for three small recipes.
+"""The predictions of `frozenprefix plan` divided by measurements, for three small recipes.
 
 python benchmarks/plan_check.py [--quick] [--json report.json] [--only NAME]
 """
@@ -25,8 +25,7 @@ from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_
 from frozenprefix.config import Recipe, load_recipe
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning.plan import plan
-from frozenprefix.training.caching import fill_cache
-from frozenprefix.training.trainer import Trainer
+from frozenprefix.training import Trainer, fill_cache
 
 STEPS = 20
 TOLERANCE = 0.25
@@ -41,7 +40,7 @@ COLUMNS = {
 
 
 class TimedTrainer(Trainer):
-    """Remembers how long every step took."""
+    """Records the duration of every step."""
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -71,7 +70,7 @@ def quick_recipes(folder: Path) -> Iterator[Recipe]:
 
 
 def recipes(folder: Path) -> Iterator[Recipe]:
-    """The recipe of Flickr8k in small; a grid, transformer mapper and random GPT-2; a Perceiver and random LLaMA."""
+    """A small Flickr8k recipe; patch features, transformer mapper and random GPT-2; a Perceiver and random LLaMA."""
     source, _ = photos(folder / "photos", 300)
     lite0 = {"source": "timm", "name": "tf_efficientnet_lite0", "weights": LITE0}
     validation = {"validation": [{**source, "limit": 24}]}
@@ -124,7 +123,7 @@ def small_llama(hidden: int, layers: int, vocabulary: int = 500) -> LlamaConfig:
 
 
 def check(recipe: Recipe, calibrate: float) -> dict[str, Any]:
-    """Predict, then cache and train, and divide."""
+    """Plan the recipe, then fill its cache and train it: predictions, measurements and their ratios."""
     before = time.perf_counter()
     predicted = plan(recipe, [], calibrate=calibrate)
     planning = time.perf_counter() - before
@@ -150,7 +149,7 @@ def check(recipe: Recipe, calibrate: float) -> dict[str, Any]:
 
 
 def memory_in_own_process(recipe: Recipe) -> float:
-    """MiB that training takes beyond what a tiny run takes, in a process of its own."""
+    """MiB that training needs beyond a tiny run, measured in its own process."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(recipe.model_copy(update={"output_dir": Path(file.name).with_suffix("")}).to_yaml())
         file.flush()
@@ -161,7 +160,7 @@ def memory_in_own_process(recipe: Recipe) -> float:
 
 def memory_of(recipe: Recipe) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        for tiny in quick_recipes(Path(folder)):  # whatever is loaded at first use is loaded then
+        for tiny in quick_recipes(Path(folder)):  # loads everything that is loaded at first use
             Trainer(tiny).run("never")
     libraries = common.peak_rss_mib()
     Trainer(recipe).run("never")
@@ -169,30 +168,30 @@ def memory_of(recipe: Recipe) -> float:
 
 
 def main() -> None:
-    made = common.parser(__doc__)
-    made.add_argument("--only", help="one of the recipes")
-    made.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
-    arguments = made.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--only", help="name of one recipe")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     if arguments.memory_of:
         short = ["training.max_steps=4", "data.validation=[]"]
         sys.stdout.write(f"{memory_of(load_recipe(arguments.memory_of, short))}\n")
         return
     common.start_logging()
-    found: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for recipe in quick_recipes(Path(folder)) if arguments.quick else recipes(Path(folder)):
             if arguments.only in (None, recipe.name):
-                found[recipe.name] = check(recipe, 0.2 if arguments.quick else 5.0)
-    ratios = [value for one in found.values() for value in one["ratio"].values()]
+                checks[recipe.name] = check(recipe, 0.2 if arguments.quick else 5.0)
+    ratios = [value for one in checks.values() for value in one["ratio"].values()]
     report = {
         "benchmark": "plan_check",
-        "recipes": found,
+        "recipes": checks,
         "steps": STEPS,
         "largest_error": max(abs(ratio - 1) for ratio in ratios),
         "within_25_percent": all(abs(ratio - 1) <= TOLERANCE for ratio in ratios),
     }
-    arguments.quick |= arguments.only is not None  # the README's table is of all recipes
-    rows = [[name, *(one["ratio"][column] for column in COLUMNS)] for name, one in found.items()]
+    arguments.quick |= arguments.only is not None  # the README's table needs all recipes
+    rows = [[name, *(one["ratio"][column] for column in COLUMNS)] for name, one in checks.items()]
     common.finish(report, arguments, "plan_check", common.table(["recipe", *COLUMNS.values()], rows))
 
 

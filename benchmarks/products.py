@@ -1,4 +1,4 @@
-"""Products with frozen weights on the CPU, and whole layers, as training has them, against PyTorch's own.
+"""Products with frozen weights on the CPU, and whole decoder layers, as in training and in plain PyTorch.
 
 python benchmarks/products.py [--quick] [--json report.json]
 """
@@ -22,24 +22,29 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.workloads import random_lm
 from benchmarks.workloads import shapes as workload_shapes
-from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.attention import additive_mask, attention_for_rows
-from frozenprefix.kernels.linear import PrepackedForward, prepackable_dtypes
+from frozenprefix.kernels import (
+    additive_mask,
+    attention_for_rows,
+    keep_freed_memory,
+    prepackable_dtypes,
+    prepackable_layers,
+    prepacked_frozen_weights,
+)
+from frozenprefix.kernels.linear import PrepackedForward
 from frozenprefix.kernels.llama_layer import FrozenLayer
-from frozenprefix.kernels.prepack import prepackable_layers, prepacked_frozen_weights
 
-ROWS = 512  # tokens of a step
-TEXTS = 4  # that they belong to
+ROWS = 512  # tokens per step
+TEXTS = 4  # texts that these tokens belong to
 LAYERS = 4
 
 
 def forth_and_back(layers: nn.ModuleList, inputs: list[Tensor]) -> list[Tensor]:
-    """Every layer's output, and the gradient of its input."""
-    made = []
+    """The output of every layer, and the gradient of its input."""
+    tensors = []
     for layer, x in zip(layers, inputs, strict=True):
         output = layer(x)
-        made += [output.detach(), *torch.autograd.grad(output, x, torch.ones_like(output))]
-    return made
+        tensors += [output.detach(), *torch.autograd.grad(output, x, torch.ones_like(output))]
+    return tensors
 
 
 def measure(name: str, dtype: torch.dtype, sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
@@ -72,15 +77,15 @@ def compared(
 def measure_layers(
     name: str, config: PreTrainedConfig, dtype: torch.dtype, rounds: int, *, whole: bool
 ) -> dict[str, Any]:
-    """Decoder layers over rows of one text each; both arms have the attention that training has."""
+    """Decoder layers over rows of one text each; both arms use the attention of training."""
     plain, prepacked = (random_lm(config, dtype).requires_grad_(False).eval() for _ in range(2))
     x = torch.randn(TEXTS, ROWS // TEXTS, config.hidden_size, dtype=dtype, requires_grad=True)
     mask = additive_mask(torch.ones(TEXTS, *2 * x.shape[1:2], dtype=torch.bool).tril(), dtype)
 
     def forth_and_back_through(lm: PreTrainedModel) -> list[Tensor]:
         with attention_for_rows(lm):
-            made = lm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-        return [made.detach(), *torch.autograd.grad(made, x, torch.ones_like(made))]
+            hidden = lm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        return [hidden.detach(), *torch.autograd.grad(hidden, x, torch.ones_like(hidden))]
 
     weights = sum(layer.weight.numel() for layer in prepackable_layers(plain.base_model))
     with prepacked_frozen_weights(prepacked):
@@ -91,13 +96,13 @@ def measure_layers(
 
 
 def keep_own_layers(language_model: PreTrainedModel) -> None:
-    """Inside `prepacked_frozen_weights`: keep the prepacked products, but not the whole layers."""
+    """Within `prepacked_frozen_weights`: keep prepacked products, but the model's own layers."""
     for module in language_model.modules():
-        found = vars(module).get("forward")
-        if isinstance(found, FrozenLayer):
+        forward = vars(module).get("forward")
+        if isinstance(forward, FrozenLayer):
             del module.forward
-        elif isinstance(found, PrepackedForward):
-            found.copied_elsewhere = False
+        elif isinstance(forward, PrepackedForward):
+            forward.copied_elsewhere = False
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

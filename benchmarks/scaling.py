@@ -1,4 +1,4 @@
-"""How the time of a training step grows with targets per image, images, prefix length and the LM's size.
+"""How the time of a training step grows with targets per image, images, prefix length and the size of the LM.
 
 python benchmarks/scaling.py [--quick] [--json report.json]
 """
@@ -20,17 +20,16 @@ import torch
 
 from benchmarks import common
 from benchmarks.plan_check import small_llama
-from benchmarks.workloads import CAPTIONS_PER_IMAGE, features_of, our_model, synthetic_captions
-from frozenprefix.models.packing.trie import Target, pack
+from benchmarks.workloads import CAPTIONS_PER_IMAGE, END, features_of, our_model, synthetic_captions
+from frozenprefix.models.packing import Target, pack
 from frozenprefix.planning.costs import LanguageModelShape
 
-END = 1
 TARGET_EXPONENT = 1.05
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of one step."""
+    """The size of one training step."""
 
     images: int = 4
     targets: int = 4
@@ -41,7 +40,7 @@ class Size:
 
 
 QUICK = Size(images=2, targets=2, hidden=48, layers=2, vocabulary=500)
-# what is changed, and its values, in multiples of the size at hand in the quick run
+# field of `Size` -> its values
 SWEEPS: dict[str, tuple[int, ...]] = {
     "targets": (1, 2, 4, 8, 16, 32),
     "images": (1, 2, 4, 8, 16, 32),
@@ -60,7 +59,7 @@ LABELS = {
 
 
 class Step:
-    """One training step of a size, packing included. Its model has random weights."""
+    """One training step, packing included, of a model with random weights."""
 
     def __init__(self, size: Size):
         self.size = size
@@ -83,20 +82,20 @@ class Step:
 
 
 def captions(size: Size) -> list[list[list[int]]]:
-    """`targets` captions for each image. Past five they share no more words than captions of different images."""
+    """`targets` captions for each image. Only groups of five share words, as captions of one image do."""
     fives = -(-size.targets // CAPTIONS_PER_IMAGE)
-    made = synthetic_captions(size.images * fives, size.vocabulary)
-    joined = [[text for five in made[i * fives : (i + 1) * fives] for text in five] for i in range(size.images)]
+    groups = synthetic_captions(size.images * fives, size.vocabulary)
+    joined = [[text for five in groups[i * fives : (i + 1) * fives] for text in five] for i in range(size.images)]
     return [texts[: size.targets] for texts in joined]
 
 
 def exponent(x: list[float], seconds: list[float]) -> float:
-    """The k of seconds = c * x^k, by least squares of the logarithms."""
+    """k in seconds = c * x^k, by least squares on the logarithms."""
     return float(np.polyfit(np.log(x), np.log(seconds), 1)[0])
 
 
 def sweep(base: Size, name: str, values: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Median seconds of a step at each value, and the exponent."""
+    """Median seconds of a step for each value, and the exponent."""
     steps = {value: Step(replace(base, **{name: value})) for value in values}
     arms: dict[str, Callable[[], None]] = {str(value): step for value, step in steps.items()}
     timed = common.timed_rounds(arms, rounds)
@@ -118,13 +117,13 @@ def main() -> None:
     arguments = common.parser(__doc__).parse_args()
     common.start_logging()
     base, sweeps = (QUICK, QUICK_SWEEPS) if arguments.quick else (Size(), SWEEPS)
-    found = {name: sweep(base, name, values, 1 if arguments.quick else 7) for name, values in sweeps.items()}
+    results = {name: sweep(base, name, values, 1 if arguments.quick else 7) for name, values in sweeps.items()}
     report = {
         "benchmark": "scaling",
-        "sweeps": found,
-        "target_exponent": found["targets"]["exponent"],
+        "sweeps": results,
+        "target_exponent": results["targets"]["exponent"],
         "target_exponent_limit": TARGET_EXPONENT,
-        "holds": found["targets"]["exponent"] <= TARGET_EXPONENT,
+        "holds": results["targets"]["exponent"] <= TARGET_EXPONENT,
     }
     rows = [
         [
@@ -133,7 +132,7 @@ def main() -> None:
             ", ".join(f"{ms:.3g}" for ms in one["ms_per_target"]),
             f"{one['exponent']:.2f}",
         ]
-        for name, one in found.items()
+        for name, one in results.items()
     ]
     header = ["what grows", "values", "ms per target", "exponent of a step's time"]
     common.finish(report, arguments, "scaling", common.table(header, rows))

@@ -1,4 +1,4 @@
-"""Speed, memory and exactness of a training step, against ClipCap's own step and transformers' Llava.
+"""Speed, memory and accuracy of a training step, compared with ClipCap's step and transformers' Llava.
 
 python benchmarks/training_step.py [--quick] [--json report.json] [--shape gpt2|llama]
 """
@@ -28,6 +28,7 @@ from benchmarks import common
 from benchmarks.baselines import ClipCapStep, LlavaStep
 from benchmarks.workloads import (
     CAPTIONS_PER_IMAGE,
+    FLOAT,
     PREFIX,
     Shape,
     features_of,
@@ -36,19 +37,17 @@ from benchmarks.workloads import (
     synthetic_captions,
     targets_of,
 )
-from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.prepack import prepacked_frozen_weights
+from frozenprefix.kernels import keep_freed_memory, prepacked_frozen_weights
 from frozenprefix.models.fusion import fuse_prefix
-from frozenprefix.models.packing.trie import PackedBatch, pack
+from frozenprefix.models.packing import PackedBatch, pack
 
-LARGE_STEP = 4  # times the images of a small step
-DATA_SET = 2000  # images whose captions say how long ClipCap's rows are
-FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE_STEP = 4  # a large step has this many times the images of a small one
+DATA_SET = 2000  # images; the lengths of their captions determine the length of ClipCap's rows
 Step = Callable[[Tensor, list[list[list[int]]]], None]
 
 
 class OurStep:
-    """A step as `training/loop.py` does it: packing, loss, gradient, clipping, optimizer."""
+    """A step as in training: packing, loss, gradient, clipping, optimizer."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.model = our_model(shape.config, dtype)
@@ -81,7 +80,7 @@ def arm_names(shape: Shape) -> list[str]:
 
 
 def batches(shape: Shape, captions: list[list[list[int]]]) -> Callable[[], tuple[Tensor, list[list[list[int]]]]]:
-    """Calls give the steps' features and captions, one after the other, and from the start again."""
+    """A function whose calls return the features and captions of the next step, over and over."""
     numbers = count()
 
     def following() -> tuple[Tensor, list[list[list[int]]]]:
@@ -92,7 +91,7 @@ def batches(shape: Shape, captions: list[list[list[int]]]) -> Callable[[], tuple
 
 
 def take_steps(name: str, shape: Shape) -> Callable[[], None]:
-    """Calls take an arm's steps, one after the other. Ours keeps freed memory, as training does."""
+    """A function whose calls take the next step of an arm. Ours keeps freed memory, as training does."""
     if name.startswith("ours"):
         keep_freed_memory()
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
@@ -101,7 +100,7 @@ def take_steps(name: str, shape: Shape) -> Callable[[], None]:
 
 
 def measure(arguments: argparse.Namespace, shape_name: str, shape: Shape) -> dict[str, Any]:
-    """Captions per second of every arm, and its memory. Every arm has a process of its own."""
+    """Captions per second and memory of every arm; each arm has its own process."""
     arms = {name: common.Arm(own_command(arguments, shape_name, "--serve", name)) for name in arm_names(shape)}
     with ExitStack() as stack:
         for arm in arms.values():
@@ -134,9 +133,9 @@ def utilisations(shape: Shape, rounds: int) -> dict[str, float]:
 
 
 def utilisation(shape: Shape, rounds: int) -> dict[str, float]:
-    """Share of the machine's matrix-product rate that our bf16 step turns into useful work.
+    """Useful operations of our bf16 step per second, as a share of the machine's matrix-product rate.
 
-    The rate is taken right before and right after every step, because that of a shared machine changes by the second.
+    That rate is measured right before and right after every step, because on a shared machine it changes all the time.
     """
     captions = synthetic_captions(DATA_SET, shape.config.vocab_size)
     ours, following = OurStep(shape, torch.bfloat16), batches(shape, captions)
@@ -160,10 +159,10 @@ def utilisation(shape: Shape, rounds: int) -> dict[str, float]:
 
 
 def useful_flops(ours: OurStep, captions: list[list[list[int]]]) -> float:
-    """Multiplications and additions that the step cannot do without; padding is not among them.
+    """Multiplications and additions that the step needs; padding is not counted.
 
-    Frozen LM: forward and the gradient of its input, over the tokens in the rows; attention over what each token
-    sees; the head where something is predicted; the mapper with its weights' gradient.
+    Frozen LM: forward and the gradient of its input, over the tokens of the rows; attention over the tokens that each
+    token sees; the head at positions that predict; the mapper with the gradient of its weights.
     """
     packed = ours.pack(captions)
     lm = ours.model.language_model
@@ -186,18 +185,18 @@ def is_embedding(name: str) -> bool:
 
 
 def gradient_error(shape: Shape, images: int = 2) -> float:
-    """Distance of our mapper gradient from that of captions one by one through the LM's own forward, in fp32."""
+    """Relative difference of our mapper gradient to that of single captions through the LM's own forward, in fp32."""
     captions = synthetic_captions(images, shape.config.vocab_size, seed=7)
     features = features_of(images, 7)
     ours = OurStep(shape, torch.float32)
     model = ours.model.eval()
     model(packed=ours.pack(captions), image_features=features).loss.backward()
-    found = torch.cat([p.grad.flatten() for p in ours.trained])
-    ours.prepacked.__exit__(None, None, None)  # the reference goes through the LM as it is
+    gradient = torch.cat([p.grad.flatten() for p in ours.trained])
+    ours.prepacked.__exit__(None, None, None)  # the reference uses the plain LM
     model.zero_grad()
     reference_loss(model, features, captions).backward()
     expected = torch.cat([p.grad.flatten() for p in ours.trained])
-    return float((found - expected).norm() / expected.norm())
+    return float((gradient - expected).norm() / expected.norm())
 
 
 def reference_loss(model: Any, features: Tensor, captions: list[list[list[int]]]) -> Tensor:
@@ -229,37 +228,37 @@ def own_command(arguments: argparse.Namespace, shape_name: str, *what: str) -> l
 
 
 def in_own_process(command: list[str]) -> dict[str, float]:
-    """What this script prints in its last line."""
+    """The JSON object in the last line of a command's output."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    found = shapes(arguments.quick)
-    names = [arguments.shape] if arguments.shape else list(found)
+    known = shapes(arguments.quick)
+    names = [arguments.shape] if arguments.shape else list(known)
     report: dict[str, Any] = {"shapes": {}}
     for name in names:
-        shape = found[name]
-        made = measure(arguments, name, shape)
-        made["max_rel_grad_error"] = gradient_error(shape)
-        made |= in_own_process(own_command(arguments, name, "--utilisation"))
-        report["shapes"][name] = made
+        shape = known[name]
+        figures = measure(arguments, name, shape)
+        figures["max_rel_grad_error"] = gradient_error(shape)
+        figures |= in_own_process(own_command(arguments, name, "--utilisation"))
+        report["shapes"][name] = figures
     return report | headline(list(report["shapes"].values()))
 
 
-def headline(made: list[dict[str, Any]]) -> dict[str, float]:
-    """Each figure at its worst over the language models."""
+def headline(results: list[dict[str, Any]]) -> dict[str, float]:
+    """The worst value of each figure over the language models."""
     lowest = {
-        key: min(one[key] for one in made if key in one)
+        key: min(one[key] for one in results if key in one)
         for key in ("ratio_fp32", "ratio_bf16", "ratio_vs_llava", "mfu", "mfu_small_step", "gemm_peak_gflops")
-        if any(key in one for one in made)
+        if any(key in one for one in results)
     }
-    return lowest | {key: max(one[key] for one in made) for key in ("max_rel_grad_error", "peak_rss_ratio")}
+    return lowest | {key: max(one[key] for one in results) for key in ("max_rel_grad_error", "peak_rss_ratio")}
 
 
 def markdown(report: dict[str, Any]) -> str:
     names = list(report["shapes"])
-    wanted = [
+    figures = [
         ("captions/s, ClipCap's step (fp32)", ("captions_per_s", "clipcap"), ""),
         ("captions/s, ours fp32", ("captions_per_s", "ours_fp32"), ""),
         ("captions/s, ours bf16", ("captions_per_s", "ours_bf16"), ""),
@@ -271,13 +270,13 @@ def markdown(report: dict[str, Any]) -> str:
         ("relative error of the mapper's gradient, fp32", ("max_rel_grad_error",), "< 1e-5"),
         ("peak memory, ours bf16 / ClipCap", ("peak_rss_ratio",), "≤ 0.5"),
         ("bf16 matrix products, GFLOP/s", ("gemm_peak_gflops",), ""),
-        ("useful share of it in our bf16 step, 8 images", ("mfu_small_step",), ""),
+        ("useful share of that rate in our bf16 step, 8 images", ("mfu_small_step",), ""),
         ("the same, 32 images", ("mfu",), "≥ 0.65"),
-        ("the lowest of these steps", ("mfu_low",), ""),
-        ("the highest", ("mfu_high",), ""),
+        ("lowest of these steps", ("mfu_low",), ""),
+        ("highest", ("mfu_high",), ""),
     ]
     rows = []
-    for label, path, target in wanted:
+    for label, path, target in figures:
         cells: list[Any] = []
         for name in names:
             value: Any = report["shapes"][name]
@@ -304,9 +303,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {}
     common.start_logging()
     report = run(arguments)
-    # one table per language model, so that they can be measured one by one
-    for name, made in report["shapes"].items():
-        common.finish(report, arguments, f"training-{name}", markdown({"shapes": {name: made}}))
+    # one table per language model, so that each can be measured alone
+    for name, figures in report["shapes"].items():
+        common.finish(report, arguments, f"training-{name}", markdown({"shapes": {name: figures}}))
     return report
 
 

@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from frozenprefix.models.configuration import FrozenPrefixConfig
-from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing.trie import Target
+from frozenprefix import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing import Target
 from frozenprefix.models.vision.precomputed import PrecomputedFeatures
 
+FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFIX = 10
 FEATURE = 512  # CLIP ViT-B/32's pooled feature
 CAPTIONS_PER_IMAGE = 5
 END, OPENINGS, SUBJECTS = 1, 20, 400
-# probability that a caption which agrees with its image's main phrase so far also agrees in its next word; with them
-# 9 % of all words are shared, as in Flickr8k
+# Probability that a caption follows its image's common phrase for one more word, if it has followed it so far. With
+# these values 9 % of all words are shared, as in Flickr8k.
 AGREE = (0.85, 0.5, 0.4, 0.4, 0.4)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model's size, and how many images make a step."""
+    """The config of a language model, and the number of images per step."""
 
     config: PreTrainedConfig
     images: int = 8
 
 
 def shapes(quick: bool = False) -> dict[str, Shape]:
-    """GPT-2 small and SmolLM2-135M; with `quick` two layers of their kind."""
+    """GPT-2 small and SmolLM2-135M; with `quick`, two-layer models of the same kinds."""
     if quick:
         llama = LlamaConfig(
             vocab_size=500, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
@@ -54,9 +54,10 @@ def random_lm(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> P
 
 
 def synthetic_captions(images: int, vocab_size: int, seed: int = 0) -> list[list[list[int]]]:
-    """Five captions per image as token ids, end token not included.
+    """Five captions per image as token ids, without the end token.
 
-    Lengths are like those of COCO captions: 11.4 tokens on average, deviation 2.7, from 7 on, and 3 in 2000 long ones.
+    Their lengths are distributed like those of COCO captions: mean 11.4 tokens, standard deviation 2.7, minimum 7, and
+    3 of 2000 captions are long (20 to 45 tokens).
     """
     draw = random.Random(seed)
 
@@ -70,7 +71,7 @@ def synthetic_captions(images: int, vocab_size: int, seed: int = 0) -> list[list
         )
         return low + int((high - low) * draw.random() ** 2)
 
-    made = []
+    groups = []
     for _ in range(images):
         phrase = [word(place) for place in range(len(AGREE))]
         captions = []
@@ -80,17 +81,17 @@ def synthetic_captions(images: int, vocab_size: int, seed: int = 0) -> list[list
             while agreed < len(AGREE) and draw.random() < AGREE[agreed]:
                 agreed += 1
             captions.append([*phrase[:agreed], *(word(place) for place in range(agreed, length))])
-        made.append(captions)
-    return made
+        groups.append(captions)
+    return groups
 
 
 def targets_of(captions: list[list[list[int]]], image_token_id: int) -> list[list[Target]]:
-    """Captions with their prefix's placeholders and the end token, as the collator gives them to `pack`."""
+    """Captions with prefix placeholders and end token, as the collator passes them to `pack`."""
     return [[Target([image_token_id] * PREFIX + words + [END], PREFIX) for words in texts] for texts in captions]
 
 
 def our_model(config: PreTrainedConfig, dtype: torch.dtype, **mapper: int) -> FrozenPrefixForConditionalGeneration:
-    """This package's model over a random LM, with ClipCap's MLP on a pooled feature; `mapper` changes its options."""
+    """This package's model with a random LM and ClipCap's MLP on a pooled feature; `mapper` overrides its options."""
     language_model = random_lm(config, dtype)
     torch.manual_seed(1)
     model = FrozenPrefixForConditionalGeneration(
@@ -100,7 +101,7 @@ def our_model(config: PreTrainedConfig, dtype: torch.dtype, **mapper: int) -> Fr
             language_model={"path": "random", "dtype": str(dtype).removeprefix("torch.")},
             image_token_id=config.vocab_size,
         ),
-        vision_encoder=PrecomputedFeatures(1, FEATURE),  # as when training reads features from a cache
+        vision_encoder=PrecomputedFeatures(1, FEATURE),  # as in training with a feature cache
         language_model=language_model,
     )
     return model.train()

@@ -1,4 +1,4 @@
-"""Every exception of the package, and the near-name hint that their messages share."""
+"""The exceptions of the package, and the near-name hint in their messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 
 class FrozenPrefixError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors that this package raises on purpose.
+
+    Example:
+        >>> issubclass(DataError, FrozenPrefixError)
+        True
+    """
 
 
 class ConfigError(FrozenPrefixError, ValueError):
@@ -54,7 +59,7 @@ class AssetError(FrozenPrefixError):
 
 
 class DataError(FrozenPrefixError, ValueError):
-    """Data that cannot be read, or too much of it that is bad."""
+    """Data that cannot be read, or with too many bad images."""
 
 
 class BadImageError(DataError):
@@ -66,15 +71,15 @@ class BadImageError(DataError):
 
 
 class CacheError(FrozenPrefixError):
-    """A feature cache that is damaged, or that was made from something else."""
+    """A feature cache that is damaged, or has another fingerprint."""
 
 
 class CheckpointError(FrozenPrefixError):
-    """A checkpoint whose keys, shapes or frozen parts are not those expected."""
+    """A checkpoint with other keys, shapes or frozen parts than expected."""
 
 
 class TrainingError(FrozenPrefixError):
-    """Training that cannot go on: no label left, non-finite loss, and the like."""
+    """Training that cannot continue: no label left, a loss that is not finite, and the like."""
 
 
 def nearest(name: object, choices: Iterable[object]) -> str | None:

@@ -1,4 +1,4 @@
-"""One typed registry for everything that a recipe picks by name."""
+"""A typed registry for everything that a recipe names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Name → object. Entries may be given as `"package.module:attribute"`, imported when first used.
+    """Name → object.
 
     Args:
-        kind: what the entries are, as it reads in an error: "mapper", "data source".
+        kind: of the entries, for error messages: "mapper", "data source".
+        lazy: entries as `"package.module:attribute"`, which are imported when first used.
+
+    Example:
+        >>> colours = Registry("colour")
+        >>> colours.register("red")(0xFF0000) == colours.get("red")
+        True
     """
 
     def __init__(self, kind: str, lazy: dict[str, str] | None = None):
@@ -23,7 +29,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, Any] = dict(lazy or {})
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate an object to add it under `name`. A name that is taken is refused."""
+        """Decorator that adds an object under `name`. A name that is taken raises `ValueError`."""
 
         def add(entry: T) -> T:
             if name in self._entries:

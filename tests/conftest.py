@@ -48,10 +48,10 @@ def shapes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_lm, shapes) -> Callable[..., Any]:
     """`tiny_recipe(output_dir, "training.max_steps=3", lm=…, data=…)` -> `Recipe`."""
-    from frozenprefix.config.recipe import Recipe
+    from frozenprefix.config import Recipe, recipe_from_dict
 
     def make(output_dir: Path, *overrides: str, lm: Path | None = None, data: Path | None = None) -> Recipe:
-        return Recipe.from_dict(tiny_recipe_dict(lm or tiny_lm("llama"), data or shapes, output_dir), overrides)
+        return recipe_from_dict(tiny_recipe_dict(lm or tiny_lm("llama"), data or shapes, output_dir), overrides)
 
     return make
 

@@ -177,15 +177,46 @@ def test_clipcaps_search_finds_the_best_text_when_all_are_kept():
     assert found == [best // 500, best % 500]
 
 
-def test_a_table_lands_between_its_marks(tmp_path):
+def test_every_kind_of_processor_has_its_own_table(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
-    common.write_section(page, "a", common.table(["x", "y"], [["one", 0.5], ["two", 12345.6]]))
+    page.write_text("before\n<!-- a:begin -->\n<!-- on Intel Xeon, AMX -->\ntheirs\n<!-- a:end -->\nafter\n")
+    for value in (0.5, 12345.6):
+        common.write_section(page, "a", "AMD EPYC, AVX2", common.table(["x"], [[value]]))
     assert page.read_text() == (
-        "before\n<!-- a:begin -->\n| x | y |\n| --- | --- |\n| one | 0.5 |\n| two | 12,346 |\n<!-- a:end -->\nafter\n"
+        "before\n<!-- a:begin -->\n<!-- on AMD EPYC, AVX2 -->\n| x |\n| --- |\n| 12,346 |\n\n"
+        "<!-- on Intel Xeon, AMX -->\ntheirs\n<!-- a:end -->\nafter\n"
     )
     with pytest.raises(SystemExit, match="no section between"):
-        common.write_section(page, "b", "")
+        common.write_section(page, "b", "AMD EPYC, AVX2", "")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "flags", "kind"),
+    [
+        ("AMD EPYC 9R14 96-Core Processor", "sse avx2 avx512f avx512_bf16", "AMD EPYC, AVX-512 BF16"),
+        ("AMD EPYC", "sse avx2", "AMD EPYC, AVX2"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "avx2 avx512f avx512_bf16 amx_bf16", "Intel Xeon, AMX"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "avx2 avx512f", "Intel Xeon, AVX-512"),
+        ("arm", "", "arm"),
+    ],
+)
+def test_kinds_of_processors(model_name, flags, kind):
+    assert common.processor_kind(model_name, flags) == kind
+
+
+def test_the_machine_is_read_from_cpuinfo(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse avx2\n\nprocessor\t: 1\n")
+    assert common.machine(tmp_path / "cpuinfo")["processor_kind"] == "AMD EPYC, AVX2"
+
+
+def test_no_table_is_written_with_json_or_quick(tmp_path):
+    page = tmp_path / "page.md"
+    for extra in (["--json", str(tmp_path / "a.json")], ["--quick"], []):
+        page.write_text("<!-- a:begin -->\n<!-- a:end -->\n")
+        arguments = common.parser(None).parse_args(["--readme", str(page), *extra])
+        common.finish({"figure": 1}, arguments, "a", "the table\n")
+        assert ("the table" in page.read_text()) == (not extra)
+    assert json.loads((tmp_path / "a.json").read_text())["figure"] == 1
 
 
 def test_saved_steps_by_hand():

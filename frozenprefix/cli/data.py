@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from frozenprefix.cli.common import Force, counted, write_json
 
 app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 
@@ -20,22 +21,21 @@ def _group() -> None:
 def check(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the data.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole report to.")] = None,
+    force: Force = False,
 ) -> None:
     """Read every image once; report what is broken, and what is in two splits. Exit code 1 when there is any."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from frozenprefix.utils import check_output, progress_bar
 
+    if out is not None:
+        check_output(out, {"samples", "images", "bad_images", "leaks"}, force=force)
     from frozenprefix.data.check import check_samples
     from frozenprefix.data.sources import detect_sources, load_sources
 
     samples = load_sources(detect_sources(folder))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading images", total=None)
-        report = check_samples(samples, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("reading images") as update:
+        report = check_samples(samples, progress=update)
     result = report.to_dict()
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out, result)
     for name, value in result.items():
         for line in _lines(name, value):
             typer.echo(line)
@@ -46,7 +46,7 @@ def check(
 def _lines(name: str, value: Any) -> list[str]:
     label = name.replace("_", " ")
     if isinstance(value, dict):
-        return [f"{label}: {', '.join(f'{key} {number}' for key, number in value.items()) or 'none'}"]
+        return [f"{label}: {counted(value)}"]
     if isinstance(value, list):
         return [f"  {label}: {_example(item)}" for item in value]
     return [f"{label}: {value:.2f}" if isinstance(value, float) else f"{label}: {value}"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from frozenprefix.cli.common import Checkpoint, Force, is_main_process, print_table, write_json
+from frozenprefix.errors import ConfigError
+
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    checkpoint: Checkpoint,
     task: Annotated[
         str, typer.Option(help="caption, vqa, classification, fewshot, retrieval or video.", show_default=False)
     ],
@@ -27,29 +28,28 @@ def command(
         Path | None, typer.Option(help="JSONL file for every prediction; beside the checkpoint when not given.")
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Start over, instead of going on with an evaluation that was killed.")
+        bool, typer.Option("--restart", help="Start over, instead of resuming an evaluation that was killed.")
     ] = False,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of this task only, such as shots=4.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
+    force: Force = False,
 ) -> None:
     """Measure a checkpoint, beside what it scores without the image and with a wrong one.
 
     Started with torchrun or accelerate launch, the processes share the work.
     """
-    from rich.console import Console
-    from rich.progress import Progress
+    from frozenprefix.assets import check_checkpoint
+    from frozenprefix.utils import check_output, progress_bar
 
+    check_checkpoint(checkpoint)
+    options = _task_options(option or [])
+    if out is not None:
+        check_output(out, {"task", "metrics", "predictions_sha256"}, force=force)
     from frozenprefix.evaluation import evaluate_checkpoint
 
-    options: dict[str, Any] = {"predictions": predictions} if predictions is not None else {}
-    if restart:
-        options["restart"] = True
-    options |= _own_options(option or [])
-    is_main = int(os.environ.get("RANK", "0")) == 0  # as accelerate and torchrun number processes
-    with Progress(console=Console(stderr=True), transient=True, disable=not is_main) as bar:
-        line = bar.add_task("predicting", total=None)
+    with progress_bar("predicting", shown=is_main_process()) as update:
         result = evaluate_checkpoint(
             checkpoint,
             task=task,
@@ -57,24 +57,23 @@ def command(
             split=split,
             limit=limit,
             num_beams=beams,
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            predictions=predictions,
+            restart=restart,
+            force=force,
+            progress=update,
             **options,
         )
-    if not is_main:
-        return
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _show(result)
+    if is_main_process():
+        write_json(out, result)
+        _print(result)
 
 
-def _own_options(given: list[str]) -> dict[str, Any]:
+def _task_options(items: list[str]) -> dict[str, Any]:
     """`name=value` as the task's keyword, the value read as YAML: shots=4, calibrate=false, labels=[cat, dog]."""
     from frozenprefix.config import read_yaml
-    from frozenprefix.errors import ConfigError
 
     options = {}
-    for text in given:
+    for text in items:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--option: got {text!r}, expected NAME=VALUE")
@@ -82,29 +81,25 @@ def _own_options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
+def _print(result: dict[str, Any]) -> None:
+    from rich.table import Column
 
-    columns = {"model": result["metrics"], **result.get("baselines", {})}
+    scores = {"model": result["metrics"], **result.get("baselines", {})}
     intervals = result.get("intervals", {})
-    head = [
-        Column("metric", no_wrap=True),
-        "model",
-        *([Column("95 %", no_wrap=True)] if intervals else []),
-        *(name for name in columns if name != "model"),
-    ]
-    table = Table(*head, title=f"n = {result['n']}", title_justify="left")
+    columns: list[str | Column] = [Column("metric", no_wrap=True), *scores]
+    if intervals:
+        columns.insert(2, Column("95 %", no_wrap=True))
+    rows = []
     for metric in result["metrics"]:
-        cells = [_shown(scores.get(metric)) for scores in columns.values()]
+        cells = [_figure(values.get(metric)) for values in scores.values()]
         if intervals:
             low_high = intervals.get(metric)
             cells.insert(1, "" if low_high is None else f"{low_high[0]:.4f}–{low_high[1]:.4f}")
-        table.add_row(metric, *cells)
-    Console().print(table)
+        rows.append([metric, *cells])
+    print_table(columns, rows, title=f"n = {result['n']}")
 
 
-def _shown(value: Any) -> str:
+def _figure(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from frozenprefix.cli.common import Force, Overrides, RecipeFile, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to it: training.packing=flat", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     hardware: Annotated[str, typer.Option(metavar="NAME,…", help="Machines to plan for.")] = "h100,a100,rtx4090,cpu",
     calibrate: Annotated[float, typer.Option(min=0, help="Seconds of real steps on this machine; 0 for none.")] = 4.0,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
+    force: Force = False,
 ) -> None:
     """Work out what a recipe costs: parameters, memory, cache, and time here and on other machines."""
     from frozenprefix.config import load_recipe
+    from frozenprefix.utils import check_output
 
+    if out is not None:
+        check_output(out, {"parameters", "memory", "machines"}, force=force, option="--json")
     loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from rich.console import Console
 
@@ -34,9 +36,7 @@ def command(
 
     names = [name.strip() for name in hardware.split(",") if name.strip()]
     result = plan(loaded, names, calibrate=calibrate)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(out, result.to_dict())
     console = Console()
     for table in (_parameters(result), _memory(result), _step(result), _machines(result), _scale(result)):
         console.print(table)

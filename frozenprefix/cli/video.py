@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frozenprefix.cli.common import Checkpoint, Force, Prompt, write_json
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Sampler(str, Enum):
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)],
+    checkpoint: Checkpoint,
     source: Annotated[
         str, typer.Argument(metavar="FILE", help="Video file; with --follow also /dev/video0.", show_default=False)
     ],
@@ -45,10 +45,17 @@ def command(
     beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5, and 1 with --follow, when not given.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")] = None,
+    prompt: Prompt = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="JSON file to write to.")] = None,
+    force: Force = False,
 ) -> None:
     """Caption a video: as a whole, scene by scene, or as it runs."""
+    from frozenprefix.assets import check_checkpoint
+    from frozenprefix.utils import check_output
+
+    check_checkpoint(checkpoint)
+    if json_file is not None:
+        check_output(json_file, {"video"}, force=force, option="--json")
     if summary and follow:
         raise ConfigError("--summary and --follow exclude each other; give one of them")
     if "://" not in source and not Path(source).exists():
@@ -60,7 +67,7 @@ def command(
     if follow:
         result = _follow(captioner, source, options)
     else:
-        from frozenprefix.inference.video import VideoCaptioner
+        from frozenprefix.inference import VideoCaptioner
 
         video = VideoCaptioner(captioner, frames=frames, pooling=pooling.value)
         if summary:
@@ -69,17 +76,14 @@ def command(
             for segment in segments:
                 typer.echo(f"{segment.start:.2f}\t{segment.end:.2f}\t{segment.caption}")
         else:
-            made = video.caption(source, **options)
-            result = {"caption": made.text, "score": made.score}
-            typer.echo(made.text)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"video": source, **result}, indent=2, ensure_ascii=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
+            generation = video.caption(source, **options)
+            result = {"caption": generation.text, "score": generation.score}
+            typer.echo(generation.text)
+    write_json(json_file, {"video": source, **result})
 
 
 def _follow(captioner: Captioner, source: str, options: dict[str, Any]) -> dict[str, Any]:
-    from frozenprefix.inference.stream import StreamCaptioner
+    from frozenprefix.inference import StreamCaptioner
 
     stream, captions = StreamCaptioner(captioner), []
     try:
@@ -89,6 +93,6 @@ def _follow(captioner: Captioner, source: str, options: dict[str, Any]) -> dict[
     except KeyboardInterrupt:
         pass  # a camera ends no other way
     latency = stream.latency()
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in latency.items() if name.endswith("_ms"))
-    typer.echo(f"{latency['frames']} frames, {latency['captioned']} captioned; {shown}", err=True)
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in latency.items() if name.endswith("_ms"))
+    typer.echo(f"{latency['frames']} frames, {latency['captioned']} captioned; {figures}", err=True)
     return {"captions": captions, "latency": latency}

@@ -32,13 +32,19 @@ class ContrastiveTrainingSection(RunSection):
     tower_learning_rate: float = Field(1e-4, gt=0, description="of the text tower")
     weight_decay: float = Field(0.01, ge=0, description="of matrices; not of biases, norms and the logit scale")
     betas: tuple[float, float] = (0.9, 0.98)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: the faster of fp32 and bf16")
     texts_per_chunk: int = Field(64, ge=1, description="texts of like length that go through the tower together")
     gradient_cache: bool = Field(False, description="keep the activations of one chunk at a time; costs a forward pass")
 
 
 class ContrastiveRecipe(BaseRecipe):
-    """One experiment of locked-image tuning."""
+    """One experiment of locked-image tuning.
+
+    Example:
+        >>> from frozenprefix.config import load_recipe
+        >>> load_recipe("recipes/lit_flickr8k.yaml").model.projection_dim
+        384
+    """
 
     same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
         "": ("seed", "model"),

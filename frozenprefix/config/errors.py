@@ -53,7 +53,7 @@ def collect_problems(errors: list[ErrorDetails], data: Any, schema: Section, pre
         >>> class Training(BaseModel):
         ...     epochs: int
         >>> try:
-        ...     Training(epochs="two")
+        ...     Training.model_validate({"epochs": "two"}, strict=True)
         ... except ValueError as error:
         ...     collect_problems(error.errors(), {"epochs": "two"}, Training)
         [Problem(text="got 'two', expected a whole number", keys=('epochs',))]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.contrastive import ContrastiveRecipe
+from frozenprefix.config.errors import collect_problems, lines_of
 from frozenprefix.config.recipe import Recipe
-from frozenprefix.config.yaml import read_yaml
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.config.yaml import apply_overrides, read_yaml
+from frozenprefix.errors import ConfigError, Problem, did_you_mean
 
+R = TypeVar("R", bound=BaseRecipe)
 SCHEMAS: dict[str, type[Recipe] | type[ContrastiveRecipe]] = {"prefix": Recipe, "contrastive": ContrastiveRecipe}
 _OWN_KEYS = ("name", "output_dir")  # never taken from a base, or two recipes would write into one folder
 
@@ -34,11 +41,34 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | Con
         0.0001
     """
     path = Path(path)
-    data = {"name": path.stem, **_read_merged(path, ())}
+    return recipe_from_dict({"name": path.stem, **_read_merged(path, ())}, overrides)
+
+
+def recipe_from_dict(data: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe | ContrastiveRecipe:
+    """Check plain data, as they stand in a recipe file.
+
+    Args:
+        data: the blocks of a recipe; `output_dir` is `runs/NAME` when missing.
+        overrides: as for `load_recipe`.
+
+    Raises:
+        ConfigError: for an unknown kind, and with one line for every wrong key or value.
+
+    Example:
+        >>> recipe_from_dict(recipe.model_dump(mode="json"), ["seed=3"]).seed
+        3
+    """
+    data = copy.deepcopy(data)
+    lines = apply_overrides(data, overrides)
+    data.setdefault("output_dir", f"runs/{data.get('name')}")
     kind = data.get("kind", "prefix")
     if kind not in SCHEMAS:
         raise ConfigError(f"kind: got {kind!r}, expected one of: {', '.join(SCHEMAS)}{did_you_mean(kind, SCHEMAS)}")
-    return SCHEMAS[kind].from_dict(data, overrides)
+    recipe, problems = _validate(SCHEMAS[kind], data)
+    lines += lines_of(problems)
+    if lines or recipe is None:
+        raise ConfigError(lines)
+    return recipe
 
 
 def load_checkpoint_recipe(checkpoint: str | Path) -> Recipe | ContrastiveRecipe | None:
@@ -88,3 +118,41 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _validate(schema: type[R], data: dict[str, Any]) -> tuple[R | None, list[Problem]]:
+    """Check, and on errors check again without the wrong values: they hide values that do not go together."""
+    recipe, problems = _validate_once(schema, data)
+    if recipe is not None:
+        return recipe, []
+    rest = copy.deepcopy(data)
+    wrong = [key for problem in problems for key in problem.keys]
+    for key in wrong:
+        _remove(rest, key)
+    _, more = _validate_once(schema, rest)
+    return None, problems + [problem for problem in more if not any(_touches(problem, key) for key in wrong)]
+
+
+def _validate_once(schema: type[R], data: dict[str, Any]) -> tuple[R | None, list[Problem]]:
+    try:
+        # As JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path.
+        return schema.model_validate_json(json.dumps(data, default=str), strict=True), []
+    except ValidationError as error:
+        return None, collect_problems(error.errors(), data, schema)
+
+
+def _touches(problem: Problem, key: str) -> bool:
+    return any(f"{mine}.".startswith(f"{key}.") or f"{key}.".startswith(f"{mine}.") for mine in problem.keys)
+
+
+def _remove(data: Any, dotted: str) -> None:
+    """Remove a key. A key inside a list takes the whole list with it."""
+    *parents, last = dotted.split(".")
+    for part in parents:
+        inner = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(inner, dict):
+            last = part
+            break
+        data = inner
+    if isinstance(data, dict):
+        data.pop(last, None)

@@ -158,7 +158,9 @@ class RunSection(RecipeSection):
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: int | None = Field(None, ge=1, description="times that every image is seen")
-    max_minutes: float | None = Field(None, gt=0, description="wall clock; the schedule then follows the time")
+    max_minutes: float | None = Field(
+        None, gt=0, description="wall clock; the schedule follows it, so no two runs give the same weights"
+    )
     images_per_step: int = Field(12, ge=1)
     targets_per_image: int | None = Field(4, ge=1, description="targets drawn per image; null for all")
     learning_rate: float = Field(2e-3, gt=0)
@@ -171,7 +173,7 @@ class RunSection(RecipeSection):
     )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float | None = Field(1.0, gt=0, description="null for no clipping")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the faster of fp32 and bf16")
     log_every: int = Field(10, ge=1, description="steps")
     validate_every: int = Field(200, ge=1, description="steps")
     validation_images: int | None = Field(256, ge=2, description="images per validation; null for all")
@@ -202,7 +204,12 @@ class RunSection(RecipeSection):
 
 
 class TrainingSection(RunSection):
-    """How a mapper, and whatever else a recipe trains through the language model, is trained."""
+    """How a mapper, and whatever else a recipe trains through the language model, is trained.
+
+    Example:
+        >>> TrainingSection(epochs=2).packing
+        'trie'
+    """
 
     gradient_accumulation_steps: int = Field(1, ge=1)
     packing: Packing = "trie"
@@ -221,7 +228,12 @@ class TrainingSection(RunSection):
 
 
 class EvaluationSection(RecipeSection):
-    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on."""
+    """Defaults of `frozenprefix evaluate` for the run's checkpoints, and a text to measure the LM on.
+
+    Example:
+        >>> EvaluationSection(num_beams=3).limit is None
+        True
+    """
 
     num_beams: int | None = Field(None, ge=1, description="null for the task's own: 5 for captions, 1 for answers")
     max_new_tokens: int | None = Field(None, ge=1, description="null for the task's own: 30 or 10")
@@ -230,7 +242,7 @@ class EvaluationSection(RecipeSection):
 
 
 class TrackingSection(RecipeSection):
-    """Where figures go beside the run's own log.jsonl, which is always written."""
+    """Where figures go besides the run's own log.jsonl, which is always written."""
 
     tensorboard: bool = False
     wandb: bool = False

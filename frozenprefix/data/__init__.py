@@ -1,0 +1,63 @@
+"""Data: samples and the sources that they come from, images, the feature cache, collation.
+
+Example:
+    >>> from frozenprefix.data import load_source
+    >>> len(load_source({"type": "captions", "path": str(data_folder)}))
+    12
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frozenprefix.data.cache import FeatureCache
+    from frozenprefix.data.cache_writer import FeatureCacheWriter, encode_images
+    from frozenprefix.data.caption_retriever import CaptionRetriever, RetrievalOptions
+    from frozenprefix.data.check import check_samples
+    from frozenprefix.data.collation import Collator, StepDataset
+    from frozenprefix.data.images import BadImages, find_images, load_image, to_image
+    from frozenprefix.data.samplers import ImageStream
+    from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
+    from frozenprefix.data.sources import SourceConfig, detect_sources, load_source, load_sources
+
+__all__ = [
+    "BadImages",
+    "CaptionRetriever",
+    "Collator",
+    "FeatureCache",
+    "FeatureCacheWriter",
+    "ImageGroup",
+    "ImageStream",
+    "RetrievalOptions",
+    "Sample",
+    "SourceConfig",
+    "StepDataset",
+    "check_samples",
+    "detect_sources",
+    "encode_images",
+    "find_images",
+    "group_by_images",
+    "load_image",
+    "load_source",
+    "load_sources",
+    "to_image",
+]
+_MODULES = {
+    "cache": ("FeatureCache",),
+    "cache_writer": ("FeatureCacheWriter", "encode_images"),
+    "caption_retriever": ("CaptionRetriever", "RetrievalOptions"),
+    "check": ("check_samples",),
+    "collation": ("Collator", "StepDataset"),
+    "images": ("BadImages", "find_images", "load_image", "to_image"),
+    "samplers": ("ImageStream",),
+    "samples": ("ImageGroup", "Sample", "group_by_images"),
+    "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch is slow to import."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

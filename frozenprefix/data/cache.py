@@ -1,4 +1,4 @@
-"""The feature cache: images are encoded once, kept in WebDataset shards, and read at random through an index.
+"""Reading a feature cache: features of images in WebDataset shards, with an index for random access.
 
     cache = FeatureCache.open("features", fingerprint)
     features = cache.get([cache.key_of(path) for path in paths])          # float16[n, N, D]
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -32,8 +33,9 @@ from frozenprefix.data.cache_format import (
     scan_shard,
     shard_paths,
 )
-from frozenprefix.data.cache_keys import ImageKeys
+from frozenprefix.data.images import read_image
 from frozenprefix.errors import CacheError
+from frozenprefix.utils import append_jsonl, content_hash, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,14 @@ log = logging.getLogger(__name__)
 class FeatureCache:
     """Features of images by key, read from memory-mapped shards. Built by `FeatureCache.open`.
 
-    It can be handed to worker processes: each maps the shards anew.
+    It can be passed to worker processes: each maps the shards itself.
+
+    Example:
+        >>> from frozenprefix.data.cache_writer import FeatureCacheWriter
+        >>> with FeatureCacheWriter(tmp_path, {"encoder": "vit"}) as writer:
+        ...     writer.add(["key"], np.ones((1, 2, 3), np.float32))
+        >>> FeatureCache.open(tmp_path).get(["key"]).shape
+        (1, 2, 3)
     """
 
     def __init__(self, folder: Path, manifest: Manifest, places: dict[str, tuple[Path, Entry]], keys: ImageKeys):
@@ -56,12 +65,12 @@ class FeatureCache:
         """Open a cache for reading.
 
         Args:
-            folder: where it lies.
-            fingerprint: what the features must have been made with; None opens whatever is there.
+            folder: of the cache.
+            fingerprint: encoder and preprocessing that the features must come from; None opens any cache.
 
         Raises:
-            CacheError: for a fingerprint that differs, naming the first field that does with both values; for a shard
-                or an index that is missing, truncated or damaged, with what to do.
+            CacheError: for another fingerprint, naming the first field that differs; for a shard or an index that is
+                missing, truncated or damaged.
         """
         folder = Path(folder)
         manifest = load_manifest(folder)
@@ -111,7 +120,7 @@ class FeatureCache:
         return self._image_keys.key_of(path)
 
     def keys_of(self, paths: Iterable[str | PathLike[str]]) -> list[str]:
-        """Keys of many image files; what had to be hashed is remembered for the next run."""
+        """Keys of many image files, remembered for the next run."""
         keys = [self.key_of(path) for path in paths]
         try:
             self._image_keys.save()
@@ -120,12 +129,12 @@ class FeatureCache:
         return keys
 
     def get(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the features of images, in the order asked for: a new array [n, N, D].
+        """Features of images, in the order of `keys`: a new array [n, N, D].
 
-        Its dtype is float16 for a cache stored as that, and float32 for bfloat16 and int8.
+        The dtype is float16 for a cache stored as float16, and float32 for bfloat16 and int8.
 
         Raises:
-            CacheError: for a key that is not there, and for damaged bytes.
+            CacheError: for a key without features, and for damaged bytes.
         """
         # NumPy casts to float16 so slowly (15 ms for 64 images of 49 x 1280) that it would be most of the work
         wanted = np.float16 if self.manifest.dtype == "float16" else np.float32
@@ -166,7 +175,7 @@ class FeatureCache:
             np.multiply(stored, scale, out=out)
 
     def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray | None:
-        """View of N rows behind a .npy header; None when another header stands there."""
+        """View of N rows behind a .npy header; None when the header is another one."""
         start = offset + len(header)
         if mapped[offset:start] != header:
             return None
@@ -189,12 +198,19 @@ class FeatureCache:
 
 
 def rebuild_index(folder: str | PathLike[str]) -> int:
-    """Make the indexes anew from the shards. Returns the number of images that are there.
+    """Rebuild the indexes from the shards. Returns the number of images.
 
-    A damaged shard is renamed to `.damaged`: its images are encoded again by the next run. No writer may be at work.
+    A damaged shard is renamed to `.damaged`; the next run encodes its images again. No writer may be running.
 
     Raises:
-        CacheError: when the manifest itself is gone: nothing says then what the features were made with.
+        CacheError: the manifest is missing, so that the features' encoder is unknown.
+
+    Example:
+        >>> from frozenprefix.data.cache_writer import FeatureCacheWriter
+        >>> with FeatureCacheWriter(tmp_path, {"encoder": "vit"}) as writer:
+        ...     writer.add(["key"], np.ones((1, 2, 3), np.float32))
+        >>> rebuild_index(tmp_path)
+        1
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -217,7 +233,7 @@ def rebuild_index(folder: str | PathLike[str]) -> int:
 
 
 def _check_against_index(shard: Path, entries: dict[str, Entry]) -> None:
-    """An index that can still be read knows the checksums from the time of writing."""
+    """Compare with the checksums of the old index, if it can still be read: they are from the time of writing."""
     try:
         before = load_index(shard)
     except CacheError as error:
@@ -226,3 +242,79 @@ def _check_against_index(shard: Path, entries: dict[str, Entry]) -> None:
     for key, entry in before.items():
         if entries.get(key) != entry:
             raise CacheError(f"{shard}: the features of {key} are not those that were written")
+
+
+def image_key(data: bytes) -> str:
+    """Key of an image: SHA-256 of its file's bytes, first 32 hex digits. The name and the folder play no part.
+
+    Example:
+        >>> image_key(b"image")[:8]
+        '6105d6cc'
+    """
+    return content_hash(data)[:32]
+
+
+class ImageKeys:
+    """Keys of image files, remembered by path, size and time of change, so that a file is hashed once.
+
+    They are kept in files in the cache folder, one for each writing process; all of them are read. A line that cannot
+    be read costs one hashing.
+
+    Example:
+        >>> keys = ImageKeys(tmp_path)
+        >>> keys.key_of(image_path) == image_key(read_image(image_path))
+        True
+    """
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self._file = folder / f"image-keys-r{rank:02d}.jsonl"
+        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        self._unsaved: list[list[Any]] = []
+        for file in sorted(folder.glob("image-keys-r*.jsonl")):
+            self._load(file)
+
+    def lookup(self, path: str | PathLike[str]) -> str | None:
+        """The key of a file that has not changed since it was hashed, else None."""
+        name = os.path.abspath(path)
+        remembered = self._known.get(name)
+        return remembered[1] if remembered is not None and remembered[0] == _stat(name) else None
+
+    def read(self, path: str | PathLike[str]) -> tuple[str, bytes]:
+        """Read a file and remember its key. Returns key and bytes.
+
+        Raises:
+            BadImageError: `missing`, `empty` or `unreadable`.
+        """
+        name = os.path.abspath(path)
+        stat = _stat(name)  # before reading: a file that changes meanwhile is hashed again next time
+        data = read_image(path)
+        key = image_key(data)
+        if stat is not None:
+            self._known[name] = (stat, key)
+            self._unsaved.append([name, *stat, key])
+        return key, data
+
+    def key_of(self, path: str | PathLike[str]) -> str:
+        return self.lookup(path) or self.read(path)[0]
+
+    def save(self) -> None:
+        """Append the keys that were computed since the last time."""
+        rows, self._unsaved = self._unsaved, []
+        if rows:
+            append_jsonl(self._file, rows)
+
+    def _load(self, file: Path) -> None:
+        for number, row in read_jsonl(file, skip_damaged=True):
+            try:
+                name, size, changed, key = row
+                self._known[name] = ((size, changed), key)
+            except (ValueError, TypeError):
+                log.info("%s:%d: got no key; the image is hashed again", file, number)
+
+
+def _stat(name: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(name)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns

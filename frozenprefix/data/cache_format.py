@@ -1,11 +1,11 @@
-"""How a feature cache lies on disk.
+"""The files of a feature cache.
 
     manifest.json                     fingerprint, storage dtype, shape
     features-r00-000001.tar           WebDataset shard: KEY.features.npy (and KEY.scale.npy for int8)
     features-r00-000001.index.json    where each image's bytes are in that shard, and their CRC-32
-    image-keys-r00.jsonl            path, size, time of change → key, to spare hashing (see `cache_keys`)
+    image-keys-r00.jsonl              path, size, time of change → key, so that a file is hashed once (see `ImageKeys`)
 
-A shard is written under a `.tmp` name, renamed when complete, and then gets its index: what has both, counts.
+A shard is written under a `.tmp` name, renamed when complete, and then gets its index. A shard with an index counts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from frozenprefix.errors import CacheError
+from frozenprefix.utils import write_text_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -50,7 +51,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the whole cache has in common: `tokens` x `dim` features an image, stored as `dtype`."""
+    """Properties of the whole cache: `tokens` x `dim` features an image, stored as `dtype`.
+
+    Example:
+        >>> Manifest({"encoder": "vit"}, "float16", tokens=49, dim=1280).shape
+        (49, 1280)
+    """
 
     fingerprint: Fingerprint
     dtype: StorageDType
@@ -78,7 +84,7 @@ class Manifest:
         return len(self.scale_header) + self.tokens * SCALE_DTYPE.itemsize
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=2))
+        write_text_atomic(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=2))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -100,7 +106,12 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def plain_fingerprint(fingerprint: Fingerprint) -> Fingerprint:
-    """The fingerprint as it reads back from JSON, so that both sides of a comparison have the same types."""
+    """The fingerprint as it reads back from JSON, so that both sides of a comparison have the same types.
+
+    Example:
+        >>> plain_fingerprint({"size": (2, 3)})
+        {'size': [2, 3]}
+    """
     try:
         return cast(Fingerprint, json.loads(json.dumps(fingerprint)))
     except (TypeError, ValueError) as error:
@@ -108,7 +119,14 @@ def plain_fingerprint(fingerprint: Fingerprint) -> Fingerprint:
 
 
 def check_fingerprint(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:
-    """Raise `CacheError` for the first field of `wanted`, then of `stored`, that differs."""
+    """Compare fingerprints.
+
+    Raises:
+        CacheError: naming the first field of `wanted`, then of `stored`, that differs.
+
+    Example:
+        >>> check_fingerprint(tmp_path, {"layer": 1}, {"layer": 1})
+    """
     wanted = plain_fingerprint(wanted)
     for field in {**wanted, **stored}:
         if field not in stored or field not in wanted or stored[field] != wanted[field]:
@@ -121,7 +139,12 @@ def check_fingerprint(folder: Path, stored: Fingerprint, wanted: Fingerprint) ->
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first bytes of a .npy file (format 1.0) that holds an array of this shape and dtype."""
+    """The first bytes of a .npy file (format 1.0) that holds an array of this shape and dtype.
+
+    Example:
+        >>> npy_header((2, 3), np.dtype("i1"))[1:6]
+        b'NUMPY'
+    """
     buffer = BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -135,7 +158,12 @@ def to_storage(features: np.ndarray, dtype: StorageDType, key: str) -> tuple[np.
     int8 is symmetric, with one scale a row: `features ≈ stored * scale`. bfloat16 is rounded to the nearest even.
 
     Raises:
-        CacheError: for values that are not finite, or beyond what the dtype holds.
+        CacheError: for values that are not finite, or too large for the dtype.
+
+    Example:
+        >>> stored, scale = to_storage(np.array([[0.5, -1.0]]), "int8", "key")
+        >>> stored.tolist(), scale.round(4).tolist()
+        ([[64, -127]], [[0.007899999618530273]])
     """
     wide = features.astype(np.float32)
     greatest = float(np.abs(wide).max(initial=0.0))
@@ -165,7 +193,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def save_index(shard: Path, entries: dict[str, Entry]) -> None:
     values = {"shard": shard.name, "bytes": shard.stat().st_size, "entries": entries}
-    write_atomically(index_path(shard), json.dumps(values))
+    write_text_atomic(index_path(shard), json.dumps(values))
 
 
 def load_index(shard: Path) -> dict[str, Entry]:
@@ -190,7 +218,7 @@ def load_index(shard: Path) -> dict[str, Entry]:
 
 def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
     """Find every image of a shard by reading the tar itself; `CacheError` when it is damaged."""
-    found: dict[str, dict[str, tuple[int, bytes]]] = {}
+    parts: dict[str, dict[str, tuple[int, bytes]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -199,7 +227,7 @@ def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
                 if stream is None:
                     raise CacheError(f"{shard}: {member.name} is not a plain file; {_REBUILD}")
                 data = stream.read()
-                found.setdefault(key, {})[suffix] = (member.offset_data, data)
+                parts.setdefault(key, {})[suffix] = (member.offset_data, data)
                 expected = {FEATURES: manifest.features_header, SCALE: manifest.scale_header}.get(suffix, b"")
                 if not data.startswith(expected) or len(data) != member.size:
                     raise CacheError(f"{shard}: {member.name} is damaged; {_REBUILD}")
@@ -208,7 +236,7 @@ def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
         raise CacheError(f"{shard}: damaged tar file ({error}); {_REBUILD}") from error
     if not complete:
         raise CacheError(f"{shard}: truncated, the end of the tar file is missing; {_REBUILD}")
-    return {key: _entry(shard, key, parts, manifest) for key, parts in found.items()}
+    return {key: _entry(shard, key, own, manifest) for key, own in parts.items()}
 
 
 def _entry(shard: Path, key: str, parts: dict[str, tuple[int, bytes]], manifest: Manifest) -> Entry:
@@ -227,16 +255,3 @@ def _ends_in_zeros(shard: Path) -> bool:
     with shard.open("rb") as stream:
         stream.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
         return not stream.read().strip(b"\0")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all, also after a crash."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Writing a feature cache: shard by shard, so that a kill or a full disk costs at most the shard at hand."""
+"""Writing a feature cache shard by shard, so that a kill or a full disk costs at most the unfinished shard."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import logging
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike, fsync
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
+from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import (
     FEATURES,
     MANIFEST,
@@ -35,7 +39,8 @@ from frozenprefix.data.cache_format import (
     shard_paths,
     to_storage,
 )
-from frozenprefix.errors import CacheError
+from frozenprefix.data.images import BadImages, decode_image
+from frozenprefix.errors import BadImageError, CacheError
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +48,23 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class FeatureCacheWriter:
-    """Adds features to a cache folder; a context manager. What an earlier run finished is kept and can be asked for.
+    """Adds features to a cache folder; a context manager. Features of earlier runs are kept.
 
     Args:
-        folder: made when it is not there.
+        folder: created when it does not exist.
         fingerprint: what the features depend on; it must equal that of a cache that is already in the folder.
-        dtype: how features are stored.
-        images_per_shard: a kill costs at most these.
+        dtype: of the stored features.
+        images_per_shard: a kill costs at most so many.
         rank: number of this process; each writes shards of its own name. One writer a rank at a time.
 
     Raises:
-        CacheError: when the folder holds another cache, or one that is damaged.
+        CacheError: the folder holds a cache with another fingerprint, or a damaged one.
+
+    Example:
+        >>> with FeatureCacheWriter(tmp_path, {"encoder": "vit"}) as writer:
+        ...     writer.add(["key"], np.ones((1, 2, 3), np.float32))
+        ...     "key" in writer
+        True
     """
 
     def __init__(
@@ -78,7 +89,7 @@ class FeatureCacheWriter:
         self._entries: dict[str, Entry] = {}
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._done = self._take_up()
+            self._done = self._resume()
 
     def __contains__(self, key: object) -> bool:
         return key in self._done or key in self._entries
@@ -95,11 +106,11 @@ class FeatureCacheWriter:
         self.close()
 
     def add(self, keys: Sequence[str], features: np.ndarray) -> None:
-        """Store float[B, N, D], one [N, D] for each of B keys. Keys that are there already are passed over.
+        """Store float[B, N, D], one [N, D] for each of B keys. Keys that exist already are skipped.
 
         Raises:
-            CacheError: for a shape that is not the cache's, a value that the dtype cannot hold, a key that cannot be
-                a WebDataset key, or a disk that is full. Finished shards stay good.
+            CacheError: for another shape than before, a value that the dtype cannot hold, a key that is not a valid
+                WebDataset key, or a full disk. Finished shards stay valid.
         """
         if features.ndim != 3 or len(features) != len(keys):
             raise CacheError(f"features: got shape {features.shape} for {len(keys)} keys, expected [{len(keys)}, N, D]")
@@ -110,7 +121,7 @@ class FeatureCacheWriter:
                 self._add_one(key, rows)
 
     def close(self) -> None:
-        """Finish the shard at hand. Nothing happens when there is none."""
+        """Finish the current shard, if there is one."""
         if self._tar is None or self._stream is None:
             return
         shard = self._next_name()
@@ -128,8 +139,8 @@ class FeatureCacheWriter:
     def _temporary(self) -> Path:
         return self.folder / f"{self._prefix}current.tar.tmp"
 
-    def _take_up(self) -> set[str]:
-        """Remove what a killed run left unfinished, and return the keys of everything that counts."""
+    def _resume(self) -> set[str]:
+        """Remove unfinished files of a killed run, and return the keys of all finished shards."""
         for left in self.folder.glob(f"{self._prefix}*.tmp"):
             left.unlink()
         if not (self.folder / MANIFEST).exists() and not shard_paths(self.folder):
@@ -202,7 +213,7 @@ class FeatureCacheWriter:
         return self.folder / f"{self._prefix}{max(numbers, default=0) + 1:06d}.tar"
 
     def _give_up_shard(self) -> None:
-        """Forget the shard at hand and give its space back."""
+        """Drop the current shard and free its space."""
         if self._stream is not None:
             try:
                 self._stream.close()  # flushes, and so may fail once more for the same reason
@@ -223,3 +234,134 @@ class FeatureCacheWriter:
                 f"{self.folder}: cannot write ({error.strerror or error}): {full} and run again. "
                 f"Finished shards stay good; {lost} images of the unfinished one are to be encoded again"
             ) from error
+
+
+Encode = Callable[[list[Any]], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An image ready for the encoder. Without `image`, its features exist, or reading it failed (`error`)."""
+
+    path: Path
+    key: str = ""
+    image: Any = None
+    error: BadImageError | None = None
+
+
+def encode_images(
+    paths: Iterable[str | PathLike[str]],
+    encode: Encode,
+    folder: str | PathLike[str],
+    fingerprint: Fingerprint,
+    *,
+    dtype: StorageDType = "float16",
+    batch_size: int = 32,
+    workers: int = 2,
+    transform: Callable[[Any], Any] | None = None,
+    bad: BadImages | None = None,
+    max_bad_share: float = 0.01,
+    progress: Callable[[int, int], None] | None = None,
+    images_per_shard: int = 500,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] | None = None,
+) -> FeatureCache | None:
+    """Encode the images that have no features in the cache yet, and open the cache; None when no image can be read.
+
+    Images are read, hashed and decoded by threads (Pillow decodes without holding the interpreter's lock), two
+    batches ahead of the encoder. Images with the same bytes are encoded once.
+
+    Args:
+        paths: image files; repeated ones count once. Every process gets all of them and takes its share.
+        encode: list of B images (or of the results of `transform`) → float[B, N, D].
+        folder, fingerprint, dtype, images_per_shard: see `FeatureCacheWriter`.
+        batch_size: images per call of `encode`; the last batch may be smaller.
+        workers: decoding threads.
+        transform: RGB image → input of `encode`; runs in the threads, so that the encoder does not wait, and waiting
+            images need no more memory than its result.
+        bad: collects the images that cannot be read.
+        max_bad_share: share of this process's images, 0 to 1; with more bad ones the run stops.
+        progress: called with (images done, images in total) of this process.
+        rank, world_size, barrier: for several processes. `barrier` waits for all of them before the cache is opened.
+
+    Raises:
+        DataError: too many images are bad. Features that were encoded stay.
+        CacheError: as `FeatureCacheWriter` and `FeatureCache.open`.
+
+    Example:
+        >>> def encode(images):
+        ...     return np.stack([np.asarray(image.resize((2, 2)), np.float32)[0] for image in images])
+        >>> len(encode_images([image_path], encode, tmp_path / "cache", {"encoder": "two pixels"}))
+        1
+    """
+    if batch_size < 1 or workers < 1:
+        raise CacheError(f"batch_size and workers must be >= 1, got {batch_size} and {workers}")
+    bad = BadImages() if bad is None else bad
+    unique = list(dict.fromkeys(Path(path) for path in paths))
+    mine = unique[rank::world_size]
+    with FeatureCacheWriter(folder, fingerprint, dtype=dtype, images_per_shard=images_per_shard, rank=rank) as writer:
+        keys = ImageKeys(writer.folder, rank)
+        batch: dict[str, Any] = {}
+        prepare = _preparation(writer, keys, transform)
+        try:
+            for done, item in enumerate(_ahead(mine, prepare, workers, 2 * batch_size + workers), start=1):
+                if item.error is not None:
+                    bad.record(item.path, item.error)
+                    bad.check(len(mine), max_bad_share)
+                elif item.image is not None and item.key not in writer:
+                    batch.setdefault(item.key, item.image)
+                if len(batch) == batch_size or (done == len(mine) and batch):
+                    _encode_batch(batch, encode, writer)
+                    batch = {}
+                if progress is not None:
+                    progress(done, len(mine))
+        finally:
+            keys.save()
+    if barrier is not None:
+        barrier()
+    if mine and len(bad) == len(mine) and not (Path(folder) / MANIFEST).exists():
+        return None
+    return FeatureCache.open(folder, fingerprint)
+
+
+def _preparation(
+    writer: FeatureCacheWriter, keys: ImageKeys, transform: Callable[[Any], Any] | None
+) -> Callable[[Path], _Prepared]:
+    def prepare(path: Path) -> _Prepared:
+        known = keys.lookup(path)
+        if known is not None and known in writer:
+            return _Prepared(path, known)
+        try:
+            key, data = keys.read(path)
+            if key in writer:
+                return _Prepared(path, key)
+            image = decode_image(data, path)
+        except BadImageError as error:
+            return _Prepared(path, error=error)
+        return _Prepared(path, key, image if transform is None else transform(image))
+
+    return prepare
+
+
+def _ahead(paths: list[Path], prepare: Callable[[Path], _Prepared], workers: int, window: int) -> Iterator[_Prepared]:
+    """Yield prepared images in order, while up to `window` others are being prepared."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pending: deque[Future[_Prepared]] = deque()
+    try:
+        for path in paths:
+            pending.append(pool.submit(prepare, path))
+            if len(pending) > window:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_batch(batch: dict[str, Any], encode: Encode, writer: FeatureCacheWriter) -> None:
+    features = encode(list(batch.values()))
+    if not isinstance(features, np.ndarray) or features.ndim != 3 or len(features) != len(batch):
+        got = f"shape {features.shape}" if isinstance(features, np.ndarray) else type(features).__name__
+        raise CacheError(f"encode: got {got} for {len(batch)} images, expected a NumPy array [{len(batch)}, N, D]")
+    writer.add(list(batch), features)

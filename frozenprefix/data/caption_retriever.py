@@ -1,10 +1,10 @@
 """Captions of similar training images in the prompt: SmallCap (Ramos et al. 2023), section 3.
 
-    retriever = CaptionRetriever.of(train_samples, cache, RetrievalOptions())
-    samples = retriever.with_prompts(samples, ImageLookup.of_cache(cache), prompt="")
+    retriever = CaptionRetriever.from_samples(train_samples, cache, RetrievalOptions())
+    samples = retriever.with_prompts(samples, ImageLookup.from_cache(cache), prompt="")
 
-Here similar images are those with similar features of the model's own encoder, and not those that a second model
-finds. An image is never shown its own captions, whatever its file is called.
+Similar images are those with similar features of the model's own encoder; SmallCap uses a second model. An image never
+gets its own captions, whatever its file is called.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
-from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_keys import image_key
+from frozenprefix.data.cache import FeatureCache, image_key
 from frozenprefix.data.images import read_image
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError, Problem
 from frozenprefix.models.configuration import Section
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
 from frozenprefix.models.vision.precomputed import feature_table
+from frozenprefix.utils import write_text_atomic
 
 CAPTIONS_MARK = "{captions}"
 TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
-# what has a meaning of its own in a prompt, and must not have one in a caption
+# marks of a prompt, which are removed from captions
 _MARKS = (IMAGE_TOKEN, "{question}")
 _IMAGES_AT_ONCE = 256
 
@@ -81,7 +81,7 @@ class RetrievalOptions(Section):
 
     def prompt(self, captions: Sequence[str], prompt: str) -> str:
         """A prompt with captions in front of it, and one `<image>`."""
-        front = self.template.replace(CAPTIONS_MARK, "\n".join(captions))
+        front = self.template.replace(CAPTIONS_MARK, "\n".join(map(escape_any, captions)))
         if IMAGE_TOKEN in front:
             return front + prompt.replace(IMAGE_TOKEN, "")
         return front + FrozenPrefixProcessor.with_image(prompt)
@@ -89,14 +89,20 @@ class RetrievalOptions(Section):
 
 @dataclass(frozen=True)
 class ImageLookup:
-    """How image files become keys (equal for equal images) and features float[n, N, D_enc]."""
+    """How image files become keys (equal for equal images) and features float[n, N, D_enc].
+
+    Example:
+        >>> lookup = ImageLookup(keys=lambda paths: ["a"], features=lambda paths: [[[1.0, 0.0]]])
+        >>> lookup.keys([image_path])
+        ['a']
+    """
 
     keys: Callable[[Sequence[Path]], Sequence[str]]
     features: Callable[[Sequence[Path]], ArrayLike]
 
     @classmethod
-    def of_cache(cls, cache: FeatureCache) -> ImageLookup:
-        """By a feature cache, or a table of given features."""
+    def from_cache(cls, cache: FeatureCache) -> ImageLookup:
+        """By a feature cache, or a table of precomputed features."""
         return cls(cache.keys_of, lambda paths: cache.get(cache.keys_of(paths)))
 
 
@@ -111,12 +117,19 @@ def image_keys(encoder: torch.nn.Module, paths: Places) -> list[str]:
 
 
 class CaptionRetriever:
-    """Captions of similar training images, from a datastore that a checkpoint holds.
+    """Captions of similar training images, from a datastore in the checkpoint.
 
     Args:
-        keys: of the training images; captions: at least one of each.
+        keys: of the M training images.
+        captions: at least one of each image.
         features: float16[M, D_enc], the mean over each image's feature vectors.
-        vectors: of all captions in their order; made anew when not given.
+        vectors: of all captions, in order; computed when not given.
+
+    Example:
+        >>> features = np.array([[1, 0], [0, 1]], np.float16)
+        >>> retriever = CaptionRetriever(RetrievalOptions(), ["a", "b"], [["a dog"], ["a cat"]], features)
+        >>> retriever([[[1.0, 0.1]]], ["a"])
+        [['a cat']]
     """
 
     def __init__(
@@ -128,14 +141,16 @@ class CaptionRetriever:
         vectors: CaptionVectors | None = None,
     ):
         self.options, self.keys, self.captions, self.features = options, keys, captions, features
-        self._vectors = vectors or CaptionVectors.of([[_counts(text) for text in texts] for texts in captions])
+        self._vectors = vectors or CaptionVectors.from_counts([[_counts(text) for text in texts] for texts in captions])
         self._nearest = NearestImages(features)
         self._row = {key: row for row, key in enumerate(keys)}
         self._texts = [text for texts in captions for text in texts]
         self._starts = np.concatenate([[0], np.cumsum([len(texts) for texts in captions])])
 
     @classmethod
-    def of(cls, samples: Iterable[Sample], cache: FeatureCache, options: RetrievalOptions) -> CaptionRetriever:
+    def from_samples(
+        cls, samples: Iterable[Sample], cache: FeatureCache, options: RetrievalOptions
+    ) -> CaptionRetriever:
         """Build the datastore from training samples of task "caption"; equal images are one entry.
 
         Raises:
@@ -157,15 +172,15 @@ class CaptionRetriever:
         return cls(options, keys, list(captions.values()), features)
 
     def __call__(self, features: ArrayLike, keys: Sequence[str]) -> list[list[str]]:
-        """Captions for images, those that agree best first.
+        """Captions for images, those first that agree best with the others.
 
         Args:
             features: float[n, N, D_enc].
-            keys: of the same images; the captions of a training image with the same key are left out.
+            keys: of the same images; captions of a training image with the same key are left out.
         """
         own = [self._row.get(key) for key in keys]
-        found = self._nearest(_pooled(features), self.options.images, exclude=own)
-        return [self._agreeing(rows) for rows in found]
+        nearest = self._nearest(_pooled(features), self.options.images, exclude=own)
+        return [self._agreeing(rows) for rows in nearest]
 
     def prompts(self, prompts: Sequence[str], features: ArrayLike, keys: Sequence[str]) -> list[str]:
         """Prompts with captions in front of them, one for each image; see `__call__`."""
@@ -173,7 +188,7 @@ class CaptionRetriever:
         return [self.options.prompt(texts, prompt) for texts, prompt in zip(retrieved, prompts, strict=True)]
 
     def with_prompts(self, samples: Sequence[Sample], lookup: ImageLookup, *, prompt: str) -> list[Sample]:
-        """The samples, those of task "caption" with their retrieved captions in `Sample.prompt`.
+        """The samples; those of task "caption" with retrieved captions in `Sample.prompt`.
 
         Args:
             prompt: the task's own prompt, for samples without one.
@@ -182,21 +197,21 @@ class CaptionRetriever:
             DataError: for a caption sample with several images.
         """
         paths = list(dict.fromkeys(_image(sample) for sample in samples if sample.task == "caption"))
-        found: dict[Path, list[str]] = {}
+        captions: dict[Path, list[str]] = {}
         for start in range(0, len(paths), _IMAGES_AT_ONCE):
             block = paths[start : start + _IMAGES_AT_ONCE]
-            found |= zip(block, self(lookup.features(block), lookup.keys(block)), strict=True)
+            captions |= zip(block, self(lookup.features(block), lookup.keys(block)), strict=True)
 
-        def with_prompt(sample: Sample) -> Sample:
-            if sample.task != "caption":
-                return sample
-            own = prompt if sample.prompt is None else sample.prompt
-            return replace(sample, prompt=self.options.prompt(found[sample.images[0]], own))
-
-        return [with_prompt(sample) for sample in samples]
+        prompted = []
+        for sample in samples:
+            if sample.task == "caption":
+                own = prompt if sample.prompt is None else sample.prompt
+                sample = replace(sample, prompt=self.options.prompt(captions[sample.images[0]], own))
+            prompted.append(sample)
+        return prompted
 
     def _agreeing(self, rows: NDArray[np.int64]) -> list[str]:
-        """The captions of some images that agree best, at most one of each image, and no text twice."""
+        """Those captions of some images that agree best, at most one of each image, and no text twice."""
         spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in rows]
         candidates, owners = np.concatenate(spans), np.repeat(rows, [len(span) for span in spans])
         chosen: dict[str, int] = {}
@@ -212,7 +227,7 @@ class CaptionRetriever:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
         options = self.options.model_dump()
         texts = {"options": options, "keys": list(self.keys), "captions": list(map(list, self.captions))}
-        (folder / TEXTS_FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+        write_text_atomic(folder / TEXTS_FILE, json.dumps(texts, ensure_ascii=False))
         arrays = {
             "features": self.features,
             "columns": self._vectors.columns.astype(np.int32),
@@ -223,25 +238,25 @@ class CaptionRetriever:
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> CaptionRetriever | None:
-        """Read the datastore of a checkpoint folder or Hub id; None for one that was trained without.
+        """Read the datastore of a checkpoint folder or Hub id; None if the checkpoint has none.
 
         Raises:
-            CheckpointError: when it is damaged, or only half there.
+            CheckpointError: it is damaged or incomplete.
         """
-        texts, arrays = (_find(checkpoint, name) for name in (TEXTS_FILE, ARRAYS_FILE))
+        texts, arrays = (_saved_file(checkpoint, name) for name in (TEXTS_FILE, ARRAYS_FILE))
         if texts is None and arrays is None:
             return None
         try:
             if texts is None or arrays is None:
                 raise ValueError(f"{TEXTS_FILE if texts is None else ARRAYS_FILE} is missing")
-            return cls._from(json.loads(texts.read_text(encoding="utf-8")), load_file(arrays))
+            return cls._from_saved(json.loads(texts.read_text(encoding="utf-8")), load_file(arrays))
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{checkpoint}: the captions to retrieve from cannot be read ({error}); take another checkpoint"
             ) from error
 
     @classmethod
-    def _from(cls, texts: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> CaptionRetriever:
+    def _from_saved(cls, texts: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> CaptionRetriever:
         keys, captions = texts["keys"], texts["captions"]
         vectors = CaptionVectors(arrays["columns"], arrays["weights"], arrays["starts"])
         sizes = (len(keys), len(captions), sum(map(len, captions)))
@@ -253,29 +268,29 @@ class CaptionRetriever:
 
 def _image(sample: Sample) -> Path:
     if len(sample.images) != 1:
-        raise DataError(f"data.retrieval: sample '{sample.id}' has {len(sample.images)} images, expected 1")
+        raise DataError(f"data.retrieval: {sample.label} has {len(sample.images)} images, expected 1")
     return sample.images[0]
 
 
 def _plain(text: str) -> str:
-    """A caption in one line, without what means something in a prompt."""
+    """A caption in one line, without the marks of a prompt."""
     for mark in _MARKS:
         text = text.replace(mark, " ")
     return " ".join(text.split())
 
 
 def _counts(text: str) -> Counter[tuple[str, ...]]:
-    """Single words and pairs: enough to tell which captions agree, and half of what four n-gram orders would store."""
+    """Single words and pairs: enough to compare captions, at half the size of four n-gram orders."""
     words = re.findall(r"\w+", text.lower())
     return Counter([*((word,) for word in words), *pairwise(words)])
 
 
 def _pooled(features: ArrayLike) -> NDArray[np.float16]:
-    """float[n, N, D] → float16[n, D]: rounded as they are stored, so that a training image gets what it had."""
+    """float[n, N, D] → float16[n, D], rounded as in the datastore, so that training images keep their neighbours."""
     return np.asarray(features, dtype=np.float32).mean(axis=1).astype(np.float16)
 
 
-def _find(checkpoint: str | Path, name: str) -> Path | None:
+def _saved_file(checkpoint: str | Path, name: str) -> Path | None:
     try:
         return Path(str(cached_file(str(checkpoint), name)))
     except OSError:

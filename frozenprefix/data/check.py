@@ -1,8 +1,7 @@
-"""What is in a data set, and what is wrong with it: bad images, empty targets, images that leak across splits."""
+"""Counts and faults of a data set: bad images, empty targets, images that are in two splits."""
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 from frozenprefix.data.images import BadImages, decode_image, read_image
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import BadImageError
+from frozenprefix.utils import content_hash
 
 #: Two images are near-duplicates when at most this many of the 64 bits of their hashes differ.
 NEAR_BITS = 4
@@ -30,7 +30,12 @@ _BITS_SET = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.u
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """An image of one split that is in another one too; `bits` differ between the hashes (0: same bytes)."""
+    """An image of one split that is in another one too; `bits` of the two hashes differ (0: same bytes).
+
+    Example:
+        >>> Leak("a.jpg", "train", "b.jpg", "test").bits
+        0
+    """
 
     image: str
     split: str
@@ -41,7 +46,12 @@ class Leak:
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts of a data set. Images are files; targets are texts; words are what blanks separate."""
+    """Counts of a data set. Images are files, targets are texts, words are separated by blanks.
+
+    Example:
+        >>> DataReport(images_in_two_splits=2).leaks
+        2
+    """
 
     samples: int = 0
     images: int = 0
@@ -64,18 +74,18 @@ class DataReport:
 
     @property
     def leaks(self) -> int:
-        """Images known to be in two splits: by name or by their bytes. Near-duplicates are for a person to judge."""
+        """Images in two splits, by name or by bytes. Near-duplicates are not counted: a person has to judge them."""
         return self.images_in_two_splits + self.same_bytes_across_splits
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The report as JSON values."""
         return {**asdict(self), "leaks": self.leaks}
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    digest: bytes
-    hash: int
+class _ImageHashes:
+    content: str
+    near: int
 
 
 def check_samples(
@@ -85,17 +95,22 @@ def check_samples(
     bad: BadImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Read every image of the samples once and report what was found.
+    """Read every image of the samples once and report counts and faults.
 
     Args:
         workers: decoding threads.
-        bad: takes the images that cannot be read, to be listed in a file.
-        progress: called with (images done, images in all).
+        bad: collects the images that cannot be read.
+        progress: called with (images done, images in total).
+
+    Example:
+        >>> report = check_samples([Sample("1", (image_path,), ("a dog", ""))])
+        >>> report.images, report.empty_targets
+        (1, 1)
     """
     bad = BadImages() if bad is None else bad
     splits = _splits_by_image(samples)
     report = _count_texts(samples, splits)
-    seen: dict[Path, _Seen] = {}
+    seen: dict[Path, _ImageHashes] = {}
     with ThreadPoolExecutor(workers) as pool:
         for done, (path, result) in enumerate(zip(splits, pool.map(_look_at, splits), strict=True), start=1):
             if isinstance(result, BadImageError):
@@ -105,34 +120,44 @@ def check_samples(
             if progress is not None:
                 progress(done, len(splits))
     report.bad_images, report.bad_examples = bad.counts, [str(error) for _, error in list(bad)[:EXAMPLES]]
-    report.duplicate_files = len(seen) - len({item.digest for item in seen.values()})
+    report.duplicate_files = len(seen) - len({item.content for item in seen.values()})
     _find_leaks(report, splits, seen)
     return report
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64-bit dHash: in a 9 x 8 grey thumbnail, whether each pixel is brighter than its left neighbour."""
+    """64-bit dHash: in a 9 x 8 grey thumbnail, whether each pixel is brighter than its left neighbour.
+
+    Example:
+        >>> difference_hash(Image.new("RGB", (9, 8)))
+        0
+    """
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
 def near_pairs(left: np.ndarray, right: np.ndarray, bits: int = NEAR_BITS) -> np.ndarray:
-    """All pairs of hashes uint64[n], uint64[m] that differ in at most `bits` bits: int64[pairs, 3] of i, j, bits."""
+    """All pairs of hashes uint64[n], uint64[m] that differ in at most `bits` bits: int64[pairs, 3] of i, j, bits.
+
+    Example:
+        >>> near_pairs(np.array([0], np.uint64), np.array([255, 3], np.uint64)).tolist()
+        [[0, 1, 2]]
+    """
     rows = max(1, _CHUNK // max(1, len(right)))
-    found = [np.empty((0, 3), np.int64)]
+    pairs = [np.empty((0, 3), np.int64)]
     for start in range(0, len(left), rows):
         # [rows, m] → four 16-bit words each → bits that differ
         differing = left[start : start + rows, None] ^ right[None, :]
         distance = _BITS_SET[differing.view(np.uint16)].reshape(*differing.shape, 4).sum(axis=2, dtype=np.uint8)
         i, j = np.nonzero(distance <= bits)
-        found.append(np.stack([i + start, j, distance[i, j]], axis=1))
-    return np.concatenate(found)
+        pairs.append(np.stack([i + start, j, distance[i, j]], axis=1))
+    return np.concatenate(pairs)
 
 
-def _look_at(path: Path) -> _Seen | BadImageError:
+def _look_at(path: Path) -> _ImageHashes | BadImageError:
     try:
         data = read_image(path)
-        return _Seen(hashlib.sha256(data).digest(), difference_hash(decode_image(data, path)))
+        return _ImageHashes(content_hash(data), difference_hash(decode_image(data, path)))
     except BadImageError as error:
         return error
 
@@ -164,7 +189,7 @@ def _count_texts(samples: Sequence[Sample], splits: dict[Path, list[str]]) -> Da
     )
 
 
-def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _Seen]) -> None:
+def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes]) -> None:
     shared = [Leak(str(path), names[0], str(path), names[1]) for path, names in splits.items() if len(names) > 1]
     report.images_in_two_splits, report.in_two_splits = len(shared), shared[:EXAMPLES]
 
@@ -180,26 +205,26 @@ def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Pa
     report.near_duplicates = sorted(near, key=lambda leak: leak.bits)[:EXAMPLES]
 
 
-def _same_bytes(splits: dict[Path, list[str]], seen: dict[Path, _Seen]) -> list[Leak]:
-    """Every file whose bytes were seen before under another name in another split."""
-    first: dict[bytes, Path] = {}
+def _same_bytes(splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes]) -> list[Leak]:
+    """Files with the same bytes as another file in another split."""
+    first: dict[str, Path] = {}
     leaks = []
     for path, item in seen.items():
-        other = first.setdefault(item.digest, path)
+        other = first.setdefault(item.content, path)
         elsewhere = [name for name in splits[other] if name not in splits[path]]
         if elsewhere:
             leaks.append(Leak(str(path), splits[path][0], str(other), elsewhere[0]))
     return leaks
 
 
-def _near(by_split: dict[str, list[Path]], one: str, two: str, seen: dict[Path, _Seen]) -> list[Leak]:
-    """The nearest look-alike in the bigger split of each image in the smaller one, same bytes excepted."""
+def _near(by_split: dict[str, list[Path]], one: str, two: str, seen: dict[Path, _ImageHashes]) -> list[Leak]:
+    """For each image of the smaller split, its nearest near-duplicate in the bigger one; same bytes do not count."""
     small, big = sorted((one, two), key=lambda name: len(by_split[name]))
-    left, right = (np.array([seen[path].hash for path in by_split[name]], np.uint64) for name in (small, big))
+    left, right = (np.array([seen[path].near for path in by_split[name]], np.uint64) for name in (small, big))
     nearest: dict[Path, Leak] = {}
     for i, j, bits in near_pairs(left, right).tolist():
         path, other = by_split[small][i], by_split[big][j]
-        if seen[path].digest == seen[other].digest:
+        if seen[path].content == seen[other].content:
             continue
         if path not in nearest or bits < nearest[path].bits:
             nearest[path] = Leak(str(path), small, str(other), big, bits)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +16,7 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream, choose_targets
 from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.errors import DataError, FrozenPrefixError
 from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
@@ -26,11 +28,16 @@ class Collator:
 
     Args:
         processor: tokenizer, image processor and prompts.
-        features: features made earlier; images are decoded when there are none.
-        packing: see `models.packing.pack`; tokens_per_row: as there.
-        max_target_tokens: longer targets are cut (and still closed by the end token), and counted.
-        keep_samples: also hand on which groups and targets the batch is made of, as `samples`: a list of
-            (group, [(sample, target), …]).
+        features: cached features; None decodes the images.
+        packing, tokens_per_row: see `models.packing.pack`.
+        max_target_tokens: longer targets are cut (the end token still follows), and counted.
+        keep_samples: add the groups and targets of the batch as `samples`: a list of (group, [(sample, target), …]).
+
+    Example:
+        >>> sample = Sample("1", (image_path,), ("a dog",))
+        >>> batch = Collator(processor)([ImageGroup(sample.images, (sample,))], [[(sample, "a dog")]])
+        >>> sorted(batch), batch["pixel_values"].shape
+        (['packed', 'pixel_values'], torch.Size([1, 3, 32, 32]))
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class Collator:
         return batch
 
     def pack(self, chosen: Sequence[Sequence[tuple[Sample, str]]], images_per_group: Sequence[int]) -> PackedBatch:
-        """Rows of the (sample, target) pairs of each group of images."""
+        """Packed rows of the (sample, target) pairs of each group of images."""
         return pack(
             [[self.target(sample, text) for sample, text in pairs] for pairs in chosen],
             image_token_id=self.processor.image_token_id,
@@ -93,6 +100,27 @@ class Collator:
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
 
+    def check_targets(self, groups: Iterable[ImageGroup]) -> None:
+        """Encode every target, so that a text that cannot be learned is known before the first step.
+
+        Raises:
+            DataError: naming the sample, its file and its line.
+        """
+        prefix_length = self.processor.prefix_length
+        for group in groups:
+            for sample in group.samples:
+                for text in sample.targets:
+                    try:
+                        target = self.target(sample, text)
+                    except (FrozenPrefixError, TemplateError, ValueError) as error:
+                        raise DataError(f"{sample.label}: {error}") from error
+                    marks = list(target.input_ids).count(self.processor.image_token_id) // prefix_length
+                    if marks != len(sample.images):
+                        raise DataError(
+                            f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
+                            "for each image"
+                        )
+
     def _count_truncated(self, text: str) -> None:
         self.num_truncated += 1
         if self.num_truncated == 1:
@@ -102,21 +130,33 @@ class Collator:
 
 
 def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:
-    """The text in front of a sample's target, with its images' `<image>` marks."""
+    """The text in front of a sample's target, with an `<image>` mark for each of its images.
+
+    Example:
+        >>> prompt_of(Sample("1", (image_path,), (), prompt="A photo of"), processor)
+        '<image>A photo of'
+    """
     if sample.history is not None:
         return processor.chat_prompt(sample.history, sample.question or "", images=len(sample.images))
     return processor.prompt_for(sample.task, sample.question, template=sample.prompt, images=len(sample.images))
 
 
 class StepDataset(Dataset):
-    """Micro-batch number i of this process, collated: the same whatever was asked for before.
+    """Micro-batch number i of this process, collated; it does not depend on earlier ones.
 
     Args:
         groups: training images with their samples.
-        stream: which images each optimizer step takes.
-        collator: makes the batch.
-        targets_per_image: how many of an image's targets a step takes; None takes all.
-        num_parts: micro-batches that a step is divided into, over all processes; part: those of this process.
+        stream: the images of each optimizer step.
+        collator: builds the batch.
+        targets_per_image: targets of an image in one step; None takes all.
+        num_parts: micro-batches that a step is divided into, over all processes.
+        parts: numbers of those of this process.
+
+    Example:
+        >>> sample = Sample("1", (image_path,), ("a dog",))
+        >>> groups = [ImageGroup(sample.images, (sample,))]
+        >>> len(StepDataset(groups, ImageStream(1, 1, seed=0), Collator(processor), num_steps=3))
+        3
     """
 
     def __init__(

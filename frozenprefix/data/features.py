@@ -7,17 +7,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_images
 from frozenprefix.data.cache_format import StorageDType
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.image_encoder import Fingerprint, ImageEncoder
 from frozenprefix.data.images import BadImages
-from frozenprefix.data.processes import Processes
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.vision.precomputed import FeatureTable, feature_table
 from frozenprefix.utils import user_cache
@@ -61,15 +63,17 @@ def fill_feature_cache(
     bad: BadImages,
     max_bad_share: float = 0.01,
     workers: int = 2,
-    processes: Processes | None = None,
+    processes: PartialState | None = None,
     progress: Progress | None = None,
 ) -> tuple[FeatureCache | None, int]:
     """Encode the images that the feature cache lacks, each process its share, and open the cache; see `encode_images`.
 
+    Args:
+        processes: those that share the work, all of which must call this; None for this one alone.
+
     Returns:
         The cache (None when not one image could be read), and how many images this process had to encode.
     """
-    processes = processes or Processes()
     encoded = 0
 
     def encode(pixel_values: list[Tensor]) -> np.ndarray:
@@ -78,6 +82,10 @@ def fill_feature_cache(
         return encoder.encode(torch.cat(pixel_values)).cpu().numpy()
 
     fingerprint = encoder.fingerprint
+    sharing: dict[str, Any] = {}
+    if processes is not None:
+        sharing = {"rank": processes.process_index, "world_size": processes.num_processes}
+        sharing["barrier"] = processes.wait_for_everyone
     cache = encode_images(
         paths,
         encode,
@@ -90,16 +98,14 @@ def fill_feature_cache(
         bad=bad,
         max_bad_share=max_bad_share,
         progress=progress,
-        rank=processes.rank,
-        world_size=processes.count,
-        barrier=processes.barrier,
+        **sharing,
     )
     return cache, encoded
 
 
-def share_bad_images(bad: BadImages, processes: Processes) -> None:
+def share_bad_images(bad: BadImages) -> None:
     """Let every process know the bad images of all: they must leave out the same ones."""
-    for path, reason, message in processes.gather([(path, error.reason, str(error)) for path, error in bad]):
+    for path, reason, message in gather_object([(path, error.reason, str(error)) for path, error in bad]):
         bad.record(path, BadImageError(reason, message))
 
 
@@ -121,13 +127,13 @@ class ImageFeatures:
         storage: FeatureStorage,
         *,
         max_bad_share: float = 0.01,
-        processes: Processes | None = None,
+        processes: PartialState | None = None,
         progress: Progress | None = None,
     ) -> ImageFeatures:
         """Encode images, or find their features in the cache or in the feature table.
 
-        A cache serves frozen encoders only. Several processes share the work of filling it; without it each of them
-        encodes all images.
+        A cache serves frozen encoders only. The `processes`, if given, share the work of filling it; without a cache
+        each of them encodes all images.
 
         Raises:
             DataError: when more than `max_bad_share` of the images cannot be read.
@@ -137,9 +143,8 @@ class ImageFeatures:
             >>> encoder = ImageEncoder.from_model(model, processor)
             >>> features = ImageFeatures.from_encoder(encoder, [image_path], FeatureStorage("off"))
             >>> features([image_path]).shape
-            torch.Size([1, 1, 64])
+            torch.Size([1, 4, 64])
         """
-        processes = processes or Processes()
         paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in encoder.module.parameters())
         source: FeatureCache | FeatureTable | dict[Path, Tensor]
@@ -154,7 +159,8 @@ class ImageFeatures:
                 encoder, paths, storage, bad=bad, max_bad_share=max_bad_share, processes=processes, progress=progress
             )
             source = {} if cache is None else cache
-            share_bad_images(bad, processes)
+            if processes is not None:
+                share_bad_images(bad)
         bad.check(len(paths), max_bad_share)
         return cls(source, bad)
 

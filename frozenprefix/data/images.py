@@ -38,7 +38,7 @@ def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path
 
     Example:
         >>> [path.name for path in walk_files(data_folder)][0]
-        '0.png'
+        'captions.jsonl'
     """
     yield from _walk(root, (), [] if hidden is None else hidden)
 

@@ -1,4 +1,4 @@
-"""The nearest images by their features, and which of their captions agree with each other."""
+"""Nearest images by their features, and how well their captions agree with each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ _QUERIES_AT_ONCE = 256
 
 
 class NearestImages:
-    """Finds known images by the cosine of features from which the mean of the known ones is subtracted.
+    """Finds the nearest of M images by the cosine of features, after subtracting the mean of the M.
 
     Args:
         known: float[M, D].
+
+    Example:
+        >>> nearest = NearestImages([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        >>> nearest([[0.9, 0.1]], k=2)[0].tolist()
+        [0, 1]
     """
 
     def __init__(self, known: ArrayLike):
@@ -27,11 +32,11 @@ class NearestImages:
     def __call__(
         self, queries: ArrayLike, k: int, *, exclude: Sequence[int | None] | None = None
     ) -> list[NDArray[np.int64]]:
-        """Return the rows of the k nearest known images of each query, nearest first; all rows when there are fewer.
+        """The rows of the k nearest images of each query, nearest first; all rows when there are fewer.
 
         Args:
             queries: float[Q, D].
-            exclude: for each query the row that must not be found, its own, or None.
+            exclude: for each query a row that is left out (its own), or None.
         """
         queries = _unit(np.asarray(queries, dtype=np.float32) - self._mean)
         rows = []
@@ -56,7 +61,14 @@ class CaptionVectors:
     """tf-idf vectors of captions as one sparse matrix: caption i is columns[starts[i]:starts[i + 1]].
 
     Args:
-        columns: int[E], which n-gram; weights: float[E]; starts: int[captions + 1].
+        columns: int[E], number of the n-gram.
+        weights: float[E].
+        starts: int[captions + 1].
+
+    Example:
+        >>> counts = [[{("dog",): 1}], [{("dog",): 1, ("red",): 1}], [{("cat",): 1}]]
+        >>> CaptionVectors.from_counts(counts).agreement(np.arange(3)).round(2).tolist()
+        [0.35, 0.35, 0.0]
     """
 
     def __init__(self, columns: NDArray[np.integer], weights: NDArray[np.floating], starts: NDArray[np.integer]):
@@ -64,13 +76,16 @@ class CaptionVectors:
         self._sum = np.zeros(int(columns.max(initial=-1)) + 1)
 
     @classmethod
-    def of(cls, counts: Sequence[Sequence[Mapping[tuple[str, ...], int]]]) -> CaptionVectors:
+    def from_counts(cls, counts: Sequence[Sequence[Mapping[tuple[str, ...], int]]]) -> CaptionVectors:
         """Weigh n-grams by the inverse document frequency over images, as CIDEr does (Vedantam et al. 2015).
 
         Args:
             counts: for each image, for each of its captions: n-gram → how often it occurs.
         """
-        frequencies = Counter(ngram for captions in counts for ngram in {n for each in captions for n in each})
+        # n-gram → number of images with a caption that holds it
+        frequencies: Counter[tuple[str, ...]] = Counter()
+        for captions in counts:
+            frequencies.update(set().union(*captions))
         column = {ngram: i for i, ngram in enumerate(frequencies)}
         idf = {ngram: math.log(len(counts) / count) for ngram, count in frequencies.items()}
         longest = max(map(len, frequencies), default=0)
@@ -89,12 +104,12 @@ class CaptionVectors:
         return cls(np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts))
 
     def agreement(self, captions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return for each of `captions` (rows, int[C]) its summed similarity to the others, float[C]."""
+        """The summed similarity of each of `captions` (rows, int[C]) to the others: float[C]."""
         entries = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in captions])
         owner = np.repeat(np.arange(len(captions)), self.starts[captions + 1] - self.starts[captions])
         columns, weights = self.columns[entries], self.weights[entries].astype(np.float64)
         np.add.at(self._sum, columns, weights)
-        # without a caption's own part: v · (sum − v)
+        # similarity to all others without itself: v · (sum − v)
         scores = np.zeros(len(captions))
         np.add.at(scores, owner, weights * (self._sum[columns] - weights))
         self._sum[columns] = 0.0

@@ -1,7 +1,7 @@
 """Which images and which targets a step trains on, as pure functions of the seed and the step.
 
-Nothing is remembered between steps, so a run that was stopped goes on with exactly the images that were due, and any
-number of processes sees the same step.
+No state is kept between steps, so a resumed run continues with exactly the images that were due, and a step is the same
+for any number of processes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ class ImageStream:
         num_images: images in the training set.
         images_per_step: images of one optimizer step, over all processes.
         seed: of the shuffling.
+
+    Example:
+        >>> stream = ImageStream(num_images=3, images_per_step=2, seed=0)
+        >>> [stream.step(step) for step in range(3)]
+        [[(0, 2), (0, 0)], [(0, 1), (1, 2)], [(1, 0), (1, 1)]]
     """
 
     def __init__(self, num_images: int, images_per_step: int, seed: int):
@@ -43,7 +48,12 @@ class ImageStream:
 
 
 def choose_targets(targets: Sequence[T], count: int | None, *, seed: int, image: int, epoch: int) -> list[T]:
-    """Take `count` of an image's targets, going round all of them evenly over the epochs."""
+    """Take `count` of an image's targets; over the epochs, all of them are taken equally often.
+
+    Example:
+        >>> [choose_targets(["a", "b", "c"], 2, seed=0, image=0, epoch=epoch) for epoch in range(3)]
+        [['a', 'c'], ['b', 'a'], ['c', 'b']]
+    """
     if count is None or count >= len(targets):
         return list(targets)
     order = list(range(len(targets)))

@@ -1,4 +1,4 @@
-"""Training on texts alone: a text's own vector stands for the image that it describes, as in CapDec."""
+"""Training on texts alone: a text's own vector takes the place of the image's, as in CapDec (Nukrai et al. 2022)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ BATCH = 256  # texts that are encoded at once
 
 
 class TextVectors:
-    """Unit vectors of texts, in the space that an image encoder shares with them, kept in memory in float16.
+    """Unit vectors of texts, in the space that an image encoder shares with them; in memory, as float16.
 
     Args:
-        texts: each at most once; vectors: float[n, D].
+        texts: each at most once.
+        vectors: float[n, D].
+
+    Example:
+        >>> TextVectors(["a dog"], torch.tensor([[3.0, 4.0]]))(["a dog"]).shape
+        torch.Size([1, 1, 2])
     """
 
     def __init__(self, texts: Sequence[str], vectors: Tensor):
@@ -33,7 +38,7 @@ class TextVectors:
 
     @classmethod
     @torch.no_grad()
-    def of(
+    def from_texts(
         cls,
         encoder: VisionEncoderConfig,
         texts: Sequence[str],
@@ -41,10 +46,10 @@ class TextVectors:
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> TextVectors:
-        """Encode texts with the text tower that belongs to an image encoder; the tower is dropped afterwards.
+        """Encode texts with the text tower of an image encoder; the tower is freed afterwards.
 
         Args:
-            progress: called with (texts done, texts in all).
+            progress: called with (texts done, texts in total).
 
         Raises:
             ConfigError: for an encoder without a text tower.
@@ -68,7 +73,6 @@ class TextVectors:
             vectors.append(F.normalize(tower(ids, torch.ones_like(ids)).float(), dim=-1).half().cpu())
             if progress is not None:
                 progress(min(start + BATCH, len(texts)), len(texts))
-        # clone: tensors made in inference mode cannot be used in training
         return cls(texts, torch.cat(vectors))
 
     @property
@@ -76,18 +80,25 @@ class TextVectors:
         return self._vectors.shape[1]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """image_features in place of the images': unit float32[n, 1, D]."""
+        """Vectors in place of image features: unit float32[n, 1, D]."""
         places = [self._place[text] for text in texts]
         return F.normalize(self._vectors[places].float(), dim=-1)[:, None]
 
 
 class TextOnlyCollator(Collator):
-    """Gives every target the vector of its own text in place of its image, which is never read.
+    """Takes the vector of every target's own text in place of its image, which is never read.
 
-    Nukrai et al. 2022, section 3, without the noise: `Objectives` adds it, anew in every step.
+    Nukrai et al. 2022, section 3. The noise is added in every step by the objective.
 
     Args:
-        vectors: of all targets; options: those of `Collator`.
+        vectors: of all targets.
+        options: of `Collator`.
+
+    Example:
+        >>> collator = TextOnlyCollator(processor, TextVectors(["a dog"], torch.ones(1, 4)))
+        >>> sample = Sample("1", (image_path,), ("a dog",))
+        >>> collator([ImageGroup(sample.images, (sample,))], [[(sample, "a dog")]])["image_features"].shape
+        torch.Size([1, 1, 4])
     """
 
     def __init__(self, processor: FrozenPrefixProcessor, vectors: TextVectors, **options: Any):
@@ -96,9 +107,9 @@ class TextOnlyCollator(Collator):
 
     def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
         pairs = [pair for listed in chosen for pair in listed]
-        several = next((sample for sample, _ in pairs if len(sample.images) != 1), None)
-        if several is not None:
-            raise DataError(f"data.text_only: sample '{several.id}' has {len(several.images)} images, expected 1")
+        for sample, _ in pairs:
+            if len(sample.images) != 1:
+                raise DataError(f"data.text_only: {sample.label} has {len(sample.images)} images, expected 1")
         batch: dict[str, Any] = {"image_features": self.vectors([text for _, text in pairs])}
         batch["packed"] = self.pack([[pair] for pair in pairs], [1] * len(pairs))
         if self.keep_samples:

@@ -47,7 +47,9 @@ def consensus_captions(
     neighbours = NearestImages(train)(queries, k, exclude=exclude)
     texts = [text for captions in train_captions for text in captions]
     first_caption = np.concatenate([[0], np.cumsum([len(captions) for captions in train_captions])])
-    vectors = CaptionVectors.of([[ngram_counts(ptb_tokenize(text)) for text in each] for each in train_captions])
+    vectors = CaptionVectors.from_counts(
+        [[ngram_counts(ptb_tokenize(text)) for text in each] for each in train_captions]
+    )
     chosen = []
     for row in neighbours:
         candidates = np.concatenate([np.arange(first_caption[i], first_caption[i + 1]) for i in row])

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from frozenprefix.assets import check_checkpoint
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.samples import (
@@ -23,6 +23,8 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.utils import check_output
+from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
 
@@ -38,6 +40,7 @@ def evaluate_checkpoint(
     max_bad_share: float = 0.01,
     feature_cache: str | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
@@ -56,7 +59,8 @@ def evaluate_checkpoint(
             answers.
         predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
         feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
-        restart: throw away what a killed evaluation has left.
+        restart: discard what a killed evaluation left.
+        force: let `predictions` replace a file that no evaluation wrote.
         extra: options of this task only.
 
     Returns:
@@ -67,7 +71,9 @@ def evaluate_checkpoint(
             `data`, a `split` without `data`, or an evaluation that was begun with other settings.
         DataError: when there are no such samples, or too many images are bad.
     """
-    chosen, processes = TASKS.get(task), Processes.current()
+    check_checkpoint(checkpoint)
+    chosen, processes = TASKS.get(task), current_processes()
+    device = str(processes.device) if processes.num_processes > 1 else None
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
@@ -76,8 +82,9 @@ def evaluate_checkpoint(
         num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     storage = recipe_storage(checkpoint)
+    default = Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl"
     options = EvaluationOptions(
-        predictions=predictions or Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl",
+        predictions=_predictions_file(predictions or default, force),
         num_beams=num_beams,
         max_new_tokens=defaults.max_new_tokens,
         train_samples=train,
@@ -88,7 +95,7 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, device=_device(processes)), samples, options)
+    result = chosen.run(chosen.load(checkpoint, device=device), samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
 
@@ -118,6 +125,11 @@ def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[
     return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), part])
 
 
+def _predictions_file(path: Path, force: bool) -> Path:
+    check_output(path, {"id", "images", "references", "model"}, force=force, option="--predictions")
+    return path
+
+
 def evaluate_samples(
     captioner: Captioner,
     samples: Sequence[Sample],
@@ -129,6 +141,7 @@ def evaluate_samples(
     max_bad_share: float = 0.01,
     features: FeatureStorage | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate samples of task "caption" or "vqa" that are loaded already; see `evaluate_captions`, `evaluate_vqa`.
@@ -137,14 +150,14 @@ def evaluate_samples(
         features: where image features are kept; the user's cache when not given.
     """
     options = EvaluationOptions(
-        predictions=predictions,
+        predictions=_predictions_file(predictions, force),
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         train_samples=train_samples,
         max_bad_share=max_bad_share,
         features=features or FeatureStorage(),
         restart=restart,
-        processes=Processes.current(),
+        processes=current_processes(),
         progress=progress,
     )
     tasks = sorted({sample.task for sample in samples})
@@ -164,12 +177,3 @@ def encode_samples(
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)
     return {path: images([path])[0] for path in paths if path not in images.bad}, images.bad
-
-
-def _device(processes: Processes) -> str | None:
-    """The accelerator of this process, when several share a machine."""
-    if processes.count == 1:
-        return None
-    from accelerate import PartialState
-
-    return str(PartialState().device)

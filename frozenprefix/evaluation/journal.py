@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.data.processes import Processes
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.utils import append_jsonl, content_hash, read_jsonl
+from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -49,22 +52,22 @@ class Journal:
         predictions: Path,
         header: Mapping[str, Any],
         *,
-        processes: Processes | None = None,
+        processes: PartialState | None = None,
         restart: bool = False,
     ):
-        self._processes = processes or Processes()
+        self._processes = processes or current_processes()
         self._predictions = predictions
-        self._own_file = predictions.with_name(f"{predictions.name}.part-r{self._processes.rank:02d}")
+        self._own_file = predictions.with_name(f"{predictions.name}.part-r{self._processes.process_index:02d}")
         self._header = {key: json.loads(json.dumps(value)) for key, value in header.items()}
         self._has_header = False
         self.known: dict[tuple[str, str], Any] = {}
         predictions.parent.mkdir(parents=True, exist_ok=True)
-        if restart and self._processes.is_main:
+        if restart and self._processes.is_main_process:
             self.remove()
-        self._processes.barrier()
+        self._processes.wait_for_everyone()
         for file in self._files():
             self._read(file)
-        self._processes.barrier()  # nobody writes before everybody has read
+        self._processes.wait_for_everyone()  # nobody writes before everybody has read
         if self.known:
             logger.info("%s: resuming after %d predictions of an earlier start", predictions, len(self.known))
 
@@ -80,7 +83,7 @@ class Journal:
     def gather(self) -> dict[str, dict[str, Any]]:
         """The predictions of all processes: run → sample id → value, each once. All processes must call it."""
         predictions: dict[str, dict[str, Any]] = {}
-        for (run, key), value in self._processes.gather(list(self.known.items())):
+        for (run, key), value in gather_object(list(self.known.items())):
             predictions.setdefault(run, {})[key] = value
         return predictions
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate.utils import gather_object
+
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.evaluation.journal import Journal
@@ -65,10 +67,10 @@ def evaluate_runs(
     journal = Journal(options.predictions, header, processes=options.processes, restart=options.restart)
     predictions = predict(journal)
     result = []
-    if options.processes.is_main:
+    if options.processes.is_main_process:
         result = [result_of(scored, predictions, options.predictions)]
         journal.remove()
-    return options.processes.gather(result)[0]
+    return gather_object(result)[0]
 
 
 def predict_missing(
@@ -87,7 +89,7 @@ def predict_missing(
         answer: predictions by id for a batch of a run.
         key: the id of an item.
     """
-    share = slice(options.processes.rank, None, options.processes.count)
+    share = slice(options.processes.process_index, None, options.processes.num_processes)
     batches = []
     for run, items in todo.items():
         left = [item for item in items if (run, key(item)) not in journal.known]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.utils.processes import current_processes
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class EvaluationOptions:
     max_bad_share: float = 0.01
     features: FeatureStorage = field(default_factory=FeatureStorage)
     restart: bool = False
-    processes: Processes = field(default_factory=Processes)
+    processes: PartialState = field(default_factory=current_processes)
     progress: Callable[[int, int], None] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from frozenprefix.errors import DataError
+from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 
 WINDOW = 512  # tokens read at once, at most
@@ -44,7 +45,6 @@ def text_perplexity(
     return text_ability(model, tokenizer, text, adapted=adapted).perplexity
 
 
-@torch.no_grad()
 def text_ability(
     model: FrozenPrefixForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,20 +61,17 @@ def text_ability(
     Raises:
         DataError: for a text of fewer than 2 tokens.
     """
-    training = model.training
-    model.eval()
     language_model: Any = model.language_model
     positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     digest = hashlib.sha256()
     loss, count = 0.0, 0
-    with nullcontext() if adapted else model.bare_language_model():
+    with evaluating(model), nullcontext() if adapted else model.bare_language_model():
         for window in text_windows(tokenizer, text, min(WINDOW, positions)):
             ids = torch.tensor([window], device=model.device)
             logits = language_model(input_ids=ids).logits[0]
             digest.update(logits.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             loss += float(F.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum"))
             count += len(window) - 1
-    model.train(training)
     return TextAbility(math.exp(loss / count), count, digest.hexdigest())
 
 

@@ -1,5 +1,41 @@
-"""Captions and answers from a trained model."""
+"""Captions, answers, labels, conversations, search: everything that a trained model is used for."""
 
 from frozenprefix.inference.captioner import Caption, Captioner, Generation
+from frozenprefix.inference.classifier import Classification, Classifier
+from frozenprefix.inference.dialog import Dialog
+from frozenprefix.inference.embedding import Embedder
+from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
+from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, open_index
+from frozenprefix.inference.likelihood import likeliest, log_likelihoods
+from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
+from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
+from frozenprefix.inference.zero_shot import LabelledImage, ZeroShotClassifier
 
-__all__ = ["Caption", "Captioner", "Generation"]
+__all__ = [
+    "Caption",
+    "Captioner",
+    "Classification",
+    "Classifier",
+    "Clip",
+    "Dialog",
+    "Embedder",
+    "Episode",
+    "Frame",
+    "Generation",
+    "Hit",
+    "ImageIndex",
+    "LabelledImage",
+    "RollingCaption",
+    "SceneDetector",
+    "Segment",
+    "Shot",
+    "StreamCaptioner",
+    "VideoCaptioner",
+    "ZeroShotClassifier",
+    "choose_answers",
+    "index_folder",
+    "likeliest",
+    "log_likelihoods",
+    "open_index",
+    "write_answers",
+]

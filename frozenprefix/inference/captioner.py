@@ -11,11 +11,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from frozenprefix.assets import opening_checkpoint
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens
 
 T = TypeVar("T")
 
@@ -64,9 +65,10 @@ class Captioner:
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
-        processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
-        return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
+        with opening_checkpoint(checkpoint):
+            model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
+            processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
+            return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
 
     def caption(
         self,
@@ -126,7 +128,7 @@ class Captioner:
         tokenizer = self.processor.tokenizer
         settings = {
             "do_sample": False,
-            "eos_token_id": self.end_tokens(),
+            "eos_token_id": end_tokens(self.model, tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             **generate,
         }
@@ -149,12 +151,6 @@ class Captioner:
             return text
         return self.processor.tokenizer.bos_token or self.processor.tokenizer.eos_token
 
-    def end_tokens(self) -> list[int]:
-        """Ids that end a text: the tokenizer's, which the training has put there, and the LM's own."""
-        own = self.model.generation_config.eos_token_id
-        own = [] if own is None else [own] if isinstance(own, int) else own
-        return sorted({self.processor.tokenizer.eos_token_id, *own})
-
     def _scores(self, output: Any) -> list[float]:
         if getattr(output, "sequences_scores", None) is not None:
             return output.sequences_scores.tolist()
@@ -162,7 +158,8 @@ class Captioner:
             output.sequences, output.scores, normalize_logits=True
         )
         # up to the first end token and with it: what follows is padding
-        ends = torch.isin(output.sequences, torch.tensor(self.end_tokens(), device=steps.device))
+        ids = torch.tensor(end_tokens(self.model, self.processor.tokenizer), device=steps.device)
+        ends = torch.isin(output.sequences, ids)
         real = ends.cumsum(-1) - ends.long() == 0
         return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1)).tolist()
 

@@ -18,7 +18,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens
 
 # options of `generate` that several rows, or another form of output, would need
 REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
@@ -169,21 +169,21 @@ class Dialog:
         """Let the LM continue, and put question and reply into the history."""
         language_model = cast(Any, self.model.language_model)
         ids = torch.tensor([turn.ids], device=self.model.device)
-        inputs_embeds, shown = self.model.fuse(ids, turn.prefix_embeds)
+        inputs_embeds, images = self.model.fuse(ids, turn.prefix_embeds)
         cache = self._take_cache(turn.ids)
         known = cache.get_seq_length() if cache is not None else 0
-        if shown is not None:
-            shown = replace(shown, prefix_index=shown.prefix_index[:, known:], image=shown.image[:, known:])
+        if images is not None:
+            images = replace(images, prefix_index=images.prefix_index[:, known:], image=images.image[:, known:])
         options = {
             "do_sample": False,
-            "eos_token_id": self._captioner.end_tokens(),
+            "eos_token_id": end_tokens(self.model, self.processor.tokenizer),
             "pad_token_id": self.processor.tokenizer.pad_token_id,
             **turn.options,
         }
         if stopped is not None:
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList([*given, _Until(stopped)])
-        with self.model.fusion.showing(shown):
+        with self.model.fusion.seeing(images):
             new = language_model.generate(
                 None,
                 inputs_embeds=inputs_embeds,  # the whole history, of which transformers takes what the cache lacks

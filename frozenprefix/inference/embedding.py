@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from frozenprefix.assets import opening_checkpoint
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
@@ -92,8 +93,9 @@ class Embedder:
     def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Embedder:
         """Load a checkpoint folder or Hub id of any model in `LOADERS` onto `device` (a GPU when there is one)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind = PreTrainedConfig.get_config_dict(str(checkpoint))[0].get("model_type", "")
-        return cls(*LOADERS.get(kind)(str(checkpoint), device), batch_size=batch_size)
+        with opening_checkpoint(checkpoint):
+            kind = PreTrainedConfig.get_config_dict(str(checkpoint))[0].get("model_type", "")
+            return cls(*LOADERS.get(kind)(str(checkpoint), device), batch_size=batch_size)
 
     def fingerprint(self) -> str:
         """SHA-256 over the trained tensors, the identity of the frozen parts, and the preprocessing of images."""

@@ -208,7 +208,7 @@ def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:
         ids[r, real], positions[r, real], ends[r, real] = (
             part[0] for part in (packed.input_ids, packed.position_ids, packed.subtree_end)
         )
-        for made, own in ((prefix, packed.prefix_index[0]), (shown, packed.shown_index[0])):
+        for made, own in ((prefix, packed.prefix_index[0]), (shown, packed.latest_index[0])):
             made[r, real] = torch.where(own >= 0, own + image * per_image, -1)
     nodes = torch.cat([row.node + r * width for r, (row, _) in enumerate(rows)])
     predict_index, edge_source = nodes.unique(return_inverse=True)
@@ -218,7 +218,7 @@ def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:
         position_ids=positions,
         subtree_end=ends,
         prefix_index=prefix,
-        shown_index=shown,
+        latest_index=shown,
         predict_index=predict_index,
         edge_source=edge_source,
         edge_label=torch.cat([row.label for row, _ in rows]),

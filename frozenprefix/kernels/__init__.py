@@ -1,12 +1,7 @@
 """Fast CPU paths with the plain path beside each; the only package that may use private names of libraries."""
 
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.attention import (
-    additive_mask,
-    attention_for_rows,
-    mask_per_kind,
-    matmul_attention,
-)
+from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind, matmul_attention
 from frozenprefix.kernels.compat import CACHE, attention_implementation, commit_hash
 from frozenprefix.kernels.linear import head_tiles, prepackable_dtypes
 from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights

@@ -104,11 +104,7 @@ class FrozenLayer:
             or any(map(compat.has_hooks, self._parts))
         ):
             return self.own(
-                hidden_states,
-                *args,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                **kwargs,
+                hidden_states, *args, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
         return self.compute(hidden_states, attention_mask, position_embeddings)
 

@@ -19,7 +19,7 @@ from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
-from frozenprefix.models.fusion import Shown, build_fusion, fuse_prefix, index_placeholders
+from frozenprefix.models.fusion import ImageContext, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing.trie import PackedBatch
@@ -160,7 +160,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def fuse(
         self, input_ids: Tensor | None, prefix_embeds: Tensor | None, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Shown | None]:
+    ) -> tuple[Tensor, ImageContext | None]:
         """Put images into a text: int64[B, T] -> inputs_embeds: float[B, T, D_lm].
 
         Returns:
@@ -178,8 +178,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self._fuse_at(input_ids, prefix_index, prefix_index.cummax(dim=1).values, prefix_embeds)
 
     def _fuse_at(
-        self, input_ids: Tensor, prefix_index: Tensor, shown_index: Tensor, prefix_embeds: Tensor | None
-    ) -> tuple[Tensor, Shown | None]:
+        self, input_ids: Tensor, prefix_index: Tensor, latest_index: Tensor, prefix_embeds: Tensor | None
+    ) -> tuple[Tensor, ImageContext | None]:
         """As `fuse`, with known placeholders; the indices are those of `PackedBatch`."""
         if self._start_token is None:
             inputs_embeds = fuse_prefix(self.lm.embed, input_ids, prefix_index, prefix_embeds)
@@ -187,8 +187,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.lm.embed(input_ids.masked_fill(prefix_index >= 0, self._start_token))
         if prefix_embeds is None:
             return inputs_embeds, None
-        image = shown_index.div(self.placeholders_per_image, rounding_mode="floor")
-        return inputs_embeds, Shown(prefix_embeds, prefix_index, image)
+        image = latest_index.div(self.placeholders_per_image, rounding_mode="floor")
+        return inputs_embeds, ImageContext(prefix_embeds, prefix_index, image)
 
     @property
     def placeholders_per_image(self) -> int:
@@ -227,18 +227,18 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         # [B, T] -> [B, T, D_lm]
-        inputs_embeds, shown = self.fuse(input_ids, prefix_embeds, attention_mask)
+        inputs_embeds, context = self.fuse(input_ids, prefix_embeds, attention_mask)
         kwargs[CACHE] = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         # [B, T, D_lm] -> [B, T, V]
-        with self.fusion.showing(shown):
+        with self.fusion.seeing(context):
             output = self.lm(inputs_embeds, attention_mask, labels, **kwargs)
         return FrozenPrefixOutput(output.loss, output.logits, output.cache, prefix_embeds)
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
         rows = self.lm.layout(packed)
-        inputs_embeds, shown = self._fuse_at(rows.input_ids, rows.prefix_index, rows.shown_index, prefix_embeds)
-        with self.fusion.showing(shown):
+        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
+        with self.fusion.seeing(context):
             return self.lm.loss(rows, inputs_embeds) / packed.num_tokens
 
     def packed_hidden(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
@@ -248,8 +248,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ConfigError: when several texts share a row that this LM cannot read.
         """
         rows = self.lm.layout(packed)
-        inputs_embeds, shown = self._fuse_at(rows.input_ids, rows.prefix_index, rows.shown_index, prefix_embeds)
-        with self.fusion.showing(shown):
+        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
+        with self.fusion.seeing(context):
             return self.lm.hidden(rows, inputs_embeds)
 
     @torch.no_grad()
@@ -283,11 +283,11 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prefix_embeds = self.prefix(pixel_values, image_features)
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
-        inputs_embeds, shown = self.fuse(input_ids, prefix_embeds, attention_mask)
+        inputs_embeds, context = self.fuse(input_ids, prefix_embeds, attention_mask)
         beams = None
-        if not args and (shown is None or not self.fusion.every_step):
+        if not args and (context is None or not self.fusion.every_step):
             beams = self.lm.beam_options(inputs_embeds.shape[1], kwargs)
-        with self.fusion.showing(shown):
+        with self.fusion.seeing(context):
             return self.lm.generate(inputs_embeds, attention_mask, *args, beams=beams, **kwargs)
 
     # ── images and texts in one space ──

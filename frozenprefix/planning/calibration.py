@@ -16,7 +16,7 @@ import torch
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
-from frozenprefix.data.cache_encode import encode_images
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup

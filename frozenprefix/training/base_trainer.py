@@ -8,29 +8,33 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from torch.utils.data import DataLoader
 
+from frozenprefix.config import resolve_precision
+from frozenprefix.config.base_recipe import BaseRecipe
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samplers import ImageStream
-from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
+from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, prepare_images
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", bound=BaseRecipe)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
 
 
@@ -59,6 +63,21 @@ class TrainingResult:
     best_by: str = "loss"
 
 
+def with_run_precision(recipe: R, resume: str) -> R:
+    """The recipe with its precision decided; a run that is resumed keeps its own.
+
+    Args:
+        resume: as for `BaseTrainer.run`.
+
+    Example:
+        >>> from frozenprefix.training.base_trainer import with_run_precision
+        >>> with_run_precision(recipe, "auto").training.precision
+        'fp32'
+    """
+    folders = {"auto": recipe.output_dir / "last", "never": None}
+    return resolve_precision(recipe, resumed=folders.get(resume, Path(resume)))
+
+
 class BaseTrainer(ABC):
     """One run, from set-up to the last checkpoint.
 
@@ -81,11 +100,12 @@ class BaseTrainer(ABC):
     tracker: Tracker
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
-        self.recipe, self.settings = recipe, recipe.training
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
         )
+        self.recipe = recipe = resolve_precision(recipe)
+        self.settings = recipe.training
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
@@ -166,13 +186,19 @@ class BaseTrainer(ABC):
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
-                processes=Processes.of(self.accelerator),
+                processes=self.accelerator.state,
                 bad_list=self.output_dir / "bad_images.jsonl" if main else None,
                 progress=update,
             )
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        """Set the images for training and validation, the order of the steps, and their number."""
+    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+        """Set the images for training and validation, the order of the steps, and their number.
+
+        A resumed run must have the same training samples: a digest of them is part of the state.
+        """
+        samples = [sample for group in groups["train"] for sample in group.samples]
+        digest = digest_samples(samples, None if features is None else features.key_of)
+        self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
         settings, self.train_groups = self.settings, groups["train"]
         self.validation_groups = groups.get("validation", [])[: settings.validation_images]
         self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
@@ -306,7 +332,12 @@ class BaseTrainer(ABC):
         if not folder.is_dir():
             raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
-        self.progress = load_training_state(folder, self.optimizer, self.recipe.fingerprint())
+        state = self.accelerator.state
+        self.progress = load_training_state(
+            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
+        )
+        if self.accelerator.scaler is not None and self.progress.scaler:
+            self.accelerator.scaler.load_state_dict(self.progress.scaler)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
 
     def save_best(self) -> None:
@@ -315,9 +346,13 @@ class BaseTrainer(ABC):
                 self.write_model(folder)
 
     def save_last(self) -> None:
+        """Save the state that a resumed run continues from. All processes must call it."""
+        random_states = gather_object([random_state()])
+        if self.accelerator.scaler is not None:
+            self.progress.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             with atomic_folder(self.output_dir / "last") as folder:
-                self.write_state(folder)
+                self.write_state(folder, random_states)
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint."""
@@ -329,7 +364,7 @@ class BaseTrainer(ABC):
         self.processor.save_pretrained(folder)
         write_text_atomic(folder / "recipe.yaml", self.recipe.to_yaml())
 
-    def write_state(self, folder: Path) -> None:
+    def write_state(self, folder: Path, random_states: RandomStates) -> None:
         """Write a checkpoint with the state of the training."""
         self.write_model(folder)
-        save_training_state(folder, self.optimizer, self.progress)
+        save_training_state(folder, self.optimizer, self.progress, random_states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError
+from frozenprefix.errors import CheckpointError, DataError
 from frozenprefix.models.checkpoint import check_identity, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.utils import read_text, write_text_atomic
+from frozenprefix.utils.random_state import set_random_state
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random_state.safetensors"
+RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Progress:
     Attributes:
         fingerprint: keys of the recipe that a resumed run must share.
         bad_validations: validations since the best one; validated_step: the step of the latest one.
+        scaler: state of the loss scaler, with fp16.
 
     Example:
         >>> from frozenprefix.training.checkpoints import Progress
@@ -48,39 +54,42 @@ class Progress:
     bad_validations: int = 0
     validated_step: int = -1
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
-def save_training_state(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write optimizer, random state and progress as safetensors and JSON."""
-    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+def save_training_state(
+    folder: Path, optimizer: torch.optim.Optimizer, progress: Progress, random_states: RandomStates
+) -> None:
+    """Write optimizer, random states of all processes, and progress, as safetensors and JSON."""
+    tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu() for name, value in entry.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(asdict(progress), indent=2))
+        tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in entry.items()}
+    save_file(tensors, folder / OPTIMIZER_FILE)
+    states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
+    save_file(states, folder / RANDOM_FILE)
+    write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
 
 
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
-    """Start a model from the trainable tensors of a checkpoint that was made with the same frozen parts.
+    """Load the trained tensors of a checkpoint with the same frozen parts into a new model.
 
-    Contrastive heads, and adapters of a part that had none, start anew; everything else has to be there.
+    Contrastive heads and adapters keep their initial values if the checkpoint has none; all else must be there.
 
     Raises:
-        CheckpointError: for a folder that is no checkpoint, or does not fit.
+        CheckpointError: for a folder without a checkpoint, or one that does not fit.
     """
     source = f"training.init_from: {folder}"
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
     tensors = read_checkpoint(folder)
-    made_with = FrozenPrefixConfig.from_pretrained(folder)
-    check_identity(made_with.identity, model.config.identity)
+    config = FrozenPrefixConfig.from_pretrained(folder)
+    check_identity(config.identity, model.config.identity)
     own = model.trainable_state()
     heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():
         tensors |= heads
     copy_into(own, tensors, source)
-    adapted = [part for part in FOLDERS if getattr(getattr(made_with, part), "peft", None) is not None]
+    adapted = [part for part in FOLDERS if getattr(getattr(config, part), "peft", None) is not None]
     trained = [part for part, name in FOLDERS.items() if part in adapted or (folder / name).is_dir()]
     lost = [part for part in trained if part not in model.adapters]
     if lost:
@@ -94,34 +103,56 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     model.adapters.load(folder, new=new)
 
 
-def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
-    """Restore what `save_training_state` wrote.
+def load_training_state(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+    *,
+    rank: int = 0,
+    processes: int = 1,
+) -> Progress:
+    """Restore what `save_training_state` wrote, and the random state of process `rank`.
+
+    With another number of processes than before, the steps see the same images, but other random numbers (dropout,
+    sampling) than in an undisturbed run; a warning says so.
 
     Raises:
         CheckpointError: when the folder holds no state, or belongs to another recipe.
     """
     try:
-        progress = Progress(**json.loads((folder / STATE_FILE).read_text()))
-        tensors = load_file(folder / OPTIMIZER_FILE)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        progress = Progress(**json.loads(read_text(folder / STATE_FILE)))
+        state, random_states = (_by_number(load_file(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+    except (DataError, OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no training state that can be read ({error}); use --resume never"
         ) from error
-    differs = [
-        k for k in fingerprint.keys() | progress.fingerprint.keys() if fingerprint.get(k) != progress.fingerprint.get(k)
-    ]
-    if differs:
-        key = sorted(differs)[0]
-        raise CheckpointError(
-            f"{folder} was made by another recipe: {key} was {progress.fingerprint.get(key)!r}, now "
-            f"{fingerprint.get(key)!r}; restore it, choose another output_dir, or use --resume never"
+    _check_fingerprint(folder, progress.fingerprint, fingerprint)
+    if len(random_states) != processes:
+        logger.warning(
+            "%s was saved by %d processes and is resumed by %d: dropout and sampling will draw other numbers",
+            folder,
+            len(random_states),
+            processes,
         )
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if (cuda := tensors.pop("rng.cuda", None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+    set_random_state(random_states[rank if rank in random_states else 0])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Undo the names "NUMBER.KEY"."""
+    numbered: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".", 1)
+        numbered.setdefault(int(number), {})[key] = tensor
+    return numbered
+
+
+def _check_fingerprint(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differing = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{folder} belongs to another recipe or other data: {key} was {saved.get(key)!r}, now "
+            f"{current.get(key)!r}; restore it, choose another output_dir, or use --resume never"
+        )

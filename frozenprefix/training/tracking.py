@@ -79,7 +79,8 @@ class Tracker:
         append_jsonl(self.path, [{"step": step, **{name: _plain(value) for name, value in values.items()}}])
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
         for tracker in self.trackers:
-            tracker.log(numbers, step=step)
+            # accelerate before 1.14 does not hand the step on to trackio
+            (tracker.tracker if tracker.name == "trackio" else tracker).log(numbers, step=step)
 
     def __enter__(self) -> Tracker:
         return self

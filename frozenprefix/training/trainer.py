@@ -21,8 +21,8 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
-from frozenprefix.training.checkpoints import load_initial
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
+from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         >>> result.best.name
         'best'
     """
-    return Trainer(recipe).run(resume)
+    return Trainer(with_run_precision(recipe, resume)).run(resume)
 
 
 class Trainer(BaseTrainer):
@@ -73,15 +73,24 @@ class Trainer(BaseTrainer):
         if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
         super().__init__(recipe, mixed_precision="fp16" if half else "no")
+        per_step = recipe.training.images_per_step
+        self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
+        if per_step % self.num_parts:
+            raise ConfigError(
+                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
+                f"{self.num_parts}, got {per_step}"
+            )
 
     # ── set-up ──
 
     def build_model(self) -> None:
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
-        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
-        if refusal:
-            raise ConfigError(f"training.packing: {refusal}")
+        problem = self.model.lm.packing_problem() if self.settings.packing != "none" else None
+        if problem is not None:
+            logger.warning("training.packing: %s. This run uses 'none'", problem.partition("; set training.packing")[0])
+            self.settings = self.settings.model_copy(update={"packing": "none", "tokens_per_row": None})
+            self.recipe = self.recipe.model_copy(update={"training": self.settings})
         logger.info("%s", count_parameters(self.model))
         self.text_before = self._measure_text(adapted=False)
         if self.settings.init_from is not None:
@@ -99,16 +108,11 @@ class Trainer(BaseTrainer):
         """Set the images, their features if they are cached, and the collators."""
         if not groups["train"]:
             raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
-        per_step = self.settings.images_per_step
-        self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
-        if per_step % self.num_parts:
-            raise ConfigError(
-                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
-                f"{self.num_parts}, got {per_step}"
-            )
-        self.use_groups(groups)
+        self.use_groups(groups, features)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
+        self.train_collator.check_targets(self.train_groups)
+        self.collator.check_targets(self.validation_groups)
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")
@@ -121,7 +125,7 @@ class Trainer(BaseTrainer):
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
         with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
-            vectors = TextVectors.of(
+            vectors = TextVectors.from_texts(
                 self.recipe.model.vision_encoder,
                 [text for group in self.train_groups for sample in group.samples for text in sample.targets],
                 device=self.accelerator.device,
@@ -166,6 +170,8 @@ class Trainer(BaseTrainer):
     def step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step over all its micro-batches; each term of the loss is a mean over all of them."""
         parts = [self._next_part(batches, number) for number in range(self.settings.gradient_accumulation_steps)]
+        with self.accelerator.autocast():
+            self.objectives.prepare_step(parts)
         shares, targets = self._shares(parts)
         learning_rate, weights = self._set_learning_rate(), self.objectives.weights(self.share_done())
         values = self._backward(parts, shares, weights)
@@ -269,8 +275,8 @@ class Trainer(BaseTrainer):
         if self.retriever is not None:
             self.retriever.save(folder)
 
-    def write_state(self, folder: Path) -> None:
-        super().write_state(folder)
+    def write_state(self, folder: Path, random_states: RandomStates) -> None:
+        super().write_state(folder, random_states)
         self.model.adapters.save_state(folder)
 
 

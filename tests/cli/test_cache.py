@@ -13,12 +13,12 @@ from frozenprefix.config import write_yaml
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.training.caching import fill_cache, folder_bytes
 from frozenprefix.training.setup import load_parts, prepare_images
 from tests.helpers.contrastive import contrastive_recipe
 from tests.helpers.drawings import write_shapes
+from tests.helpers.processes import fake_process, replace_gathering
 from tests.helpers.recipes import tiny_recipe_dict
 
 
@@ -111,7 +111,7 @@ def test_bad_images_are_listed(tiny_recipe, data, tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["features", "off"])
-def test_processes_share_the_images_and_agree_on_the_bad_ones(encoder, tiny_recipe, data, tmp_path, cache):
+def test_processes_share_the_images_and_agree_on_the_bad_ones(encoder, tiny_recipe, data, tmp_path, cache, monkeypatch):
     bad_path = data / "images" / "red_circle.png"
     bad_path.write_bytes(b"no image")
     folder = cache if cache == "off" else tmp_path / cache
@@ -126,7 +126,8 @@ def test_processes_share_the_images_and_agree_on_the_bad_ones(encoder, tiny_reci
             told[rank].append(mine)
             return [*mine, *(others[len(told[rank]) - 1] if others else [])]
 
-        return prepare_images(encoder, samples, recipe.data, processes=Processes(rank, 2, lambda: None, gather))
+        replace_gathering(monkeypatch, gather)
+        return prepare_images(encoder, samples, recipe.data, processes=fake_process(rank, 2))
 
     run(1, [])  # fills its share, so that the other one finds the cache complete
     first = list(told[1])

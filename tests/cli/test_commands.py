@@ -104,8 +104,8 @@ def test_other_errors_keep_their_traceback(recipe, monkeypatch):
         call("train", recipe)
 
 
-def test_errors_in_a_real_process_have_no_traceback_and_no_colour_codes(tmp_path):
-    command = [COMMAND, "ask", "checkpoint", "no.jpg", "why?"]
+def test_errors_in_a_real_process_have_no_traceback_and_no_colour_codes(tmp_path, ckpt):
+    command = [COMMAND, "ask", ckpt, "no.jpg", "why?"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "Error: IMAGE: got 'no.jpg', expected an image file that exists\n"
@@ -164,6 +164,15 @@ def test_script_for_accelerate_is_the_same_command():
 
 
 @pytest.fixture
+def ckpt(tmp_path):
+    """A folder that is a checkpoint by its config."""
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "frozenprefix"}')
+    return folder
+
+
+@pytest.fixture
 def captioner(monkeypatch):
     """Calls of the captioner, which writes the image's name."""
     import frozenprefix.inference as inference
@@ -172,7 +181,7 @@ def captioner(monkeypatch):
 
     class Fake:
         def __init__(self, checkpoint):
-            if checkpoint == "broken":
+            if Path(checkpoint).name == "broken":
                 raise CheckpointError("broken: no model.safetensors")
 
         def caption(self, paths, *, bad, **options):
@@ -187,16 +196,16 @@ def captioner(monkeypatch):
     return calls
 
 
-def test_caption_files_and_folders(images, captioner):
-    output = call("caption", "ckpt", images / "deep", images, "--beams", 2, "--prompt", "A photo of").stdout
+def test_caption_files_and_folders(images, captioner, ckpt):
+    output = call("caption", ckpt, images / "deep", images, "--beams", 2, "--prompt", "A photo of").stdout
     names = [images / "deep" / "c.png", images / "a.jpg", images / "b.png"]
     assert output == "".join(f"{name}\ta {name.stem}\n" for name in names)
     assert captioner == [{"prompt": "A photo of", "num_beams": 2, "max_new_tokens": 30}]
 
 
-def test_caption_to_a_file(images, captioner, tmp_path):
+def test_caption_to_a_file(images, captioner, ckpt, tmp_path):
     out = tmp_path / "new" / "captions.jsonl"
-    result = call("caption", "ckpt", images / "a.jpg", "--out", out)
+    result = call("caption", ckpt, images / "a.jpg", "--out", out)
     assert json.loads(out.read_text()) == {"image": str(images / "a.jpg"), "caption": "a a", "score": -0.5}
     assert (result.stdout, result.stderr) == ("", f"1 captions in {out}\n")
 
@@ -214,31 +223,33 @@ def test_a_broken_image_is_skipped_and_said(images, tiny_checkpoint):
     ("arguments", "message"),
     [
         (["ckpt", "no.jpg", "none"], "Error: PATH: got no.jpg, none, which do not exist"),
-        (["ckpt", "."], "got no image, expected files ending in"),
+        (["ckpt", "empty"], "got no image, expected files ending in"),
         (["broken", "a.png"], "Error: broken: no model.safetensors"),
     ],
 )
-def test_caption_errors(tmp_path, monkeypatch, captioner, arguments, message):
+def test_caption_errors(tmp_path, monkeypatch, captioner, ckpt, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     if arguments[0] == "broken":
+        ckpt.rename(tmp_path / "broken")
         Image.new("RGB", (20, 20)).save("a.png")
     assert message in call("caption", *arguments, code=2).stderr
 
 
 @pytest.mark.parametrize("arguments", [["--beams", 0], ["--max-new-tokens", 0], ["--beams", "x"]])
-def test_caption_options_are_checked(images, captioner, arguments):
-    call("caption", "ckpt", images, *arguments, code=2)
+def test_caption_options_are_checked(images, captioner, ckpt, arguments):
+    call("caption", ckpt, images, *arguments, code=2)
     assert captioner == []
 
 
-def test_ask(images, captioner):
-    assert call("ask", "ckpt", images / "a.jpg", "what is it?").stdout == "what is it? a\n"
+def test_ask(images, captioner, ckpt):
+    assert call("ask", ckpt, images / "a.jpg", "what is it?").stdout == "what is it? a\n"
 
 
 # ── evaluate ──
 
 
-def test_evaluate(monkeypatch, tmp_path):
+def test_evaluate(monkeypatch, ckpt, tmp_path):
     import frozenprefix.evaluation as evaluation
 
     calls = []
@@ -256,9 +267,10 @@ def test_evaluate(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "evaluate_checkpoint", evaluate)
     out = tmp_path / "result.json"
     arguments = ["--task", "caption", "--data", "photos", "--split", "val", "--limit", 20, "--out", out]
-    lines = call("evaluate", "ckpt", *arguments).stdout.splitlines()
+    lines = call("evaluate", ckpt, *arguments).stdout.splitlines()
     wanted = {"task": "caption", "data": "photos", "split": "val", "limit": 20, "num_beams": None}
-    assert calls == [("ckpt", wanted)]
+    wanted |= {"predictions": None, "restart": False, "force": False}
+    assert calls == [(str(ckpt), wanted)]
     assert json.loads(out.read_text()) == result
     cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
     assert lines[0].strip() == "n = 20"
@@ -267,8 +279,8 @@ def test_evaluate(monkeypatch, tmp_path):
     assert ["distinct", "12", "", "12"] in cells
 
 
-def test_evaluate_knows_its_tasks():
-    assert "'vqa'" in call("evaluate", "ckpt", "--task", "vqq", "--data", "x", code=2).stderr
+def test_evaluate_knows_its_tasks(ckpt):
+    assert "'vqa'" in call("evaluate", ckpt, "--task", "vqq", "--data", "x", code=2).stderr
 
 
 # ── data check ──

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from frozenprefix.data.cache_encode import encode_images
-from frozenprefix.data.cache_keys import ImageKeys, image_key
+from frozenprefix.data.cache import ImageKeys, image_key
+from frozenprefix.data.cache_writer import encode_images
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import BadImageError, CacheError, DataError
-
 from tests.data.test_cache import PRINT
 
 

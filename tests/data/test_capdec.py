@@ -18,7 +18,6 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
-
 from tests.helpers.drawings import write_shapes
 
 TEXT_ONLY = "data.text_only={noise: 0.01}"
@@ -53,7 +52,7 @@ def recipe_of(tiny_recipe, sharp_lm, shapes, clip):
 
 def test_vectors_are_those_of_the_librarys_text_tower(clip):
     texts = ["a red circle", "a blue cross", "a red circle"]
-    vectors = TextVectors.of(vision_encoder_config(**clip), texts)
+    vectors = TextVectors.from_texts(vision_encoder_config(**clip), texts)
     model = open_clip.create_model("tiny-capdec", pretrained=clip["weights"]).eval()
     with torch.no_grad():
         expected = model.encode_text(open_clip.get_tokenizer("tiny-capdec")(texts), normalize=True)
@@ -92,7 +91,7 @@ def test_a_step_by_hand(recipe_of, tmp_path, packing):
     texts = [text for _, pairs in samples for _, text in pairs]
     assert len(texts) == 8
     model, processor = trainer.model, trainer.processor
-    vectors = TextVectors.of(trainer.recipe.model.vision_encoder, texts)
+    vectors = TextVectors.from_texts(trainer.recipe.model.vision_encoder, texts)
     prompt = processor.encode_prompt("<image>")
     total, count = 0.0, 0
     for text in texts:
@@ -156,7 +155,7 @@ def test_what_does_not_fit_is_refused(recipe_of, tmp_path, clip):
     with pytest.raises(ConfigError, match=r"objectives\.contrastive: needs images to train on"):
         recipe_of(tmp_path, "objectives.contrastive={}")
     with pytest.raises(ConfigError, match=r"'resnet18' of source 'timm' .* has no text tower"):
-        TextVectors.of(vision_encoder_config(source="timm", name="resnet18"), ["a dog"])
+        TextVectors.from_texts(vision_encoder_config(source="timm", name="resnet18"), ["a dog"])
     two = Sample("two", (tmp_path / "a.png", tmp_path / "b.png"), ("a red circle",))
     collator = TextOnlyCollator(build_model(recipe_of(tmp_path))[1], TextVectors(["a red circle"], torch.ones(1, 24)))
     with pytest.raises(DataError, match=r"data\.text_only: sample 'two' has 2 images, expected 1"):

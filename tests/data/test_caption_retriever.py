@@ -63,7 +63,7 @@ TABLE = Table(
     copy=("d", [1, 0, 0.1]),
     new=("n", [1, 0, 0.1]),
 )
-LOOKUP = ImageLookup.of_cache(TABLE)
+LOOKUP = ImageLookup.from_cache(TABLE)
 
 
 # ── what is retrieved ──
@@ -83,13 +83,13 @@ def test_nearest_images_are_those_with_the_largest_centred_cosine():
 
 def test_agreement_is_the_cosine_with_the_other_captions():
     # "b" in one of two images, "a" in both: the idf of "a" is 0, so only "b" and "c" count
-    vectors = CaptionVectors.of([[{("a",): 1, ("b",): 1}, {("b",): 2, ("a",): 1}], [{("a",): 1, ("c",): 1}]])
+    vectors = CaptionVectors.from_counts([[{("a",): 1, ("b",): 1}, {("b",): 2, ("a",): 1}], [{("a",): 1, ("c",): 1}]])
     assert vectors.agreement(np.array([0, 1, 2])).tolist() == [1, 1, 0]
     assert vectors.agreement(np.array([0, 2])).tolist() == [0, 0]
 
 
 def test_one_caption_of_each_image_those_that_agree_first():
-    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, OPTIONS)
     (found,) = retriever([[[1, 0, 0.1]]], ["n"])
     assert len(found) == 2
     assert "an animal" not in found  # of the same image, and alone with its words
@@ -101,7 +101,7 @@ def test_one_caption_of_each_image_those_that_agree_first():
 
 def test_own_captions_are_left_out_also_under_another_name():
     options = RetrievalOptions(images=1, captions=1)
-    retriever = CaptionRetriever.of(DOGS, TABLE, options)
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, options)
     new, own, copy = retriever.with_prompts([caption("new"), caption("dog"), caption("copy")], LOOKUP, prompt="")
     assert any(text in new.prompt for text in DOGS[0].targets)
     for sample in (own, copy):
@@ -110,7 +110,7 @@ def test_own_captions_are_left_out_also_under_another_name():
 
 
 def test_equal_images_are_one_entry():
-    retriever = CaptionRetriever.of([*DOGS, caption("copy", "a hairy friend")], TABLE, OPTIONS)
+    retriever = CaptionRetriever.from_samples([*DOGS, caption("copy", "a hairy friend")], TABLE, OPTIONS)
     assert list(retriever.keys) == ["d", "h", "p", "c"]
     assert retriever.captions[0] == ["a brown dog runs", "a dog on grass", "a hairy friend"]
     texts = retriever([[[1, 0, 0.1]]], ["d"])[0]
@@ -119,15 +119,15 @@ def test_equal_images_are_one_entry():
 
 def test_no_text_twice():
     samples = [caption(name, "a dog") for name in ("dog", "hound", "poodle", "car")]
-    assert CaptionRetriever.of(samples, TABLE, OPTIONS)([[[1, 0, 0]]], ["n"]) == [["a dog"]]
+    assert CaptionRetriever.from_samples(samples, TABLE, OPTIONS)([[[1, 0, 0]]], ["n"]) == [["a dog"]]
 
 
 def test_refuses_what_cannot_be_retrieved_from():
     with pytest.raises(DataError, match="captions of 1 different images, expected at least 2"):
-        CaptionRetriever.of([DOGS[0], caption("copy", "a dog")], TABLE, OPTIONS)
+        CaptionRetriever.from_samples([DOGS[0], caption("copy", "a dog")], TABLE, OPTIONS)
     both = Sample("two", (Path("dog.jpg"), Path("car.jpg")), ("a dog and a car",))
     with pytest.raises(DataError, match="sample 'two' has 2 images, expected 1"):
-        CaptionRetriever.of([*DOGS, both], TABLE, OPTIONS)
+        CaptionRetriever.from_samples([*DOGS, both], TABLE, OPTIONS)
 
 
 # ── the prompt ──
@@ -145,14 +145,14 @@ def test_captions_cannot_break_the_prompt(tiny_checkpoint):
     processor = Captioner.from_pretrained(tiny_checkpoint, device="cpu").processor
     odd = ["{captions} {0} {x", "a <image> {question}\nof } it"]
     samples = [caption("dog", odd[0]), caption("hound", odd[1]), DOGS[3]]
-    retriever = CaptionRetriever.of(samples, TABLE, RetrievalOptions(images=2, captions=2))
+    retriever = CaptionRetriever.from_samples(samples, TABLE, RetrievalOptions(images=2, captions=2))
     (shown,) = retriever.with_prompts([caption("new", "a dog")], LOOKUP, prompt="")
     assert {"{captions} {0} {x", "a of } it"} <= set(shown.prompt.splitlines())
     assert prompt_of(shown, processor).count("<image>") == 1
 
 
 def test_other_tasks_keep_their_prompt_and_own_prompts_stay():
-    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, OPTIONS)
     question = caption("dog", "brown", task="vqa", question="what color?")
     mine = caption("new", "a dog", prompt="In short:")
     asked = retriever.with_prompts([question, mine], LOOKUP, prompt="never seen")
@@ -165,7 +165,7 @@ def test_other_tasks_keep_their_prompt_and_own_prompts_stay():
 
 
 def test_saved_and_read_back(tmp_path):
-    retriever = CaptionRetriever.of(DOGS, TABLE, OPTIONS)
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, OPTIONS)
     retriever.save(tmp_path)
     again = CaptionRetriever.load(tmp_path)
     assert again is not None
@@ -177,7 +177,7 @@ def test_saved_and_read_back(tmp_path):
 
 def test_a_damaged_datastore_is_named(tmp_path):
     assert CaptionRetriever.load(tmp_path) is None
-    CaptionRetriever.of(DOGS, TABLE, OPTIONS).save(tmp_path)
+    CaptionRetriever.from_samples(DOGS, TABLE, OPTIONS).save(tmp_path)
     texts = json.loads((tmp_path / TEXTS_FILE).read_text())
     (tmp_path / TEXTS_FILE).write_text(json.dumps({**texts, "keys": texts["keys"][1:]}))
     with pytest.raises(CheckpointError, match=r"cannot be read .*\(3, 4, 7\), expected \(4, 4, 7\)"):

@@ -331,7 +331,9 @@ def test_config_errors():
 
 def test_ids_are_unique_across_sources(tmp_path):
     config = {"type": "captions", "path": str(captions_folder(tmp_path))}
-    with pytest.raises(DataError, match=r"4 ids occur more than once \('0.png' in .*captions.jsonl:1, '1.png' in .*, '2.png' in .*\)"):
+    with pytest.raises(
+        DataError, match=r"4 ids occur more than once \('0.png' in .*captions.jsonl:1, '1.png' in .*, '2.png' in .*\)"
+    ):
         load_sources([config, config])
     assert len(load_sources([config, {**config, "name": "b"}])) == 8
     check_unique_ids([])

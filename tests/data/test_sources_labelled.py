@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from frozenprefix.data.images import load_image
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import DataError
+
 
 def test_folders_with_other_names(tmp_path):
     for place in ("n1/a.png", "n2/b.png"):

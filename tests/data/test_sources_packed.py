@@ -18,9 +18,8 @@ from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import detect_sources, load_source, load_sources, parse_source
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.processing import FrozenPrefixProcessor
-
-from tests.helpers.lm import make_tokenizer
 from tests.data.test_sources_more import images, write
+from tests.helpers.lm import make_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -6,15 +6,11 @@ import threading
 
 import pytest
 
-from frozenprefix.data.features import FeatureStorage
-from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.processes import Processes
-from frozenprefix.data.sources import load_source
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
-from frozenprefix.evaluation.samples import recipe_storage
 from frozenprefix.evaluation.tasks import evaluate_vqa, runs
 from tests.helpers.data import rows_of
+from tests.helpers.processes import run_in_threads
 
 SETTINGS = {"num_beams": 1, "max_new_tokens": 4}
 
@@ -117,34 +113,6 @@ def test_other_weights_are_refused(captioner, questions, tmp_path, killed_after)
 # ── several processes ──
 
 
-def run_in_threads(count: int, run) -> list:
-    """Call `run(processes)` as so many processes would: they meet at barriers and gather lists."""
-    barrier, lists, results = threading.Barrier(count, timeout=60), {}, {}
-
-    def gather_of(rank):
-        def gather(given):
-            lists[rank] = given
-            barrier.wait()
-            joined = [item for i in range(count) for item in lists[i]]
-            barrier.wait()
-            return joined
-
-        return gather
-
-    def wait():
-        barrier.wait()
-
-    def work(rank):
-        results[rank] = run(Processes(rank, count, wait, gather_of(rank)))
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(count)]
-
-
 def test_processes_share_the_samples_and_count_none_twice(captioner, questions, tmp_path, monkeypatch):
     """8 questions in batches of 3 for 2 processes: uneven shares."""
     alone = evaluate_samples(captioner, questions, predictions=tmp_path / "alone.jsonl", **SETTINGS)
@@ -163,6 +131,7 @@ def test_processes_share_the_samples_and_count_none_twice(captioner, questions, 
         lambda processes: evaluate_vqa(
             captioner, questions, EvaluationOptions(predictions=path, processes=processes, **SETTINGS)
         ),
+        monkeypatch,
     )
     assert len(asked) == len({pair[:2] for pair in asked}) == 18
     assert len({who for *_, who in asked}) == 2
@@ -170,57 +139,3 @@ def test_processes_share_the_samples_and_count_none_twice(captioner, questions, 
     assert results[1] == results[0]
     assert path.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part-*"))
-
-
-def test_one_process_is_alone(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    processes = Processes.current()
-    assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
-    assert processes.gather([1]) == [1]
-
-
-# ── feature cache ──
-
-
-def test_images_are_encoded_once(captioner, shapes, tmp_path, monkeypatch):
-    encoded: list[int] = []
-    encode = ImageEncoder.encode
-    monkeypatch.setattr(
-        ImageEncoder, "encode", lambda self, pixels: (encoded.append(len(pixels)), encode(self, pixels))[1]
-    )
-    val, train = (load_source({"type": "captions", "path": str(shapes), "split": split}) for split in ("val", "train"))
-    options = {"features": FeatureStorage(str(tmp_path / "features")), "train_samples": train, **SETTINGS}
-    first = evaluate_samples(captioner, val, predictions=tmp_path / "1.jsonl", **options)
-    assert sum(encoded) == 4 + 8
-    assert first["baselines"].keys() == {"blind", "shuffled", "consensus"}
-    train_captions = {text for sample in train for text in sample.targets}
-    assert all(row["consensus"] in train_captions for row in rows_of(tmp_path / "1.jsonl"))
-    encoded.clear()
-    second = evaluate_samples(captioner, val, predictions=tmp_path / "2.jsonl", **options)
-    assert encoded == []
-    assert second["baselines"] == first["baselines"]
-    options["features"] = FeatureStorage("off")
-    off = evaluate_samples(captioner, val, predictions=tmp_path / "3.jsonl", **options)
-    assert sum(encoded) == 4 + 8, "without a cache images are encoded again, each once"
-    assert off["baselines"]["consensus"] == first["baselines"]["consensus"]
-
-
-def test_features_lie_where_the_recipe_kept_them(tiny_recipe, tmp_path):
-    (tmp_path / "features").mkdir()
-    file = tmp_path / "recipe.yaml"
-    assert recipe_storage(tmp_path) == FeatureStorage("auto", "float16")
-
-    def storage(*overrides: str) -> FeatureStorage:
-        file.write_text(tiny_recipe(tmp_path / "run", *overrides).to_yaml())
-        return recipe_storage(tmp_path)
-
-    kept = storage(f"data.feature_cache={tmp_path / 'features'}", "data.feature_dtype=int8")
-    assert kept == FeatureStorage(str(tmp_path / "features"), "int8")
-    assert storage("data.feature_cache=/of/another/machine") == FeatureStorage("auto")
-    assert storage("data.feature_cache=off") == FeatureStorage("off")
-    file.write_text(tiny_recipe(tmp_path / "run").to_yaml().replace("float16", "float8"))
-    with pytest.raises(ConfigError, match=r"data\.feature_dtype: got 'float8', expected 'float16'"):
-        recipe_storage(tmp_path)
-    file.write_text("[]")
-    with pytest.raises(ConfigError, match="got list, expected a block of keys"):
-        recipe_storage(tmp_path)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from frozenprefix.data.processes import Processes
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation import EvaluationOptions
@@ -24,6 +23,7 @@ from frozenprefix.evaluation.tasks.retrieval import (
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.utils import file_sha256
 from tests.helpers.drawings import COLOURS
+from tests.helpers.processes import fake_process, replace_gathering
 from tests.helpers.retrieval import EYE, ColourModel, ColourProcessor
 
 # ── metrics ──
@@ -164,15 +164,16 @@ def test_two_models_can_be_compared(colour_embedder, colour_images, tmp_path):
     assert compared["metrics"]["text_to_image_median_rank"]["p_value"] is None
 
 
-def test_the_main_process_does_it_for_all(colour_embedder, colour_images, tmp_path):
-    said: list[dict] = []
-    main = Processes(0, 2, gather=lambda made: said.extend(made) or list(said))
-    other = Processes(1, 2, gather=lambda made: [*said, *made])
+def test_the_main_process_does_it_for_all(colour_embedder, colour_images, tmp_path, monkeypatch):
+    gathered: list[dict] = []
+    replace_gathering(monkeypatch, lambda items: gathered.extend(items) or list(gathered))
     first, second = (
         evaluate_retrieval(
-            colour_embedder, of_colours(colour_images), options_for(tmp_path / "p.jsonl", processes=processes)
+            colour_embedder,
+            of_colours(colour_images),
+            options_for(tmp_path / "p.jsonl", processes=fake_process(rank, 2)),
         )
-        for processes in (main, other)
+        for rank in (0, 1)
     )
     assert second == first
     assert colour_embedder.model.seen == 3

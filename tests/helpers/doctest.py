@@ -39,11 +39,11 @@ class SharedValues:
     @cached_property
     def checkpoint(self) -> Path:
         """A checkpoint of `lm_folder`, a tiny ViT at 32 pixels, and an MLP of prefix length 2."""
-        from frozenprefix import Recipe
+        from frozenprefix.config import recipe_from_dict
         from frozenprefix.training.setup import build_model
 
         folder = self._folder / "checkpoint"
-        model, processor = build_model(Recipe.from_dict(tiny_recipe_dict(self.lm_folder, self.data_folder, folder)))
+        model, processor = build_model(recipe_from_dict(tiny_recipe_dict(self.lm_folder, self.data_folder, folder)))
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder
@@ -106,9 +106,9 @@ class ExampleNames:
 
     @property
     def recipe(self) -> Any:
-        from frozenprefix import Recipe
+        from frozenprefix.config import recipe_from_dict
 
-        return Recipe.from_dict(self._recipe_dict)
+        return recipe_from_dict(self._recipe_dict)
 
     @property
     def recipe_path(self) -> Path:

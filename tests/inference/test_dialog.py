@@ -113,7 +113,7 @@ def test_cached_turns_are_the_whole_history(made, monkeypatch, family, kind, tem
             assert read[0] <= len(ids) - before + 6 < len(ids), "the history is read again"
     whole = torch.tensor([dialog._ids[: dialog._cache.get_seq_length()]])
     embeds, seen = model.fuse(whole, dialog._prefix_embeds)
-    with torch.no_grad(), model.fusion.showing(seen):
+    with torch.no_grad(), model.fusion.seeing(seen):
         cache = model.language_model(inputs_embeds=embeds, use_cache=True).get(CACHE)
     # a cache that the model makes itself may drop what lies before a sliding window
     for held, scratch in zip(dialog._cache.layers, cache.layers, strict=True):

@@ -138,7 +138,7 @@ def test_wrong_labels_and_templates(colour_embedder, labels, templates, message)
 # ── the command ──
 
 
-def test_search_command(colour_embedder, colour_images, tmp_path, monkeypatch):
+def test_search_command(colour_embedder, colour_images, tmp_path, monkeypatch, tiny_checkpoint):
     from frozenprefix.cli.search import command
 
     monkeypatch.setattr(Embedder, "from_pretrained", classmethod(lambda cls, checkpoint: colour_embedder))
@@ -146,7 +146,7 @@ def test_search_command(colour_embedder, colour_images, tmp_path, monkeypatch):
 
     app = typer.Typer()
     app.command()(command)
-    arguments = ["checkpoint", str(colour_images), "the blue one", "-k", "2", "--index", str(tmp_path / "kept")]
+    arguments = [str(tiny_checkpoint), str(colour_images), "the blue one", "-k", "2", "--index", str(tmp_path / "kept")]
     for _ in range(2):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
@@ -155,5 +155,5 @@ def test_search_command(colour_embedder, colour_images, tmp_path, monkeypatch):
         score, path = lines[0].split("\t")
         assert (float(score), Path(path).name) == (pytest.approx(1.0), "blue.png")
     assert colour_embedder.model.seen == 3
-    missing = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "nowhere"), "x"])
+    missing = CliRunner().invoke(app, [str(tiny_checkpoint), str(tmp_path / "nowhere"), "x"])
     assert isinstance(missing.exception, DataError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 
 import pytest
@@ -14,6 +15,7 @@ from frozenprefix.kernels import (
     prepackable_dtypes,
     prepacked_frozen_weights,
 )
+from tests.helpers import ROOT
 from tests.kernels.test_llama_layer import assert_alike, random_lm, read_rows
 
 pytestmark = pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
@@ -107,3 +109,36 @@ def test_a_layer_that_a_release_changes_keeps_its_own_forward(change, message, m
         up = lm.model.layers[0].mlp.up_proj
         assert not up.forward.copied_elsewhere, "its products are prepacked one by one"
     assert message in caplog.text
+
+
+def test_no_other_package_uses_a_private_name_of_a_library():
+    """Names that start with an underscore belong to this package, or to an object of its own."""
+    package = ROOT / "frozenprefix"
+    trees = {path: ast.parse(path.read_text()) for path in package.rglob("*.py")}
+    own = set().union(*map(_defined, trees.values()))
+    found = []
+    for path, tree in trees.items():
+        if path.parent != package / "kernels":
+            found += [f"{path}: {name}" for name in _private_attributes(tree) if name not in own]
+    assert not found
+
+
+def _defined(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node.value):
+            names.add(node.attr)
+    return names
+
+
+def _private_attributes(tree: ast.AST) -> list[str]:
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not _is_own(node.value)]
+    return [node.attr for node in attributes if node.attr.startswith("_") and not node.attr.startswith("__")]
+
+
+def _is_own(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("self", "cls", "ctx")

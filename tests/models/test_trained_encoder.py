@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from frozenprefix.config import Recipe, load_recipe
+from frozenprefix.config import load_recipe, recipe_from_dict
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import vision_encoder_config
 from frozenprefix.models.freezing import hash_tensors
@@ -210,4 +210,4 @@ def test_the_recipe_of_frozen(tmp_path):
     recipe = load_recipe(RECIPES / "frozen.yaml")
     assert (recipe.model.vision_encoder.trainable, recipe.model.mapper.prefix_length) == ("all", 2)
     assert recipe.model.mapper.type == "linear"
-    assert Recipe.from_dict(recipe.model_dump(mode="json")) == recipe
+    assert recipe_from_dict(recipe.model_dump(mode="json")) == recipe

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from frozenprefix.errors import CheckpointError
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.training import checkpoints
 from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
+from frozenprefix.utils.random_state import random_state
 
 FINGERPRINT = {"seed": 1, "training.learning_rate": 0.1, "model": {"mapper": {"type": "mlp"}}}
 
@@ -34,7 +37,7 @@ def step(module, optimizer):
 def test_optimizer_and_random_state_go_on_where_they_were(tmp_path):
     module, optimizer = trained()
     progress = Progress(step=3, targets_seen=12, seconds=1.5, best_value=0.25, best_step=2, fingerprint=FINGERPRINT)
-    save_training_state(tmp_path, optimizer, progress)
+    save_training_state(tmp_path, optimizer, progress, [random_state()])
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     step(module, optimizer)
 
@@ -47,9 +50,31 @@ def test_optimizer_and_random_state_go_on_where_they_were(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
+def draws() -> list[float]:
+    """One number of each generator."""
+    return [float(torch.rand(())), random.random(), random.gauss(), float(np.random.rand()), float(np.random.randn())]
+
+
+def test_every_process_gets_its_own_random_state(tmp_path, caplog):
+    _, optimizer = trained()
+    states, expected = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        random.gauss(), np.random.randn()  # these keep a second number for later
+        states.append(random_state())
+        expected.append(draws())
+    save_training_state(tmp_path, optimizer, Progress(), states)
+    for rank in (0, 1):
+        load_training_state(tmp_path, optimizer, {}, rank=rank, processes=2)
+        assert draws() == expected[rank]
+    assert not caplog.messages
+    load_training_state(tmp_path, optimizer, {}, rank=2, processes=3)
+    assert "saved by 2 processes and is resumed by 3: dropout and sampling" in caplog.text
+
+
 def test_another_recipe_is_refused_with_the_key(tmp_path):
     _, optimizer = trained()
-    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT), [random_state()])
     with pytest.raises(CheckpointError, match=r"training\.learning_rate was 0\.1, now 0\.2"):
         load_training_state(tmp_path, optimizer, FINGERPRINT | {"training.learning_rate": 0.2})
     with pytest.raises(CheckpointError, match=r"data\.train was None, now 'x'"):
@@ -59,7 +84,7 @@ def test_another_recipe_is_refused_with_the_key(tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "cut", "other fields"])
 def test_state_that_cannot_be_read_is_an_error(tmp_path, damage):
     _, optimizer = trained()
-    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT), [random_state()])
     path = tmp_path / checkpoints.STATE_FILE
     if damage == "missing":
         path.unlink()
@@ -73,7 +98,7 @@ def test_state_that_cannot_be_read_is_an_error(tmp_path, damage):
 
 def test_a_damaged_optimizer_file_is_an_error(tmp_path):
     _, optimizer = trained()
-    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT))
+    save_training_state(tmp_path, optimizer, Progress(fingerprint=FINGERPRINT), [random_state()])
     path = tmp_path / checkpoints.OPTIMIZER_FILE
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="no training state that can be read"):

@@ -18,7 +18,7 @@ from frozenprefix.training.objectives import Distillation
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
-from tests.helpers.training import run_python
+from tests.helpers.training import assert_same_tensors, losses_of, run_python
 
 CONTRASTIVE = "objectives.contrastive={dim: 8}"
 ADAPTERS = "model.fusion={type: adapters}"
@@ -71,7 +71,7 @@ def test_a_weight_that_grows_from_0_is_used():
     [
         (["objectives.lm=0"], r"objectives\.lm: got 0 with nothing else that learns from images"),
         (["objectives.contrastive={loss: triplet}"], r"objectives\.contrastive\.loss: got 'triplet'"),
-        (["objectives.contrastive={dims: 8}"], r"did you mean 'objectives\.contrastive\.dim'"),
+        (["objectives.contrastive={dims: 8}"], r"did you mean 'dim'"),
         (["objectives.lm=-1"], r"objectives\.lm: got -1"),
         (["objectives.self_critical={samples: 1, baseline: leave_one_out}"], r"samples: got 1, expected at least 2"),
         (["data.text_only={}"], r"data\.text_only: needs an encoder .* got 'test_vit' of source 'timm'"),
@@ -192,17 +192,37 @@ def test_killed_and_resumed_is_the_undisturbed_run(recipe_of, tmp_path, monkeypa
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_accumulation_averages_the_contrastive_losses(recipe_of, tmp_path):
-    """Two halves of a step: their LM losses count by tokens, their contrastive losses one as much as the other."""
-    halves = started(recipe_of(tmp_path, CONTRASTIVE, "training.gradient_accumulation_steps=2"))
-    parts = [halves.objectives.prepare(batch, n) for n, batch in zip(range(2), halves.batches(), strict=False)]
-    tokens = [part["packed"].num_tokens for part in parts]
-    with torch.no_grad():
-        alone = [halves.objectives(part, {"lm": 1.0, "contrastive": 1.0}) for part in parts]
-    row = halves.step(halves.batches())
-    expected = sum(float(loss["lm"]) * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
-    assert row["loss/lm"] == pytest.approx(expected, rel=1e-5)
-    assert row["loss/contrastive"] == pytest.approx(sum(float(loss["contrastive"]) for loss in alone) / 2, rel=1e-5)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objectives={lm: 0.5, contrastive: {dim: 8}}",),
+        ("objectives={lm: 0, contrastive: {dim: 8, loss: sigmoid}}", ADAPTERS),
+    ],
+)
+def test_accumulation_compares_all_images_of_the_step(plain_descent, recipe_of, tmp_path, overrides):
+    """The loss of a step, and its gradient, do not depend on the micro-batches that it is cut into."""
+    for parts in (1, 2):
+        settings = ("training.learning_rate=1", "training.max_steps=3", f"training.gradient_accumulation_steps={parts}")
+        train(recipe_of(tmp_path / str(parts), *overrides, *settings))
+    one, two = (tmp_path / name for name in "12")
+    assert losses_of(two, "loss/contrastive") == pytest.approx(losses_of(one, "loss/contrastive"), rel=1e-5)
+    assert_same_tensors(one / "last/model.safetensors", two / "last/model.safetensors", atol=1e-5)
+
+
+def test_accumulation_encodes_twice_with_the_same_dropout(recipe_of, tmp_path):
+    """The embeddings whose gradient was taken are those that carry it on."""
+    settings = ("model.mapper.dropout=0.5", "training.gradient_accumulation_steps=2")
+    trainer = started(recipe_of(tmp_path, CONTRASTIVE, *settings))
+    parts = [trainer.objectives.prepare(batch, n) for n, batch in zip(range(2), trainer.batches(), strict=False)]
+    embeds: list[torch.Tensor] = []
+    embed = trainer.model.heads.embed_prefix
+    trainer.model.heads.embed_prefix = lambda prefix: embeds.append(embed(prefix)) or embeds[-1]
+    trainer.objectives.prepare_step(parts)
+    for part in parts:
+        trainer.objectives(part, {"contrastive": 1.0, "lm": 1.0})
+    assert len(embeds) == 4
+    assert not torch.equal(embeds[0], embeds[1])
+    assert all(torch.equal(embeds[n], embeds[n + 2].detach()) for n in (0, 1))
 
 
 @pytest.mark.slow

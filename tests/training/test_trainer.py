@@ -120,7 +120,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(whole, recipe_of,
     torch.manual_seed(1234)  # a new process would not have the old one's random state either
     result = train(recipe)
     undisturbed = whole[0]
-    for file in ("last/model.safetensors", "last/optimizer.safetensors", "best/model.safetensors"):
+    for file in (
+        "last/model.safetensors",
+        "last/optimizer.safetensors",
+        "last/random_state.safetensors",
+        "best/model.safetensors",
+    ):
         assert_same_tensors(undisturbed.output_dir / file, tmp_path / file)
     assert result.targets_seen == undisturbed.targets_seen
     assert result.best_value == undisturbed.best_value
@@ -155,6 +160,38 @@ def test_a_process_that_was_killed_can_be_resumed(whole, recipe_of, tmp_path):
     assert_same_tensors(
         whole[0].output_dir / "last/model.safetensors", tmp_path / "run/last/model.safetensors", atol=1e-5
     )
+
+
+def test_the_loss_scale_of_fp16_is_restored(recipe_of, tmp_path):
+    """On a CPU nothing is scaled; the scaler is put where accelerate has it."""
+    scales = []
+    for scale in (1024.0, 65536.0):
+        trainer = Trainer(recipe_of(tmp_path))
+        trainer.setup()
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.restore("auto")
+        scales.append(trainer.accelerator.scaler.get_scale())
+        trainer.save_last()
+    assert scales == [1024.0, 1024.0]
+
+
+@pytest.mark.slow
+def test_two_processes_resumed_are_the_undisturbed_two(recipe_of, shapes, tmp_path):
+    """Each has its own random state: what is sampled differs in length, and with it the numbers that are drawn."""
+    overrides = (
+        f"data.train=[{{type: captions, path: {shapes}, split: train}}]",
+        "objectives={lm: 1.0, self_critical: {samples: 2, max_new_tokens: 8}}",
+        "model.language_model.peft={type: lora, r: 2, lora_dropout: 0.3}",
+        "training.schedule=constant",
+    )
+    for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
+        recipe = recipe_of(tmp_path / name, DROPOUT, *overrides, f"training.max_steps={steps}")
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633")
+        done = run_python(*launcher, "recipes/train.py", str(tmp_path / "recipe.yaml"))
+        assert done.returncode == 0, done.stderr
+    for file in ("model.safetensors", "language_adapter/adapter_model.safetensors"):
+        assert_same_tensors(tmp_path / "whole/last" / file, tmp_path / "parts/last" / file)
 
 
 def test_a_finished_run_is_left_as_it_is(recipe_of, tmp_path):
@@ -204,12 +241,6 @@ def plain(recipe_of, tmp_path_factory):
     return train(recipe_of(tmp_path_factory.mktemp("plain"))).output_dir
 
 
-@pytest.fixture
-def plain_descent(monkeypatch):
-    """Weights move by the gradient itself: Adam divides it by its size, and with it what rounding leaves of a zero."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
-
-
 def test_accumulation_gives_the_same_weights(plain_descent, recipe_of, tmp_path):
     for parts in (1, 2):
         settings = ("training.learning_rate=1", f"training.gradient_accumulation_steps={parts}")
@@ -238,15 +269,28 @@ def test_a_step_is_divided_evenly(recipe_of, tmp_path):
         train(recipe_of(tmp_path, "training.gradient_accumulation_steps=3"))
 
 
+PLAIN_DESCENT = """
+import sys
+import torch
+torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
+from frozenprefix.config import load_recipe
+from frozenprefix.training import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(plain, recipe_of, tmp_path):
+def test_two_processes_are_one(plain_descent, recipe_of, tmp_path):
     """torchrun, because `accelerate launch --cpu --num_processes 2` starts one process only."""
-    (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "run").to_yaml())
+    rate = "training.learning_rate=1"
+    train(recipe_of(tmp_path / "one", rate))
+    (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "two", rate).to_yaml())
+    (tmp_path / "train.py").write_text(PLAIN_DESCENT)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    done = run_python(*launcher, "recipes/train.py", str(tmp_path / "recipe.yaml"))
+    done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
-    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "run/last/model.safetensors", atol=1e-5)
-    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(plain), rel=1e-5)
+    assert_same_tensors(tmp_path / "one/last/model.safetensors", tmp_path / "two/last/model.safetensors", atol=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
 # ── validation, reproducibility ──

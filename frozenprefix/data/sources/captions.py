@@ -22,7 +22,7 @@ class CaptionsSource(SourceConfig):
     Example:
         >>> source = CaptionsSource(path=str(data_folder))
         >>> source.read(data_folder)[0].targets[0]
-        'a red square'
+        'a red circle'
     """
 
     type: Literal["captions"] = "captions"

@@ -102,7 +102,7 @@ def in_validation(image: str, fraction: float, seed: int) -> bool:
 
     Example:
         >>> sum(in_validation(f"{number}.jpg", 0.1, seed=0) for number in range(1000))
-        96
+        114
     """
     return int(content_hash(f"{seed}:{image}")[:16], 16) < fraction * 2**64
 

@@ -74,7 +74,7 @@ def consensus(
 
     All processes fill the feature cache; the main one retrieves, and the others get nothing.
     """
-    is_main = options.processes.is_main
+    is_main = options.processes.is_main_process
     if not options.train_samples or (options.features.feature_cache == "off" and not is_main):
         return {}
     train = join_captions(options.train_samples)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
@@ -53,8 +54,8 @@ def evaluate_retrieval(
     if any(len(group.images) != 1 for group in groups):
         raise DataError("retrieval: got samples with several images or none, expected one image each")
     check_unique_ids(_as_sample(group) for group in groups)
-    result = [_evaluate(embedder, groups, options, recall_at)] if options.processes.is_main else []
-    return options.processes.gather(result)[0]
+    result = [_evaluate(embedder, groups, options, recall_at)] if options.processes.is_main_process else []
+    return gather_object(result)[0]
 
 
 def _run(embedder: Embedder, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from frozenprefix.utils.random_state import random_state, set_random_state
+
 Chunk = TypeVar("Chunk")
 
 
@@ -43,7 +45,7 @@ def cached_contrastive_step(
     parts = [(encode_images, chunk) for chunk in image_chunks] + [(encode_texts, chunk) for chunk in text_chunks]
     states, embeds = [], []
     for encode, chunk in parts:
-        states.append(_random_state())
+        states.append(random_state())
         with torch.no_grad():
             embeds.append(encode(chunk))
     images = torch.cat(embeds[: len(image_chunks)]).requires_grad_()
@@ -51,25 +53,15 @@ def cached_contrastive_step(
     value = loss(images, texts)
     value.backward()
     gradients = torch.cat([_gradient(images), _gradient(texts)]).split([len(part) for part in embeds])
-    after = _random_state()
+    after = random_state()
     for (encode, chunk), state, gradient in zip(parts, states, gradients, strict=True):
-        _restore(state)
+        set_random_state(state)
         again = encode(chunk)
         if again.requires_grad:
             again.backward(gradient.to(again.dtype))
-    _restore(after)
+    set_random_state(after)
     return value.detach()
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -146,9 +146,9 @@ def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any, config: TextTo
 def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
     import open_clip
 
-    from frozenprefix.models.vision.open_clip_encoder import _find_weights, _public_name
+    from frozenprefix.models.vision.open_clip_encoder import portable_name, resolve_open_clip_weights
 
-    weights, identity = _find_weights(config.path, config.weights)
+    weights, identity = resolve_open_clip_weights(config.path, config.weights)
     try:
         with seeded():
             whole = open_clip.create_model(
@@ -160,7 +160,7 @@ def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
     identity.setdefault("sha256", state_sha256(model.text))
     model.text.output_tokens = False
     tower = TextTower(model.text, config, int(model.text.output_dim))
-    identity = {"source": "open_clip", "path": _public_name(config.path), **identity}
+    identity = {"source": "open_clip", "path": portable_name(config.path), **identity}
     bias = None if model.logit_bias is None else model.logit_bias.detach()
     return BuiltTextTower(tower, None, identity, scale=model.logit_scale.detach(), bias=bias)
 

@@ -1,8 +1,8 @@
 """Fusions: how the mapper's output enters the frozen language model.
 
-A fusion is an `nn.Module` with keyword arguments `lm_dim`, `num_layers` and options of its own. What
-it trains is its own; in the language model it leaves hooks only, never parameters, so that the LM's tensors stay as
-they are. See `base.Fusion`.
+A fusion is a `Fusion`, an `nn.Module` whose constructor takes the keyword arguments `lm_dim` and `num_layers`, and
+options of its own. It holds the parameters that it trains. In the language model it registers hooks but no parameters,
+so that the LM's tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import FusionConfig
-from frozenprefix.models.fusion.base import Fusion, Shown, decoder_layers
+from frozenprefix.models.fusion.base import Fusion, ImageContext, decoder_layers
 from frozenprefix.models.fusion.placeholders import fuse_prefix, index_placeholders
 from frozenprefix.models.options import option_problems
 from frozenprefix.registry import Registry
 
-__all__ = ["FUSIONS", "Fusion", "Shown", "build_fusion", "fuse_prefix", "index_placeholders", "validate_fusion"]
+__all__ = ["FUSIONS", "Fusion", "ImageContext", "build_fusion", "fuse_prefix", "index_placeholders", "validate_fusion"]
 
 FUSIONS: Registry[Any] = Registry(
     "fusion",
@@ -30,23 +30,31 @@ FUSIONS: Registry[Any] = Registry(
         "residual": "frozenprefix.models.fusion.residual:ResidualFusion",
     },
 )
-
-_IN_AN_ENCODER = ("prefix", "deep_prefix")
+STRUCTURAL = {"lm_dim", "num_layers"}
+_FOR_ENCODER_DECODER = ("prefix", "deep_prefix")
 
 
 def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: int) -> Fusion:
-    """Build the fusion that `config` names, hooked into `language_model`.
+    """Build the fusion that `config` names, and register its hooks in `language_model`.
+
+    Args:
+        lm_dim: width of the LM's embeddings.
 
     Raises:
-        ConfigError: for an unknown fusion, wrong options, or an LM that it cannot be built into.
+        ConfigError: for an unknown fusion, wrong options, or an LM that does not fit.
+
+    Example:
+        >>> from frozenprefix.models.configuration import FusionConfig
+        >>> build_fusion(FusionConfig(type="prefix"), model.language_model, lm_dim=32).is_prefix
+        True
     """
     problems = validate_fusion(config)
     if problems:
         raise ConfigError(problems)
-    if language_model.config.is_encoder_decoder and config.type not in _IN_AN_ENCODER:
+    if language_model.config.is_encoder_decoder and config.type not in _FOR_ENCODER_DECODER:
         raise ConfigError(
-            f"model.fusion.type: got '{config.type}', expected {' or '.join(_IN_AN_ENCODER)} with an encoder-decoder "
-            f"language model ({type(language_model).__name__}), whose encoder reads the image"
+            f"model.fusion.type: got '{config.type}', expected {' or '.join(_FOR_ENCODER_DECODER)} with an encoder-"
+            f"decoder language model ({type(language_model).__name__}), whose encoder reads the image"
         )
     layers = decoder_layers(language_model)
     fusion: Fusion = FUSIONS.get(config.type)(lm_dim=lm_dim, num_layers=len(layers), **config.options)
@@ -55,5 +63,11 @@ def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: 
 
 
 def validate_fusion(config: FusionConfig) -> list[str]:
-    """Check the fusion's name and options against its constructor; return one line per problem."""
-    return option_problems(FUSIONS, "model.fusion", config.type, config.options, {"lm_dim", "num_layers"})
+    """Check the fusion's name and options against its constructor; return one line per problem.
+
+    Example:
+        >>> from frozenprefix.models.configuration import FusionConfig
+        >>> validate_fusion(FusionConfig(type="cross_attention", every=2))
+        []
+    """
+    return option_problems(FUSIONS, "model.fusion", config.type, config.options, STRUCTURAL)

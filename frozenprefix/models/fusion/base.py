@@ -1,4 +1,4 @@
-"""What fusions share: which image each token is shown, and the way into the layers of a frozen LM."""
+"""What fusions share: which image each token may see, and hooks in the layers of a frozen LM."""
 
 from __future__ import annotations
 
@@ -17,28 +17,37 @@ Update = Callable[[int, Tensor], Tensor]
 
 
 @dataclass
-class Shown:
-    """The images of one pass, or of one generation with all its steps.
+class ImageContext:
+    """The images of one forward pass, or of one generation with all its steps.
 
     Attributes:
         prefix_embeds: float[images, P, D_lm].
         prefix_index: int64[B, T], index of each placeholder among all placeholders, -1 for text.
-        image: int64[B, T], the image that each token is shown (the latest one before it), -1 for none.
+        image: int64[B, T], the image that each token sees (the latest one before it), -1 for none.
+
+    Example:
+        >>> image = torch.tensor([[-1, 0, 0]])
+        >>> context = ImageContext(torch.zeros(1, 1, 8), torch.tensor([[-1, 0, -1]]), image)
+        >>> context.image_of(torch.zeros(1, 1, 8)).tolist()  # a further token sees what the last one saw
+        [[0]]
     """
 
     prefix_embeds: Tensor
     prefix_index: Tensor
     image: Tensor
-    _met: set[int] = field(default_factory=set)
+    _visited: set[int] = field(default_factory=set)
 
     def is_first(self, layer: int) -> bool:
-        """True for the first pass of `layer`: what comes later continues the texts, and holds no placeholders."""
-        first = layer not in self._met
-        self._met.add(layer)
+        """Whether this is the first pass of `layer`; later passes continue the texts and hold no placeholders."""
+        first = layer not in self._visited
+        self._visited.add(layer)
         return first
 
     def image_of(self, hidden: Tensor) -> Tensor:
-        """int64[B', T'] for hidden states of any pass: beams stand side by side, new tokens see what the last saw."""
+        """int64[B', T'] for the hidden states of any pass.
+
+        Beams are adjacent rows, and new tokens see what the last token saw.
+        """
         copies = len(hidden) // len(self.image)
         image = self.image.repeat_interleave(copies, dim=0)
         return image if image.shape[1] == hidden.shape[1] else image[:, -1:].expand(-1, hidden.shape[1])
@@ -47,14 +56,18 @@ class Shown:
 class Fusion(nn.Module):
     """How images enter the language model.
 
-    Subclasses train their own parameters and reach into the LM by hooks, which do nothing outside `showing`.
+    Subclasses hold the parameters that are trained. They change the LM by hooks, which do nothing outside of `seeing`.
 
     Attributes:
-        is_prefix: an image takes `prefix_length` places in the text, where the prefix embeddings stand; otherwise one
-            place marks where it is shown, and holds the LM's own start token.
-        every_step: images are looked at again for every new token (by cross-attention, say), so that generation has
-            to go through transformers' search.
-        changes_text: the LM computes other things than the bare one also without an image.
+        is_prefix: an image takes `prefix_length` places in the text, which hold the prefix embeddings. Otherwise one
+            place marks where the image is, and holds the LM's start token.
+        every_step: every new token reads the images again, as in cross-attention, so that generation has to use
+            transformers' search.
+        changes_text: the LM computes something else than without the fusion even if there is no image.
+
+    Example:
+        >>> Fusion.placeholders(prefix_length=10)
+        10
     """
 
     is_prefix: ClassVar[bool] = True
@@ -63,29 +76,29 @@ class Fusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shown: Shown | None = None
+        self.context: ImageContext | None = None
         self.enabled = True
 
     @classmethod
     def placeholders(cls, prefix_length: int) -> int:
-        """Places that an image takes in the text."""
+        """Number of places that an image takes in the text."""
         return prefix_length if cls.is_prefix else 1
 
     def attach(self, layers: nn.ModuleList) -> None:
-        """Put hooks into the LM's layers."""
+        """Register hooks in the LM's layers."""
 
     @contextmanager
-    def showing(self, shown: Shown | None) -> Iterator[None]:
-        """Let the hooks see these images inside the block."""
-        before, self.shown = self.shown, shown
+    def seeing(self, context: ImageContext | None) -> Iterator[None]:
+        """Let the hooks read these images inside the block."""
+        before, self.context = self.context, context
         try:
             yield
         finally:
-            self.shown = before
+            self.context = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Let the LM compute inside the block what it computes without this fusion."""
+        """Inside the block the LM computes what it computes without this fusion."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -93,37 +106,41 @@ class Fusion(nn.Module):
             self.enabled = before
 
     def hook_inputs(self, layers: nn.ModuleList, numbers: Sequence[int], update: Update) -> None:
-        """Add `update(layer, hidden)` to the hidden states that enter the layers `numbers`, while images are shown.
+        """Add `update(layer, hidden)` to the hidden states that enter the layers `numbers`, while images are seen.
 
-        The update is computed in the LM's dtype from float32 parameters, through autocast.
+        The update is computed in the LM's dtype from float32 parameters, by autocast.
         """
 
-        def hook(number: int) -> Callable[..., Any]:
-            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if self.shown is None or not self.enabled:
+        def hook_of(number: int) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if self.context is None or not self.enabled:
                     return None
                 hidden = args[0] if args else kwargs["hidden_states"]
-                with compute_in(hidden):
+                with autocast_to(hidden):
                     changed = hidden + update(number, hidden).to(hidden.dtype)
                 return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-            return before
+            return hook
 
         for number in numbers:
-            layers[number].register_forward_pre_hook(hook(number), with_kwargs=True)
+            layers[number].register_forward_pre_hook(hook_of(number), with_kwargs=True)
 
 
-def compute_in(hidden: Tensor) -> torch.autocast:
-    """Autocast to the dtype of the hidden states; off in float32."""
+def autocast_to(hidden: Tensor) -> torch.autocast:
+    """Autocast to the dtype of the hidden states; disabled in float32."""
     half = hidden.dtype != torch.float32
     return torch.autocast(hidden.device.type, dtype=hidden.dtype if half else None, enabled=half)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
-    """The LM's transformer layers, in order; the encoder's where it has one.
+    """Return the LM's transformer layers in order; for an encoder-decoder LM those of the encoder.
 
     Raises:
-        ConfigError: when none of its module lists has as many entries as its config has layers.
+        ConfigError: if no module list has as many entries as the config has layers.
+
+    Example:
+        >>> len(decoder_layers(model.language_model))
+        2
     """
     count = language_model.config.get_text_config().num_hidden_layers
     for module in language_model.modules():

@@ -12,7 +12,14 @@ from frozenprefix.models.options import Count, Ratio
 
 
 class MaskedCrossAttention(nn.Module):
-    """Every token attends to the vectors of the one image that it is shown; a token that is shown none gets zero."""
+    """Every token attends to the prefix embeddings of the one image that it sees; without an image the result is zero.
+
+    Example:
+        >>> attention = MaskedCrossAttention(8, inner_dim=8, num_heads=2)
+        >>> image = torch.tensor([[-1, 0, 1]])  # no image, the first, the second
+        >>> attention(torch.randn(1, 3, 8), torch.randn(2, 4, 8), image)[0, 0].abs().sum().item()
+        0.0
+    """
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int):
         super().__init__()
@@ -24,51 +31,63 @@ class MaskedCrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, prefix_embeds: Tensor, image: Tensor) -> Tensor:
         """float[B, T, D], float[images, P, D], int64[B, T] -> float[B, T, D]."""
-        length = prefix_embeds.shape[1]
-        # all tokens of the batch are one list of queries, all images one list of keys: [heads, B * T or n * P, d]
-        query = self.to_q(self.norm(hidden)).flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-        key, value = (
-            part.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-            for part in self.to_kv(prefix_embeds).chunk(2, dim=-1)
-        )
-        owner = torch.arange(len(prefix_embeds), device=hidden.device).repeat_interleave(length)
+        # All tokens of the batch are one list of queries, all images one list of keys.
+        # [B, T, D] -> [heads, B * T, d]
+        query = self._split_heads(self.to_q(self.norm(hidden)))
+        # [images, P, D] -> [heads, images * P, d]
+        key, value = map(self._split_heads, self.to_kv(prefix_embeds).chunk(2, dim=-1))
+        owner = torch.arange(len(prefix_embeds), device=hidden.device).repeat_interleave(prefix_embeds.shape[1])
         image = image.flatten()
-        # a token without an image would see no key at all: it looks at all of them, and what it gets is dropped
-        seen = (image[:, None] == owner) | (image[:, None] < 0)
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen)[0]
+        # A token without an image attends to all images, because a softmax over no keys is not a number; its result is
+        # set to zero. [B * T, images * P]
+        visible = (image[:, None] == owner) | (image[:, None] < 0)
+        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=visible)[0]
+        # [heads, B * T, d] -> [B * T, heads * d] -> [B, T, D]
         mixed = mixed.transpose(0, 1).flatten(1) * (image[:, None] >= 0)
         return self.to_out(mixed).view_as(hidden)
 
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        """[A, T, heads * d] -> [heads, A * T, d]."""
+        return tokens.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+
 
 class GatedBlock(nn.Module):
-    """Cross-attention and a feed-forward part, each behind a gate that starts closed."""
+    """Cross-attention and a feed-forward part, each with a gate that starts closed."""
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int, ratio: float):
         super().__init__()
         self.attention = MaskedCrossAttention(dim, inner_dim, num_heads)
         self.attention_gate = nn.Parameter(torch.zeros(1))
+        hidden_dim = int(dim * ratio)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, int(dim * ratio)), nn.GELU(), nn.Linear(int(dim * ratio), dim)
+            nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim)
         )
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, prefix_embeds: Tensor, image: Tensor) -> Tensor:
-        """What is added to float[B, T, D]."""
+        """What is added to `hidden`: float[B, T, D], float[images, P, D], int64[B, T] -> float[B, T, D]."""
         attended = self.attention_gate.tanh() * self.attention(hidden, prefix_embeds, image)
-        after = hidden + attended
-        shown = (image >= 0)[..., None]
-        return attended + self.feed_forward_gate.tanh() * self.feed_forward(after) * shown
+        has_image = (image >= 0)[..., None]
+        return attended + self.feed_forward_gate.tanh() * self.feed_forward(hidden + attended) * has_image
 
 
 class CrossAttentionFusion(Fusion):
-    """Before every `every`-th layer, tokens look at the latest image before them.
+    """Before every `every`-th layer, tokens attend to the latest image before them.
 
-    With closed gates, as at the start, the LM computes bit for bit what it computes without.
+    The gates start closed, so at first the LM computes bit for bit what it computes without the fusion.
 
     Args:
-        every: layers between two blocks; Flamingo-3B has one before each, the larger ones before every 4th or 7th.
+        lm_dim, num_layers: width and number of the LM's layers.
+        every: layers per block; Flamingo-3B has a block before each layer, the larger models before every 4th or 7th.
         num_heads, head_dim: of the cross-attention.
-        ratio: width of the feed-forward part over the LM's; Flamingo has 4.
+        ratio: width of the feed-forward part divided by the LM's; 4 in Flamingo.
+
+    Raises:
+        ConfigError: if `every` is larger than `num_layers`.
+
+    Example:
+        >>> CrossAttentionFusion(lm_dim=8, num_layers=6, every=2, num_heads=2, head_dim=4).numbers
+        [1, 3, 5]
     """
 
     is_prefix = False
@@ -94,6 +113,7 @@ class CrossAttentionFusion(Fusion):
         self.hook_inputs(layers, self.numbers, self.update)
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
-        assert self.shown is not None
+        """float[B, T, D]: what is added before `layer`."""
+        assert self.context is not None
         block = self.blocks[self.numbers.index(layer)]
-        return block(hidden, self.shown.prefix_embeds, self.shown.image_of(hidden))
+        return block(hidden, self.context.prefix_embeds, self.context.image_of(hidden))

@@ -1,4 +1,4 @@
-"""How the image enters the language model: prefix embeddings in place of `<image>` placeholders."""
+"""Prefix embeddings in the places of `<image>` placeholders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ def index_placeholders(input_ids: Tensor, image_token_id: int, num_prefix_embeds
 
     Args:
         input_ids: int64[B, T].
-        num_prefix_embeds: prefix embeddings at hand, images * prefix_length.
+        num_prefix_embeds: number of prefix embeddings, images * prefix_length.
 
     Returns:
         int64[B, T]: index of each placeholder into the flattened prefix embeddings, -1 for text.
 
     Raises:
-        DataError: when images and placeholders do not match in number.
+        DataError: if there are more or fewer placeholders than prefix embeddings.
+
+    Example:
+        >>> index_placeholders(torch.tensor([[300, 300, 5], [6, 300, 300]]), 300, num_prefix_embeds=4).tolist()
+        [[0, 1, -1], [-1, 2, 3]]
     """
     is_image = input_ids == image_token_id
     held = int(is_image.sum())
@@ -36,21 +40,28 @@ def index_placeholders(input_ids: Tensor, image_token_id: int, num_prefix_embeds
 def fuse_prefix(
     embeddings: Callable[[Tensor], Tensor], input_ids: Tensor, prefix_index: Tensor, prefix_embeds: Tensor | None
 ) -> Tensor:
-    """Word embeddings, with prefix embeddings where the placeholders stand.
+    """Word embeddings, with prefix embeddings in the places of the placeholders.
 
     Args:
-        embeddings: the LM's input embedding layer.
-        input_ids: int64[B, T]; ids under placeholders may lie outside the vocabulary.
-        prefix_index: int64[B, T], -1 for text.
-        prefix_embeds: float[images, P, D_lm], or None for text alone.
+        embeddings: the LM's input embedding layer, int64[B, T] -> float[B, T, D_lm].
+        input_ids: int64[B, T]; the id of a placeholder may lie outside of the vocabulary.
+        prefix_index: int64[B, T] from `index_placeholders`, -1 for text.
+        prefix_embeds: float[images, P, D_lm], or None for text only.
 
     Returns:
         float[B, T, D_lm] in the dtype of the LM.
+
+    Example:
+        >>> embeddings, ids = torch.nn.Embedding(10, 4), torch.tensor([[300, 5]])
+        >>> fused = fuse_prefix(embeddings, ids, index_placeholders(ids, 300, 1), torch.ones(1, 1, 4))
+        >>> fused[0, 0].tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     is_image = prefix_index >= 0
     # [B, T] -> [B, T, D_lm]
     inputs_embeds = embeddings(input_ids.masked_fill(is_image, 0))
     if prefix_embeds is None:
         return inputs_embeds
+    # [images, P, D_lm] -> [images * P, D_lm]
     flat = prefix_embeds.flatten(0, 1).to(inputs_embeds.dtype)
     return inputs_embeds.index_put((is_image,), flat[prefix_index[is_image]])

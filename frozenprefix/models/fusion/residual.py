@@ -1,4 +1,4 @@
-"""Gated residual fusion: the image is mixed into the embedding of every word behind it."""
+"""Gated residual fusion: the image is added to the embedding of every word after it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from frozenprefix.models.options import Count
 
 
 class ResidualFusion(Fusion):
-    """What enters the LM's first layer at a token that is shown an image becomes `e + tanh(gate) * change`.
+    """The embedding `e` of a token that sees an image becomes `e + tanh(gate) * change`.
 
-    The gate, one number per channel, starts at zero: the first step is the bare LM's, bit for bit.
+    The gate, one number per channel, starts at zero, so the first step is the bare LM's, bit for bit.
 
     Args:
-        mode: "sum", a weighted sum: the change is `image - e`, with the mean of the prefix embeddings as
-            `image`; "product": `image * e`, with that mean normalised; "attention": what the token finds in the
-            prefix embeddings by cross-attention.
-        num_heads: of mode "attention".
+        lm_dim, num_layers: width and number of the LM's layers.
+        mode: "sum": the change is `image - e`, with the mean of the prefix embeddings as `image`, so that the result is
+            a weighted sum. "product": `image * e`, with that mean normalized. "attention": what the token reads from
+            the prefix embeddings by cross-attention.
+        num_heads: of mode "attention"; 8 by default.
+
+    Raises:
+        ConfigError: for `num_heads` without effect, or that does not divide the LM's width.
+
+    Example:
+        >>> ResidualFusion(lm_dim=8, num_layers=2).gate.abs().sum().item()
+        0.0
     """
 
     is_prefix = False
@@ -51,12 +59,13 @@ class ResidualFusion(Fusion):
         self.hook_inputs(layers, [0], self.update)
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
-        assert self.shown is not None
-        image = self.shown.image_of(hidden)
+        """float[B, T, D]: what is added to the embeddings before the first layer."""
+        assert self.context is not None
+        image = self.context.image_of(hidden)
         if self.attention is not None:
-            change = self.attention(hidden, self.shown.prefix_embeds, image)
+            change = self.attention(hidden, self.context.prefix_embeds, image)
         else:
-            # [images, D] -> [B, T, D]
-            pooled = self.shown.prefix_embeds.mean(dim=1)[image.clamp(min=0)]
+            # [images, P, D] -> [images, D] -> [B, T, D]
+            pooled = self.context.prefix_embeds.mean(dim=1)[image.clamp(min=0)]
             change = pooled - hidden if self.mode == "sum" else F.layer_norm(pooled, pooled.shape[-1:]) * hidden
         return self.gate.tanh() * change * (image >= 0)[..., None]

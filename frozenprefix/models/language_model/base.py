@@ -24,7 +24,7 @@ class Rows(Protocol):
     Attributes:
         input_ids: int64[R, T].
         prefix_index: int64[R, T], index of each image placeholder among all placeholders, -1 for text.
-        shown_index: int64[R, T], index of the latest placeholder up to each token, -1 for none.
+        latest_index: int64[R, T], index of the latest placeholder up to each token, -1 for none.
     """
 
     @property
@@ -32,7 +32,7 @@ class Rows(Protocol):
     @property
     def prefix_index(self) -> Tensor: ...
     @property
-    def shown_index(self) -> Tensor: ...
+    def latest_index(self) -> Tensor: ...
 
 
 RowsT = TypeVar("RowsT", bound=Rows)

@@ -27,14 +27,14 @@ class SourcesAndTargets:
     """A packed batch with one target per row, divided into what the encoder reads and what the decoder writes.
 
     Attributes:
-        input_ids, attention_mask, prefix_index, shown_index: int64[B, S], closed by the end token, padded on the right.
+        input_ids, attention_mask, prefix_index, latest_index: int64[B, S], with the end token, padded on the right.
         labels: int64[B, L], -100 after the end; weights: float32[B, L], 0 there.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prefix_index: Tensor
-    shown_index: Tensor
+    latest_index: Tensor
     labels: Tensor
     weights: Tensor
 
@@ -183,8 +183,8 @@ def divide(packed: PackedBatch, end_token: int) -> SourcesAndTargets:
     in_source = torch.arange(width, device=first.device) <= first[:, None]
     ids, mask = close_source(packed.input_ids[:, :width].where(in_source, 0), in_source.long(), end_token)
     prefix_index = F.pad(packed.prefix_index[:, :width].where(in_source, -1), (0, 1), value=-1)
-    shown_index = prefix_index.cummax(dim=1).values
-    return SourcesAndTargets(ids, mask, prefix_index, shown_index, labels, weights)
+    latest_index = prefix_index.cummax(dim=1).values
+    return SourcesAndTargets(ids, mask, prefix_index, latest_index, labels, weights)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str) -> Tensor:

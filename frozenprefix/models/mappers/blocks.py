@@ -29,13 +29,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        *,
-        context_dim: int | None = None,
-        bias: bool = False,
+        self, dim: int, num_heads: int, dropout: float = 0.0, *, context_dim: int | None = None, bias: bool = False
     ):
         super().__init__()
         if dim % num_heads:

@@ -1,13 +1,14 @@
-"""Mappers without training: from the class vectors of a classifier to the LM's embeddings of the classes' names.
+"""Mappers without training: from the class vectors of a classifier to the LM's embeddings of the class names.
 
-A classifier's weights, or a joint encoder's text vectors, lie in the space of the pooled image features and have names;
-names are words of the LM. Two mappers follow from that without a gradient:
+The weights of a classifier, or the text vectors of a joint encoder, are vectors in the space of the pooled image
+features. Each has a name, and names are words of the LM. Two mappers follow from that without a gradient:
 
-- any mapper that ends in a linear layer: ridge least squares from what the class vectors become in front of that layer
-  to the names' embeddings (`fit_last_layer`);
-- an MLP whose hidden layer is the classifier itself: classes over a threshold name the image (`insert_classifier`).
+- Any mapper that ends in a linear layer. Ridge regression maps the input of that layer for each class vector to the
+  embeddings of the class name (`fit_last_layer`).
+- An MLP whose hidden layer is the classifier itself. The classes above a threshold name the image
+  (`insert_classifier`).
 
-Both are ordinary weights: a checkpoint to use as it is, or to train from.
+Both give ordinary weights, to use as they are or to train from.
 """
 
 from __future__ import annotations
@@ -26,23 +27,27 @@ from frozenprefix.models.language_model.base import embedding_rms, word_embeddin
 from frozenprefix.models.mappers import PrefixMapper, build_mapper
 from frozenprefix.models.mappers.mlp import MLPMapper
 
-# Chosen for EfficientNet-Lite0 with SmolLM2-135M on 2,000 photos of Flickr8k: with prefix_length 3 the nearest name is
-# the classifier's first choice for 53% of them by least squares, and for 90% with the classifier in the hidden layer.
+# Chosen for EfficientNet-Lite0 with SmolLM2-135M on 2,000 photos of Flickr8k. With prefix_length 3 the nearest name is
+# the classifier's first choice for 53 % of them by regression, and for 90 % with the classifier as the hidden layer.
 RIDGE = 10.0
 THRESHOLD = 5.0
 
 
 @dataclass(frozen=True)
 class NamedVectors:
-    """Vectors in the space of the image features, with a name each.
+    """Vectors in the space of the image features, each with a name.
 
     Args:
-        vectors: float[C, D_enc], a classifier's weight or the text vectors of a joint encoder.
-        names: of the C classes.
-        bias: float[C], the classifier's; None for zeros.
+        vectors: float[C, D_enc], the weight of a classifier, or text vectors of a joint encoder.
+        names: names of the C classes.
+        bias: float[C], of the classifier; None for zeros.
 
     Raises:
-        ConfigError: when their numbers differ.
+        ConfigError: if their numbers differ.
+
+    Example:
+        >>> len(NamedVectors(torch.randn(2, 16), ["cat", "dog"]).names)
+        2
     """
 
     vectors: Tensor
@@ -62,13 +67,18 @@ class NamedVectors:
 def class_name_embeddings(
     names: Sequence[str], tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel, length: int
 ) -> Tensor:
-    """Word embeddings of names as the LM reads them inside a sentence: float32[C, length, D_lm].
+    """Word embeddings of names, as the LM reads them inside a sentence.
 
-    The last position of a name with more tokens than `length` is the mean of those that are left; a shorter name
-    repeats its last token. With `length` 1 that is the mean of all tokens.
+    Returns:
+        float32[C, length, D_lm]. If a name has more tokens than `length`, the last position is the mean of the rest;
+        with `length` 1 this is the mean of all tokens. A shorter name repeats its last token.
 
     Raises:
         ConfigError: for a name without any token.
+
+    Example:
+        >>> class_name_embeddings(["cat", "red dog"], processor.tokenizer, model.language_model, length=2).shape
+        torch.Size([2, 2, 32])
     """
     embeddings = word_embeddings(language_model)
     rows = []
@@ -85,7 +95,7 @@ def class_name_embeddings(
 
 
 def fit_linear(sources: Tensor, targets: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """Ridge least squares, `targets ≈ sources @ weight.T + bias`; the bias is not shrunk.
+    """Ridge regression, `targets ≈ sources @ weight.T + bias`, without a penalty on the bias.
 
     Args:
         sources: float[n, D_in]; targets: float[n, D_out].
@@ -93,12 +103,17 @@ def fit_linear(sources: Tensor, targets: Tensor, ridge: float = RIDGE) -> tuple[
 
     Returns:
         weight float32[D_out, D_in] and bias float32[D_out].
+
+    Example:
+        >>> weight, bias = fit_linear(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]]), ridge=0)
+        >>> round(weight.item(), 4), round(bias.item(), 4)
+        (2.0, 1.0)
     """
     sources, targets = sources.double(), targets.double()
     mean_source, mean_target = sources.mean(dim=0), targets.mean(dim=0)
     centred = sources - mean_source
     penalty = ridge * centred.square().sum(dim=1).mean()
-    # by singular values, so that ridge 0 and fewer sources than dimensions are allowed
+    # by singular values, which also works with ridge 0 and with fewer sources than dimensions
     left, values, right = torch.linalg.svd(centred, full_matrices=False)
     kept = values > 1e-9 * values.max()
     shrunk = values[kept] / (values[kept].square() + penalty)
@@ -110,18 +125,18 @@ def fit_linear(sources: Tensor, targets: Tensor, ridge: float = RIDGE) -> tuple[
 def fit_last_layer(
     mapper: PrefixMapper, classes: NamedVectors, targets: Tensor, *, ridge: float = RIDGE, num_tokens: int = 1
 ) -> None:
-    """Set the last linear layer of `mapper`, and its scale, so that class vectors become their names' embeddings.
+    """Set the last linear layer of `mapper`, and its scale, so that class vectors become the embeddings of their names.
 
     Args:
-        targets: float[C, P, D_lm] of `class_name_embeddings`.
-        num_tokens: image tokens of the mapper; a class vector stands in for each of them, as a classifier behind an
-            average over the grid suggests.
+        targets: float[C, P, D_lm] from `class_name_embeddings`.
+        num_tokens: image tokens of the mapper. A class vector takes the place of each of them, which fits a classifier
+            that reads the average over the grid.
 
     Raises:
-        ConfigError: when the mapper does not end in a linear layer.
+        ConfigError: if the mapper does not end in a linear layer.
     """
     layer, inputs, prefix_embeds = _last_layer(mapper, classes.vectors.float()[:, None].expand(-1, num_tokens, -1))
-    check_targets(targets, prefix_embeds.shape)
+    _check_targets(targets, prefix_embeds.shape)
     residuals = _set_scale(mapper, targets)
     # [C, P · D_lm] from one input per class, or [C · P, D_lm] from P of them
     weight, bias = fit_linear(inputs, residuals.reshape(len(inputs), -1), ridge)
@@ -134,26 +149,26 @@ def fit_last_layer(
 def insert_classifier(
     mapper: PrefixMapper, classes: NamedVectors, targets: Tensor, *, threshold: float = THRESHOLD
 ) -> None:
-    """Make the hidden layer of an MLP mapper the classifier, and its last layer the names' embeddings.
+    """Set the hidden layer of an MLP mapper to the classifier, and its last layer to the embeddings of the names.
 
-    The prefix of an image is the names of all classes whose logit exceeds `threshold`, weighted by how far. An image
-    with none gets the mean of all names, which says nothing.
+    The prefix of an image is the sum of the names of all classes whose logit exceeds `threshold`, weighted by how far.
+    An image without such a class gets the mean of all names, which says nothing.
 
     Args:
         mapper: of type "mlp" on a pooled feature, with options hidden_dim=C, activation=relu, and no input_norm.
-        targets: float[C, P, D_lm] of `class_name_embeddings`.
+        targets: float[C, P, D_lm] from `class_name_embeddings`.
 
     Raises:
         ConfigError: for any other mapper.
     """
     hidden, last = _two_layers(mapper, tuple(classes.vectors.shape))
     lm_dim = mapper.scale.norm.normalized_shape[0]
-    check_targets(targets, (len(classes.names), last.out_features // lm_dim, lm_dim))
+    _check_targets(targets, (len(classes.names), last.out_features // lm_dim, lm_dim))
     hidden.weight.copy_(classes.vectors)
     hidden.bias.fill_(-threshold)
     if classes.bias is not None:
         hidden.bias.add_(classes.bias.to(hidden.bias))
-    # [C, P, D_lm] -> [P · D_lm, C]
+    # [C, P, D_lm] -> [P * D_lm, C]
     last.weight.copy_(_set_scale(mapper, targets).flatten(1).T)
     last.bias.zero_()
 
@@ -165,7 +180,14 @@ def closed_form_mapper(
     prefix_length: int = 3,
     kind: Literal["linear", "mlp"] = "linear",
 ) -> PrefixMapper:
-    """A mapper of pooled features, made of class vectors and their names: "linear" by least squares, or "mlp"."""
+    """Build a mapper of pooled features from class vectors and their names: "linear" by regression, or "mlp".
+
+    Example:
+        >>> classes = NamedVectors(torch.randn(2, 16), ["cat", "dog"])
+        >>> mapper = closed_form_mapper(classes, processor.tokenizer, model.language_model)
+        >>> mapper(classes.vectors[:, None]).shape
+        torch.Size([2, 3, 32])
+    """
     options = {"hidden_dim": len(classes.names), "activation": "relu"} if kind == "mlp" else {}
     mapper = build_mapper(
         MapperConfig(type=kind, prefix_length=prefix_length, **options),
@@ -181,16 +203,22 @@ def closed_form_mapper(
 
 
 def nearest_names(prefix_embeds: Tensor, targets: Tensor, count: int = 1) -> Tensor:
-    """Which names a prefix is nearest to, best first.
+    """Find the names that prefixes are nearest to, best first.
 
-    Names share tokens and a common direction, so the cosine is taken after whitening: centred by the names' mean, each
-    principal direction of the names scaled to the same spread.
+    Names share tokens and a common direction, so the cosine is taken after whitening: the names are centred by their
+    mean, and each of their principal directions is scaled to the same spread.
 
     Args:
-        prefix_embeds: float[B, P, D_lm]; targets: float[C, P, D_lm] of `class_name_embeddings`.
+        prefix_embeds: float[B, P, D_lm].
+        targets: float[C, P, D_lm] from `class_name_embeddings`.
 
     Returns:
         int64[B, count], indices of names.
+
+    Example:
+        >>> targets = torch.randn(4, 3, 8)
+        >>> nearest_names(targets, targets).flatten().tolist()
+        [0, 1, 2, 3]
     """
     names = targets.mean(dim=1).double()
     centre = names.mean(dim=0)
@@ -203,19 +231,19 @@ def nearest_names(prefix_embeds: Tensor, targets: Tensor, count: int = 1) -> Ten
     return (whiten(prefix_embeds.mean(dim=1).double()) @ whiten(names).T).topk(count, dim=-1).indices
 
 
-def check_targets(targets: Tensor, expected: tuple[int, ...]) -> None:
+def _check_targets(targets: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(targets.shape) != tuple(expected):
         raise ConfigError(
             f"targets: got shape {tuple(targets.shape)}, expected {tuple(expected)}: classes, prefix_length, lm_dim; "
-            "make them with class_name_embeddings from the same names, language model and length"
+            "compute them with class_name_embeddings from the same names, language model and length"
         )
 
 
 def _set_scale(mapper: PrefixMapper, targets: Tensor) -> Tensor:
-    """Centre the mapper's layer norm on the names, with their spread, and return what the body has to give.
+    """Set the mapper's layer norm to the mean and spread of the names; return what is left for the body to predict.
 
-    The layer norm sets every prefix embedding to one length, so that only the direction from the names' mean is left
-    for the body: least squares may shrink it as it likes.
+    The layer norm gives all prefix embeddings the same length, so the body only has to predict the direction from the
+    mean of the names, and it does no harm that the regression shrinks it.
     """
     centre = targets.mean(dim=(0, 1))
     residuals = targets - centre
@@ -226,7 +254,7 @@ def _set_scale(mapper: PrefixMapper, targets: Tensor) -> Tensor:
 
 
 def _two_layers(mapper: PrefixMapper, shape: tuple[int, ...]) -> tuple[nn.Linear, nn.Linear]:
-    """The layers of an MLP mapper that takes a classifier of `shape`, [C, D_enc], as it is."""
+    """The two layers of an MLP mapper whose hidden layer has the `shape` of the classifier, [C, D_enc]."""
     body = mapper.body
     layers = list(body.layers) if isinstance(body, MLPMapper) and isinstance(body.input_norm, nn.Identity) else []
     kinds = [type(layer) for layer in layers]
@@ -237,14 +265,12 @@ def _two_layers(mapper: PrefixMapper, shape: tuple[int, ...]) -> tuple[nn.Linear
     raise ConfigError(
         f"model.mapper: a classifier of {shape[0]} classes and {shape[1]} features goes into a mapper of type mlp with "
         f"hidden_dim={shape[0]}, activation=relu, num_layers=2 and input_norm=false, on a pooled feature of "
-        f"{shape[1]}; this one is another"
+        f"{shape[1]}; this mapper is different"
     )
 
 
 def _last_layer(mapper: PrefixMapper, image_features: Tensor) -> tuple[nn.Linear, Tensor, Tensor]:
-    """The linear layer that gives the body's output, what it reads for these features (float[rows, D_in]), and gives
-    (float[B, P, D_lm]).
-    """
+    """The layer that computes the body's output, its input float[rows, D_in], and the output float[B, P, D_lm]."""
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
     hooks = [
         module.register_forward_hook(lambda layer, args, output: calls.append((layer, args[0], output)))
@@ -261,7 +287,7 @@ def _last_layer(mapper: PrefixMapper, image_features: Tensor) -> tuple[nn.Linear
     layer, inputs, output = calls[-1]
     if not torch.equal(output.flatten(), prefix_embeds.flatten()):
         raise ConfigError(
-            f"model.mapper: {type(mapper.body).__name__} does not end in a linear layer, which is what class vectors "
-            "can set; give it a hidden_dim other than the LM's, or take type linear or mlp"
+            f"model.mapper: {type(mapper.body).__name__} does not end in a linear layer to fit; set a hidden_dim "
+            "other than the LM's, or use type linear or mlp"
         )
     return layer, inputs.flatten(0, -2), prefix_embeds

@@ -57,13 +57,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: nn.Linear,
-        source: Tensor,
-        label: Tensor,
-        weight: Tensor,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, head: nn.Linear, source: Tensor, label: Tensor, weight: Tensor, softcap: float | None
     ) -> Tensor:
         tiles = head_tiles(head)
         order, spans = _by_tile(source, label, len(hidden), len(tiles))

@@ -73,7 +73,7 @@ class PackedBatch:
         position_ids: int64[R, T], the depth of each node.
         subtree_end: int64[R, T], one behind the last descendant of each node, as an index into its row.
         prefix_index: int64[R, T], index of each placeholder among those of all images, -1 for text.
-        shown_index: int64[R, T], index of the latest placeholder at or before each token in its own text, -1 for none.
+        latest_index: int64[R, T], index of the latest placeholder at or before each token in its own text, -1 for none.
         predict_index: int64[K], nodes that predict something, as indices into [R * T].
         edge_source: int64[E], index into the K nodes.
         edge_label: int64[E], the next token.
@@ -87,7 +87,7 @@ class PackedBatch:
     position_ids: Tensor
     subtree_end: Tensor
     prefix_index: Tensor
-    shown_index: Tensor
+    latest_index: Tensor
     predict_index: Tensor
     edge_source: Tensor
     edge_label: Tensor
@@ -113,7 +113,7 @@ class Trie:
         depth: position in the text.
         end: one behind the last descendant.
         prefix: number of the placeholder within this trie, -1 for text.
-        shown: number of the latest placeholder at or before the node, -1 for none.
+        latest: number of the latest placeholder at or before the node, -1 for none.
         edges: (node, next token) -> sum of the targets' weights.
     """
 
@@ -121,7 +121,7 @@ class Trie:
     depth: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
     prefix: list[int] = field(default_factory=list)
-    shown: list[int] = field(default_factory=list)
+    latest: list[int] = field(default_factory=list)
     edges: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ def _depth_first(
         trie.end.append(0)
         trie.prefix.append(placeholders if is_image else -1)
         placeholders += is_image
-        trie.shown.append(placeholders - 1)
+        trie.latest.append(placeholders - 1)
         stack.append((-node, 0, 0))
         for child in reversed(children[node].values()):
             stack.append((child, depth + 1, placeholders))
@@ -309,7 +309,7 @@ def _lay_out(tries: list[Trie], first_placeholder: list[int], rows: list[list[in
     width = max(sum(len(tries[i]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    prefix_index, shown_index = torch.full(shape, -1), torch.full(shape, -1)
+    prefix_index, latest_index = torch.full(shape, -1), torch.full(shape, -1)
     subtree_end = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself, so that no row of it is empty
     source_of: dict[int, int] = {}  # node, as an index into [R * T] -> its number among the K predicting nodes
     edge_source, edge_label, edge_weight = [], [], []
@@ -318,12 +318,12 @@ def _lay_out(tries: list[Trie], first_placeholder: list[int], rows: list[list[in
         for i in row:
             trie, start = tries[i], first_placeholder[i]
             span = slice(offset, offset + len(trie))
-            prefix, shown = torch.tensor(trie.prefix), torch.tensor(trie.shown)
+            prefix, latest = torch.tensor(trie.prefix), torch.tensor(trie.latest)
             input_ids[r, span] = torch.tensor(trie.ids)
             position_ids[r, span] = torch.tensor(trie.depth)
             subtree_end[r, span] = torch.tensor(trie.end) + offset
             prefix_index[r, span] = torch.where(prefix >= 0, prefix + start, -1)
-            shown_index[r, span] = torch.where(shown >= 0, shown + start, -1)
+            latest_index[r, span] = torch.where(latest >= 0, latest + start, -1)
             for (node, label), weight in trie.edges.items():
                 place = r * width + offset + node
                 edge_source.append(source_of.setdefault(place, len(source_of)))
@@ -335,7 +335,7 @@ def _lay_out(tries: list[Trie], first_placeholder: list[int], rows: list[list[in
         position_ids,
         subtree_end,
         prefix_index,
-        shown_index,
+        latest_index,
         predict_index=torch.tensor(list(source_of)),
         edge_source=torch.tensor(edge_source),
         edge_label=torch.tensor(edge_label),

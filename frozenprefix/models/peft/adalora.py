@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.adalora import RankAllocator
 from torch import Tensor
 
 from frozenprefix.errors import ConfigError, TrainingError
@@ -102,8 +103,11 @@ class AdaLoraAdapter(Adapter):
         if pattern is None:
             return
         self.tuner.resize_modules_by_rank_pattern(pattern, NAME)
-        self.tuner._cast_adapter_dtype(adapter_name=NAME)
-        self.tuner.rankallocator._set_budget_scheduler(self.tuner.model)
+        for layer in self.layers():
+            for matrices in (layer.lora_A, layer.lora_B, layer.lora_E):
+                matrices[NAME].data = matrices[NAME].data.float()
+        # its budget starts from the ranks that it finds
+        self.tuner.rankallocator = RankAllocator(self.tuner.model, self.config, NAME)
 
     def training_state(self) -> dict[str, Tensor]:
         """Parameters, the running means of importance and uncertainty, and the pruning pattern."""

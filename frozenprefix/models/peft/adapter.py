@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.fusion.base import compute_in
+from frozenprefix.models.fusion.base import autocast_to
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
 from frozenprefix.models.state_dict import check_fit
 
@@ -47,7 +47,7 @@ class Adapter:
         model = self.peft_model
         return VirtualTokens(model.prompt_encoder, model.get_prompt, self.config.num_virtual_tokens, in_layers)
 
-    def layers(self) -> list[BaseTunerLayer]:
+    def layers(self) -> list[Any]:
         """The layers with which peft replaced frozen ones."""
         return [module for module in self.peft_model.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -73,16 +73,18 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """Inside the block the part computes what it computes without the adapter."""
         layers, tokens = self.layers(), self.virtual_tokens
+        trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         for layer in layers:
-            # peft's public switch would also set requires_grad on frozen adapters
-            layer._disable_adapters = True
+            layer.enable_adapters(False)
         if tokens is not None:
             tokens.enabled = False
         try:
             yield
         finally:
             for layer in layers:
-                layer._disable_adapters = False
+                layer.enable_adapters(True)
+            for parameter, required in trained:  # peft's switch changes them too
+                parameter.requires_grad_(required)
             if tokens is not None:
                 tokens.enabled = True
 
@@ -190,7 +192,7 @@ def compute_in_base_dtype(layer: Any) -> None:
 
     @functools.wraps(forward)
     def in_base_dtype(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with compute_in(x):
+        with autocast_to(x):
             return forward(x, *args, **kwargs)
 
     layer.forward = in_base_dtype

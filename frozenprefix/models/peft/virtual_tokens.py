@@ -30,7 +30,7 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.fusion import Fusion, Shown
+from frozenprefix.models.fusion import Fusion, ImageContext
 
 Mask = Tensor | dict[str, Any] | None
 
@@ -51,7 +51,7 @@ class VirtualTokens(nn.Module):
         self.count, self.in_layers = count, in_layers
         self.enabled = True
         self._prompt = prompt
-        self._shown: Shown | None = None
+        self._context: ImageContext | None = None
         self._is_first = False
         # behind a function, or the fusion would become a submodule of the language model
         self._fusion: Callable[[], Fusion | None] = lambda: None
@@ -123,10 +123,11 @@ class VirtualTokens(nn.Module):
         # [B, T, D_lm] -> [B, V + T, D_lm]
         kwargs["inputs_embeds"], kwargs["input_ids"] = torch.cat([prompt, embeds], dim=1), None
         fusion = self._fusion()
-        self._shown = None if fusion is None else fusion.shown
-        if fusion is not None and self._shown is not None:
-            index, image = (F.pad(t, (self.count, 0), value=-1) for t in (self._shown.prefix_index, self._shown.image))
-            fusion.shown = replace(self._shown, prefix_index=index, image=image)
+        self._context = None if fusion is None else fusion.context
+        if fusion is not None and self._context is not None:
+            places = (self._context.prefix_index, self._context.image)
+            index, image = (F.pad(place, (self.count, 0), value=-1) for place in places)
+            fusion.context = replace(self._context, prefix_index=index, image=image)
 
     def _fill(self, cache: Cache | None, embeds: Tensor) -> Cache:
         """A cache that starts with the keys and values of the virtual tokens."""
@@ -142,8 +143,8 @@ class VirtualTokens(nn.Module):
         if not self.enabled:
             return
         fusion = self._fusion()
-        if fusion is not None and self._shown is not None:
-            fusion.shown, self._shown = self._shown, None
+        if fusion is not None and self._context is not None:
+            fusion.context, self._context = self._context, None
         if output is None:  # the decoder raised an error
             return
         if self._is_first and not self.in_layers:

@@ -1,12 +1,12 @@
-"""What every vision encoder shares: the contract, and the way from feature maps to tokens.
+"""What all vision encoders share: their interface, and the conversion of feature maps to tokens.
 
-Shape letters: B images, H and W of the image or of the feature map, N tokens, D_enc features of a token.
+Shape letters: B images, H and W of the image or of the feature map, N tokens, D_enc width of the features.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from frozenprefix.errors import ConfigError
 
 FINAL = -1
-"""The layer that stands for the library's own final tokens, norm or head convolution included."""
+"""The layer that stands for the library's final tokens, after the final norm or head convolution."""
 
 
 @dataclass(frozen=True)
 class BuiltEncoder:
-    """A vision encoder, the image processor that feeds it, and the exact identity of its weights."""
+    """A vision encoder, its image processor, and the exact identity of its weights."""
 
     module: VisionEncoder
     image_processor: Any
@@ -32,17 +32,26 @@ class BuiltEncoder:
 
 
 class VisionEncoder(nn.Module, ABC):
-    """Images → image features.
+    """Images -> image features.
 
-    Subclasses give `maps`, `pool` and `blocks`, and call `measure()` when they are complete.
+    Subclasses implement `maps`, `pool` and `blocks`, and call `measure()` at the end of their constructor.
 
     Args:
-        name: the architecture, as error messages should say it.
+        name: the architecture, for error messages.
         layers: absolute layer numbers, or `FINAL`; several are concatenated along the feature axis.
-        image_size: pixels of the square image that `num_tokens` is given for.
-        pooled: one vector per image instead of its patch grid.
-        grid: average the patch grid down to `grid × grid`.
-        channels_last: memory format of convolutional networks; on CPUs 1.7 times as fast for EfficientNet-Lite0.
+        image_size: side of the square image, in pixels, that `num_tokens` refers to.
+        pooled: give one vector per image instead of its patch grid.
+        grid: average the patch grid down to `grid` x `grid`.
+        channels_last: memory format of convolutional networks; 1.7 times as fast for EfficientNet-Lite0 on a CPU.
+
+    Attributes:
+        encoder_dim: width of the features, D_enc.
+        num_tokens: tokens per image, N.
+        autocast_dtype: dtype to compute in, for an encoder that is trained with float32 weights; else None.
+
+    Example:
+        >>> model.vision_encoder.num_tokens > 0
+        True
     """
 
     def __init__(
@@ -64,18 +73,18 @@ class VisionEncoder(nn.Module, ABC):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.encoder_dim = 0
         self.num_tokens = 0
-        self.autocast_dtype: torch.dtype | None = None  # set for encoders that are trained from float32 weights
+        self.autocast_dtype: torch.dtype | None = None
 
     @abstractmethod
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
-        """Return one feature map float[B, D_i, H_i, W_i] per entry of `self.layers`."""
+        """Return one feature map float[B, D_i, H_i, W_i] for each entry of `self.layers`."""
 
     @abstractmethod
     def pool(self, pixel_values: Tensor) -> Tensor:
         """Return the library's own pooled features, float[B, D_enc]."""
 
     def blocks(self) -> list[nn.Module]:
-        """The network's blocks or stages, in the order in which they are computed: `trainable: 2` means the last two.
+        """Return the network's blocks or stages in the order of computation: `trainable: 2` means the last two.
 
         Raises:
             ConfigError: for a network whose blocks are not known.
@@ -83,11 +92,11 @@ class VisionEncoder(nn.Module, ABC):
         raise ConfigError(f"model.vision_encoder.trainable: the blocks of '{self.name}' are not known; use 'all'")
 
     def late_parameters(self) -> list[nn.Parameter]:
-        """Parameters that work behind the last block, but are registered before it."""
+        """Parameters that are used after the last block but registered before it."""
         return []
 
     def parts(self) -> list[VisionEncoder]:
-        """The networks that it is made of: itself, unless it is several."""
+        """The single encoders: this one, unless it joins several."""
         return [self]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -97,31 +106,29 @@ class VisionEncoder(nn.Module, ABC):
             pixel_values: float[B, 3, H, W] from the encoder's image processor, in any float dtype.
 
         Returns:
-            image_features: float[B, N, D_enc] in the encoder's dtype; row-major patches, or N = 1 when pooled. With
-            `autocast_dtype`, in that or in float32, whatever the last operation gives.
+            image_features: float[B, N, D_enc] in the encoder's dtype; patches in raster order, or N = 1 if pooled. With
+            `autocast_dtype`, in that dtype or in float32, depending on the last operation.
         """
         parameter = next(self.parameters())
         # [B, 3, H, W]
         pixel_values = pixel_values.to(dtype=parameter.dtype, memory_format=self.memory_format)
         half = self.autocast_dtype
         with torch.autocast(pixel_values.device.type, dtype=half, enabled=half is not None):
-            return self.features(pixel_values)
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """As `forward`, for pixels in the encoder's dtype and memory format."""
-        if self.pooled:
-            return self.pool(pixel_values).unsqueeze(1)  # [B, 1, D_enc]
-        maps = self.maps(pixel_values)
-        if self.grid is not None:
-            maps = [F.adaptive_avg_pool2d(one, self.grid) for one in maps]
-        # [B, D_enc, H', W'] -> [B, H'·W', D_enc]
-        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+            if self.pooled:
+                # -> [B, D_enc] -> [B, 1, D_enc]
+                return self.pool(pixel_values).unsqueeze(1)
+            # -> [B, D_i, H_i, W_i] per layer
+            maps = self.maps(pixel_values)
+            if self.grid is not None:
+                maps = [F.adaptive_avg_pool2d(one, self.grid) for one in maps]
+            # -> [B, D_enc, H', W'] -> [B, H' * W', D_enc]
+            return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     def measure(self) -> None:
         """Set `encoder_dim` and `num_tokens` by encoding one black image.
 
         Raises:
-            ConfigError: if the network does not take images of `image_size`, or its maps do not fit together.
+            ConfigError: if the network rejects images of `image_size`, or its maps have different sizes.
         """
         with image_probe(self, self.name, self.image_size) as image:
             maps = [self.pool(image)[..., None, None]] if self.pooled else self.maps(image)
@@ -145,14 +152,25 @@ class VisionEncoder(nn.Module, ABC):
             )
 
 
+def reading_options(config: Any) -> dict[str, Any]:
+    """Constructor arguments of a `VisionEncoder` that say what to read: name, layers, pooled and grid."""
+    layer = config.layer
+    return {
+        "name": config.name,
+        "layers": [layer] if isinstance(layer, int) else list(layer),
+        "pooled": config.output == "pooled",
+        "grid": config.grid,
+    }
+
+
 @contextmanager
 def image_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tensor]:
-    """Give a black image, float[1, 3, image_size, image_size], to look at the outputs of `module`.
+    """Yield a black image, float[1, 3, image_size, image_size], to inspect the outputs of `module` in the block.
 
     Raises:
         ConfigError: if the network fails on it.
     """
-    module.eval()  # or the image would move the running statistics of batch norms
+    module.eval()  # otherwise the image would change the running statistics of batch norms
     weight = next(module.parameters())
     try:
         with torch.no_grad():
@@ -163,15 +181,27 @@ def image_probe(module: nn.Module, name: str, image_size: int) -> Iterator[Tenso
         raise ConfigError(f"'{name}' does not take images of image_size {image_size}: {error}") from error
 
 
-def layer_list(layer: int | list[int]) -> list[int]:
-    return [layer] if isinstance(layer, int) else list(layer)
+def square_side(size: int | Sequence[int], name: str) -> int:
+    """Return the side of a square image, whose size is given as one number or as height and width.
+
+    Raises:
+        ConfigError: if the sides differ.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ConfigError(f"'{name}' takes images of {height}×{width} pixels; set image_size to encode square ones")
+    return height
 
 
 def resolve_layers(layers: list[int], count: int, name: str) -> list[int]:
-    """Turn negative layer numbers into absolute ones, but for `FINAL`, which stays.
+    """Convert negative layer numbers to absolute ones; `FINAL` stays.
 
     Raises:
         ConfigError: for a layer that the network does not have.
+
+    Example:
+        >>> resolve_layers([-2, FINAL, 0], count=12, name="vit")
+        [10, -1, 0]
     """
     wrong = [layer for layer in layers if not -count <= layer < count]
     if wrong:
@@ -180,10 +210,14 @@ def resolve_layers(layers: list[int], count: int, name: str) -> list[int]:
 
 
 def tokens_to_map(tokens: Tensor, name: str) -> Tensor:
-    """float[B, N, D] of a square image's patches, row-major → float[B, D, √N, √N].
+    """Arrange the patch tokens of a square image: float[B, N, D] in raster order -> float[B, D, √N, √N].
 
     Raises:
-        ConfigError: if the tokens form no square.
+        ConfigError: if N is no square.
+
+    Example:
+        >>> tokens_to_map(torch.zeros(1, 9, 4), "vit").shape
+        torch.Size([1, 4, 3, 3])
     """
     side = isqrt(tokens.shape[1])
     if side * side != tokens.shape[1]:

@@ -1,4 +1,5 @@
-"""EfficientNet-Lite as the package `efficientnet-lite-pytorch` names its tensors → timm's `tf_efficientnet_lite*`.
+"""Converts checkpoints of the package `efficientnet-lite-pytorch` to the tensor names of timm's
+`tf_efficientnet_lite*`.
 
 Those weights come from TensorFlow, which pads strided convolutions on the right and at the bottom first, so only the
 `tf_` variants of timm compute the same network.
@@ -16,7 +17,7 @@ from frozenprefix.errors import AssetError
 PIXEL_MEAN = 127 / 255
 PIXEL_STD = 128 / 255
 
-_OUTSIDE = {
+_OUTSIDE_BLOCKS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
     "_conv_head": "conv_head",
@@ -35,6 +36,7 @@ _LATER_STAGES = {
 
 
 def is_lite_checkpoint(state: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are named as in `efficientnet-lite-pytorch`."""
     return "_conv_stem.weight" in state
 
 
@@ -42,11 +44,15 @@ def convert_lite_checkpoint(state: Mapping[str, Tensor], stage_depths: Sequence[
     """Rename the tensors of an EfficientNet-Lite checkpoint for timm.
 
     Args:
-        state: tensors named as `_blocks.3._expand_conv.weight`: blocks are counted through all stages.
-        stage_depths: number of blocks in each stage of the timm model, whose names count per stage.
+        state: tensors named like `_blocks.3._expand_conv.weight`, where blocks are counted through all stages.
+        stage_depths: number of blocks in each stage of the timm model, which counts blocks within a stage.
 
     Raises:
         AssetError: for a name that EfficientNet-Lite does not have.
+
+    Example:
+        >>> list(convert_lite_checkpoint({"_blocks.1._expand_conv.weight": torch.zeros(1)}, stage_depths=[1, 2]))
+        ['blocks.1.0.conv_pw.weight']
     """
     blocks = [(stage, block) for stage, depth in enumerate(stage_depths) for block in range(depth)]
     return {_convert_name(name, blocks): tensor for name, tensor in state.items()}
@@ -56,7 +62,7 @@ def _convert_name(name: str, blocks: list[tuple[int, int]]) -> str:
     parts = name.split(".")
     try:
         if parts[0] != "_blocks":
-            return ".".join([_OUTSIDE[parts[0]], *parts[1:]])
+            return ".".join([_OUTSIDE_BLOCKS[parts[0]], *parts[1:]])
         stage, block = blocks[int(parts[1])]
         names = _FIRST_STAGE if stage == 0 else _LATER_STAGES
         return ".".join(["blocks", str(stage), str(block), names[parts[2]], *parts[3:]])

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it: the same function with fewer passes over memory."""
+"""Folds batch norms into the convolutions before them: the same function with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from timm.models.resnet import ResNet
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# Families whose modules stand in the order in which they are called, so that a norm behind a convolution is its own.
+# Families that register their modules in the order of their calls, so that a norm after a convolution belongs to it.
 _IN_CALL_ORDER = (EfficientNet, MobileNetV3, ResNet)
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fold_batch_norms(network: nn.Module) -> nn.Module:
     """Fold each batch norm of a frozen timm network into its convolution, in place, and return the network.
 
-    Other families are returned as they are. EfficientNet-Lite0 becomes 1.4 to 1.5 times as fast on a CPU and differs by
-    less than 1e-4 in float32; call it before a cast to a shorter type, so that the folding itself loses nothing.
+    Other families are returned unchanged. EfficientNet-Lite0 becomes 1.4 to 1.5 times as fast on a CPU, and differs by
+    less than 1e-4 in float32. Call it before a cast to a shorter type, so that folding does not add to its rounding.
+
+    Example:
+        >>> import timm
+        >>> network = fold_batch_norms(timm.create_model("mobilenetv3_small_050", num_classes=0))
+        >>> any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+        False
     """
-    if isinstance(model, _IN_CALL_ORDER):
-        _fuse_children(model.eval())
-    return model
+    if isinstance(network, _IN_CALL_ORDER):
+        _fold_children(network.eval())
+    return network
 
 
-def _fuse_children(module: nn.Module) -> None:
+def _fold_children(module: nn.Module) -> None:
     children = list(module.named_children())
     for (conv_name, conv), (norm_name, norm) in pairwise(children):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-            # timm's norm layers hold the activation that follows them.
+            # timm's norm layers hold the activation that follows them
             setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
     for _, child in children:
-        _fuse_children(child)
+        _fold_children(child)

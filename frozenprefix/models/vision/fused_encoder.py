@@ -1,4 +1,4 @@
-"""Several encoders as one: their tokens side by side along the features (Karamcheti et al. 2024, "Prismatic VLMs")."""
+"""Several encoders as one, their tokens concatenated along the features (Karamcheti et al. 2024, "Prismatic VLMs")."""
 
 from __future__ import annotations
 
@@ -13,28 +13,41 @@ from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 
 
 class PixelScale(NamedTuple):
-    """What an image processor makes of a pixel from 0 to 255: `pixel * gain + shift`, three of each."""
+    """What an image processor does to a pixel from 0 to 255, `pixel * gain + shift`, for each of the three channels.
+
+    Example:
+        >>> raw, unit = PixelScale([1.0] * 3, [0.0] * 3), PixelScale([1 / 255] * 3, [-0.5] * 3)
+        >>> raw.change_to(unit).shift
+        [-0.5, -0.5, -0.5]
+    """
 
     gain: list[float]
     shift: list[float]
 
     @classmethod
-    def of(cls, image_processor: Any) -> PixelScale:
+    def from_processor(cls, image_processor: Any) -> PixelScale:
+        """Read the scale off an image processor of transformers."""
         factor = float(image_processor.rescale_factor) if image_processor.do_rescale else 1.0
         if not image_processor.do_normalize:
             return cls([factor] * 3, [0.0] * 3)
         means, deviations = image_processor.image_mean, image_processor.image_std
         return cls([factor / d for d in deviations], [-m / d for m, d in zip(means, deviations, strict=True)])
 
+    def change_to(self, other: PixelScale) -> PixelScale:
+        """The scale that turns pixels of this scale into pixels of the other."""
+        gain = [to / own for own, to in zip(self.gain, other.gain, strict=True)]
+        return PixelScale(gain, [to - own * g for own, to, g in zip(self.shift, other.shift, gain, strict=True)])
+
 
 class FusedEncoder(VisionEncoder):
-    """Encoders that see the same images; `maps` and `pool` are theirs, one after the other.
+    """Encoders that read the same images; their maps and pooled features are concatenated.
 
     Args:
         encoders: the parts, for images of one size.
-        scales: what the image processor of each part does to pixels. Images arrive as those of the first part:
-            for the others its scale is undone and theirs applied. Resizing and crop are therefore the first part's for
-            all, so that tokens of the same place lie side by side.
+        scales: what the image processor of each part does to pixels. Images arrive in the scale of the first part; for
+            the others that scale is undone and theirs applied. Resizing and cropping are therefore the first part's for
+            all, so that tokens of the same place in the image are concatenated.
+        pooled, grid: as in `VisionEncoder`, for all parts.
     """
 
     def __init__(
@@ -48,48 +61,41 @@ class FusedEncoder(VisionEncoder):
             grid=grid,
         )
         self.encoders = nn.ModuleList(encoders)
-        # From the first part's pixels to each part's. No buffers: a cast of the weights must not round them.
-        self.changes = [_change(scales[0], scale) for scale in scales]
+        # From the first part's pixels to each part's. These are no buffers: a cast of the weights must not round them.
+        self.changes = [scales[0].change_to(scale) for scale in scales]
         self.measure()
 
     def parts(self) -> list[VisionEncoder]:
         return [encoder for encoder in self.encoders if isinstance(encoder, VisionEncoder)]
 
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
-        images = self._images(pixel_values)
-        return [one for part, own in zip(self.parts(), images, strict=True) for one in part.maps(own)]
+        # [B, 3, H, W] -> [B, D_i, H_i, W_i] per part and layer
+        maps = []
+        for part, pixels in zip(self.parts(), self.rescale(pixel_values), strict=True):
+            maps += part.maps(pixels)
+        return maps
 
     def pool(self, pixel_values: Tensor) -> Tensor:
-        images = self._images(pixel_values)
-        return torch.cat([part.pool(own) for part, own in zip(self.parts(), images, strict=True)], dim=1)
+        # [B, 3, H, W] -> [B, sum of D_enc]
+        pixels = self.rescale(pixel_values)
+        return torch.cat([part.pool(own) for part, own in zip(self.parts(), pixels, strict=True)], dim=1)
 
-    def _images(self, pixel_values: Tensor) -> list[Tensor]:
-        """float[B, 3, H, W] as each part's own image processor would have scaled it."""
+    def rescale(self, pixel_values: Tensor) -> list[Tensor]:
+        """float[B, 3, H, W] per part, as its own image processor would have scaled the pixels."""
         images = []
         for part, change in zip(self.parts(), self.changes, strict=True):
-            gain, shift = (torch.tensor(one, device=pixel_values.device)[:, None, None] for one in change)
+            gain, shift = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in change)
             own = (pixel_values * gain + shift).to(pixel_values.dtype)
             images.append(own.to(memory_format=part.memory_format))
         return images
 
 
-def _change(given: PixelScale, wanted: PixelScale) -> PixelScale:
-    """From pixels of one scale to those of another."""
-    gain = [w / g for g, w in zip(given.gain, wanted.gain, strict=True)]
-    return PixelScale(gain, [w - g * by for g, w, by in zip(given.shift, wanted.shift, gain, strict=True)])
-
-
-def build(config: FusedEncoderConfig) -> BuiltEncoder:
-    """Build a `FusedEncoder`; what stands beside `encoders` (output, grid, image_size, resize) is for all of them.
+def join_encoders(config: FusedEncoderConfig, parts: list[BuiltEncoder]) -> BuiltEncoder:
+    """Join built encoders to a `FusedEncoder`, with the image processor of the first one.
 
     Raises:
-        ConfigError: for parts that take images of different sizes, or give different numbers of tokens.
-        AssetError: as the parts' own sources.
+        ConfigError: if the parts take images of different sizes, or give different numbers of tokens.
     """
-    from frozenprefix.models.vision import build_vision_encoder
-
-    # the parts' weights are rounded with the whole, after the pixels' scales were worked out
-    parts = [build_vision_encoder(part) for part in config.configs()]
     sizes = [part.module.image_size for part in parts]
     if len(set(sizes)) > 1:
         raise ConfigError(
@@ -98,9 +104,11 @@ def build(config: FusedEncoderConfig) -> BuiltEncoder:
         )
     encoder = FusedEncoder(
         [part.module for part in parts],
-        [PixelScale.of(part.image_processor) for part in parts],
+        [PixelScale.from_processor(part.image_processor) for part in parts],
         pooled=config.output == "pooled",
         grid=config.grid,
     )
-    identity = {f"{number}.{key}": value for number, part in enumerate(parts) for key, value in part.identity.items()}
-    return BuiltEncoder(encoder, parts[0].image_processor, {"source": "fused", **identity})
+    identity = {"source": "fused"}
+    for number, part in enumerate(parts):
+        identity |= {f"{number}.{key}": value for key, value in part.identity.items()}
+    return BuiltEncoder(encoder, parts[0].image_processor, identity)

@@ -1,4 +1,4 @@
-"""The image processor for encoders of timm and open_clip: their evaluation transform, as transformers saves one."""
+"""Image processor for encoders of timm and open_clip: their evaluation transform, as transformers can save it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from transformers.image_processing_backends import PilBackend
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.utils.images import to_images
 
 _RESAMPLING = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
 
 
 class FrozenPrefixImageProcessor(PilBackend):
-    """Resize, crop, rescale and normalise with PIL, pixel for pixel as torchvision's transforms do on PIL images.
+    """Resize, crop, rescale and normalize with PIL, equal to torchvision's transforms on PIL images in every pixel.
 
-    transformers' own processors differ from those transforms in one thing: their centre crop rounds half a pixel down,
+    transformers' own processors differ from those transforms in one point: their centre crop rounds half a pixel down,
     torchvision's rounds it to even, which shifts about a quarter of all images by one pixel.
+
+    Example:
+        >>> processor = FrozenPrefixImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        >>> processor(image, return_tensors="pt")["pixel_values"].shape
+        torch.Size([1, 3, 32, 32])
     """
 
     resample = Resampling.BICUBIC
@@ -35,9 +41,13 @@ class FrozenPrefixImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
 
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pixels of files, PIL images, arrays or tensors, which are all made upright 8-bit RGB first."""
+        return super().preprocess(to_images(images), *args, **kwargs)
+
     def center_crop(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Crop float or uint8[3, H, W] to `size`; the image must not be smaller than it."""
-        # Python's round, as torchvision's, rounds half to even.
+        """Crop float or uint8[3, H, W] to `size`; the image must not be smaller."""
+        # Python's round rounds half to even, as torchvision does.
         top = round((image.shape[-2] - size.height) / 2)
         left = round((image.shape[-1] - size.width) / 2)
         return image[:, top : top + size.height, left : left + size.width]
@@ -52,25 +62,26 @@ AutoImageProcessor.register(
 
 
 def make_image_processor(
-    *,
-    image_size: int,
-    resize_mode: str,
-    interpolation: str,
-    mean: Any,
-    std: Any,
-    crop_pct: float = 1.0,
+    *, image_size: int, resize_mode: str, interpolation: str, mean: Any, std: Any, crop_pct: float = 1.0
 ) -> FrozenPrefixImageProcessor:
-    """Build the processor from what timm and open_clip call the data or preprocessing config.
+    """Build the processor from what timm calls the data config and open_clip the preprocessing config.
 
     Args:
-        image_size: pixels of the square result.
+        image_size: side of the square result, in pixels.
         resize_mode: "shortest" keeps the aspect ratio and crops the centre, "squash" does not keep it.
         interpolation: "bicubic" or "bilinear".
         mean, std: of the three channels, for pixels from 0 to 1.
-        crop_pct: share of the resized image's side that the crop keeps.
+        crop_pct: side of the crop divided by the side of the resized image.
 
     Raises:
-        ConfigError: for a mode that has no equal in transformers.
+        ConfigError: for a mode without equivalent in transformers.
+
+    Example:
+        >>> processor = make_image_processor(
+        ...     image_size=32, resize_mode="squash", interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3
+        ... )
+        >>> processor(image, return_tensors="pt")["pixel_values"].shape
+        torch.Size([1, 3, 32, 32])
     """
     if resize_mode not in ("shortest", "squash"):
         raise ConfigError(f"resizing must be 'shortest' or 'squash', but the encoder's own is '{resize_mode}'")
@@ -88,7 +99,7 @@ def make_image_processor(
 
 
 def show_whole_image(processor: Any, image_size: int) -> None:
-    """Make an image processor squash images to a square instead of cropping them."""
+    """Change an image processor to resize images to a square, without cropping."""
     processor.size = type(processor.size)(height=image_size, width=image_size)
     processor.default_to_square = True
     processor.do_center_crop = False

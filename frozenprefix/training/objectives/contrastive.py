@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,15 +15,34 @@ from frozenprefix.evaluation.metrics.recall import first_ranks
 from frozenprefix.models.contrastive.losses import contrastive_loss
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
-from frozenprefix.training.objectives.base import Batch, Objective, image_id
+from frozenprefix.training.objectives.base import Batch, Objective, image_id, image_inputs
+from frozenprefix.utils.random_state import random_state
 
 TEXTS = 128  # texts that are encoded at once in validation
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """Loss of a step of several micro-batches, with its gradient for the embeddings of one of them.
+
+    Attributes:
+        images: float32[P, D]; texts: float32[T, D]; scale: for each parameter of the logit scale.
+        parts: micro-batches of this process.
+    """
+
+    loss: Tensor
+    images: Tensor
+    texts: Tensor
+    scale: Sequence[Tensor]
+    parts: int
 
 
 class Contrastive(Objective):
     """Pulls the prefix of an image and the embeddings of its captions together, and others apart.
 
-    Both are projected by the model's contrastive heads (Koh et al. 2023, section 3.2).
+    Both are projected by the model's contrastive heads (Koh et al. 2023, section 3.2). All images of a step are
+    compared, also if gradients accumulate over several micro-batches: these are then encoded twice, first without and
+    then with gradient (Gao et al. 2021, arXiv 2101.06983).
 
     Example:
         >>> from frozenprefix.training.objectives import Contrastive
@@ -47,18 +67,46 @@ class Contrastive(Objective):
         batch["image_ids"] = torch.tensor(ids, device=self.model.device)
         batch["text_ids"] = torch.tensor(texts, device=self.model.device)
 
+    def prepare_step(self, batches: Sequence[Batch]) -> None:
+        """Compute the gradient of the loss for the embeddings of all micro-batches."""
+        if len(batches) == 1:
+            return
+        embeds: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            batch["random_state"] = random_state()  # for the same dropout when `forward` encodes them again
+            with torch.no_grad():
+                prefix_embeds = self.model.prefix(**image_inputs(batch))
+                assert prefix_embeds is not None
+                embeds.append(self._embed(batch, prefix_embeds))
+        images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*embeds, strict=True))
+        image_ids, text_ids = (torch.cat([batch[name] for batch in batches]) for name in ("image_ids", "text_ids"))
+        scale = self.model.heads.logit_scale
+        loss = contrastive_loss(self.section.loss, scale, images, texts, image_ids, text_ids)
+        of_images, of_texts, *of_scale = torch.autograd.grad(loss, [images, texts, *scale.parameters()])
+        image_parts = of_images.split([len(part) for part, _ in embeds])
+        text_parts = of_texts.split([len(part) for _, part in embeds])
+        for batch, of_image, of_text in zip(batches, image_parts, text_parts, strict=True):
+            batch["step_gradient"] = StepGradient(loss.detach(), of_image, of_text, of_scale, len(batches))
+
+    def _embed(self, batch: Batch, prefix_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of images and texts: float32[P, D] and float32[T, D]."""
+        return self.model.heads.embed_prefix(prefix_embeds), self.model.encode_text(**batch["texts"])
+
     def count(self, batch: Batch) -> int:
         return 1  # one loss over the images and texts of all processes
 
     def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        return contrastive_loss(
-            self.section.loss,
-            self.model.heads.logit_scale,
-            self.model.heads.embed_prefix(prefix_embeds),
-            self.model.encode_text(**batch["texts"]),
-            batch["image_ids"],
-            batch["text_ids"],
-        )
+        images, texts = self._embed(batch, prefix_embeds)
+        scale = self.model.heads.logit_scale
+        step: StepGradient | None = batch.get("step_gradient")
+        if step is None:
+            return contrastive_loss(self.section.loss, scale, images, texts, batch["image_ids"], batch["text_ids"])
+        # A linear function with the gradient that the loss over all micro-batches has. The trainer averages over the
+        # micro-batches; the embeddings of each are in one of them only, the scale is in all.
+        linear = step.parts * ((images * step.images).sum() + (texts * step.texts).sum())
+        for parameter, gradient in zip(scale.parameters(), step.scale, strict=True):
+            linear = linear + (parameter * gradient).sum()
+        return step.loss + (linear - linear.detach())
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         """`recall@1` between all images and all their captions, averaged over both directions."""

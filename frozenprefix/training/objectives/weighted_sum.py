@@ -20,6 +20,7 @@ from frozenprefix.training.objectives.contrastive import Contrastive
 from frozenprefix.training.objectives.distillation import Distillation, distillation_pieces
 from frozenprefix.training.objectives.language_model import NextToken
 from frozenprefix.training.objectives.self_critical import SelfCritical, reward_references
+from frozenprefix.utils.random_state import set_random_state
 
 
 class WeightedSum(nn.Module):
@@ -72,10 +73,11 @@ class WeightedSum(nn.Module):
         """
         sections, text_only, settings = recipe.objectives, recipe.data.text_only, recipe.training
         samples = [sample for group in groups for sample in group.samples]
-        terms: list[Objective] = [NextToken(model, sections.lm)]
-        if sections.contrastive is not None:
+        terms: list[Objective] = []
+        if sections.contrastive is not None:  # first: it may be computed twice, with the same dropout
             check_captions(samples, "objectives.contrastive")
             terms.append(Contrastive(model, processor, sections.contrastive))
+        terms.append(NextToken(model, sections.lm))
         if sections.distillation is not None:
             if not model.trains_text:
                 raise ConfigError(
@@ -121,12 +123,19 @@ class WeightedSum(nn.Module):
             term.prepare(batch, number)
         return batch
 
+    def prepare_step(self, batches: Sequence[Batch]) -> None:
+        """Complete all micro-batches of this process in a step; see `Objective.prepare_step`."""
+        for term in self.terms:
+            term.prepare_step(batches)
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """Number of items behind the loss of each term."""
         return {term.name: term.count(batch) for term in self.used}
 
     def forward(self, batch: Batch, factors: dict[str, float]) -> dict[str, Tensor]:
         """Loss of each term in `factors`, times its factor."""
+        if "random_state" in batch:
+            set_random_state(batch["random_state"])
         # [images, 3, H, W] or [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.model.prefix(**image_inputs(batch))
         assert prefix_embeds is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from frozenprefix.config import Recipe, load_recipe
+from frozenprefix.config import load_recipe, recipe_from_dict
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.configuration import PeftMethodConfig
@@ -32,7 +32,7 @@ def test_a_recipe_reports_all_wrong_options_at_once(tiny_lm, shapes, tmp_path):
     data["model"]["language_model"]["peft"] = {"type": "lora", "rank": 2, "lora_dropuot": 0.1, "lora_alpha": "big"}
     data["model"]["vision_encoder"]["peft"] = {"type": "prompt_tuning"}
     with pytest.raises(ConfigError) as caught:
-        Recipe.from_dict(data)
+        recipe_from_dict(data)
     text = str(caught.value)
     for part in (
         "model.language_model.peft.rank: peft method 'lora' has no such option",

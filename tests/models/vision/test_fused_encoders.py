@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import Recipe, recipe_from_dict
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.models.configuration import vision_encoder_config
@@ -54,11 +54,11 @@ def test_every_part_sees_pixels_of_its_own_scale():
     processors = [alone(part, image_size=64).image_processor for part in (VIT, CNN)]
     processors[1].image_mean, processors[1].image_std = [0.2, 0.3, 0.4], [0.1, 0.5, 0.9]
     processors[1].rescale_factor = 1 / 100
-    encoder = FusedEncoder(both.module.parts(), [PixelScale.of(p) for p in processors], grid=2)
+    encoder = FusedEncoder(both.module.parts(), [PixelScale.from_processor(p) for p in processors], grid=2)
     image = Image.new("RGB", (64, 64), (10, 120, 250))
     first, second = (p(image, return_tensors="pt")["pixel_values"] for p in processors)
     assert second[0, :, 0, 0].tolist() == pytest.approx([(0.1 - 0.2) / 0.1, (1.2 - 0.3) / 0.5, (2.5 - 0.4) / 0.9])
-    unchanged, rescaled = encoder._images(first)
+    unchanged, rescaled = encoder.rescale(first)
     assert torch.equal(unchanged, first)
     torch.testing.assert_close(rescaled, second, rtol=1e-5, atol=1e-5)
 
@@ -138,7 +138,7 @@ def fused_recipe(tiny_lm, shapes, tmp_path):
         encoders = [parts.get("first", VIT), parts.get("second", CNN)]
         data["model"]["vision_encoder"] = {"source": "fused", "image_size": 64, "grid": 2, "encoders": encoders}
         data["data"]["feature_cache"] = str(tmp_path / "features")
-        return Recipe.from_dict(data)
+        return recipe_from_dict(data)
 
     return make
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import recipe_from_dict
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
@@ -126,7 +126,7 @@ def given(tiny_lm, shapes, tmp_path):
     save_file({stem: torch.randn(4, 6, generator=draw) for stem in stems}, tmp_path / "regions.safetensors")
     data = tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")
     data["model"]["vision_encoder"] = {"source": "features", "path": str(tmp_path / "regions.safetensors")}
-    return Recipe.from_dict(data)
+    return recipe_from_dict(data)
 
 
 def test_a_run_reads_features_by_image(given, shapes, tmp_path):

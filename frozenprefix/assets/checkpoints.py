@@ -1,0 +1,72 @@
+"""Checkpoint folders, checked before anything slow is imported or loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from frozenprefix.errors import CheckpointError, did_you_mean
+
+CONFIG = "config.json"
+MODEL_TYPES = ("frozenprefix", "locked_image_text")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint folder is there and is one of this package; a Hub id is left to the Hub.
+
+    Raises:
+        CheckpointError: naming the nearest folder where the name is mistyped.
+
+    Example:
+        >>> check_checkpoint(checkpoint)
+        >>> check_checkpoint(tmp_path / "bset")
+        Traceback (most recent call last):
+        frozenprefix.errors.CheckpointError: checkpoint: got '...bset', expected a checkpoint folder...
+    """
+    folder = Path(checkpoint).expanduser()
+    if not folder.exists():
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        if offline or not _HUB_ID.fullmatch(str(checkpoint)) or (folder.parent != Path() and folder.parent.is_dir()):
+            raise missing_checkpoint(checkpoint)
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint: got the file '{checkpoint}', expected a folder; try '{folder.parent}'")
+    if not (folder / CONFIG).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        name = "best" if "best" in inside else next(iter(inside), None)
+        hint = "" if name is None else f" (did you mean '{folder / name}'?)"
+        raise CheckpointError(f"checkpoint: '{checkpoint}' holds no {CONFIG}{hint}")
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint: '{folder / CONFIG}' cannot be read ({error})") from error
+    if kind not in MODEL_TYPES:
+        known = " or ".join(map(repr, MODEL_TYPES))
+        raise CheckpointError(f"checkpoint: '{checkpoint}' holds a model of type {kind!r}, expected {known}")
+
+
+@contextmanager
+def opening_checkpoint(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
+    """Load a checkpoint inside the block: what the Hub or a file cannot give is one line of `CheckpointError`."""
+    check_checkpoint(checkpoint)
+    try:
+        yield
+    except OSError as error:
+        raise missing_checkpoint(checkpoint, str(error)) from error
+
+
+def missing_checkpoint(checkpoint: str | os.PathLike[str], reason: str = "") -> CheckpointError:
+    """The error for a checkpoint that is neither a folder nor on the Hub, with the nearest folder's name."""
+    folder = Path(checkpoint).expanduser()
+    parent = folder.parent
+    while not parent.is_dir():
+        folder, parent = parent, parent.parent
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    hint = did_you_mean(folder.name, names).replace("'", f"'{parent / ' '}".removesuffix(" "), 1)
+    why = f"; {reason.splitlines()[0]}" if reason else ""
+    return CheckpointError(f"checkpoint: got '{checkpoint}', expected a checkpoint folder or a Hub id{hint}{why}")

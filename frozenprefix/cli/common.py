@@ -1,0 +1,77 @@
+"""What the commands share: arguments, writing results, messages about what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from frozenprefix.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Column
+
+    from frozenprefix.data.images import BadImages
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder or Hub id.", show_default=False)
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to it: training.learning_rate=1e-4", show_default=False),
+]
+Prompt = Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output file that this command did not write.")]
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints; accelerate and torchrun number processes by RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_files(paths: Sequence[Path], name: str) -> None:
+    """Raise `DataError` naming every path that is not a file."""
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{name}: got {', '.join(missing)}, expected image files that exist")
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a result, if a file for it is named."""
+    from frozenprefix.utils import write_text_atomic
+
+    if path is not None:
+        write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_skipped(bad: BadImages) -> None:
+    """Name every image that could not be read, on standard error."""
+    for _, error in bad:
+        typer.secho(f"skipped, {error.reason}: {error}", fg=typer.colors.RED, err=True)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts by name in one line; "none" without any."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def one_line(text: str) -> str:
+    """A text for one line of the screen: line breaks become spaces, and other control characters go."""
+    return "".join(char for char in " ".join(text.split()) if char.isprintable())

@@ -1,0 +1,58 @@
+"""Builds the vision encoder that a config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from frozenprefix.models.configuration import FusedEncoderConfig, VisionEncoderConfig
+from frozenprefix.models.vision.base import BuiltEncoder
+from frozenprefix.models.vision.fused_encoder import join_encoders
+from frozenprefix.models.vision.image_processing import show_whole_image
+from frozenprefix.registry import Registry
+
+VISION_SOURCES: Registry[Callable[[Any], BuiltEncoder]] = Registry(
+    "vision encoder source",
+    {
+        "timm": "frozenprefix.models.vision.timm_encoder:build",
+        "open_clip": "frozenprefix.models.vision.open_clip_encoder:build",
+        "transformers": "frozenprefix.models.vision.transformers_encoder:build",
+        "features": "frozenprefix.models.vision.precomputed:build",
+    },
+)
+"""Builders of single encoders. The source "fused" joins several of them."""
+
+
+def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
+    """Build the vision encoder that `config` describes, in evaluation mode, on the CPU, without gradients.
+
+    Returns:
+        The module (in `config.dtype`; in float32 if it is trained), an image processor of transformers, and the
+        identity of the weights: strings "source", "name", and what names the weights exactly ("weights" and "sha256",
+        or a Hub "revision").
+
+    Raises:
+        ConfigError: for options that do not fit the network.
+        AssetError: for weights that cannot be loaded or do not fit.
+
+    Example:
+        >>> from frozenprefix.models.configuration import vision_encoder_config
+        >>> config = vision_encoder_config(source="timm", name="resnet10t", weights="random", image_size=32)
+        >>> built = build_vision_encoder(config)
+        >>> built.module(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 1, 512])
+    """
+    # transformers' from_pretrained sets the meta device, on which the weights would be lost.
+    with torch.device("cpu"):
+        if isinstance(config, FusedEncoderConfig):
+            built = join_encoders(config, [build_vision_encoder(part) for part in config.configs()])
+        else:
+            built = VISION_SOURCES.get(config.source)(config)
+            if config.resize == "squash":
+                show_whole_image(built.image_processor, built.module.image_size)
+    # A trained encoder keeps float32 weights, and computes in the shorter type by autocast.
+    dtype = torch.float32 if config.trainable != "none" else getattr(torch, config.dtype)
+    built.module.to(dtype).eval().requires_grad_(False)
+    return built
