@@ -70,17 +70,22 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     @torch.no_grad()
     def _find_split(self) -> None:
-        """Check on three tokens that decoder and head give the LM's logits, with a scale that its config names."""
+        """Check on three tokens that the LM is causal, and that decoder and head give its logits, scaled or not."""
         problem = "its logits are not those of its output layer, nor scaled by a factor in its config"
         try:
             inputs_embeds = self.embed(torch.arange(3, device=self.model.device)[None])
             whole = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits.float()
+            start = self.model(inputs_embeds=inputs_embeds[:, :2], use_cache=False).logits.float()
+            if not torch.allclose(whole[:, :2], start, rtol=1e-2, atol=1e-2):
+                raise ConfigError("it is not causal: its tokens see those after them")
             hidden = self.decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
             for scale in _logit_scales(self.config):
                 self.logit_scale = scale
                 parts = self.logits(hidden, torch.float32)
                 if whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
                     return
+        except ConfigError as error:
+            problem = str(error)
         except Exception as error:  # whatever the code of a model raises that does not read embeddings
             problem = _one_line(error)
         raise ConfigError(f"model.language_model: {self.name} cannot be used with images: {problem}")
@@ -88,7 +93,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
     def _to_head(self, hidden: Tensor) -> Tensor:
         """Last hidden states -> input of the head, which carries the scale of the logits."""
         before_head = getattr(self.model, "lm_head", self.head)
-        if before_head is not self.head:  # ModernBERT has a dense layer in between
+        if all(module is not self.head for module in before_head.modules()):  # ModernBERT has a layer in between
             hidden = before_head(hidden)
         return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 

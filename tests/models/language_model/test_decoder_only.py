@@ -51,6 +51,15 @@ def test_a_head_that_is_not_known_is_refused_by_name():
         DecoderOnlyLM(model)
 
 
+@pytest.mark.parametrize("kind", ["XLNetConfig", "BertConfig"])
+def test_lms_that_read_both_ways_are_refused(kind):
+    config = getattr(transformers, kind)(
+        vocab_size=300, hidden_size=32, d_model=32, n_head=4, n_layer=2, num_hidden_layers=2, num_attention_heads=4
+    )
+    with pytest.raises(ConfigError, match="it is not causal: its tokens see those after them"):
+        DecoderOnlyLM(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
 def test_a_model_is_tried_out_once(monkeypatch):
     torch.manual_seed(0)
     config = tiny_lm_config("llama", vocab_size=301)
