@@ -76,13 +76,13 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
             inputs_embeds = self.embed(torch.arange(3, device=self.model.device)[None])
             whole = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits.float()
             start = self.model(inputs_embeds=inputs_embeds[:, :2], use_cache=False).logits.float()
-            if not torch.allclose(whole[:, :2], start, rtol=1e-2, atol=1e-2):
+            if self._difference(start, whole[:, :2]):
                 raise ConfigError("it is not causal: its tokens see those after them")
             hidden = self.decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
             for scale in _logit_scales(self.config):
                 self.logit_scale = scale
                 parts = self.logits(hidden, torch.float32)
-                if whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
+                if whole.shape == parts.shape and not self._difference(parts, whole):
                     return
         except ConfigError as error:
             problem = str(error)

@@ -51,11 +51,14 @@ def test_a_head_that_is_not_known_is_refused_by_name():
         DecoderOnlyLM(model)
 
 
-@pytest.mark.parametrize("kind", ["XLNetConfig", "BertConfig"])
+@pytest.mark.parametrize("kind", ["XLNet", "Bert"])
 def test_lms_that_read_both_ways_are_refused(kind):
-    config = getattr(transformers, kind)(
-        vocab_size=300, hidden_size=32, d_model=32, n_head=4, n_layer=2, num_hidden_layers=2, num_attention_heads=4
-    )
+    names = {
+        "XLNet": ("d_model", "n_head", "n_layer"),
+        "Bert": ("hidden_size", "num_attention_heads", "num_hidden_layers"),
+    }
+    sizes = dict(zip(names[kind], (32, 4, 2), strict=True))
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, **sizes)
     with pytest.raises(ConfigError, match="it is not causal: its tokens see those after them"):
         DecoderOnlyLM(transformers.AutoModelForCausalLM.from_config(config).eval())
 
