@@ -158,7 +158,11 @@ class RunSection(RecipeSection):
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: int | None = Field(None, ge=1, description="times that every image is seen")
-    max_minutes: float | None = Field(None, gt=0, description="wall clock; the schedule then follows the time")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="ends the run by the clock, which the learning rate then follows; not repeatable bit for bit",
+    )
     images_per_step: int = Field(12, ge=1)
     targets_per_image: int | None = Field(4, ge=1, description="targets drawn per image; null for all")
     learning_rate: float = Field(2e-3, gt=0)

@@ -317,7 +317,7 @@ def test_shuffled_groups_of_images_keep_none_of_their_own():
         training=False,
         device="cpu",
         eval=lambda: None,
-        train=lambda mode: None,
+        modules=lambda: (),
         prefix=lambda image_features: image_features,
         packed_loss=lambda packed, prefix: shown.append(prefix.flatten().tolist()) or torch.tensor(2.0),
     )
