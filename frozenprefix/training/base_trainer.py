@@ -8,13 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from torch.utils.data import DataLoader
 
+from frozenprefix.config import resolve_precision
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -33,6 +35,7 @@ from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, writ
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", bound=BaseRecipe)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
 
 
@@ -61,6 +64,21 @@ class TrainingResult:
     best_by: str = "loss"
 
 
+def with_run_precision(recipe: R, resume: str) -> R:
+    """The recipe with its precision decided; a run that is resumed keeps its own.
+
+    Args:
+        resume: as for `BaseTrainer.run`.
+
+    Example:
+        >>> from frozenprefix.training.base_trainer import with_run_precision
+        >>> with_run_precision(recipe, "auto").training.precision
+        'fp32'
+    """
+    folders = {"auto": recipe.output_dir / "last", "never": None}
+    return resolve_precision(recipe, resumed=folders.get(resume, Path(resume)))
+
+
 class BaseTrainer(ABC):
     """One run, from set-up to the last checkpoint.
 
@@ -84,11 +102,12 @@ class BaseTrainer(ABC):
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
         check_distributed()
-        self.recipe, self.settings = recipe, recipe.training
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
         )
+        self.recipe = recipe = resolve_precision(recipe)
+        self.settings = recipe.training
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)

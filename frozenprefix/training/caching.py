@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -64,6 +65,7 @@ def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | Non
     if recipe.model.vision_encoder.source == "features":
         raise ConfigError("model.vision_encoder.source: got 'features': precomputed features need no encoding")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    recipe = resolve_precision(recipe, resumed=recipe.output_dir / "last")
     samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     encoder.module.to(accelerator.device)

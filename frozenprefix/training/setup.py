@@ -13,8 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from frozenprefix.config.contrastive import ContrastiveRecipe
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
@@ -51,7 +50,7 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
         >>> processor.prefix_length
         2
     """
-    sections = recipe.model
+    sections = resolve_precision(recipe).model
     encoder = build_vision_encoder(sections.vision_encoder)
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
@@ -83,7 +82,7 @@ def build_locked_model(
         >>> from frozenprefix.training import build_locked_model
         >>> model, processor = build_locked_model(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
-    sections = recipe.model
+    sections = resolve_precision(recipe).model
     encoder, tower = build_vision_encoder(sections.vision_encoder), build_text_tower(sections.text_tower)
     config = LockedImageTextConfig(
         vision_encoder=sections.vision_encoder,

@@ -21,7 +21,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
@@ -55,7 +55,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         >>> result.best.name
         'best'
     """
-    return Trainer(recipe).run(resume)
+    return Trainer(with_run_precision(recipe, resume)).run(resume)
 
 
 class Trainer(BaseTrainer):
