@@ -39,6 +39,8 @@ def check(line: str) -> None:
         USAGE_ERROR: for a command, an option or a number of arguments that there is not.
     """
     command, context, rest = COMMAND, None, shlex.split(line, comments=True)[1:]
+    if rest == ["--help"]:
+        return
     while hasattr(command, "resolve_command"):
         context = command.make_context("frozenprefix", list(rest), parent=context, resilient_parsing=True)
         context.resilient_parsing = False  # from here on what is wrong is an error
