@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from frozenprefix.data.images import walk_files
+from frozenprefix.data.images import report_left_out, walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import Holdout
 from frozenprefix.errors import DataError, did_you_mean
 from frozenprefix.utils import content_hash
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,16 +114,16 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         >>> len(hold_out(samples, Holdout(part="train"), Path()))
         92
     """
-    kept, mixed = [], 0
+    kept, mixed, total = [], 0, 0
     for sample in samples:
+        total += 1
         names = [part if isinstance(part, str) else _name(part, root) for part in sample.group]
         sides = {in_validation(name, holdout.fraction, holdout.seed) for name in names}
         if len(sides) > 1:
             mixed += 1
         elif sides == {holdout.part == "val"}:
             kept.append(replace(sample, split=holdout.part))
-    if mixed:
-        log.warning("holdout: %d samples show images of both parts and are in neither", mixed)
+    report_left_out("holdout", total, {"images of both parts": mixed}, what="samples")
     return kept
 
 
