@@ -23,7 +23,7 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.utils import check_output
+from frozenprefix.utils import check_output, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
@@ -121,7 +121,7 @@ def _samples(
 
 def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[str, Any]) -> str:
     """What tells the predictions of one way to evaluate from those of another."""
-    part = "recipe_validation" if data is None else split or "all"
+    part = "recipe_validation" if data is None else f"{safe_file_name(Path(data).name)}_{split or 'all'}"
     return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), part])
 
 

@@ -21,7 +21,7 @@ from frozenprefix.data.check import Leak, find_leaks
 from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_images, with_targets
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
@@ -121,11 +121,17 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
     return with_targets(samples, where=f"data.{part}")
 
 
-def load_parts(data: DataSection) -> dict[str, list[Sample]]:
-    """Load the samples for training and, if the recipe has sources for it, for validation."""
-    samples = {"train": load_samples(data.train, "train", images=data.text_only is None)}
+def load_parts(data: DataSection, *, without_images: bool = False) -> dict[str, list[Sample]]:
+    """Load the samples for training and, if the recipe has sources for it, for validation.
+
+    Args:
+        without_images: keep training samples that show no image. They teach a language model that has trained parts,
+            and a frozen one nothing. Validation, which compares right and wrong images, always leaves them out.
+    """
+    train = load_samples(data.train, "train", images=data.text_only is None)
+    samples = {"train": train if without_images else with_images(train, where="data.train")}
     if data.validation:
-        samples["validation"] = load_samples(data.validation, "validation")
+        samples["validation"] = with_images(load_samples(data.validation, "validation"), where="data.validation")
     return samples
 
 

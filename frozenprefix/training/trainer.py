@@ -96,7 +96,7 @@ class Trainer(BaseTrainer):
             load_initial(self.model, Path(self.settings.init_from).expanduser())
 
     def prepare_data(self) -> None:
-        samples = load_parts(self.recipe.data)
+        samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
         # for training on text alone, the training images are never read
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)

@@ -325,7 +325,7 @@ def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path
     monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
     monkeypatch.setattr(vqa, "vqa_scorer", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
     result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
-    path = tiny_checkpoint / "predictions_vqa_val.jsonl"
+    path = tiny_checkpoint / "predictions_vqa_shapes_val.jsonl"
     assert result["predictions"] == str(path)
     assert len(rows_of(path)) == 8
     path.unlink()

@@ -117,7 +117,8 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
     kept, mixed, total = [], 0, 0
     for sample in samples:
         total += 1
-        sides = {in_validation(_name(image, root), holdout.fraction, holdout.seed) for image in sample.images}
+        names = [part if isinstance(part, str) else _name(part, root) for part in sample.group]
+        sides = {in_validation(name, holdout.fraction, holdout.seed) for name in names}
         if len(sides) > 1:
             mixed += 1
         elif sides == {holdout.part == "val"}:
@@ -135,12 +136,12 @@ def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
     """
     if limit is None:
         return samples
-    wanted: dict[tuple[Path, ...], None] = {}
+    wanted: dict[tuple[Path | str, ...], None] = {}
     for sample in samples:
-        wanted[sample.images] = None
+        wanted[sample.group] = None
         if len(wanted) == limit:
             break
-    return [sample for sample in samples if sample.images in wanted]
+    return [sample for sample in samples if sample.group in wanted]
 
 
 def check_images_exist(samples: list[Sample], *, where: str) -> None:
@@ -154,10 +155,10 @@ def check_images_exist(samples: list[Sample], *, where: str) -> None:
     """
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
-    if not any(image.exists() for sample in samples for image in sample.images):
-        images = len({image for sample in samples for image in sample.images})
+    images = list(dict.fromkeys(image for sample in samples for image in sample.images))
+    if images and not any(image.exists() for image in images):
         raise DataError(
-            f"{where}: none of its {images} images exists, first looked for {samples[0].images[0]}; "
+            f"{where}: none of its {len(images)} images exists, first looked for {images[0]}; "
             "check the source's `path` and where its images are"
         )
 

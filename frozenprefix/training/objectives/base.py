@@ -59,8 +59,12 @@ class Objective:
         """Number of items that the loss of this batch is a mean over."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        """Mean loss of a batch: a scalar with gradient. `prefix_embeds` is float[images, P, D_lm]."""
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
+        """Mean loss of a batch: a scalar with gradient.
+
+        Args:
+            prefix_embeds: float[images, P, D_lm]; None for a batch of text alone.
+        """
         raise NotImplementedError
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:

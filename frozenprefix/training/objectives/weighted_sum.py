@@ -140,7 +140,6 @@ class WeightedSum(nn.Module):
             set_random_state(batch["random_state"])
         # [images, 3, H, W] or [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.model.prefix(**image_inputs(batch))
-        assert prefix_embeds is not None
         used = [term for term in self.used if term.name in factors]
         return {term.name: term.loss(batch, prefix_embeds) * factors[term.name] for term in used}
 
