@@ -278,6 +278,22 @@ def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *own})
 
 
+def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id to pad generated texts with: the tokenizer's padding token, or its end token when the LM has no such id.
+
+    Padding that was added to the tokenizer alone lies outside the LM's vocabulary, and `generate` reads it again when
+    one text of a batch ends early.
+
+    Example:
+        >>> from frozenprefix.models.processing import padding_token
+        >>> padding_token(model, processor.tokenizer) in range(300)
+        True
+    """
+    padding = tokenizer.pad_token_id
+    inside = padding is not None and padding < model.get_input_embeddings().num_embeddings
+    return padding if inside else end_tokens(model, tokenizer)[0]
+
+
 def _with_values(template: str, **values: str) -> str:
     """Define variables at the start of a Jinja template. JSON strings are Jinja strings too."""
     names = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def generate_ids(
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
     if processor.image_token_id < len(cast(Tensor, model.get_output_embeddings().weight)):
         options["suppress_tokens"] = [processor.image_token_id]
-    ends = end_tokens(model, processor)
+    ends = end_tokens(model, processor.tokenizer)
     padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     training = model.training
     model.eval()
@@ -54,18 +54,11 @@ def generate_ids(
         **images,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=padding_token(model, processor.tokenizer),
         **options,
     )
     model.train(training)
     return [cut_after_end(row, ends) for row in generated.tolist()]
-
-
-def end_tokens(model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> list[int]:
-    """Ids of the tokens that end a text: the tokenizer's and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
-    own = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({processor.tokenizer.eos_token_id, *own})
 
 
 def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:

@@ -23,7 +23,7 @@ from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.checkpoints import RandomStates, load_initial
-from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
+from frozenprefix.training.guards import check_finite, check_frozen_text, check_positions, warn_if_blind
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
@@ -107,6 +107,7 @@ class Trainer(BaseTrainer):
                 f"{self.num_parts}, got {per_step}"
             )
         self.use_groups(groups)
+        check_positions(self.model, self.processor, groups, self.settings.max_target_tokens)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
 

@@ -17,7 +17,7 @@ from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_run
 from frozenprefix.evaluation.samples import check_samples_of, join_captions
 from frozenprefix.evaluation.scoring import caption_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks.runs import generate_settings, generating, predict_runs
+from frozenprefix.evaluation.tasks.runs import generate_settings, generating, lm_settings, predict_runs
 from frozenprefix.inference.captioner import Captioner
 
 
@@ -39,13 +39,14 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
     """
     check_options("caption", options.extra, ())
     samples = join_captions(check_samples_of(samples, "caption"))
-    settings = generate_settings(options, num_beams=5, max_new_tokens=30)
+    generate = generate_settings(options, num_beams=5, max_new_tokens=30)
+    settings = {**generate, **lm_settings(captioner)}
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
     prompted = with_similar_captions(captioner, samples, images)
 
     def predict_all(journal: Journal) -> Predictions:
-        answer = generating(captioner, images, settings)
+        answer = generating(captioner, images, generate)
         predictions = predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
         return predictions | consensus(captioner, samples, images, options)
 
