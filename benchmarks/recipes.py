@@ -73,7 +73,13 @@ def make_recipe(folder: Path, name: str, source: dict[str, Any], **sections: Any
             "output_dir": str(folder / name),
             "model": sections["model"],
             "data": {"train": [source], "feature_cache": str(folder / f"{name}-features"), **sections.get("data", {})},
-            "training": {"save_every": 10**6, "log_every": 10**6, "warmup_steps": 0, **sections["training"]},
+            "training": {
+                "save_every": 10**6,
+                "log_every": 10**6,
+                "warmup_steps": 0,
+                "precision": "fp32",
+                **sections["training"],
+            },
         }
     )
 

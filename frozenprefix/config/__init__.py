@@ -7,6 +7,7 @@ Example:
 
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.loading import load_checkpoint_recipe, load_recipe, recipe_from_dict
+from frozenprefix.config.precision import resolve_precision
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.yaml import read_yaml, write_yaml
 
@@ -17,5 +18,6 @@ __all__ = [
     "load_recipe",
     "read_yaml",
     "recipe_from_dict",
+    "resolve_precision",
     "write_yaml",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from typing_extensions import Self
 
 from frozenprefix.config.sections import DataSection, ImageModelSection, RecipeSection, RunSection, TrackingSection
@@ -49,12 +49,41 @@ class BaseRecipe(RecipeSection):
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
-    def _fill_dtype(self) -> Self:
-        """Frozen parts take the dtype of the training unless their section names one."""
-        for section in (self.model.vision_encoder, getattr(self.model, "language_model", None)):
-            if section is not None and "dtype" not in section.model_fields_set:
-                section.dtype = DTYPES[self.training.precision]
+    def _check_dtypes(self) -> Self:
+        self._fill_dtypes()
         return self
+
+    def _fill_dtypes(self) -> None:
+        """Frozen parts take the dtype of the training unless their section names one."""
+        if self.training.precision != "auto":
+            for section in self._open_dtypes():
+                section.dtype = DTYPES[self.training.precision]
+
+    @model_serializer(mode="wrap")
+    def _leave_out_open_dtypes(self, serialize: Any) -> dict[str, Any]:
+        """With `precision: auto` the dtypes are not decided yet."""
+        data = serialize(self)
+        for name in ("vision_encoder", "language_model"):
+            if getattr(self.model, name, None) in self._open_dtypes():
+                data["model"][name].pop("dtype")
+        return data
+
+    def _open_dtypes(self) -> list[Any]:
+        """Sections of frozen parts that do not name a dtype."""
+        parts = (self.model.vision_encoder, getattr(self.model, "language_model", None))
+        return [section for section in parts if section is not None and "dtype" not in section.model_fields_set]
+
+    def with_precision(self, precision: str) -> Self:
+        """The recipe with another precision, which frozen parts without a dtype of their own follow.
+
+        Example:
+            >>> recipe.with_precision("bf16").training.precision
+            'bf16'
+        """
+        training = self.training.model_copy(update={"precision": precision})
+        recipe = self.model_copy(update={"training": training}, deep=True)
+        recipe._fill_dtypes()
+        return recipe
 
     def problems(self) -> list[Problem]:
         patience, key = self.training.early_stopping_patience, "training.early_stopping_patience"

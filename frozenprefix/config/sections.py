@@ -158,7 +158,9 @@ class RunSection(RecipeSection):
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: int | None = Field(None, ge=1, description="times that every image is seen")
-    max_minutes: float | None = Field(None, gt=0, description="wall clock; the schedule then follows the time")
+    max_minutes: float | None = Field(
+        None, gt=0, description="wall clock; the schedule follows it, so no two runs give the same weights"
+    )
     images_per_step: int = Field(12, ge=1)
     targets_per_image: int | None = Field(4, ge=1, description="targets drawn per image; null for all")
     learning_rate: float = Field(2e-3, gt=0)
@@ -171,7 +173,7 @@ class RunSection(RecipeSection):
     )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float | None = Field(1.0, gt=0, description="null for no clipping")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the faster of fp32 and bf16")
     log_every: int = Field(10, ge=1, description="steps")
     validate_every: int = Field(200, ge=1, description="steps")
     validation_images: int | None = Field(256, ge=2, description="images per validation; null for all")

@@ -33,7 +33,7 @@ from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError, Problem
 from frozenprefix.models.configuration import Section
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
 from frozenprefix.models.vision.precomputed import feature_table
 from frozenprefix.utils import write_text_atomic
 
@@ -81,7 +81,7 @@ class RetrievalOptions(Section):
 
     def prompt(self, captions: Sequence[str], prompt: str) -> str:
         """A prompt with captions in front of it, and one `<image>`."""
-        front = self.template.replace(CAPTIONS_MARK, "\n".join(captions))
+        front = self.template.replace(CAPTIONS_MARK, "\n".join(map(escape_any, captions)))
         if IMAGE_TOKEN in front:
             return front + prompt.replace(IMAGE_TOKEN, "")
         return front + FrozenPrefixProcessor.with_image(prompt)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +16,7 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream, choose_targets
 from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.errors import DataError, FrozenPrefixError
 from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
@@ -97,6 +99,27 @@ class Collator:
             self._target_ids[prompt, text] = ids
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
+
+    def check_targets(self, groups: Iterable[ImageGroup]) -> None:
+        """Encode every target, so that a text that cannot be learned is known before the first step.
+
+        Raises:
+            DataError: naming the sample, its file and its line.
+        """
+        prefix_length = self.processor.prefix_length
+        for group in groups:
+            for sample in group.samples:
+                for text in sample.targets:
+                    try:
+                        target = self.target(sample, text)
+                    except (FrozenPrefixError, TemplateError, ValueError) as error:
+                        raise DataError(f"{sample.label}: {error}") from error
+                    marks = list(target.input_ids).count(self.processor.image_token_id) // prefix_length
+                    if marks != len(sample.images):
+                        raise DataError(
+                            f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
+                            "for each image"
+                        )
 
     def _count_truncated(self, text: str) -> None:
         self.num_truncated += 1

@@ -143,7 +143,7 @@ class ImageFeatures:
             >>> encoder = ImageEncoder.from_model(model, processor)
             >>> features = ImageFeatures.from_encoder(encoder, [image_path], FeatureStorage("off"))
             >>> features([image_path]).shape
-            torch.Size([1, 1, 64])
+            torch.Size([1, 4, 64])
         """
         paths, bad = list(dict.fromkeys(paths)), BadImages()
         trainable = any(parameter.requires_grad for parameter in encoder.module.parameters())

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from frozenprefix.data.images import BadImages, load_image
+from frozenprefix.data.images import BadImages, to_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
@@ -36,7 +36,7 @@ class ImageEncoder:
     Example:
         >>> encoder = ImageEncoder.from_model(model, processor)
         >>> encoder([image, image_path]).shape  # [images, N, D_enc]
-        torch.Size([2, 1, 64])
+        torch.Size([2, 4, 64])
     """
 
     module: VisionEncoder
@@ -139,13 +139,13 @@ class ImageEncoder:
 
 
 def open_image(image: ImageInput) -> Image:
-    """The RGB image of a file; a PIL image as it is.
+    """The upright RGB image of a file, a PIL image, an array or a tensor.
 
     Example:
         >>> open_image(image_path).mode
         'RGB'
     """
-    return image if isinstance(image, Image) else load_image(image)
+    return to_image(image)
 
 
 def _files(images: Sequence[ImageInput]) -> list[str | PathLike[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from frozenprefix.data.images import report_left_out
 from frozenprefix.errors import DataError
-from frozenprefix.utils import content_hash
+from frozenprefix.utils import content_hash, replace_surrogates
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +113,61 @@ def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
     return kept
 
 
-def digest_samples(samples: Sequence[Sample]) -> dict[str, str | int]:
-    """What a run depends on of its samples: their number, and hashes of ids, images and texts.
+def digest_samples(samples: Sequence[Sample], image_key: Callable[[Path], str] | None = None) -> dict[str, str | int]:
+    """What a run depends on of its samples: their number, and hashes of their ids, images and texts.
+
+    Args:
+        image_key: image file → text that changes with its content; default: its name and size.
 
     Example:
         >>> sorted(digest_samples([Sample("1", (Path("1.jpg"),), ("a dog",))]))
-        ['ids', 'images', 'prompts', 'samples', 'targets']
+        ['ids', 'images', 'number', 'prompts', 'targets']
     """
+    key = image_key or _name_and_size
+    keys = {path: key(path) for path in dict.fromkeys(path for sample in samples for path in sample.images)}
     columns = {
-        "ids": (sample.id for sample in samples),
-        "images": ("\0".join(map(str, sample.images)) for sample in samples),
-        "prompts": (repr((sample.prompt, sample.question, sample.history)) for sample in samples),
-        "targets": ("\0".join(sample.targets) for sample in samples),
+        "ids": [sample.id for sample in samples],
+        "images": [repr([keys[path] for path in sample.images]) for sample in samples],
+        "prompts": [repr((sample.prompt, sample.question, sample.history)) for sample in samples],
+        "targets": [repr(sample.targets) for sample in samples],
     }
-    return {"samples": len(samples)} | {name: content_hash("\n".join(texts))[:16] for name, texts in columns.items()}
+    hashes = {name: content_hash(*texts)[:16] for name, texts in columns.items()}
+    return {"number": len(samples), **hashes}
+
+
+def _name_and_size(path: Path) -> str:
+    return f"{path.name} {path.stat().st_size if path.is_file() else 'missing'}"
+
+
+def with_valid_text(samples: Iterable[Sample], *, where: str) -> list[Sample]:
+    """The samples with lone surrogates in their texts replaced, and counted in the log.
+
+    Example:
+        >>> with_valid_text([Sample("1", (), ("a \\ud83d dog",))], where="data")[0].targets == ("a \\ufffd dog",)
+        True
+    """
+    valid, replaced = [], 0
+    for sample in samples:
+        answers = sample.metadata.get("answers", ())
+        before = (sample.targets, sample.question, sample.prompt, sample.history, answers)
+        after = _valid(before)
+        if after != before:
+            replaced += 1
+            targets, question, prompt, history, answers = after
+            metadata = sample.metadata | ({"answers": answers} if answers else {})
+            changes = {"targets": targets, "question": question, "prompt": prompt, "history": history}
+            sample = replace(sample, metadata=metadata, **changes)
+        valid.append(sample)
+    if replaced:
+        log.warning("%s: lone surrogates are replaced in the texts of %d of %d samples", where, replaced, len(valid))
+    return valid
+
+
+def _valid(value: Any) -> Any:
+    """Texts, or nested tuples of texts, without lone surrogates."""
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    return tuple(map(_valid, value)) if isinstance(value, tuple) else value
 
 
 def swap_images(image_sets: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.utils import replace_surrogates
+from frozenprefix.utils.images import to_images
 
 IMAGE_TOKEN = "<image>"
+# Stands inside the special tokens of a user's text, so that they are read as text. No one writes it by hand.
+_JOINER = "\u2060"
 DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
 
 # Prepended to a template: it turns messages whose content is a list of parts into text with `<image>` marks, the form
@@ -90,6 +95,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         self.prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
         self.image_token = IMAGE_TOKEN
         self.image_token_id: int = tokenizer.get_vocab()[IMAGE_TOKEN]
+        self._special_tokens = _special_tokens(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prompt_for(
@@ -113,25 +119,28 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if ("{question}" in template) != (question is not None):
             got = "no question" if question is None else f"the question {question!r}"
             raise ConfigError(f"prompt of task '{task}' is {template!r}, but got {got}")
-        return self.with_image(template.replace("{question}", question or ""), images)
+        return self.with_image(template.replace("{question}", self.escape(question or "")), images)
 
     def chat_prompt(self, history: Sequence[tuple[str, str]], question: str, *, images: int = 1) -> str:
         """A conversation up to the reply to `question`, formatted by `apply_chat_template`.
 
         Args:
             history: earlier questions and their replies.
-            images: images in front of the first question, when no question has an `<image>`.
+            images: number of images. The questions have an `<image>` for each of them; otherwise the images are in
+                front of the first question, and an `<image>` in a question is text.
 
         Example:
             >>> processor.chat_prompt([("what shape is this?", "a cross")], "what color is it?")
             '<image>Question: what shape is this? Answer: a cross\\nQuestion: what color is it? Answer:'
         """
         asked = [text for text, _ in history] + [question]
+        marked = sum(text.count(IMAGE_TOKEN) for text in asked) == images
+        asked = [self.escape(text, keep_images=marked) for text in asked]
         if not any(IMAGE_TOKEN in text for text in asked):
             asked[0] = IMAGE_TOKEN * images + asked[0]
         messages = [{"role": "user", "content": asked[0]}]
         for (_, reply), text in zip(history, asked[1:], strict=True):
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": text}]
+            messages += [{"role": "assistant", "content": self.escape(reply)}, {"role": "user", "content": text}]
         return str(self.apply_chat_template(messages, add_generation_prompt=True))
 
     @staticmethod
@@ -170,6 +179,44 @@ class FrozenPrefixProcessor(ProcessorMixin):
         glue = "" if after.endswith((" ", "\n")) else " "
         return _with_values(_QUESTIONS_AND_ANSWERS, MARK=IMAGE_TOKEN, BEFORE=before, AFTER=after, GLUE=glue)
 
+    def escape(self, text: str, *, keep_images: bool = False) -> str:
+        """A user's text in which special tokens are text: `encode_prompt` does not read `</s>` in it as an end token.
+
+        Args:
+            keep_images: leave `<image>` a mark for an image.
+
+        Example:
+            >>> ids = processor.encode_prompt(processor.escape("a <image> b"))
+            >>> processor.image_token_id in ids
+            False
+        """
+        for token in self._special_tokens:
+            if token in text and not (keep_images and token == IMAGE_TOKEN):
+                text = text.replace(token, token[0] + _JOINER + token[1:])
+        return text
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text in which escaped special tokens are text."""
+        text = replace_surrogates(text)
+        if _JOINER not in text:
+            return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = list(self.tokenizer("", add_special_tokens=True)["input_ids"]) if add_special_tokens else []
+        ids = ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        tokens = self._special_tokens
+        for part in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+            if part in tokens:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                ids += self._encode_plain(part.replace(_JOINER, ""))
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens, whatever is written in it."""
+        text = replace_surrogates(text)
+        split = any(token in text for token in self._special_tokens)
+        options = {"split_special_tokens": True} if split else {}
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
     def encode_prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the tokenizer's start token if it adds one; an `<image>` is `prefix_length` ids.
 
@@ -181,7 +228,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         start = self.tokenizer.bos_token
         add_special_tokens = add_special_tokens and not (start and prompt.startswith(start))
-        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = self._encode(prompt, add_special_tokens=add_special_tokens)
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]  # tokenizers that close every text would end it before the answer
@@ -194,7 +241,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Token ids of the target that is learned after `prompt`, closed by the end token.
 
         A target that follows words starts with a space; one that follows the image does not. A target longer than
-        `max_tokens` is cut, and still closed.
+        `max_tokens` is cut, and still closed. Special tokens in it, such as `</s>`, are read as text.
 
         Example:
             >>> processor.tokenizer.decode(processor.encode_target("Answer:", "red"))
@@ -203,7 +250,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if not target.strip():
             raise DataError(f"empty target after prompt {prompt!r}")
         glue = "" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " "
-        ids = self.tokenizer(glue + target.strip(), add_special_tokens=False)["input_ids"]
+        ids = self._encode_plain(glue + target.strip())
         if max_tokens is not None:
             ids = ids[: max_tokens - 1]
         return [*ids, self.tokenizer.eos_token_id]
@@ -233,7 +280,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Prepare images and prompts.
 
         Args:
-            images: one image or a list of them, in reading order over all texts; or a list of lists, one per text.
+            images: one image or a list of them, in reading order over all texts; or a list of lists, one per text; as
+                files, PIL images, arrays or tensors, see `frozenprefix.utils.images.to_image`.
             text: one prompt or a list; `<image>` marks the place of an image, which is in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
             add_special_tokens: put the tokenizer's start token in front, where the prompt does not begin with it.
@@ -252,7 +300,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 {"input_ids": encoded}, padding=len(encoded) > 1, padding_side="left", return_tensors=return_tensors
             )
         if images is not None:
-            data |= self.image_processor(images, return_tensors=return_tensors)
+            data |= self.image_processor(to_images(images), return_tensors=return_tensors)
         return BatchFeature(data)
 
     def decode(self, ids: Any, **kwargs: Any) -> str:
@@ -292,6 +340,22 @@ def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     padding = tokenizer.pad_token_id
     inside = padding is not None and padding < model.get_input_embeddings().num_embeddings
     return padding if inside else end_tokens(model, tokenizer)[0]
+
+
+def escape_any(text: str) -> str:
+    """As `FrozenPrefixProcessor.escape`, for all texts in angle or square brackets, without knowing the tokenizer.
+
+    Example:
+        >>> processor.encode_prompt(escape_any("a </s>")) == processor.encode_prompt(processor.escape("a </s>"))
+        True
+    """
+    return re.sub(r"[<\[](?=[^<>\[\]\s]+[>\]])", lambda bracket: bracket[0] + _JOINER, text)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that the tokenizer reads as one special token, longest first."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
 
 
 def _with_values(template: str, **values: str) -> str:

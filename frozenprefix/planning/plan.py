@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from frozenprefix.config import ContrastiveRecipe, Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import MANIFEST
 from frozenprefix.data.collation import Collator, StepDataset
@@ -95,7 +95,7 @@ def plan(
         ['h100']
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
-    recipe = plannable_recipe(recipe)
+    recipe = resolve_precision(plannable_recipe(recipe))
     settings = recipe.training
     samples = load_parts(recipe.data)
     groups = {part: group_by_images(listed) for part, listed in samples.items()}

@@ -8,17 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from torch.utils.data import DataLoader
 
+from frozenprefix.config import resolve_precision
+from frozenprefix.config.base_recipe import BaseRecipe
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
-from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
 from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
@@ -31,6 +34,7 @@ from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, writ
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", bound=BaseRecipe)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
 
 
@@ -59,6 +63,21 @@ class TrainingResult:
     best_by: str = "loss"
 
 
+def with_run_precision(recipe: R, resume: str) -> R:
+    """The recipe with its precision decided; a run that is resumed keeps its own.
+
+    Args:
+        resume: as for `BaseTrainer.run`.
+
+    Example:
+        >>> from frozenprefix.training.base_trainer import with_run_precision
+        >>> with_run_precision(recipe, "auto").training.precision
+        'fp32'
+    """
+    folders = {"auto": recipe.output_dir / "last", "never": None}
+    return resolve_precision(recipe, resumed=folders.get(resume, Path(resume)))
+
+
 class BaseTrainer(ABC):
     """One run, from set-up to the last checkpoint.
 
@@ -81,11 +100,12 @@ class BaseTrainer(ABC):
     tracker: Tracker
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
-        self.recipe, self.settings = recipe, recipe.training
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
         )
+        self.recipe = recipe = resolve_precision(recipe)
+        self.settings = recipe.training
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
@@ -171,8 +191,14 @@ class BaseTrainer(ABC):
                 progress=update,
             )
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        """Set the images for training and validation, the order of the steps, and their number."""
+    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+        """Set the images for training and validation, the order of the steps, and their number.
+
+        A resumed run must have the same training samples: a digest of them is part of the state.
+        """
+        samples = [sample for group in groups["train"] for sample in group.samples]
+        digest = digest_samples(samples, None if features is None else features.key_of)
+        self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
         settings, self.train_groups = self.settings, groups["train"]
         self.validation_groups = groups.get("validation", [])[: settings.validation_images]
         self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
@@ -308,7 +334,7 @@ class BaseTrainer(ABC):
         self.read_model(folder)
         state = self.accelerator.state
         self.progress = load_training_state(
-            folder, self.optimizer, self.recipe.fingerprint(), rank=state.process_index, processes=state.num_processes
+            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
         )
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)

@@ -1,4 +1,4 @@
-"""Filling the feature cache of a recipe ahead of its training."""
+"""Fill the feature cache of a recipe before its training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -20,13 +21,13 @@ from frozenprefix.training.setup import load_parts, prepare_images
 
 @dataclass(frozen=True)
 class FilledCache:
-    """A feature cache that holds every image of a recipe.
+    """Result of `fill_cache`.
 
     Attributes:
-        images: image files of the recipe; bad: those that cannot be read, listed in `bad_list`.
-        features: what the folder holds, in all; encoded: what was added now, in `seconds`.
+        images: number of image files of the recipe; bad: those that cannot be read, listed in `bad_list`.
+        features: number of images in the folder; encoded: number of those that were added now, in `seconds`.
         bytes: size of the folder; shape: (N, D_enc) of an image's features, stored as `dtype`.
-        is_main: whether this is the process that should say so.
+        is_main: whether this is the main process, which reports to the user.
     """
 
     folder: Path
@@ -45,20 +46,26 @@ class FilledCache:
 def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
     """Encode every image of a recipe's sources that is not in its feature cache yet.
 
-    Under `accelerate launch` the processes share the images. A run that was killed goes on where it was.
+    Under `accelerate launch` the processes share the images. After a kill, the next call continues.
 
     Args:
         progress: called with (images done, images in all) of this process.
 
     Raises:
         ConfigError: when the recipe uses no cache.
-        DataError, CacheError: as `prepare_images`.
+        DataError, CacheError: see `prepare_images`.
+
+    Example:
+        >>> from frozenprefix.training import fill_cache
+        >>> fill_cache(recipe).features
+        12
     """
     if recipe.data.feature_cache == "off":
         raise ConfigError("data.feature_cache: got 'off', expected 'auto' or a folder to encode into")
     if recipe.model.vision_encoder.source == "features":
-        raise ConfigError("model.vision_encoder.source: got 'features', which are there already: nothing to encode")
+        raise ConfigError("model.vision_encoder.source: got 'features': precomputed features need no encoding")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    recipe = resolve_precision(recipe, resumed=recipe.output_dir / "last")
     samples = load_parts(recipe.data)  # first: a wrong path should not cost the loading of the encoder
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     encoder.module.to(accelerator.device)

@@ -71,25 +71,25 @@ def save_training_state(
 
 
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
-    """Start a model from the trainable tensors of a checkpoint that was made with the same frozen parts.
+    """Load the trained tensors of a checkpoint with the same frozen parts into a new model.
 
-    Contrastive heads, and adapters of a part that had none, start anew; everything else has to be there.
+    Contrastive heads and adapters keep their initial values if the checkpoint has none; all else must be there.
 
     Raises:
-        CheckpointError: for a folder that is no checkpoint, or does not fit.
+        CheckpointError: for a folder without a checkpoint, or one that does not fit.
     """
     source = f"training.init_from: {folder}"
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
     tensors = read_checkpoint(folder)
-    made_with = FrozenPrefixConfig.from_pretrained(folder)
-    check_identity(made_with.identity, model.config.identity)
+    config = FrozenPrefixConfig.from_pretrained(folder)
+    check_identity(config.identity, model.config.identity)
     own = model.trainable_state()
     heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
     if not heads.keys() & tensors.keys():
         tensors |= heads
     copy_into(own, tensors, source)
-    adapted = [part for part in FOLDERS if getattr(getattr(made_with, part), "peft", None) is not None]
+    adapted = [part for part in FOLDERS if getattr(getattr(config, part), "peft", None) is not None]
     trained = [part for part, name in FOLDERS.items() if part in adapted or (folder / name).is_dir()]
     lost = [part for part in trained if part not in model.adapters]
     if lost:
@@ -153,6 +153,6 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], current: dict[str, A
     if differing:
         key = differing[0]
         raise CheckpointError(
-            f"{folder} was made by another recipe: {key} was {saved.get(key)!r}, now {current.get(key)!r}; restore it, "
-            "choose another output_dir, or use --resume never"
+            f"{folder} belongs to another recipe or other data: {key} was {saved.get(key)!r}, now "
+            f"{current.get(key)!r}; restore it, choose another output_dir, or use --resume never"
         )

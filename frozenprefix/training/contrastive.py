@@ -17,7 +17,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.guards import check_finite
 from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.setup import build_locked_model, load_parts
@@ -41,7 +41,7 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
         >>> from frozenprefix.training import train_contrastive
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
-    return ContrastiveTrainer(recipe).run(resume)
+    return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
 
 
 class ContrastiveTrainer(BaseTrainer):
@@ -73,7 +73,7 @@ class ContrastiveTrainer(BaseTrainer):
                 f"data.train: got {len(groups['train'])} images that can be read, expected at least "
                 f"training.images_per_step = {per_step}"
             )
-        self.use_groups(groups)
+        self.use_groups(groups, features)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
 
     def prepare_optimizer(self) -> None:

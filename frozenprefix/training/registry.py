@@ -20,9 +20,14 @@ def train_recipe(recipe: Any, *, resume: str = "auto") -> Any:
     """Train a recipe of any kind.
 
     Args:
-        resume: "auto" continues from the run's last state, "never" starts anew; or the folder of a state to continue.
+        resume: "auto" continues from the run's last state, "never" starts a new run, and a path continues from there.
 
     Returns:
         The trainer's `TrainingResult`.
+
+    Example:
+        >>> from frozenprefix.training import train_recipe
+        >>> train_recipe(recipe, resume="never").best_by
+        'loss'
     """
     return TRAINERS.get(recipe.kind)(recipe, resume=resume)

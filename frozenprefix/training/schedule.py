@@ -1,4 +1,4 @@
-"""Learning rate over a run."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ def learning_rate_factor(schedule: Schedule, step: int, warmup_steps: int, progr
 
     Args:
         step: optimizer steps done so far; the first `warmup_steps` rise linearly.
-        progress: share of the run that is done, 0 to 1, in steps or in time, whichever is further.
+        progress: share of the run that is over, 0 to 1.
+
+    Example:
+        >>> from frozenprefix.training.schedule import learning_rate_factor
+        >>> learning_rate_factor("linear", step=75, warmup_steps=10, progress=0.75)
+        0.25
     """
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     progress = min(1.0, max(0.0, progress))

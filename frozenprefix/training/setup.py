@@ -13,8 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from frozenprefix.config.contrastive import ContrastiveRecipe
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
@@ -41,8 +40,15 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
-    """Build the model of a recipe, and its processor."""
-    sections = recipe.model
+    """Build the model of a recipe, and its processor.
+
+    Example:
+        >>> from frozenprefix.training import build_model
+        >>> model, processor = build_model(recipe)
+        >>> processor.prefix_length
+        2
+    """
+    sections = resolve_precision(recipe).model
     encoder = build_vision_encoder(sections.vision_encoder)
     processor = FrozenPrefixProcessor(
         encoder.image_processor,
@@ -67,8 +73,14 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
 def build_locked_model(
     recipe: ContrastiveRecipe,
 ) -> tuple[LockedImageTextModel, LockedImageTextProcessor | OpenClipProcessor]:
-    """Build the model of a contrastive recipe, and its processor."""
-    sections = recipe.model
+    """Build the model of a contrastive recipe, and its processor.
+
+    Example:
+        >>> from frozenprefix.config import load_recipe
+        >>> from frozenprefix.training import build_locked_model
+        >>> model, processor = build_locked_model(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
+    """
+    sections = resolve_precision(recipe).model
     encoder, tower = build_vision_encoder(sections.vision_encoder), build_text_tower(sections.text_tower)
     config = LockedImageTextConfig(
         vision_encoder=sections.vision_encoder,
@@ -88,13 +100,19 @@ def build_locked_model(
 
 
 def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> list[Sample]:
-    """Load and join sources. Empty targets, and samples that have no other, are left out and counted in the log.
+    """Load and join sources. Empty targets, and samples with no other target, are left out and counted in the log.
 
     Args:
-        images: False for texts alone, whose images need not be there.
+        part: "train" or "validation", for messages.
+        images: False for training on text alone: the image files need not exist.
 
     Raises:
-        DataError: when nothing is left, or two sources share sample ids.
+        DataError: when no sample is left, or two sources share sample ids.
+
+    Example:
+        >>> from frozenprefix.training import load_samples
+        >>> len(load_samples([{"type": "captions", "path": str(data_folder)}], "train"))
+        12
     """
     samples = [sample for source in sources for sample in load_source(source, images=images)]
     check_unique_ids(samples)
@@ -102,7 +120,7 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
 
 
 def load_parts(data: DataSection) -> dict[str, list[Sample]]:
-    """Load the samples for training and, when there are sources for it, for validation."""
+    """Load the samples for training and, if the recipe has sources for it, for validation."""
     samples = {"train": load_samples(data.train, "train", images=data.text_only is None)}
     if data.validation:
         samples["validation"] = load_samples(data.validation, "validation")
@@ -116,13 +134,13 @@ def images_of(groups: Iterable[ImageGroup]) -> list[Path]:
 
 @dataclass
 class PreparedImages:
-    """What training needs to know about its images.
+    """Result of `prepare_images`, the same on all processes.
 
     Attributes:
         groups: for each part, the groups whose images can be read.
-        features: the features of their images, when cached or given.
-        bad: what cannot be read.
-        images: image files, bad ones included; encoded: those that were encoded now. Of all processes.
+        features: the features of their images, if they are cached or precomputed.
+        bad: images that cannot be read.
+        images: number of image files, bad ones included; encoded: number of those that were encoded now.
     """
 
     groups: dict[str, list[ImageGroup]]
@@ -143,19 +161,17 @@ def prepare_images(
 ) -> PreparedImages:
     """Encode every image once into the feature cache, and drop groups with an image that cannot be read.
 
-    With `feature_cache: off` images are only read, to know the bad ones before the first step. Features that are
-    given are looked up, and no image is read. Several processes
-    each take their share of the images; all of them get the same result.
+    With `feature_cache: off` images are only decoded, to find the bad ones before the first step. Precomputed features
+    are looked up, and no image is read. Several processes share the images; all of them must call this.
 
     Args:
-        data: the recipe's section: where features are kept and how, and what share of images may be bad.
-        processes: who takes part.
-        bad_list: JSONL file that lists the bad images; removed when there are none.
+        data: the recipe's section: the feature cache, and the share of images that may be bad.
+        bad_list: JSONL file for the bad images; removed if there are none.
         progress: called with (images done, images in all) of this process.
 
     Raises:
-        DataError: when too many images are bad, or given features lack some.
-        CacheError: for a cache folder that is damaged, or was made with another encoder.
+        DataError: when too many images are bad, or precomputed features lack some.
+        CacheError: for a cache folder that is damaged, or was written with another encoder.
     """
     processes = processes or current_processes()
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
@@ -163,11 +179,11 @@ def prepare_images(
     bad = BadImages()
     features, encoded = None, 0
 
-    given = feature_table(encoder.module)
+    table = feature_table(encoder.module)
     try:
-        if given is not None:
-            given.keys_of(paths)
-            features = cast(FeatureCache, given)  # it has what is asked of a cache in training
+        if table is not None:
+            table.keys_of(paths)
+            features = cast(FeatureCache, table)  # it has the methods that training calls
         elif data.feature_cache == "off":
             mine = paths[processes.process_index :: processes.num_processes]
             find_unreadable(mine, bad, workers=max(1, data.workers), progress=progress)
@@ -195,10 +211,10 @@ def prepare_images(
 
 
 def add_similar_captions(prepared: PreparedImages, data: DataSection) -> CaptionRetriever | None:
-    """Put captions of similar training images into all caption prompts of `prepared`, when the recipe asks for it.
+    """Put captions of similar training images into all caption prompts of `prepared`, if the recipe says so.
 
     Returns:
-        What retrieves them, to be saved with the model; None for a recipe without `data.retrieval`.
+        The retriever, to be saved with the model; None for a recipe without `data.retrieval`.
 
     Raises:
         DataError: for a caption sample with several images, or captions of fewer than two training images.
@@ -211,8 +227,8 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     retriever = CaptionRetriever.from_samples(samples["train"], cache, data.retrieval)
     lookup = ImageLookup.from_cache(cache)
     for part, listed in samples.items():
-        shown = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
-        prepared.groups[part] = group_by_images(shown)
+        prompted = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
+        prepared.groups[part] = group_by_images(prompted)
     return retriever
 
 

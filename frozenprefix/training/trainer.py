@@ -21,7 +21,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, check_positions, warn_if_blind
 from frozenprefix.training.objectives.base import Batch
@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         >>> result.best.name
         'best'
     """
-    return Trainer(recipe).run(resume)
+    return Trainer(with_run_precision(recipe, resume)).run(resume)
 
 
 class Trainer(BaseTrainer):
@@ -73,6 +73,13 @@ class Trainer(BaseTrainer):
         if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
         super().__init__(recipe, mixed_precision="fp16" if half else "no")
+        per_step = recipe.training.images_per_step
+        self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
+        if per_step % self.num_parts:
+            raise ConfigError(
+                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
+                f"{self.num_parts}, got {per_step}"
+            )
 
     # ── set-up ──
 
@@ -99,17 +106,12 @@ class Trainer(BaseTrainer):
         """Set the images, their features if they are cached, and the collators."""
         if not groups["train"]:
             raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
-        per_step = self.settings.images_per_step
-        self.num_parts = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
-        if per_step % self.num_parts:
-            raise ConfigError(
-                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
-                f"{self.num_parts}, got {per_step}"
-            )
-        self.use_groups(groups)
+        self.use_groups(groups, features)
         check_positions(self.model, self.processor, groups, self.settings.max_target_tokens)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
+        self.train_collator.check_targets(self.train_groups)
+        self.collator.check_targets(self.validation_groups)
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")

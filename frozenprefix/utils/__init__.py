@@ -14,6 +14,7 @@ from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
 from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
 from frozenprefix.utils.outputs import check_output
 from frozenprefix.utils.progress import progress_bar
+from frozenprefix.utils.text import replace_surrogates
 from frozenprefix.utils.user_cache import build_once, user_cache
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "read_jsonl",
     "read_text",
     "recover_folder",
+    "replace_surrogates",
     "safe_file_name",
     "tree_sha256",
     "user_cache",

@@ -111,6 +111,8 @@ def decode_image(data: bytes, name: str | PathLike[str] = "image") -> Image.Imag
     image = _open(data, name)
     if image.format in _RENDERED_FORMATS:
         raise BadImageError("unsupported", f"{name}: {image.format} is a drawing format; convert it to PNG")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_wide_planar(image):
+        raise BadImageError("unsupported", f"{name}: a TIFF file with {_tiff_depth(data)} in separate planes")
     return _to_rgb(image, name)
 
 
@@ -133,7 +135,8 @@ def to_image(image: ImageLike, name: str = "image") -> Image.Image:
         (255, 255, 255)
     """
     if isinstance(image, Image.Image):
-        return _to_rgb(image, name)
+        ready = type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif()
+        return _checked(image, name) if ready else _to_rgb(image, name)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode_image(bytes(image), name)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
@@ -146,6 +149,20 @@ def to_image(image: ImageLike, name: str = "image") -> Image.Image:
     if not isinstance(image, np.ndarray):
         raise BadImageError("unsupported", f"{name}: got {type(image).__name__}, expected an image, a path or an array")
     return _to_rgb(_from_array(image, name), name)
+
+
+def to_images(images: Any) -> Any:
+    """`to_image` for one image, a batch [B, …], or (nested) lists of images.
+
+    Example:
+        >>> [image.size for image in to_images(np.zeros((2, 3, 8, 8), np.uint8))]
+        [(8, 8), (8, 8)]
+    """
+    if isinstance(images, (list, tuple)):
+        return [to_images(image) for image in images]
+    if getattr(images, "ndim", 0) == 4:
+        return [to_image(image) for image in images]
+    return to_image(images)
 
 
 def _open(data: bytes, name: str | PathLike[str]) -> Image.Image:
@@ -195,6 +212,12 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join(kept)
 
 
+def _is_wide_planar(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether Pillow would read 16-bit channels, which lie one after the other, as 8-bit ones."""
+    planes, packed = image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1), image.tag_v2.get(259, 1)
+    return planes == 2 and packed == 1 and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+
+
 def _tiff_depth(data: bytes) -> str | None:
     """ "3 channels of 16 bits" for a TIFF file; None for other files."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
@@ -218,7 +241,8 @@ def _download(address: str) -> bytes:
         raise BadImageError("unreadable", f"{address}: {error}") from error
 
 
-def _to_rgb(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
+def _checked(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
+    """Refuse an image by its size, before its pixels are decoded or resized."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError("too_large", f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS}")
@@ -227,7 +251,11 @@ def _to_rgb(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
             "too_thin",
             f"{name}: {width} x {height} pixels, expected sides that differ by a factor of {MAX_ASPECT} at most",
         )
-    image = _loaded(image, name)
+    return image
+
+
+def _to_rgb(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
+    image = _loaded(_checked(image, name), name)
     if image.mode.startswith(("I", "F")):
         rgb = Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
     else:

@@ -54,6 +54,7 @@ def contrastive_recipe(tiny_bert: Path, shapes: Path, output_dir: Path, *overrid
                 "workers": 0,
             },
             "training": {
+                "precision": "fp32",
                 "max_steps": 6,
                 "warmup_steps": 0,
                 "images_per_step": 4,

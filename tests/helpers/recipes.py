@@ -26,6 +26,7 @@ def tiny_recipe_dict(lm: Path, data: Path, output_dir: Path) -> dict[str, Any]:
         },
         "training": {
             "max_steps": 6,
+            "precision": "fp32",
             "warmup_steps": 0,
             "images_per_step": 4,
             "targets_per_image": 2,

@@ -269,15 +269,28 @@ def test_a_step_is_divided_evenly(recipe_of, tmp_path):
         train(recipe_of(tmp_path, "training.gradient_accumulation_steps=3"))
 
 
+PLAIN_DESCENT = """
+import sys
+import torch
+torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
+from frozenprefix.config import load_recipe
+from frozenprefix.training import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(plain, recipe_of, tmp_path):
+def test_two_processes_are_one(plain_descent, recipe_of, tmp_path):
     """torchrun, because `accelerate launch --cpu --num_processes 2` starts one process only."""
-    (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "run").to_yaml())
+    rate = "training.learning_rate=1"
+    train(recipe_of(tmp_path / "one", rate))
+    (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "two", rate).to_yaml())
+    (tmp_path / "train.py").write_text(PLAIN_DESCENT)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    done = run_python(*launcher, "recipes/train.py", str(tmp_path / "recipe.yaml"))
+    done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
-    assert_same_tensors(plain / "last/model.safetensors", tmp_path / "run/last/model.safetensors", atol=1e-5)
-    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(plain), rel=1e-5)
+    assert_same_tensors(tmp_path / "one/last/model.safetensors", tmp_path / "two/last/model.safetensors", atol=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
 # ── validation, reproducibility ──

@@ -33,7 +33,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from frozenprefix.assets import resolve
-from frozenprefix.data.samples import Sample, check_unique_ids
+from frozenprefix.data.samples import Sample, check_unique_ids, with_valid_text
 from frozenprefix.data.sources.base import Holdout, SourceConfig
 from frozenprefix.data.sources.detection import detect_sources
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
@@ -118,7 +118,7 @@ def load_source(
     samples = first_images(samples, source.limit)
     if images:
         check_images_exist(samples, where=source.path)
-    samples = [_labelled(sample, source) for sample in samples]
+    samples = [_labelled(sample, source) for sample in with_valid_text(samples, where=source.path)]
     check_unique_ids(samples)
     log.info("%s %s: %d samples", source.type, source.path, len(samples))
     return samples

@@ -114,7 +114,15 @@ def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
 
 def _image_folder(root: Path, name: str) -> str:
     """The folder of the images: `name`, where an image is in it or in a folder of that name below `images`."""
-    places = [name, f"images/{name}", "images", "Images", "flickr30k_images", "Flicker8k_Dataset", "."]
+    places = [
+        f"images/{name}".removesuffix("/."),
+        name,
+        "images",
+        "Images",
+        "flickr30k_images",
+        "Flicker8k_Dataset",
+        ".",
+    ]
     for place in places:
         folder = root / place
         if folder.is_dir() and any(image_ending(path.name) for path in folder.iterdir()):

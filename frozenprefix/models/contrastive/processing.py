@@ -12,6 +12,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
+from frozenprefix.utils.images import to_images
 
 
 class _ImageTextProcessor(ProcessorMixin):
@@ -31,7 +32,7 @@ class _ImageTextProcessor(ProcessorMixin):
         if text is not None:
             data |= self.prepare_texts([text] if isinstance(text, str) else text)
         if images is not None:
-            data |= self.image_processor(images, return_tensors=return_tensors)
+            data |= self.image_processor(to_images(images), return_tensors=return_tensors)
         return BatchFeature(data)
 
 

@@ -47,7 +47,7 @@ class Adapter:
         model = self.peft_model
         return VirtualTokens(model.prompt_encoder, model.get_prompt, self.config.num_virtual_tokens, in_layers)
 
-    def layers(self) -> list[BaseTunerLayer]:
+    def layers(self) -> list[Any]:
         """The layers with which peft replaced frozen ones."""
         return [module for module in self.peft_model.modules() if isinstance(module, BaseTunerLayer)]
 

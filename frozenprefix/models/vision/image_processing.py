@@ -12,6 +12,7 @@ from transformers.image_processing_backends import PilBackend
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.utils.images import to_images
 
 _RESAMPLING = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
 
@@ -39,6 +40,10 @@ class FrozenPrefixImageProcessor(PilBackend):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pixels of files, PIL images, arrays or tensors, which are all made upright 8-bit RGB first."""
+        return super().preprocess(to_images(images), *args, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Crop float or uint8[3, H, W] to `size`; the image must not be smaller."""

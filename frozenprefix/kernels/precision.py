@@ -1,0 +1,90 @@
+"""Which arithmetic is faster here: measured on products of the sizes that a language model has."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from frozenprefix.kernels.linear import PlainWeight, PrepackedWeight, prepackable_dtypes
+
+ROWS = 512  # about as many as a training step has
+MAX_FLOPS = 5e8  # of one round, so that a large model is measured on fewer rows
+MAX_HIDDEN, MAX_INNER = 2048, 8192  # beyond these the rates hardly change
+MIN_GAIN = 1.1  # bfloat16 has to be faster by this factor, or the choice would change from run to run
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class ProductRates(NamedTuple):
+    """Operations per second of matrix products on this machine's CPU.
+
+    Example:
+        >>> ProductRates(float32=2e11, bfloat16=1e11).faster
+        torch.float32
+    """
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def faster(self) -> torch.dtype:
+        """float32, unless bfloat16 is clearly faster."""
+        return torch.bfloat16 if self.bfloat16 > MIN_GAIN * self.float32 else torch.float32
+
+
+def measure_products(hidden: int, inner: int, *, seconds: float = 0.25) -> ProductRates:
+    """Measure the two products of a feed-forward layer, with weights laid out as in training; once per process.
+
+    Args:
+        hidden, inner: sizes of the layer, [rows, hidden] -> [rows, inner] -> [rows, hidden].
+        seconds: time to measure for.
+
+    Example:
+        >>> measure_products(64, 128, seconds=0.01).float32 > 0
+        True
+    """
+    return _measure_products(min(hidden, MAX_HIDDEN), min(inner, MAX_INNER), seconds, torch.get_num_threads())
+
+
+@cache
+def _measure_products(hidden: int, inner: int, seconds: float, threads: int) -> ProductRates:
+    rows = max(16, min(ROWS, int(MAX_FLOPS / (4 * hidden * inner))))
+    flops = 4 * rows * hidden * inner
+    layers = {dtype: _feed_forward(hidden, inner, dtype) for dtype in DTYPES}
+    inputs = {dtype: torch.full((rows, hidden), 0.1, dtype=dtype) for dtype in DTYPES}
+    rates = dict.fromkeys(DTYPES, 0.0)
+    started, rounds = time.perf_counter(), 0
+    # in turns, and the best round of each: other programs can only slow a round down
+    while rounds < 3 or time.perf_counter() - started < seconds:
+        for dtype, (up, down) in layers.items():
+            if rounds > 1 and rates[dtype] < max(rates.values()) / 2:
+                continue  # slower beyond doubt
+            before = time.perf_counter()
+            down.forward(up.forward(inputs[dtype]))
+            took = time.perf_counter() - before
+            if rounds:  # the first round lays the weights out
+                rates[dtype] = max(rates[dtype], flops / took)
+        rounds += 1
+    return ProductRates(*(rates[dtype] for dtype in DTYPES))
+
+
+def _feed_forward(hidden: int, inner: int, dtype: torch.dtype) -> list[PlainWeight | PrepackedWeight]:
+    layers = []
+    for size, outputs in ((hidden, inner), (inner, hidden)):
+        layer = nn.utils.skip_init(nn.Linear, size, outputs, bias=False, dtype=dtype).requires_grad_(False)
+        layer.weight.fill_(0.01)
+        layers.append(PrepackedWeight(layer) if dtype in prepackable_dtypes() else PlainWeight(layer.weight, None))
+    return layers
+
+
+def native_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16 itself, and does not emulate it.
+
+    Example:
+        >>> native_bfloat16() in (True, False)
+        True
+    """
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

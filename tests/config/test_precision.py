@@ -1,0 +1,100 @@
+"""`precision: auto`: decided where a run begins, kept when it goes on, and followed by the frozen parts."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from frozenprefix.config import load_checkpoint_recipe, precision, resolve_precision
+from frozenprefix.kernels.precision import ProductRates, measure_products
+from frozenprefix.planning import plan
+from frozenprefix.training import train
+from frozenprefix.training.caching import fill_cache
+from tests.helpers.contrastive import contrastive_recipe
+
+AUTO = "training.precision=auto"
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Sets the rates that are measured, and lists the sizes that they were measured for."""
+    sizes: list[tuple[int, int]] = []
+
+    def set_rates(float32: float, bfloat16: float) -> list[tuple[int, int]]:
+        def measured(hidden: int, inner: int) -> ProductRates:
+            sizes.append((hidden, inner))
+            return ProductRates(float32, bfloat16)
+
+        monkeypatch.setattr(precision, "measure_products", measured)
+        return sizes
+
+    return set_rates
+
+
+def test_auto_is_the_default(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    assert type(recipe.training)(max_steps=1).precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "expected"), [(1e11, 2e11, "bf16"), (2e11, 1e11, "fp32"), (1e11, 1.05e11, "fp32")]
+)
+def test_the_faster_arithmetic_is_chosen_and_the_dtypes_follow(
+    tiny_recipe, tmp_path, rates, caplog, float32, bfloat16, expected
+):
+    sizes = rates(float32, bfloat16)
+    recipe = tiny_recipe(tmp_path, AUTO, "model.vision_encoder.dtype=float32")
+    with caplog.at_level(logging.INFO):
+        resolved = resolve_precision(recipe)
+    assert sizes == [(32, 64)], "those of the language model"
+    assert resolved.training.precision == expected
+    assert resolved.model.language_model.dtype == {"bf16": "bfloat16", "fp32": "float32"}[expected]
+    assert resolved.model.vision_encoder.dtype == "float32", "it names its own"
+    assert recipe.training.precision == "auto", "the recipe itself does not change"
+    assert f"precision: {expected}; products of 32 x 64 run at {float32 / 1e9:.0f} GFLOP/s in fp32 and" in caplog.text
+    assert resolve_precision(resolved) is resolved
+
+
+def test_an_open_dtype_is_not_written(tiny_recipe, tmp_path, rates):
+    rates(1.0, 2.0)
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe(tmp_path, AUTO).to_yaml())
+    again = load_checkpoint_recipe(tmp_path)
+    assert resolve_precision(again).model.language_model.dtype == "bfloat16"
+
+
+def test_a_resumed_run_keeps_what_it_began_with(tiny_recipe, tmp_path, rates):
+    sizes = rates(2.0, 1.0)
+    short = (AUTO, "training.schedule=constant")
+    train(tiny_recipe(tmp_path / "run", *short, "training.max_steps=3"))
+    assert load_checkpoint_recipe(tmp_path / "run" / "last").training.precision == "fp32"
+    rates(1.0, 2.0)
+    assert train(tiny_recipe(tmp_path / "run", *short, "training.max_steps=4")).steps == 4
+    other = tiny_recipe(tmp_path / "other", *short, "training.max_steps=4")
+    assert train(other, resume=str(tmp_path / "run" / "last")).steps == 4
+    assert len(sizes) == 1, "nothing is measured again"
+
+
+def test_a_contrastive_run_is_measured_by_its_text_tower(tiny_bert, shapes, tmp_path, rates):
+    sizes = rates(1.0, 2.0)
+    resolved = resolve_precision(contrastive_recipe(tiny_bert, shapes, tmp_path, AUTO))
+    assert (resolved.training.precision, resolved.model.vision_encoder.dtype) == ("bf16", "bfloat16")
+    assert len(sizes) == 1
+
+
+def test_cache_and_plan_choose_as_training_does(tiny_recipe, tmp_path, rates):
+    rates(1.0, 2.0)
+    recipe = tiny_recipe(tmp_path / "run", AUTO, f"data.feature_cache={tmp_path / 'features'}")
+    fill_cache(recipe)
+    assert '"encoder.dtype": "\\"bfloat16\\""' in (tmp_path / "features" / "manifest.json").read_text()
+    half = plan(recipe, ["h100"], calibrate=0).memory["language model (frozen)"]
+    rates(2.0, 1.0)
+    assert plan(tiny_recipe(tmp_path, AUTO), ["h100"], calibrate=0).memory["language model (frozen)"] == 2 * half
+
+
+def test_rates_are_measured_in_little_time_and_once():
+    first = measure_products(64, 96, seconds=0.02)
+    assert min(first) > 0
+    assert measure_products(64, 96, seconds=0.02) is first
+    assert first.faster in (torch.float32, torch.bfloat16)
