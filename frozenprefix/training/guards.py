@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from frozenprefix.data.collation import prompt_of
-from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import TrainingError
-from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -33,38 +29,6 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
                 f"step {step}: {name} is {value} at learning rate {learning_rate:.2e}; lower training.learning_rate or "
                 "training.max_grad_norm, or train in fp32. The last checkpoint is unharmed."
             )
-
-
-def check_positions(
-    model: FrozenPrefixForConditionalGeneration,
-    processor: FrozenPrefixProcessor,
-    groups: Mapping[str, Sequence[ImageGroup]],
-    max_target_tokens: int,
-) -> None:
-    """Raise `ConfigError` when a prompt and its longest target need more positions than the LM has learned.
-
-    Args:
-        groups: part of the data → its images.
-    """
-    if model.lm.learned_positions is None:
-        return
-    for part, listed in groups.items():
-        longest: dict[str, Sample] = {}  # prompt → the sample with its longest target
-        for sample in (sample for group in listed for sample in group.samples):
-            prompt = prompt_of(sample, processor)
-            if prompt not in longest or _longest_text(sample) > _longest_text(longest[prompt]):
-                longest[prompt] = sample
-        for prompt, sample in longest.items():
-            tokens = len(processor.encode_prompt(prompt))
-            most = max(
-                (len(processor.encode_target(prompt, text, max_target_tokens)) for text in sample.targets), default=1
-            )
-            what = f"data.{part}: sample {sample.id}: the prompt"
-            model.lm.check_length(tokens, most, what=what)
-
-
-def _longest_text(sample: Sample) -> int:
-    return max(map(len, sample.targets), default=0)
 
 
 def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float = 0.01) -> bool:

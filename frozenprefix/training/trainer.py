@@ -23,7 +23,7 @@ from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.checkpoints import RandomStates, load_initial
-from frozenprefix.training.guards import check_finite, check_frozen_text, check_positions, warn_if_blind
+from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
@@ -107,11 +107,11 @@ class Trainer(BaseTrainer):
         if not groups["train"]:
             raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
         self.use_groups(groups, features)
-        check_positions(self.model, self.processor, groups, self.settings.max_target_tokens)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
-        self.train_collator.check_targets(self.train_groups)
-        self.collator.check_targets(self.validation_groups)
+        positions = self.model.lm.learned_positions
+        self.train_collator.check_targets(self.train_groups, positions)
+        self.collator.check_targets(self.validation_groups, positions)
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")

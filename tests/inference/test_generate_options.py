@@ -75,7 +75,7 @@ def test_positions_are_checked_before_the_first_step(tiny_recipe, tiny_lm, tmp_p
     template = "Question: " + "so " * 80 + "{question} Answer:"
     recipe = tiny_recipe(tmp_path, f"data.prompts.vqa='{template}'", lm=tiny_lm("gpt2"))
     with pytest.raises(
-        ConfigError, match=r"data.train: sample qa:.*: the prompt of \d+ tokens .* 128 learned positions"
+        DataError, match=r"qa.jsonl:\d+.*: prompt and target take \d+ tokens, but .* learned 128 positions"
     ):
         train(recipe)
     assert not (tmp_path / "last").exists()
