@@ -80,7 +80,9 @@ class Collator:
         )
 
     def image_inputs(self, paths: Sequence[Path]) -> dict[str, Tensor]:
-        """Model inputs of images: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""
+        """Model inputs of images: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W], if any."""
+        if not paths:
+            return {}
         if self.features is not None:
             keys = [self.features.key_of(path) for path in paths]
             return {"image_features": torch.from_numpy(self.features.get(keys)).float()}

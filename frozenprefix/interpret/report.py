@@ -17,6 +17,7 @@ from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.evaluation.metrics.vqa import comparable_answer
 from frozenprefix.interpret.loss_curve import CURVES, describe_loss, draw_loss
+from frozenprefix.utils import write_text_atomic
 from frozenprefix.version import __version__
 
 _LONG_SIDE = 224
@@ -92,7 +93,7 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_text_atomic(path, page)
     return path
 
 

@@ -82,7 +82,7 @@ class SelfCritical(Objective):
     def count(self, batch: Batch) -> int:
         return batch["sampled"].num_targets
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         sampled = batch["sampled"]
         return self.model.packed_loss(sampled, prefix_embeds) * (sampled.num_tokens / sampled.num_targets)
 
