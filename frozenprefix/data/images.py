@@ -49,7 +49,12 @@ def _walk(folder: Path, above: tuple[Path, ...], hidden: list[Path]) -> Iterator
         log.warning("%s: is a link to a folder above it and is left out", folder)
         return
     files, folders = [], []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        log.warning("%s: cannot be read and is left out: %s", folder, error.strerror or error)
+        return
+    for entry in entries:
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             hidden.append(path)
@@ -75,6 +80,8 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
         >>> len(find_images(data_folder))
         12
     """
+    if not root.is_dir():
+        raise DataError(f"{root}: got no folder, expected a folder of images")
     wanted = frozenset(image_endings() if endings is None else endings)
     hidden: list[Path] = []
     files = list(walk_files(root, hidden=hidden))

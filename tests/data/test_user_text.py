@@ -147,5 +147,5 @@ def test_a_run_is_not_resumed_over_other_data(tiny_recipe, shapes, tmp_path, cha
     shutil.copytree(shapes, data)
     train(tiny_recipe(tmp_path / "run", "training.max_steps=2", "training.save_every=2", data=data))
     rewrite(data, change)
-    with pytest.raises(CheckpointError, match=rf"belongs to another recipe or other data: {field}"):
+    with pytest.raises(CheckpointError, match=rf"belongs to a run with other data: {field}"):
         train(tiny_recipe(tmp_path / "run", "training.max_steps=4", "training.save_every=2", data=data))
