@@ -25,8 +25,7 @@ from benchmarks import common
 from frozenprefix.config import Recipe, load_recipe, read_yaml
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.sources import load_sources
-from frozenprefix.evaluation import evaluate_checkpoint
-from frozenprefix.evaluation.comparison import Evaluation, compare
+from frozenprefix.evaluation import Evaluation, compare, evaluate_checkpoint
 from frozenprefix.training import train
 
 

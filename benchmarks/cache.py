@@ -19,11 +19,10 @@ from benchmarks import common
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
 from frozenprefix.config import Recipe
+from frozenprefix.data import load_image
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.images import load_image
-from frozenprefix.training.caching import fill_cache
+from frozenprefix.training import Trainer, fill_cache
 from frozenprefix.training.setup import load_parts
-from frozenprefix.training.trainer import Trainer
 
 
 def make(folder: Path, quick: bool) -> tuple[Recipe, str]:

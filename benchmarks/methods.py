@@ -27,11 +27,10 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from benchmarks.recipes import photos, small_parts
 from frozenprefix.config import Recipe, load_recipe
-from frozenprefix.data.sources import load_source
-from frozenprefix.evaluation import evaluate_samples
-from frozenprefix.evaluation.text_ability import text_ability
+from frozenprefix.data import load_source
+from frozenprefix.evaluation import evaluate_samples, text_ability
 from frozenprefix.inference import Captioner
-from frozenprefix.models.freezing import count_parameters
+from frozenprefix.models import count_parameters
 from frozenprefix.training import Trainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -23,8 +23,8 @@ from transformers import GPT2Config, LlamaConfig
 from benchmarks import common
 from benchmarks.recipes import LITE0, SMOLLM2, make_recipe, photos, save_random_lm, synthetic_photos
 from frozenprefix.config import Recipe, load_recipe
-from frozenprefix.models.freezing import count_parameters
-from frozenprefix.planning.plan import plan
+from frozenprefix.models import count_parameters
+from frozenprefix.planning import plan
 from frozenprefix.training import Trainer, fill_cache
 
 STEPS = 20

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from frozenprefix import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import Target
-from frozenprefix.models.vision.precomputed import PrecomputedFeatures
+from frozenprefix.models.vision import PrecomputedFeatures
 
 FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFIX = 10

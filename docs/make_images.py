@@ -22,18 +22,12 @@ from PIL import Image
 from sheet import BLUE, GAP, GREY, LINE, MARGIN, RED, SIDE, Sheet, draw_prompt
 
 from frozenprefix import Captioner
+from frozenprefix.data import Sample, load_image, load_source
 from frozenprefix.data.caption_retriever import image_keys
-from frozenprefix.data.images import load_image
-from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources import load_source
-from frozenprefix.evaluation.evaluate import evaluate_checkpoint
-from frozenprefix.evaluation.tasks.few_shot_episodes import binding_episodes
-from frozenprefix.inference.dialog import Dialog
-from frozenprefix.inference.embedding import Embedder
-from frozenprefix.inference.few_shot import choose_answers
-from frozenprefix.inference.image_index import ImageIndex
-from frozenprefix.inference.video import Clip, VideoCaptioner
-from frozenprefix.models.processing import IMAGE_TOKEN
+from frozenprefix.evaluation import evaluate_checkpoint
+from frozenprefix.evaluation.tasks import binding_episodes
+from frozenprefix.inference import Clip, Dialog, Embedder, ImageIndex, VideoCaptioner, choose_answers
+from frozenprefix.models import IMAGE_TOKEN
 
 IMAGES = Path(__file__).with_name("images")
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from frozenprefix.data.images import load_image
-from frozenprefix.models.processing import IMAGE_TOKEN
+from frozenprefix.data import load_image
+from frozenprefix.models import IMAGE_TOKEN
 
 SIDE, GAP, LINE, MARGIN = 64, 16, 20, 12  # of a drawing, between drawings, of a line of text, around everything
 GREY, BLUE, RED = "#666666", "#1f4e8c", "#a32020"

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frozenprefix.registry import allow_code
 from frozenprefix.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "FrozenPrefixProcessor",
     "Recipe",
     "__version__",
+    "allow_code",
     "build_mapper",
     "train",
 ]

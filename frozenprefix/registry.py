@@ -1,7 +1,9 @@
-"""A typed registry for everything that a recipe names."""
+"""A typed registry for everything that a recipe names, and the permission to run code from outside of this package."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
@@ -9,6 +11,21 @@ from typing import Any, Generic, TypeVar, cast
 from frozenprefix.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+_PERMISSION = "FROZENPREFIX_ALLOW_CODE"
+
+
+def allow_code(allowed: bool = True) -> None:
+    """Allow recipes and checkpoints to name code as `package.module:Class`, in this process and those it starts.
+
+    Such code runs with your rights. The command line has `--allow-code`, the environment `FROZENPREFIX_ALLOW_CODE=1`.
+
+    Example:
+        >>> allow_code(False)
+        >>> Registry("mapper", group="frozenprefix.mappers").get("mine.mappers:Tiny")
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: mapper 'mine.mappers:Tiny' is code from outside of this package...
+    """
+    os.environ[_PERMISSION] = "1" if allowed else "0"
 
 
 class Registry(Generic[T]):
@@ -17,6 +34,9 @@ class Registry(Generic[T]):
     Args:
         kind: of the entries, for error messages: "mapper", "data source".
         lazy: entries as `"package.module:attribute"`, which are imported when first used.
+        group: entry points of this group, in any installed distribution, are entries too; and so is every
+            "package.module:attribute" once `allow_code` was called.
+        base: class that such an entry has to be a subclass of.
 
     Example:
         >>> colours = Registry("colour")
@@ -24,8 +44,10 @@ class Registry(Generic[T]):
         True
     """
 
-    def __init__(self, kind: str, lazy: dict[str, str] | None = None):
-        self.kind = kind
+    def __init__(
+        self, kind: str, lazy: dict[str, str] | None = None, *, group: str | None = None, base: type | None = None
+    ):
+        self.kind, self.group, self.base = kind, group, base
         self._entries: dict[str, Any] = dict(lazy or {})
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -40,10 +62,13 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return the entry, or raise `ConfigError` with the nearest name."""
+        """Return the entry.
+
+        Raises:
+            ConfigError: for an unknown name, with the nearest one; and for code that is not allowed or not there.
+        """
         if name not in self._entries:
-            known = ", ".join(self.names())
-            raise ConfigError(f"unknown {self.kind} '{name}'{did_you_mean(name, self._entries)}; known: {known}")
+            return cast(T, self._get_external(name))
         entry = self._entries[name]
         if isinstance(entry, str):
             module, attribute = entry.split(":")
@@ -51,7 +76,50 @@ class Registry(Generic[T]):
         return cast(T, entry)
 
     def names(self) -> list[str]:
-        return sorted(self._entries)
+        """All names, those of entry points included."""
+        return sorted({*self._entries, *_entry_points(self.group)})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or name in _entry_points(self.group)
+
+    def _get_external(self, name: str) -> Any:
+        what, reference = f"{self.kind} '{name}'", _entry_points(self.group).get(name, name)
+        if self.group is None or not is_external(name, self.group):
+            known = ", ".join(self.names())
+            raise ConfigError(f"unknown {what}{did_you_mean(name, self.names())}; known: {known}")
+        if reference is name and os.environ.get(_PERMISSION) != "1":
+            raise ConfigError(
+                f"{what} is code from outside of this package, which runs with your rights; if you trust it, allow it "
+                f"with --allow-code, {_PERMISSION}=1 or frozenprefix.allow_code()"
+            )
+        entry = _import(reference, what)
+        if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
+            raise ConfigError(f"{what}: got {entry!r}, expected a subclass of {self.base.__name__}")
+        return entry
+
+
+def is_external(name: str, group: str) -> bool:
+    """Whether `name` is a `package.module:attribute`, or an entry point of `group` in an installed distribution.
+
+    Example:
+        >>> is_external("mine.mappers:Tiny", "frozenprefix.mappers"), is_external("mlp", "frozenprefix.mappers")
+        (True, False)
+    """
+    return ":" in name or name in _entry_points(group)
+
+
+def _entry_points(group: str | None) -> dict[str, str]:
+    """name -> "package.module:attribute"."""
+    from importlib.metadata import entry_points
+
+    return {} if group is None else {point.name: point.value for point in entry_points(group=group)}
+
+
+def _import(reference: str, what: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    if os.getcwd() not in sys.path:  # a command does not look for modules in the working folder
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be imported ({error}); install its package, or set PYTHONPATH") from error

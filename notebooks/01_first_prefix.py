@@ -34,14 +34,9 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from frozenprefix import Captioner, FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from frozenprefix.data.collation import Collator, StepDataset
-from frozenprefix.data.images import load_image
-from frozenprefix.data.samplers import ImageStream
-from frozenprefix.data.samples import group_by_images
-from frozenprefix.data.sources import load_source
-from frozenprefix.models.configuration import LanguageModelConfig, MapperConfig, TimmEncoderConfig
-from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.language_model.loading import load_tokenizer
+from frozenprefix.data import Collator, ImageStream, StepDataset, group_by_images, load_image, load_source
+from frozenprefix.models import LanguageModelConfig, MapperConfig, TimmEncoderConfig, count_parameters
+from frozenprefix.models.language_model import load_tokenizer
 from frozenprefix.models.vision import build_vision_encoder
 
 # %%

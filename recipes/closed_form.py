@@ -30,7 +30,7 @@ from timm.data import ImageNetInfo
 
 from frozenprefix import Captioner
 from frozenprefix.config import load_recipe
-from frozenprefix.data.images import load_image
+from frozenprefix.data import load_image
 from frozenprefix.errors import FrozenPrefixError
 from frozenprefix.models.mappers import PrefixMapper
 from frozenprefix.models.mappers.closed_form import (
@@ -40,8 +40,8 @@ from frozenprefix.models.mappers.closed_form import (
     insert_classifier,
     nearest_names,
 )
-from frozenprefix.models.vision.weights import find_weights_file, read_weights
-from frozenprefix.training.setup import build_model
+from frozenprefix.models.vision import find_weights_file, read_weights
+from frozenprefix.training import build_model
 
 RECIPE = Path(__file__).with_name("flickr8k.yaml")
 PROMPT = "A photo of a<image>\nA photo of a"

@@ -18,10 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from frozenprefix.data.images import load_image
-from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources import load_source
-from frozenprefix.evaluation.tasks.few_shot_episodes import binding_episodes
+from frozenprefix.data import Sample, load_image, load_source
+from frozenprefix.evaluation.tasks import binding_episodes
 
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
 #: prompts, chats or clips to make

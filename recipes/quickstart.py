@@ -26,13 +26,12 @@ from rich.table import Table
 
 from frozenprefix import Captioner, train
 from frozenprefix.config import load_recipe
-from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources import load_source
+from frozenprefix.data import Sample, load_source
 from frozenprefix.errors import FrozenPrefixError
 from frozenprefix.evaluation import evaluate_samples
-from frozenprefix.evaluation.metrics.vqa import exact_match
+from frozenprefix.evaluation.metrics import exact_match
 from frozenprefix.interpret import write_report
-from frozenprefix.training.tracking import read_log
+from frozenprefix.training import read_log
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
 # Test images, with 1,470 questions, unless evaluation.limit says otherwise.

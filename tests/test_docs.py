@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ import pytest
 import typer
 
 from frozenprefix.cli.main import app
+from frozenprefix.config import load_recipe
 from tests.helpers import ROOT
 
-NAMES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md")
+NAMES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/quality.md")
 DOCUMENTS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
 IMAGES = sorted(path for path in (ROOT / "docs" / "images").glob("*") if path.is_file())
 LARGEST, LARGEST_OF_ALL = 60_000, 400_000  # bytes
@@ -78,9 +80,33 @@ def test_links_and_images_exist(path):
 
 
 @DOCUMENT
-def test_recipes_exist(path):
-    named = set(re.findall(r"recipes/\w+\.(?:yaml|py)", path.read_text(encoding="utf-8")))
+def test_files_exist(path):
+    """Recipes, scripts, tests and modules that a document names."""
+    text = path.read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"(?:recipes|benchmarks|docs|tests|notebooks|frozenprefix)/[\w/]*\.(?:yaml|py|md|ipynb)", text)
+    )
     assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
+@DOCUMENT
+def test_make_targets_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^    |`)make ([a-z-]+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert named - targets == set()
+
+
+@DOCUMENT
+def test_python_imports_work_and_recipes_are_valid(path, tmp_path):
+    text = path.read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        tree = ast.parse(code)
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), str(path), "exec"), {})
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        recipe = tmp_path / "example.yaml"
+        recipe.write_text(re.sub(r"^base: ", f"base: {ROOT}/", block, flags=re.MULTILINE))
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=[path.name for path in IMAGES])

@@ -10,11 +10,19 @@ from typer.core import TyperGroup
 
 from frozenprefix.cli import ask, cache, caption, chat, compare, data, evaluate, plan, search, train, video
 from frozenprefix.errors import ConfigError, FrozenPrefixError
+from frozenprefix.registry import allow_code
 from frozenprefix.version import __version__
+
+_ALLOW_CODE = "--allow-code"
 
 
 class _Group(TyperGroup):
     """Shows the package's own errors as a message; all other errors are bugs and keep their traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if _ALLOW_CODE in args:  # may follow any command
+            args = [_ALLOW_CODE, *(argument for argument in args if argument != _ALLOW_CODE)]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -64,12 +72,21 @@ def _start(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    allow: Annotated[
+        bool,
+        typer.Option(_ALLOW_CODE, help="Run code that a recipe or checkpoint names as package.module:Class."),
+    ] = False,
 ) -> None:
     import logging
+    import sys
 
     from rich.console import Console
     from rich.logging import RichHandler
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # file names that are not UTF-8
+    if allow:
+        allow_code()
     handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("frozenprefix").setLevel(logging.INFO)

@@ -152,7 +152,9 @@ def _sections_of(annotation: Any) -> Iterator[Section]:
 def _tag(section: Section) -> str:
     """The `source` by which a section is chosen from its union."""
     field = section.model_fields.get("source")
-    return str(field.default) if field else ""
+    if field is None:
+        return ""
+    return "package.module:function" if field.is_required() else str(field.default)
 
 
 def _expected(error: ErrorDetails, place: Location) -> str:

@@ -8,6 +8,7 @@ from frozenprefix.config.base_recipe import SAME_TRAINING, BaseRecipe
 from frozenprefix.config.objectives import ObjectivesSection
 from frozenprefix.config.sections import EvaluationSection, ModelSection, TrainingSection
 from frozenprefix.errors import Problem
+from frozenprefix.models.configuration import OpenClipEncoderConfig
 
 
 class Recipe(BaseRecipe):
@@ -69,7 +70,7 @@ class Recipe(BaseRecipe):
         if self.data.text_only is None:
             return []
         problems, encoder = [], self.model.vision_encoder
-        if encoder.source != "open_clip" or encoder.output != "pooled":
+        if not isinstance(encoder, OpenClipEncoderConfig) or encoder.output != "pooled":
             text = (
                 "needs an encoder that embeds texts into the space of images, of source 'open_clip', output 'pooled'; "
                 f"got '{encoder.name}' of source '{encoder.source}' with output '{encoder.output}'"

@@ -159,7 +159,7 @@ class RunSection(RecipeSection):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: int | None = Field(None, ge=1, description="times that every image is seen")
     max_minutes: float | None = Field(
-        None, gt=0, description="wall clock; the schedule follows it, so no two runs give the same weights"
+        None, gt=0, description="ends the run by the clock, which the schedule follows: not repeatable bit for bit"
     )
     images_per_step: int = Field(12, ge=1)
     targets_per_image: int | None = Field(4, ge=1, description="targets drawn per image; null for all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -125,6 +125,21 @@ def check_samples(
     return report
 
 
+def find_leaks(splits: Mapping[Path, Sequence[str]], contents: Mapping[Path, str]) -> list[Leak]:
+    """Images in two splits: the same file in both, or files with the same content.
+
+    Args:
+        splits: names of the splits of each file.
+        contents: a hash of the content of each file; a file without one is compared by path only.
+
+    Example:
+        >>> a, b = Path("a.jpg"), Path("b.jpg")
+        >>> [leak.other for leak in find_leaks({a: ["train"], b: ["val"]}, {a: "00ff", b: "00ff"})]
+        ['a.jpg']
+    """
+    return _shared_files(splits) + _same_content(splits, contents)
+
+
 def difference_hash(image: Image.Image) -> int:
     """64-bit dHash: in a 9 x 8 grey thumbnail, whether each pixel is brighter than its left neighbour.
 
@@ -190,10 +205,10 @@ def _count_texts(samples: Sequence[Sample], splits: dict[Path, list[str]]) -> Da
 
 
 def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes]) -> None:
-    shared = [Leak(str(path), names[0], str(path), names[1]) for path, names in splits.items() if len(names) > 1]
+    shared = _shared_files(splits)
     report.images_in_two_splits, report.in_two_splits = len(shared), shared[:EXAMPLES]
 
-    same = _same_bytes(splits, seen)
+    same = _same_content(splits, {path: item.content for path, item in seen.items()})
     report.same_bytes_across_splits, report.same_bytes = len(same), same[:EXAMPLES]
 
     by_split: dict[str, list[Path]] = defaultdict(list)
@@ -205,12 +220,16 @@ def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Pa
     report.near_duplicates = sorted(near, key=lambda leak: leak.bits)[:EXAMPLES]
 
 
-def _same_bytes(splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes]) -> list[Leak]:
-    """Files with the same bytes as another file in another split."""
+def _shared_files(splits: Mapping[Path, Sequence[str]]) -> list[Leak]:
+    return [Leak(str(path), names[0], str(path), names[1]) for path, names in splits.items() if len(names) > 1]
+
+
+def _same_content(splits: Mapping[Path, Sequence[str]], contents: Mapping[Path, str]) -> list[Leak]:
+    """Files with the same content as another file in another split."""
     first: dict[str, Path] = {}
     leaks = []
-    for path, item in seen.items():
-        other = first.setdefault(item.content, path)
+    for path, content in contents.items():
+        other = first.setdefault(content, path)
         elsewhere = [name for name in splits[other] if name not in splits[path]]
         if elsewhere:
             leaks.append(Leak(str(path), splits[path][0], str(other), elsewhere[0]))

@@ -80,7 +80,9 @@ class Collator:
         )
 
     def image_inputs(self, paths: Sequence[Path]) -> dict[str, Tensor]:
-        """Model inputs of images: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W]."""
+        """Model inputs of images: `image_features` float[n, N, D_enc] or `pixel_values` float[n, 3, H, W], if any."""
+        if not paths:
+            return {}
         if self.features is not None:
             keys = [self.features.key_of(path) for path in paths]
             return {"image_features": torch.from_numpy(self.features.get(keys)).float()}
@@ -100,8 +102,11 @@ class Collator:
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
 
-    def check_targets(self, groups: Iterable[ImageGroup]) -> None:
+    def check_targets(self, groups: Iterable[ImageGroup], positions: int | None = None) -> None:
         """Encode every target, so that a text that cannot be learned is known before the first step.
+
+        Args:
+            positions: tokens that an LM with learned positions can read; None where nothing limits them.
 
         Raises:
             DataError: naming the sample, its file and its line.
@@ -114,6 +119,12 @@ class Collator:
                         target = self.target(sample, text)
                     except (FrozenPrefixError, TemplateError, ValueError) as error:
                         raise DataError(f"{sample.label}: {error}") from error
+                    length = len(target.input_ids)
+                    if positions is not None and length > positions + 1:  # the last token is not read
+                        raise DataError(
+                            f"{sample.label}: prompt and target take {length} tokens, but the language model has "
+                            f"learned {positions} positions; shorten the prompt, or lower training.max_target_tokens"
+                        )
                     marks = list(target.input_ids).count(self.processor.image_token_id) // prefix_length
                     if marks != len(sample.images):
                         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from frozenprefix.data.image_encoder import Fingerprint, ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.vision.precomputed import FeatureTable, feature_table
-from frozenprefix.utils import user_cache
+from frozenprefix.utils import content_hash, user_cache
 
 Progress = Callable[[int, int], None]
 _IMAGES_AT_ONCE = 32  # encoded into memory
@@ -50,7 +49,7 @@ def feature_folder(storage: FeatureStorage, fingerprint: Fingerprint) -> Path:
     """
     if storage.feature_cache != "auto":
         return Path(storage.feature_cache)
-    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    name = content_hash(json.dumps(fingerprint, sort_keys=True))[:16]
     dtype = storage.feature_dtype
     return user_cache() / "features" / (name if dtype == "float16" else f"{name}-{dtype}")
 

@@ -6,10 +6,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import BadImageError, DataError, FrozenPrefixError
 from frozenprefix.utils import write_jsonl
 from frozenprefix.utils.images import decode_image, image_endings, load_image, read_image, to_image
 
@@ -19,6 +21,7 @@ __all__ = [
     "find_images",
     "image_ending",
     "load_image",
+    "processing",
     "read_image",
     "report_left_out",
     "to_image",
@@ -49,7 +52,12 @@ def _walk(folder: Path, above: tuple[Path, ...], hidden: list[Path]) -> Iterator
         log.warning("%s: is a link to a folder above it and is left out", folder)
         return
     files, folders = [], []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        log.warning("%s: cannot be read and is left out: %s", folder, error.strerror or error)
+        return
+    for entry in entries:
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             hidden.append(path)
@@ -75,6 +83,8 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
         >>> len(find_images(data_folder))
         12
     """
+    if not root.is_dir():
+        raise DataError(f"{root}: got no folder, expected a folder of images")
     wanted = frozenset(image_endings() if endings is None else endings)
     hidden: list[Path] = []
     files = list(walk_files(root, hidden=hidden))
@@ -121,6 +131,28 @@ def report_left_out(
     named = [str(example) for example in list(examples)[:3]]
     listed = f" ({', '.join(named)}{', …' if len(examples) > len(named) else ''})" if named else ""
     log.warning("%s: %d of %d %s are left out: %s%s", where, left_out, total, what, counts, listed)
+
+
+@contextmanager
+def processing(image: PathLike[str] | str | Any) -> Iterator[None]:
+    """Inside the block an error of an image processor is one bad image, and not the end of the run.
+
+    Raises:
+        BadImageError: with reason `unprocessable`.
+
+    Example:
+        >>> with processing("a.jpg"):
+        ...     [].pop()
+        Traceback (most recent call last):
+        frozenprefix.errors.BadImageError: a.jpg: the image processor failed (IndexError: pop from empty list)
+    """
+    try:
+        yield
+    except FrozenPrefixError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadImageError("unprocessable", f"{image}: the image processor failed ({reason})") from error
 
 
 class BadImages:

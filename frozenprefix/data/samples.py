@@ -22,7 +22,7 @@ class Sample:
 
     Args:
         id: unique within a list of samples.
-        images: image files, in the order in which the prompt names them.
+        images: image files, in the order in which the prompt names them; none for a conversation in text alone.
         targets: texts to learn, each on its own; empty where only a prediction is wanted.
         prompt: prompt template; None takes the task's default one.
         question: what is asked, for task "vqa".
@@ -48,6 +48,16 @@ class Sample:
     task: str = "caption"
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     where: str = field(default="", compare=False)
+
+    @property
+    def group(self) -> tuple[Path | str, ...]:
+        """What samples are grouped by: their images or, for text alone, the conversation that the sample is a turn of.
+
+        Example:
+            >>> Sample("chat.0", (), ("yes",)).group, Sample("1", (Path("1.jpg"),), ()).group == (Path("1.jpg"),)
+            (('chat',), True)
+        """
+        return self.images or (self.id.rpartition(".")[0] or self.id,)
 
     @property
     def label(self) -> str:
@@ -76,10 +86,29 @@ def group_by_images(samples: Iterable[Sample]) -> list[ImageGroup]:
         >>> [[sample.id for sample in group.samples] for group in group_by_images([one, two])]
         [['1', '2']]
     """
-    groups: dict[tuple[Path, ...], list[Sample]] = {}
+    groups: dict[tuple[Path | str, ...], list[Sample]] = {}
     for sample in samples:
-        groups.setdefault(sample.images, []).append(sample)
-    return [ImageGroup(images, tuple(members)) for images, members in groups.items()]
+        groups.setdefault(sample.group, []).append(sample)
+    return [ImageGroup(members[0].images, tuple(members)) for members in groups.values()]
+
+
+def with_images(samples: Sequence[Sample], *, where: str) -> list[Sample]:
+    """The samples that show an image; the others are counted in the log.
+
+    Args:
+        where: names the samples in messages: "data.validation".
+
+    Raises:
+        DataError: no sample shows an image.
+
+    Example:
+        >>> samples = [Sample("1", (Path("1.jpg"),), ()), Sample("2", (), ())]
+        >>> [sample.id for sample in with_images(samples, where="data")]
+        ['1']
+    """
+    shown = [sample for sample in samples if sample.images]
+    report_left_out(where, len(samples), {"no image": len(samples) - len(shown)}, what="samples")
+    return shown
 
 
 def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
@@ -217,8 +246,9 @@ def check_unique_ids(samples: Iterable[Sample]) -> None:
     seen: dict[str, Sample] = {}
     repeated: dict[str, str] = {}
     for sample in samples:
-        other = seen.setdefault(sample.id, sample)
-        if other is not sample and sample.id not in repeated:
+        other = seen.get(sample.id)
+        seen.setdefault(sample.id, sample)
+        if other is not None and sample.id not in repeated:
             places = " and ".join(dict.fromkeys(place for place in (other.where, sample.where) if place))
             repeated[sample.id] = f"{sample.id!r}" + (f" in {places}" if places else "")
     if repeated:

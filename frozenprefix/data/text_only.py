@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
 from frozenprefix.models.contrastive.text_tower import build_text_tower
 from frozenprefix.models.processing import FrozenPrefixProcessor
@@ -54,7 +54,7 @@ class TextVectors:
         Raises:
             ConfigError: for an encoder without a text tower.
         """
-        if encoder.source != "open_clip" or encoder.output != "pooled":
+        if not isinstance(encoder, OpenClipEncoderConfig) or encoder.output != "pooled":
             raise ConfigError(
                 f"data.text_only: '{encoder.name}' of source '{encoder.source}' with output '{encoder.output}' has no "
                 "text tower in its space; expected source 'open_clip' with output 'pooled'"

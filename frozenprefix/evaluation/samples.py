@@ -10,7 +10,7 @@ from typing import Any
 from frozenprefix.config import Recipe, load_checkpoint_recipe
 from frozenprefix.config.sections import EvaluationSection
 from frozenprefix.data.features import FeatureStorage
-from frozenprefix.data.samples import Sample, check_unique_ids, with_targets
+from frozenprefix.data.samples import Sample, check_unique_ids, with_images, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError
@@ -35,7 +35,8 @@ def folder_samples(data: str | Path, task: str, **options: Any) -> list[Sample]:
         source |= _TASK_FIELDS.get((source["type"], task), {})
         if source["type"] == "image_folder" and source.get("split") is not None:
             source["split_folders"] = True
-    return [sample for source in sources for sample in load_source(source) if sample.task == task]
+    samples = [sample for source in sources for sample in load_source(source) if sample.task == task]
+    return with_images(samples, where=str(data))
 
 
 def folder_training_samples(data: str | Path, task: str, split: str | None) -> list[Sample]:
@@ -62,7 +63,8 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
     if not sources:
         why = "holds no recipe.yaml" if recipe is None else f"has a recipe without data.{part}"
         raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
-    return first_images([sample for sample in load_sources(sources) if sample.task == task], limit)
+    samples = [sample for sample in load_sources(sources) if sample.task == task]
+    return first_images(with_images(samples, where=f"data.{part}"), limit)
 
 
 def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:

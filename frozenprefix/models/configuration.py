@@ -10,9 +10,11 @@ from transformers import PreTrainedConfig
 from typing_extensions import Self
 
 from frozenprefix.errors import Problem, SectionError, nearest
+from frozenprefix.registry import is_external
 
 __all__ = [
     "ContrastiveConfig",
+    "CustomEncoderConfig",
     "FrozenPrefixConfig",
     "FusedEncoderConfig",
     "FusionConfig",
@@ -148,7 +150,7 @@ class EncoderSection(Section):
     @field_validator("source", mode="before", check_fields=False)
     @classmethod
     def _check_source(cls, source: Any) -> Any:
-        if source not in SOURCES:
+        if source not in SOURCES and cls is not CustomEncoderConfig:
             expected = ", ".join(map(repr, SOURCES[:-1])) + f" or {SOURCES[-1]!r}"
             raise PydanticKnownError("literal_error", {"expected": expected})
         return source
@@ -322,9 +324,33 @@ class PrecomputedFeaturesConfig(EncoderSection):
     keys: str | None = Field(None, description="for a .npy file: JSON list of its rows' keys; NAME.json if not given")
 
 
+class CustomEncoderConfig(PixelEncoderSection):
+    """An encoder from outside of this package. Keys beside the declared ones are its own options.
+
+    Example:
+        >>> section = vision_encoder_config(source="mine.encoders:build", width=8)
+        >>> section.options
+        {'width': 8}
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    peft: ClassVar[None] = None
+
+    source: str = Field(description="`package.module:function`, or an entry point of frozenprefix.vision_encoders")
+    name: str = Field("custom", description="as error messages show it")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options for the builder."""
+        return dict(self.model_extra or {})
+
+
 def _source_of(data: Any) -> str | None:
     """The section to check `data` against. A misspelt source takes the nearest, so that other keys are checked too."""
     source = data.get("source") if isinstance(data, dict) else getattr(data, "source", None)
+    if source not in SOURCES and isinstance(source, str) and is_external(source, "frozenprefix.vision_encoders"):
+        return "custom"
     return nearest(source, SOURCES) or SOURCES[0] if source is not None else None
 
 
@@ -333,10 +359,11 @@ VisionEncoderConfig = Annotated[
     | Annotated[OpenClipEncoderConfig, Tag("open_clip")]
     | Annotated[TransformersEncoderConfig, Tag("transformers")]
     | Annotated[FusedEncoderConfig, Tag("fused")]
-    | Annotated[PrecomputedFeaturesConfig, Tag("features")],
+    | Annotated[PrecomputedFeaturesConfig, Tag("features")]
+    | Annotated[CustomEncoderConfig, Tag("custom")],
     Discriminator(_source_of),
 ]
-"""Which image encoder, from which library, and what is read from it: one of five sections, by `source`."""
+"""Which image encoder, from which library, and what is read from it: one of six sections, by `source`."""
 
 
 def vision_encoder_config(**fields: Any) -> VisionEncoderConfig:

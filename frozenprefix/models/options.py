@@ -40,17 +40,24 @@ def option_problems(
         return [f"{field}.type: {problem}" for problem in error.problems]
     constructor = build.__init__ if inspect.isclass(build) else build
     hints = get_type_hints(constructor, include_extras=True)
+    parameters = inspect.signature(constructor).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = sorted(structural - parameters.keys())
+    if missing and not open_ended:
+        return [f"{field}.type: the constructor of {registry.kind} '{name}' lacks the argument {', '.join(missing)}"]
     fields: dict[str, Any] = {}
-    for key, parameter in inspect.signature(constructor).parameters.items():
-        if key not in structural | {"self"}:
-            fields[key] = (hints[key], parameter.default)
+    for key, parameter in parameters.items():
+        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if key not in structural | {"self"} and not variable:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[key] = (hints.get(key, Any), default)
     known = ", ".join(fields) or "none"
     problems = [
         f"{field}.{key}: {registry.kind} '{name}' has no such option{did_you_mean(key, fields)}; it has: {known}"
         for key in options
-        if key not in fields
+        if key not in fields and not open_ended
     ]
-    schema = create_model("Options", __config__=ConfigDict(strict=True), **fields)
+    schema = create_model("Options", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
     try:
         schema.model_validate({key: value for key, value in options.items() if key in fields})
     except ValidationError as error:

@@ -27,8 +27,9 @@ from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
+from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.schedule import learning_rate_factor
-from frozenprefix.training.setup import PreparedImages, prepare_images
+from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
 from frozenprefix.utils.random_state import random_state
@@ -100,6 +101,7 @@ class BaseTrainer(ABC):
     tracker: Tracker
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
+        check_distributed()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
@@ -169,11 +171,11 @@ class BaseTrainer(ABC):
         """Take one optimizer step; returns `loss`, `targets` and further numbers to log."""
 
     @abstractmethod
-    def measure(self) -> dict[str, float]:
-        """Metrics on the validation images."""
+    def measure(self) -> dict[str, Any]:
+        """Metrics on the validation images, and whatever else to log of them."""
 
     @abstractmethod
-    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
+    def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
         """Name and value of the metric that the best checkpoint is chosen by."""
 
     # ── data ──
@@ -182,7 +184,7 @@ class BaseTrainer(ABC):
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
         with progress_bar("encoding images", shown=main) as update:
-            return prepare_images(
+            prepared = prepare_images(
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
                 self.recipe.data,
@@ -190,6 +192,9 @@ class BaseTrainer(ABC):
                 bad_list=self.output_dir / "bad_images.jsonl" if main else None,
                 progress=update,
             )
+        if main:
+            warn_of_leaks(find_shared_images(prepared))
+        return prepared
 
     def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
         """Set the images for training and validation, the order of the steps, and their number.
@@ -230,6 +235,11 @@ class BaseTrainer(ABC):
 
     def loop(self) -> None:
         """Train from the current step to the end."""
+        if self.settings.max_minutes is not None:
+            logger.warning(
+                "training.max_minutes: the run ends by the clock, which the learning rate follows, so it cannot be "
+                "repeated bit for bit; a run by max_steps or epochs alone can"
+            )
         self.started = time.monotonic() - self.progress.seconds
         self.first_step = self.progress.step
         if self.first_step == 0:

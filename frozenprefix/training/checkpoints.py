@@ -152,7 +152,8 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], current: dict[str, A
     differing = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
     if differing:
         key = differing[0]
+        what = "other data" if key.startswith("data.train (") else "another recipe"
         raise CheckpointError(
-            f"{folder} belongs to another recipe or other data: {key} was {saved.get(key)!r}, now "
+            f"{folder} belongs to a run with {what}: {key} was {saved.get(key)!r}, now "
             f"{current.get(key)!r}; restore it, choose another output_dir, or use --resume never"
         )

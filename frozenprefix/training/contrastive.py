@@ -16,7 +16,7 @@ from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
-from frozenprefix.models.freezing import count_parameters
+from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.guards import check_finite
 from frozenprefix.training.objectives.base import image_id
@@ -160,19 +160,16 @@ class ContrastiveTrainer(BaseTrainer):
 
     # ── validation ──
 
-    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
+    def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
         return "recall@10", values["recall@10"]
 
-    def measure(self) -> dict[str, float]:
-        self.model.eval()
+    def measure(self) -> dict[str, Any]:
         texts, owner = texts_of(self.validation_groups)
         bounds = batch_bounds(len(self.validation_groups), self.settings.images_per_step)
-        with torch.no_grad():
+        with evaluating(self.model):
             images = torch.cat([self._embed_images(self._validation_features(*part)) for part in bounds])
             text_embeds = embed_by_length(texts, self.settings.texts_per_chunk, self._embed_raw_texts)
-            measured = contrastive_scores(self.model, images.float(), text_embeds.float(), owner, bounds)
-        self.model.train()
-        return measured
+            return contrastive_scores(self.model, images.float(), text_embeds.float(), owner, bounds)
 
     def _embed_raw_texts(self, texts: list[str]) -> Tensor:
         return self._embed_texts(self.processor.prepare_texts(texts))

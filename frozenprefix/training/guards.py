@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from frozenprefix.errors import TrainingError
+from accelerate.utils import parse_flag_from_env
+
+from frozenprefix.data.check import Leak
+from frozenprefix.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
+MIN_CAPTIONS = 3  # fewer captions may be the same by chance
+MAX_PREFIX_SCALE = 5.0  # the prefix starts as large as the word embeddings
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
 
 
 def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
@@ -52,6 +63,72 @@ def warn_if_blind(step: int, losses: Mapping[str, float]) -> None:
             losses["loss"],
             losses["shuffled_loss"],
         )
+
+
+def warn_if_same_captions(
+    step: int,
+    captions: Sequence[str],
+    losses: Mapping[str, float],
+    *,
+    prefix_scale: float,
+    learning_rate: float,
+) -> None:
+    """Warn if at most one of the captions of different images differs from the others, and say what to change.
+
+    Args:
+        losses: `loss` and `shuffled_loss`.
+        prefix_scale: size of the prefix embeddings relative to the word embeddings.
+    """
+    if len(captions) < MIN_CAPTIONS:
+        return
+    caption, count = Counter(captions).most_common(1)[0]
+    if count < len(captions) - 1:
+        return
+    if prefix_scale > MAX_PREFIX_SCALE:
+        advice = (
+            f"the prefix is {prefix_scale:.1f} times as large as the word embeddings: lower training.learning_rate "
+            f"(now {learning_rate:.1e})"
+        )
+    elif looks_blind(losses["loss"], losses["shuffled_loss"]):
+        advice = (
+            f"the loss is the same with wrong images ({losses['loss']:.3f} and {losses['shuffled_loss']:.3f}): raise "
+            f"training.learning_rate (now {learning_rate:.1e}), and check that captions belong to their images"
+        )
+    else:
+        advice = (
+            f"the loss is lower with the right images ({losses['loss']:.3f}) than with wrong ones "
+            f"({losses['shuffled_loss']:.3f}), so training works: train longer, or raise training.learning_rate (now "
+            f"{learning_rate:.1e})"
+        )
+    logger.warning("step %d: %d of %d images get the caption %r; %s", step, count, len(captions), caption, advice)
+
+
+def warn_of_leaks(leaks: Sequence[Leak]) -> None:
+    """Warn if images for validation are also trained on."""
+    if leaks:
+        examples = ", ".join(
+            leak.image if leak.image == leak.other else f"{leak.image} = {leak.other}" for leak in leaks[:3]
+        )
+        logger.warning(
+            "%d images are in both data.train and data.validation (%s): validation also measures what was memorised; "
+            "`frozenprefix data check` lists duplicates",
+            len(leaks),
+            examples,
+        )
+
+
+def check_distributed() -> None:
+    """Refuse ways to train with several processes that would silently become DDP.
+
+    Raises:
+        ConfigError: if accelerate's configuration asks for FSDP, DeepSpeed or Megatron-LM.
+    """
+    for name, variable in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise ConfigError(
+                f"accelerate: got {name} ({variable}), expected plain data parallelism (DDP), the only way to train on "
+                "several devices so far; run `accelerate config` again, or start with torchrun"
+            )
 
 
 def check_frozen_text(unchanged: bool, *, trained: bool) -> None:

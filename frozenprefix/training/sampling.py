@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
+from frozenprefix.data.collation import Collator, prompt_of
+from frozenprefix.data.samples import ImageGroup
+from frozenprefix.models.freezing import evaluating
+from frozenprefix.models.language_model import embedding_rms
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
 
 
-@torch.no_grad()
 def generate_ids(
     model: FrozenPrefixForConditionalGeneration,
     processor: FrozenPrefixProcessor,
@@ -45,27 +48,46 @@ def generate_ids(
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
     if processor.image_token_id < len(cast(Tensor, model.get_output_embeddings().weight)):
         options["suppress_tokens"] = [processor.image_token_id]
-    ends = end_tokens(model, processor)
+    ends = end_tokens(model, processor.tokenizer)
     padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    training = model.training
-    model.eval()
-    generated = model.generate(
-        **{name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")},
-        **images,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        **options,
-    )
-    model.train(training)
+    with evaluating(model):
+        generated = model.generate(
+            **{name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")},
+            **images,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=padding_token(model, processor.tokenizer),
+            **options,
+        )
     return [cut_after_end(row, ends) for row in generated.tolist()]
 
 
-def end_tokens(model: FrozenPrefixForConditionalGeneration, processor: FrozenPrefixProcessor) -> list[int]:
-    """Ids of the tokens that end a text: the tokenizer's and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
-    own = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({processor.tokenizer.eos_token_id, *own})
+def greedy_captions(
+    model: FrozenPrefixForConditionalGeneration,
+    processor: FrozenPrefixProcessor,
+    collator: Collator,
+    groups: Sequence[ImageGroup],
+    *,
+    count: int = 8,
+    max_new_tokens: int = 16,
+) -> tuple[list[str], float]:
+    """Short greedy captions of the first `count` groups that have a caption.
+
+    Returns:
+        The captions, and the root mean square of their prefix embeddings relative to that of the word embeddings.
+    """
+    captioned = ((group, sample) for group in groups for sample in group.samples[:1] if sample.task == "caption")
+    pairs = list(islice(captioned, count))
+    if not pairs:
+        return [], 1.0
+    prompts = [processor.encode_prompt(prompt_of(sample, processor)) for _, sample in pairs]
+    inputs = collator.image_inputs([path for group, _ in pairs for path in group.images])
+    images = {name: value.to(model.device) for name, value in inputs.items()}
+    ids = generate_ids(model, processor, prompts, images, max_new_tokens=max_new_tokens)
+    with evaluating(model):
+        prefix_embeds = cast(Tensor, model.prefix(**images)).float()
+    scale = float(prefix_embeds.square().mean().sqrt()) / embedding_rms(model.language_model)
+    return [processor.decode(text) for text in ids], scale
 
 
 def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:

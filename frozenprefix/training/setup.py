@@ -17,10 +17,11 @@ from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.caption_retriever import CaptionRetriever, ImageLookup
+from frozenprefix.data.check import Leak, find_leaks
 from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_images, with_targets
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
@@ -34,6 +35,7 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.precomputed import feature_table
+from frozenprefix.utils import file_sha256
 from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -119,11 +121,17 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
     return with_targets(samples, where=f"data.{part}")
 
 
-def load_parts(data: DataSection) -> dict[str, list[Sample]]:
-    """Load the samples for training and, if the recipe has sources for it, for validation."""
-    samples = {"train": load_samples(data.train, "train", images=data.text_only is None)}
+def load_parts(data: DataSection, *, without_images: bool = False) -> dict[str, list[Sample]]:
+    """Load the samples for training and, if the recipe has sources for it, for validation.
+
+    Args:
+        without_images: keep training samples that show no image. They teach a language model that has trained parts,
+            and a frozen one nothing. Validation, which compares right and wrong images, always leaves them out.
+    """
+    train = load_samples(data.train, "train", images=data.text_only is None)
+    samples = {"train": train if without_images else with_images(train, where="data.train")}
     if data.validation:
-        samples["validation"] = load_samples(data.validation, "validation")
+        samples["validation"] = with_images(load_samples(data.validation, "validation"), where="data.validation")
     return samples
 
 
@@ -208,6 +216,33 @@ def prepare_images(
     bad.check(len(paths), data.max_bad_share)
     kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
     return PreparedImages(kept, features, bad, len(paths), sum(gather_object([encoded])))
+
+
+def find_shared_images(prepared: PreparedImages) -> list[Leak]:
+    """Images that are in both parts, by path or by content.
+
+    Example:
+        >>> from frozenprefix.data.sources import load_source
+        >>> from frozenprefix.training.setup import find_shared_images, prepare_images
+        >>> samples = load_source({"type": "captions", "path": str(data_folder)})
+        >>> encoder = ImageEncoder.from_model(model, processor)
+        >>> prepared = prepare_images(encoder, {"train": samples, "validation": samples[:2]}, recipe.data)
+        >>> len(find_shared_images(prepared))
+        2
+    """
+    parts: dict[Path, list[str]] = {}
+    for part, groups in prepared.groups.items():
+        for path in images_of(groups):
+            parts.setdefault(path, []).append(part)
+    if len(prepared.groups) < 2:
+        return []
+    if prepared.features is not None:
+        return find_leaks(parts, dict(zip(parts, prepared.features.keys_of(parts), strict=True)))
+    # hash only the files whose size occurs in both parts
+    sizes = {path: path.stat().st_size for path in parts}
+    by_part = [{sizes[path] for path, names in parts.items() if part in names} for part in prepared.groups]
+    shared = set.intersection(*by_part)
+    return find_leaks(parts, {path: file_sha256(path) for path in parts if sizes[path] in shared})
 
 
 def add_similar_captions(prepared: PreparedImages, data: DataSection) -> CaptionRetriever | None:

@@ -23,9 +23,10 @@ from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.checkpoints import RandomStates, load_initial
-from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind
+from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
+from frozenprefix.training.sampling import greedy_captions
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
@@ -97,7 +98,7 @@ class Trainer(BaseTrainer):
             load_initial(self.model, Path(self.settings.init_from).expanduser())
 
     def prepare_data(self) -> None:
-        samples = load_parts(self.recipe.data)
+        samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
         # for training on text alone, the training images are never read
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)
@@ -111,8 +112,9 @@ class Trainer(BaseTrainer):
         self.use_groups(groups, features)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
-        self.train_collator.check_targets(self.train_groups)
-        self.collator.check_targets(self.validation_groups)
+        positions = self.model.lm.learned_positions
+        self.train_collator.check_targets(self.train_groups, positions)
+        self.collator.check_targets(self.validation_groups, positions)
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")
@@ -235,15 +237,19 @@ class Trainer(BaseTrainer):
 
     # ── validation ──
 
-    def measure(self) -> dict[str, float]:
-        """Loss with the right and with shuffled images, and the metrics of the objectives."""
+    def measure(self) -> dict[str, Any]:
+        """Loss with the right and with shuffled images, a few captions, and the metrics of the objectives."""
         size = self.settings.images_per_step
         losses = validation_losses(self.model, self.collator, self.validation_groups, size)
+        captions, scale = greedy_captions(self.model, self.processor, self.collator, self.validation_groups)
         if 3 * self.progress.step > self.total_steps:
             warn_if_blind(self.progress.step, losses)
-        return losses | self.objectives.validate(self.collator, self.validation_groups, size)
+            rate = self.settings.learning_rate
+            warn_if_same_captions(self.progress.step, captions, losses, prefix_scale=scale, learning_rate=rate)
+        examples = {"captions": captions, "prefix_scale": scale} if captions else {}
+        return losses | examples | self.objectives.validate(self.collator, self.validation_groups, size)
 
-    def best_of(self, values: dict[str, float]) -> tuple[str, float]:
+    def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
         return self.objectives.best_by(values)
 
     def _measure_text(self, *, adapted: bool) -> TextAbility | None:

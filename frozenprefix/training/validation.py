@@ -15,12 +15,12 @@ from frozenprefix.errors import TrainingError
 from frozenprefix.evaluation.tasks.retrieval import retrieval_metrics
 from frozenprefix.models.contrastive.losses import LOSSES
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
+from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 
 BEST_BY = ("text_to_image_recall@10", "image_to_text_recall@10")
 
 
-@torch.no_grad()
 def validation_losses(
     model: FrozenPrefixForConditionalGeneration,
     collator: Collator,
@@ -42,20 +42,18 @@ def validation_losses(
     if not all(group.images for group in groups):
         raise TrainingError("data.validation: got samples without an image, which cannot be shuffled")
     swapped = swap_images([group.images for group in groups])
-    training = model.training
-    model.eval()
     total = {"loss": 0.0, "shuffled_loss": 0.0}
     tokens = 0
-    for start in range(0, len(groups), images_per_batch):
-        part = groups[start : start + images_per_batch]
-        batch = collator(part, [[(s, text) for s in group.samples for text in s.targets] for group in part])
-        packed = batch.pop("packed").to(model.device)
-        tokens += packed.num_tokens
-        others = collator.image_inputs([path for group in part for path in swapped[group.images]])
-        for name, images in (("loss", batch), ("shuffled_loss", others)):
-            prefix_embeds = model.prefix(**{key: value.to(model.device) for key, value in images.items()})
-            total[name] += float(model.packed_loss(packed, prefix_embeds)) * packed.num_tokens
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(groups), images_per_batch):
+            part = groups[start : start + images_per_batch]
+            batch = collator(part, [[(s, text) for s in group.samples for text in s.targets] for group in part])
+            packed = batch.pop("packed").to(model.device)
+            tokens += packed.num_tokens
+            others = collator.image_inputs([path for group in part for path in swapped[group.images]])
+            for name, images in (("loss", batch), ("shuffled_loss", others)):
+                prefix_embeds = model.prefix(**{key: value.to(model.device) for key, value in images.items()})
+                total[name] += float(model.packed_loss(packed, prefix_embeds)) * packed.num_tokens
     return {name: value / tokens for name, value in total.items()}
 
 

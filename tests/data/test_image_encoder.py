@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
 from frozenprefix.data import image_encoder
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.images import BadImages, load_image
+from frozenprefix.data.images import BadImages, to_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import vision_encoder_config
 
@@ -31,19 +32,20 @@ def decoded(monkeypatch):
     """The files that were decoded, in order."""
     files = []
 
-    def load(path):
-        files.append(str(path))
-        return load_image(path)
+    def load(image):
+        if not isinstance(image, Image.Image):
+            files.append(str(image))
+        return to_image(image)
 
-    monkeypatch.setattr(image_encoder, "load_image", load)
+    monkeypatch.setattr(image_encoder, "to_image", load)
     return files
 
 
 def test_files_images_and_features_are_the_same(encoder, paths):
     from_files = encoder(paths[:3])
     assert from_files.dtype == torch.float32
-    assert torch.equal(encoder([load_image(path) for path in paths[:3]]), from_files)
-    assert torch.equal(encoder([paths[0], load_image(paths[1]), str(paths[2])]), from_files)
+    assert torch.equal(encoder([to_image(path) for path in paths[:3]]), from_files)
+    assert torch.equal(encoder([paths[0], to_image(paths[1]), str(paths[2])]), from_files)
     assert encoder(from_files) is from_files
 
 
@@ -71,7 +73,7 @@ def test_precomputed_features_are_found_by_file(tmp_path, paths):
     batches = list(table.batches(["/elsewhere/red_circle.png"], 2))
     assert batches[0][1].shape == (1, 4, 6), "the image itself is not read"
     with pytest.raises(DataError, match=r"got a PIL image.*give image files or image features"):
-        table([load_image(paths[0])])
+        table([to_image(paths[0])])
 
 
 def test_the_caption_command_decodes_every_image_once(tiny_checkpoint, paths, decoded):

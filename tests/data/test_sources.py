@@ -129,6 +129,17 @@ def test_qa(tmp_path):
     assert [sample.id for sample in load_source({**config, "file": "qa.json"})] == ["1.png#0", "7"]
 
 
+def test_qa_about_several_images(tmp_path):
+    write_images(tmp_path, "1.png", "2.png")
+    row = {"image": ["1.png", "2.png"], "question": "which is red?", "answer": "the second"}
+    jsonl(tmp_path / "qa.jsonl", row, {**row, "image": []})
+    with pytest.raises(DataError, match=r"qa.jsonl:2: field 'image': got \[\], expected a text that is not empty, or"):
+        load_source({"type": "qa", "path": str(tmp_path)})
+    jsonl(tmp_path / "qa.jsonl", row)
+    (sample,) = load_source({"type": "qa", "path": str(tmp_path)})
+    assert (sample.id, sample.images) == ("1.png#1", (tmp_path / "1.png", tmp_path / "2.png"))
+
+
 def vqa_folder(root: Path) -> dict[str, str]:
     write_images(root, "val2014/COCO_val2014_000000000042.jpg")
     questions = [{"question_id": 420, "image_id": 42, "question": "Is it?"}]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from frozenprefix.cli.main import app
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.images import load_image
-from frozenprefix.data.samples import Sample
+from frozenprefix.data.samples import Sample, group_by_images
 from frozenprefix.data.sources import detect_sources, load_source, load_sources, parse_source
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.processing import FrozenPrefixProcessor
@@ -248,10 +248,31 @@ def test_llava_prompts_hold_the_earlier_turns(tmp_path, caplog):
     )
     assert samples[2].history == (("what is it?", "a dog"), ("what color?", "red"))
     assert (samples[2].prompt, samples[2].question) == (None, "why?")
-    assert "1 of 2 rows are left out: conversation about no image 1" in caplog.text
+    assert "1 of 2 rows are left out: <image> mark without an image 1" in caplog.text
     own = load_source({**config, "prompt": "Q {question}\n"})
     assert own[2].history is None
     assert [sample.prompt for sample in own[:2]] == ["Q {question}\n", "Q what is it?\na dog\nQ {question}\n"]
+
+
+def test_llava_conversations_in_text_alone(tmp_path):
+    talk = conversation("why is the sky blue?", "air scatters light", "always?", "no")
+    del talk["image"]
+    config = llava(tmp_path, conversation("<image>what?", "a dog"), talk, {**talk, "id": "8"})
+    first, *others = load_source(config)
+    assert len(first.images) == 1
+    assert [sample.images for sample in others] == [()] * 4
+    assert others[1].history == (("why is the sky blue?", "air scatters light"),)
+    groups = group_by_images([first, *others])
+    assert [[sample.id for sample in group.samples] for group in groups] == [
+        ["7#0.0"],
+        ["7#1.0", "7#1.1"],
+        ["8#2.0", "8#2.1"],
+    ], "a conversation is a group"
+    assert len(load_source({**config, "limit": 2})) == 3
+    config = llava(tmp_path, *({**talk, "id": str(number)} for number in range(20)))
+    train, val = (load_source({**config, "holdout": {"fraction": 0.5, "part": part}}) for part in ("train", "val"))
+    assert len(train) + len(val) == 40
+    assert not {sample.group for sample in train} & {sample.group for sample in val}
 
 
 def test_llava_turns_are_read_once_by_the_trie(tmp_path):

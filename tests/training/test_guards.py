@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from frozenprefix.errors import ConfigError, DataError, TrainingError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.training.guards import check_finite, looks_blind
+from frozenprefix.training.guards import check_finite, looks_blind, warn_if_same_captions
 from frozenprefix.training.objectives import NextToken
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_samples
@@ -131,6 +131,55 @@ def test_blind_guard(recipe_of, tmp_path, monkeypatch, caplog):
     assert [m.split(":")[0] for m in blind] == ["step 3", "step 6"], "not before the first third of the run"
 
 
+def warnings_for(captions, loss=2.0, shuffled=2.5, scale=1.0, caplog=None) -> str:
+    caplog.clear()
+    losses = {"loss": loss, "shuffled_loss": shuffled}
+    warn_if_same_captions(9, captions, losses, prefix_scale=scale, learning_rate=1e-3)
+    return caplog.text
+
+
+def test_the_same_caption_for_all_images_gives_advice_by_what_was_measured(caplog):
+    same = ["a dog"] * 7 + ["a cat"]
+    assert not warnings_for(["a dog"] * 6 + ["a cat", "a man"], caplog=caplog)
+    assert not warnings_for(["a dog"] * 2, caplog=caplog), "too few to tell"
+    text = warnings_for(same, caplog=caplog)
+    assert "step 9: 7 of 8 images get the caption 'a dog'; the loss is lower with the right images (2.000)" in text
+    assert "train longer" in text
+    assert "raise training.learning_rate (now 1.0e-03)" in warnings_for(same, shuffled=2.001, caplog=caplog)
+    assert "12.0 times as large as the word embeddings: lower" in warnings_for(same, scale=12.0, caplog=caplog)
+
+
+def test_captions_of_validation_images_are_logged_and_compared(recipe_of, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("frozenprefix.training.sampling.generate_ids", lambda *_, **__: [[5, 6, 2]] * 4)
+    train(recipe_of(tmp_path))
+    rows = [row for row in read_log(tmp_path) if "validation/captions" in row]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert len(rows[0]["validation/captions"]) == 4
+    assert rows[0]["validation/prefix_scale"] == pytest.approx(1.0, abs=0.05), "it starts as large as words are"
+    warned = [m.split(":")[0] for m in caplog.messages if "of 4 images get the caption" in m]
+    assert warned == ["step 3", "step 6"], "not before the first third of the run"
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_images_that_are_trained_on_and_validated_are_counted(recipe_of, tmp_path, caplog, cache):
+    data = write_shapes(tmp_path / "shapes")
+    rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    files = {split: [data / row["image"] for row in rows if row["split"] == split] for split in ("train", "val")}
+    for train_file, validation_file in zip(files["train"][:2], files["val"][:2], strict=True):
+        validation_file.write_bytes(train_file.read_bytes())
+    train(recipe_of(tmp_path / "run", f"data.feature_cache={cache}", "training.max_steps=1", data=data))
+    (warning,) = [m for m in caplog.messages if "data.train and data.validation" in m]
+    assert warning.startswith("2 images are in both")
+    assert f"{files['val'][0]} = {files['train'][0]}" in warning
+
+
+@pytest.mark.parametrize(("name", "variable"), [("FSDP", "FSDP"), ("DeepSpeed", "DEEPSPEED")])
+def test_sharding_that_would_become_ddp_is_refused(recipe_of, tmp_path, monkeypatch, name, variable):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ConfigError, match=f"accelerate: got {name} .*expected plain data parallelism"):
+        train(recipe_of(tmp_path))
+
+
 def test_early_stopping(recipe_of, tmp_path, monkeypatch):
     values = iter([9.0, 5.0, 4.0, 4.5, 4.1, 1.0])
     monkeypatch.setattr(
@@ -143,7 +192,7 @@ def test_early_stopping(recipe_of, tmp_path, monkeypatch):
     assert (state["best_step"], state["bad_validations"]) == (2, 2)
 
 
-def test_time_limit(recipe_of, tmp_path, monkeypatch):
+def test_time_limit(recipe_of, tmp_path, monkeypatch, caplog):
     """A clock that jumps: a minute passes with every second look at it."""
     now = [0.0]
 
@@ -158,6 +207,7 @@ def test_time_limit(recipe_of, tmp_path, monkeypatch):
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.005, "the schedule follows the time, not the 1000 steps"
     assert result.best.is_dir()
+    assert "so it cannot be repeated bit for bit" in caplog.text
 
 
 def test_without_validation_the_last_is_the_best(recipe_of, tmp_path):

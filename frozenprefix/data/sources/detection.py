@@ -25,7 +25,7 @@ def _karpathy(root: Path, file: Path) -> Fields:
 
 def _flickr(root: Path, file: Path) -> Fields:
     split_files = {}
-    for listed in sorted(root.glob("*.trainImages.txt")) + sorted(root.glob("*Images.txt")):
+    for listed in sorted(root.glob("*.*Images.txt")):
         name = listed.stem.rpartition(".")[2].removesuffix("Images")
         split_files[{"dev": "val"}.get(name, name)] = listed.name
     return {

@@ -6,20 +6,18 @@ Flickr30k's `results.csv` (`image_name| comment_number| comment`).
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import read_table
 from frozenprefix.errors import DataError
 from frozenprefix.utils import read_text
-
-log = logging.getLogger(__name__)
 
 
 class FlickrTokensSource(SourceConfig):
@@ -41,8 +39,7 @@ class FlickrTokensSource(SourceConfig):
         captions = _captions(root / self.tokens)
         splits = _splits({split: root / file for split, file in self.split_files.items()})
         left_out = sum(name not in splits for name in captions) if splits else 0
-        if left_out:
-            log.info("%s: %d images are in none of the split files and are left out", self.tokens, left_out)
+        report_left_out(root / self.tokens, len(captions), {"in none of the split files": left_out}, what="images")
         return [
             Sample(
                 id=name,

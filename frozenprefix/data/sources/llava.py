@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -29,8 +28,9 @@ class LlavaSource(SourceConfig):
     are plain text: `prompt` filled in, the answer, a new line.
 
     The mark of a single image is removed, and the image comes first. With several images (`image` is a list) the marks
-    stay where they are, and an answer's sample has the images shown so far. Rows without an image are left out and
-    counted. The id is ID#ROW.TURN.
+    stay where they are, and an answer's sample has the images shown so far. A row without `image` is a conversation in
+    text alone, which trains a language model with trained parts; where it is frozen, such rows are left out. The id is
+    ID#ROW.TURN.
 
     Example:
         >>> LlavaSource(path="llava", file="llava_instruct_150k.json").images
@@ -50,18 +50,19 @@ class LlavaSource(SourceConfig):
 
     def read(self, root: Path) -> list[Sample]:
         samples: list[Sample] = []
-        without: Counter[str] = Counter()
         rows = list(read_rows(root / self.file))
+        lost = 0
         for number, row in rows:
-            if "image" in row:
-                samples += self._samples(number, row, root)
+            if "image" not in row and any(IMAGE_TOKEN in question for question, _ in _turns(row)):
+                lost += 1
             else:
-                without["conversation about no image"] += 1
-        report_left_out(root / self.file, len(rows), without)
+                samples += self._samples(number, row, root)
+        report_left_out(root / self.file, len(rows), {f"{IMAGE_TOKEN} mark without an image": lost})
         return samples
 
     def _samples(self, number: int, row: Row, root: Path) -> list[Sample]:
-        images = tuple(root / self.images / name for name in row.names("image"))
+        names = row.names("image") if "image" in row else ()
+        images = tuple(root / self.images / name for name in names)
         name = row.identifier("id") if "id" in row else "row"
         turns = _turns(row)
         marks = [question.count(IMAGE_TOKEN) for question, _ in turns]

@@ -1,4 +1,4 @@
-"""A folder with `qa.jsonl` or `qa.json`: one question a row, with its image, answer or answers, and split."""
+"""A folder with `qa.jsonl` or `qa.json`: one question a row, with its image or images, answer or answers, and split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class QaSource(SourceConfig):
     """Rows of `image`, `question`, `answer` or `answers`, and optionally `split`, `id` and `type` (of question).
 
     Every answer goes to `metadata["answers"]`; what is learned is the commonest of them, or each different one.
-    A row without an id is called `IMAGE#NUMBER` by its line (JSON lines) or its place in the list (JSON).
+    `image` may be a list: the question is about all of them, and the prompt shows them in this order. A row without an
+    id is called `IMAGE#NUMBER` by its (first) image and its line (JSON lines) or its place in the list (JSON).
 
     Example:
         >>> QaSource(path=str(data_folder)).read(data_folder)[0].task
@@ -41,7 +42,7 @@ class QaSource(SourceConfig):
         raise DataError(f"{root}: has neither qa.jsonl nor qa.json; name the question file in `file`")
 
     def _sample(self, number: int, row: Row, root: Path) -> Sample:
-        image, question = row.text("image"), row.text("question")
+        images, question = row.names("image"), row.text("question")
         answers = row.texts("answers" if "answers" in row else "answer")
         if self.underscores == "space":
             question, answers = question.replace("_", " "), tuple(answer.replace("_", " ") for answer in answers)
@@ -49,8 +50,8 @@ class QaSource(SourceConfig):
         if "type" in row:
             metadata["question_type"] = row.text("type")
         return Sample(
-            id=row.identifier("id") if "id" in row else f"{image}#{number}",
-            images=(root / image,),
+            id=row.identifier("id") if "id" in row else f"{images[0]}#{number}",
+            images=tuple(root / name for name in images),
             targets=commonest(answers) if self.learn == "commonest" else tuple(dict.fromkeys(answers)),
             question=question,
             split=row.text_or_none("split"),

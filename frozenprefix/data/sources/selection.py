@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from frozenprefix.data.images import walk_files
+from frozenprefix.data.images import report_left_out, walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import Holdout
 from frozenprefix.errors import DataError, did_you_mean
 from frozenprefix.utils import content_hash
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,15 +114,16 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         >>> len(hold_out(samples, Holdout(part="train"), Path()))
         92
     """
-    kept, mixed = [], 0
+    kept, mixed, total = [], 0, 0
     for sample in samples:
-        sides = {in_validation(_name(image, root), holdout.fraction, holdout.seed) for image in sample.images}
+        total += 1
+        names = [part if isinstance(part, str) else _name(part, root) for part in sample.group]
+        sides = {in_validation(name, holdout.fraction, holdout.seed) for name in names}
         if len(sides) > 1:
             mixed += 1
         elif sides == {holdout.part == "val"}:
             kept.append(replace(sample, split=holdout.part))
-    if mixed:
-        log.warning("holdout: %d samples show images of both parts and are in neither", mixed)
+    report_left_out("holdout", total, {"images of both parts": mixed}, what="samples")
     return kept
 
 
@@ -138,12 +136,12 @@ def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
     """
     if limit is None:
         return samples
-    wanted: dict[tuple[Path, ...], None] = {}
+    wanted: dict[tuple[Path | str, ...], None] = {}
     for sample in samples:
-        wanted[sample.images] = None
+        wanted[sample.group] = None
         if len(wanted) == limit:
             break
-    return [sample for sample in samples if sample.images in wanted]
+    return [sample for sample in samples if sample.group in wanted]
 
 
 def check_images_exist(samples: list[Sample], *, where: str) -> None:
@@ -157,10 +155,10 @@ def check_images_exist(samples: list[Sample], *, where: str) -> None:
     """
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
-    if not any(image.exists() for sample in samples for image in sample.images):
-        images = len({image for sample in samples for image in sample.images})
+    images = list(dict.fromkeys(image for sample in samples for image in sample.images))
+    if images and not any(image.exists() for image in images):
         raise DataError(
-            f"{where}: none of its {images} images exists, first looked for {samples[0].images[0]}; "
+            f"{where}: none of its {len(images)} images exists, first looked for {images[0]}; "
             "check the source's `path` and where its images are"
         )
 

@@ -21,6 +21,7 @@ from frozenprefix.models.contrastive.text_tower import build_text_tower
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.open_clip_encoder import OpenClipEncoder
 from frozenprefix.models.vision.timm_encoder import TimmEncoder
+from frozenprefix.utils import write_text_atomic
 
 _NATIVE_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
@@ -105,7 +106,7 @@ def save_open_clip(
             "interpolation": "bilinear" if int(images.resample) == 2 else "bicubic",
             "resize_mode": "squash" if not images.do_center_crop else "shortest",
         }
-    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_text_atomic(folder / "open_clip_config.json", json.dumps(content, indent=2))
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 

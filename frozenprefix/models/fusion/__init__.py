@@ -2,7 +2,8 @@
 
 A fusion is a `Fusion`, an `nn.Module` whose constructor takes the keyword arguments `lm_dim` and `num_layers`, and
 options of its own. It holds the parameters that it trains. In the language model it registers hooks but no parameters,
-so that the LM's tensors stay as they are.
+so that the LM's tensors stay as they are. A fusion of your own is found by an entry point of the group
+`frozenprefix.fusions`, or as `package.module:Class` if `allow_code` was called.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ FUSIONS: Registry[Any] = Registry(
         "adapters": "frozenprefix.models.fusion.adapters:AdapterFusion",
         "residual": "frozenprefix.models.fusion.residual:ResidualFusion",
     },
+    group="frozenprefix.fusions",
+    base=Fusion,
 )
 STRUCTURAL = {"lm_dim", "num_layers"}
 _FOR_ENCODER_DECODER = ("prefix", "deep_prefix")

@@ -258,6 +258,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
     ) -> Any:
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        self.check_length(inputs_embeds.shape[1], kwargs.get("max_new_tokens") or 1)
         if beams is None:
             generate = cast(Any, self.model).generate
             return generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

@@ -2,7 +2,8 @@
 
 A mapper is an `nn.Module` whose constructor takes the keyword arguments `encoder_dim`, `num_tokens`, `lm_dim` and
 `prefix_length`, and options of its own. Its `forward` maps float[B, num_tokens, encoder_dim] to
-float[B, prefix_length, lm_dim].
+float[B, prefix_length, lm_dim]. A mapper of your own is found by an entry point of the group `frozenprefix.mappers`, or
+as `package.module:Class` if `allow_code` was called.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MAPPERS: Registry[type[nn.Module]] = Registry(
         "mapl": "frozenprefix.models.mappers.mapl:MAPLMapper",
         "attention_pool": "frozenprefix.models.mappers.attention_pool:AttentionPoolMapper",
     },
+    group="frozenprefix.mappers",
+    base=nn.Module,
 )
 STRUCTURAL = {"encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
 

@@ -21,8 +21,13 @@ VISION_SOURCES: Registry[Callable[[Any], BuiltEncoder]] = Registry(
         "transformers": "frozenprefix.models.vision.transformers_encoder:build",
         "features": "frozenprefix.models.vision.precomputed:build",
     },
+    group="frozenprefix.vision_encoders",
 )
-"""Builders of single encoders. The source "fused" joins several of them."""
+"""Builders of single encoders, functions from a config section to a `BuiltEncoder`; "fused" joins several encoders.
+
+An encoder of your own is found by an entry point of the group `frozenprefix.vision_encoders`, or as
+`source: package.module:function` if `allow_code` was called. Its section is a `CustomEncoderConfig`.
+"""
 
 
 def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from frozenprefix.config.objectives import Weight
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError
+from frozenprefix.utils import content_hash
 
 Batch = dict[str, Any]
 IMAGE_INPUTS = ("pixel_values", "image_features")
@@ -59,8 +59,12 @@ class Objective:
         """Number of items that the loss of this batch is a mean over."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
-        """Mean loss of a batch: a scalar with gradient. `prefix_embeds` is float[images, P, D_lm]."""
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
+        """Mean loss of a batch: a scalar with gradient.
+
+        Args:
+            prefix_embeds: float[images, P, D_lm]; None for a batch of text alone.
+        """
         raise NotImplementedError
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
@@ -90,4 +94,4 @@ def check_captions(samples: Sequence[Sample], key: str) -> None:
 def image_id(group: ImageGroup) -> int:
     """An id of the group's images, the same on every process."""
     paths = "\n".join(map(str, group.images))
-    return int.from_bytes(hashlib.sha256(paths.encode()).digest()[:7], "big")
+    return int(content_hash(paths)[:14], 16)

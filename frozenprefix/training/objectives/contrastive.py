@@ -95,7 +95,8 @@ class Contrastive(Objective):
     def count(self, batch: Batch) -> int:
         return 1  # one loss over the images and texts of all processes
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
+        assert prefix_embeds is not None  # samples without an image are refused
         images, texts = self._embed(batch, prefix_embeds)
         scale = self.model.heads.logit_scale
         step: StepGradient | None = batch.get("step_gradient")

@@ -62,7 +62,7 @@ class Distillation(Objective):
     def count(self, batch: Batch) -> int:
         return int(batch["kept"]["attention_mask"][:, 1:].sum())
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         lm = self.model.lm
         # hidden states that predict a token: [B, T, D_lm] -> [K, D_lm]
         predicts = batch["kept"]["attention_mask"][:, 1:].bool()

@@ -27,6 +27,6 @@ class NextToken(Objective):
     def count(self, batch: Batch) -> int:
         return batch["packed"].num_tokens
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         penalty = self.model.adapters.penalty() if self.model.training else 0.0
         return self.model.packed_loss(batch["packed"], prefix_embeds) + penalty

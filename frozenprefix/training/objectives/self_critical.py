@@ -14,9 +14,9 @@ from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing.trie import Packing, Target, pack
-from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens
 from frozenprefix.training.objectives.base import Batch, Objective, image_inputs
-from frozenprefix.training.sampling import end_tokens, generate_ids
+from frozenprefix.training.sampling import generate_ids
 from frozenprefix.training.validation import batch_bounds
 
 # A word in the place of the end token. A reward that does not see where a caption ends teaches endings such as "on a"
@@ -82,7 +82,7 @@ class SelfCritical(Objective):
     def count(self, batch: Batch) -> int:
         return batch["sampled"].num_targets
 
-    def loss(self, batch: Batch, prefix_embeds: Tensor) -> Tensor:
+    def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         sampled = batch["sampled"]
         return self.model.packed_loss(sampled, prefix_embeds) * (sampled.num_tokens / sampled.num_targets)
 
@@ -111,7 +111,7 @@ class SelfCritical(Objective):
 
     def rewards(self, groups: Sequence[ImageGroup], samples: Sequence[Sequence[list[int]]]) -> Tensor:
         """CIDEr-D of the token ids of each image's samples: float32[images, samples]."""
-        ends = end_tokens(self.model, self.processor)
+        ends = end_tokens(self.model, self.processor.tokenizer)
         rows = []
         for group, texts in zip(groups, samples, strict=True):
             key = image_key(group)

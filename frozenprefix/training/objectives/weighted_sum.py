@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objectives.base import Batch, Objective, check_captions, image_inputs
@@ -138,22 +140,18 @@ class WeightedSum(nn.Module):
             set_random_state(batch["random_state"])
         # [images, 3, H, W] or [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.model.prefix(**image_inputs(batch))
-        assert prefix_embeds is not None
         used = [term for term in self.used if term.name in factors]
         return {term.name: term.loss(batch, prefix_embeds) * factors[term.name] for term in used}
 
-    @torch.no_grad()
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         """Metrics of all objectives on validation images."""
-        training = self.model.training
-        self.model.eval()
         values: dict[str, float] = {}
-        for term in self.terms:
-            values |= term.validate(collator, groups, size)
-        self.model.train(training)
+        with evaluating(self.model):
+            for term in self.terms:
+                values |= term.validate(collator, groups, size)
         return values
 
-    def best_by(self, values: dict[str, float]) -> tuple[str, float]:
+    def best_by(self, values: Mapping[str, Any]) -> tuple[str, float]:
         """Name and value of the measure that the best checkpoint is chosen by; lower is better.
 
         It is the validation loss; with self-critical training, under which that loss rises, minus CIDEr-D; without
