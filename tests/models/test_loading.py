@@ -90,7 +90,7 @@ def test_quantisation_is_asked_of_the_language_model(tiny_checkpoint, options):
 
 @pytest.mark.parametrize("own", [{"num_beams": 2}, {"do_sample": False}])
 def test_a_replaced_or_edited_generation_config_counts_and_is_saved(built, pixels, tmp_path, own):
-    model, processor = built("llama", fresh=True)
+    model, processor = built("llama", "seed=4", fresh=True)
     inputs = inputs_of(processor, PROMPTS[:1], pixels[:1])
     model.generation_config = GenerationConfig(max_new_tokens=2, eos_token_id=None, pad_token_id=0, **own)
     assert model.generate(**inputs).shape == (1, 2)
@@ -128,7 +128,7 @@ def test_arguments_of_the_hub(built, tmp_path):
 
 
 def test_a_checkpoint_and_its_language_model_move_together(built, pixels, tmp_path):
-    model, processor = built("llama")
+    model, processor = built("llama", "seed=5", fresh=True)
     home = tmp_path / "home"
     lm = save_tiny_lm(home / "lm", "llama", sharpness=6.0)
     model.config.language_model = model.config.language_model.model_copy(update={"path": str(lm)})
@@ -156,7 +156,7 @@ def test_another_language_model_is_refused(tiny_checkpoint, lm_of):
 
 
 def test_an_unloaded_adapter_is_part_of_the_language_model(built, pixels, tmp_path):
-    model, processor = built("llama", LORA, fresh=True)
+    model, processor = built("llama", LORA, "seed=3", fresh=True)
     expected = logits_of(model, processor, pixels)
     model.unload_adapters()
     torch.testing.assert_close(logits_of(model, processor, pixels), expected, rtol=1e-4, atol=1e-4)
@@ -173,6 +173,6 @@ def test_an_unloaded_adapter_is_part_of_the_language_model(built, pixels, tmp_pa
 
 def test_virtual_tokens_and_bare_models_have_nothing_to_unload(built):
     with pytest.raises(ConfigError, match="virtual tokens have no weights"):
-        built("llama", PREFIX, fresh=True)[0].unload_adapters()
+        built("llama", PREFIX, "seed=3")[0].unload_adapters()
     with pytest.raises(ConfigError, match="language_model: has no adapter to unload"):
         built("llama")[0].unload_adapters()

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Fields by which configs name the number of tokens that some of their layers look back.
 WINDOW_FIELDS = ("sliding_window", "attention_window_size", "attention_chunk_size", "local_attention")
+# Fields by which configs name a cap on the logits: Gemma 2, RecurrentGemma, xLSTM.
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Relative differences that rounding may cause; what is computed wrongly differs by 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -40,7 +42,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
     first use.
 
     Attributes:
-        softcap: Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; None without one.
+        softcap: cap on the logits, `softcap * tanh(logits / softcap)` (Gemma 2); None without one.
         logit_scale: factor on the logits (Granite, Cohere, Falcon-H1), 1 for most LMs.
 
     Raises:
@@ -51,7 +53,8 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        caps = (getattr(self.config, name, None) for name in SOFTCAP_FIELDS)
+        self.softcap: float | None = next((cap for cap in caps if cap is not None), None)
         self.logit_scale = 1.0
         self._trials: dict[str, str | None] = {}
         self._find_split()
