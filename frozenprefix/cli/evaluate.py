@@ -31,7 +31,8 @@ def command(
         bool, typer.Option("--restart", help="Start over, instead of resuming an evaluation that was killed.")
     ] = False,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of this task only, such as shots=4.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the task: shots=4, metrics=[meteor]."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
     force: Force = False,

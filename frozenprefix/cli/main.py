@@ -78,10 +78,13 @@ def _start(
     ] = False,
 ) -> None:
     import logging
+    import sys
 
     from rich.console import Console
     from rich.logging import RichHandler
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # file names that are not UTF-8
     if allow:
         allow_code()
     handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")

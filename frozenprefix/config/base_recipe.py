@@ -60,7 +60,7 @@ class BaseRecipe(RecipeSection):
                 section.dtype = DTYPES[self.training.precision]
 
     @model_serializer(mode="wrap")
-    def _leave_out_open_dtypes(self, serialize: Any) -> dict[str, Any]:
+    def _leave_out_open_dtypes(self, serialize: Any) -> dict:  # other names are looked up where the subclass is
         """With `precision: auto` the dtypes are not decided yet."""
         data = serialize(self)
         for name in ("vision_encoder", "language_model"):

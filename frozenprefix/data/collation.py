@@ -102,8 +102,11 @@ class Collator:
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
 
-    def check_targets(self, groups: Iterable[ImageGroup]) -> None:
+    def check_targets(self, groups: Iterable[ImageGroup], positions: int | None = None) -> None:
         """Encode every target, so that a text that cannot be learned is known before the first step.
+
+        Args:
+            positions: tokens that an LM with learned positions can read; None where nothing limits them.
 
         Raises:
             DataError: naming the sample, its file and its line.
@@ -116,6 +119,12 @@ class Collator:
                         target = self.target(sample, text)
                     except (FrozenPrefixError, TemplateError, ValueError) as error:
                         raise DataError(f"{sample.label}: {error}") from error
+                    length = len(target.input_ids)
+                    if positions is not None and length > positions + 1:  # the last token is not read
+                        raise DataError(
+                            f"{sample.label}: prompt and target take {length} tokens, but the language model has "
+                            f"learned {positions} positions; shorten the prompt, or lower training.max_target_tokens"
+                        )
                     marks = list(target.input_ids).count(self.processor.image_token_id) // prefix_length
                     if marks != len(sample.images):
                         raise DataError(

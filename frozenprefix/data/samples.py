@@ -246,8 +246,9 @@ def check_unique_ids(samples: Iterable[Sample]) -> None:
     seen: dict[str, Sample] = {}
     repeated: dict[str, str] = {}
     for sample in samples:
-        other = seen.setdefault(sample.id, sample)
-        if other is not sample and sample.id not in repeated:
+        other = seen.get(sample.id)
+        seen.setdefault(sample.id, sample)
+        if other is not None and sample.id not in repeated:
             places = " and ".join(dict.fromkeys(place for place in (other.where, sample.where) if place))
             repeated[sample.id] = f"{sample.id!r}" + (f" in {places}" if places else "")
     if repeated:

@@ -23,7 +23,7 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.utils import check_output
+from frozenprefix.utils import check_output, content_hash, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
@@ -120,9 +120,14 @@ def _samples(
 
 
 def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[str, Any]) -> str:
-    """What tells the predictions of one way to evaluate from those of another."""
-    part = "recipe_validation" if data is None else split or "all"
-    return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), part])
+    """Name of an evaluation in the predictions' file name: task, way of answering, data and split."""
+    if data is None:
+        parts = ["recipe_validation"]
+    else:
+        folder = Path(data).resolve()
+        # two data sets may lie in folders of one name
+        parts = [f"{safe_file_name(folder.name, 40)}-{content_hash(str(folder))[:6]}", split or "all"]
+    return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), *parts])
 
 
 def _predictions_file(path: Path, force: bool) -> Path:

@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frozenprefix.data.samples import Sample
-from frozenprefix.errors import AssetError
+from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.evaluation.bootstrap import Metric, bootstrap_interval
 from frozenprefix.evaluation.metrics.captions import CaptionReferences, bleu_of_sums, caption_metrics
+from frozenprefix.evaluation.metrics.clip_score import PROMPT, clip_score, ref_clip_score
+from frozenprefix.evaluation.metrics.java import meteor, spice
 from frozenprefix.evaluation.metrics.question_types import answer_type, question_type
 from frozenprefix.evaluation.metrics.vqa import by_group, exact_match, vqa_accuracy
 from frozenprefix.evaluation.metrics.wups import WordNet, wups
+from frozenprefix.inference.embedding import Embedder
 
 logger = logging.getLogger(__name__)
 WUPS_AT = (0.9, 0.0)
@@ -68,6 +71,74 @@ def caption_scorer(samples: Sequence[Sample]) -> Scorer:
     def score(texts: Mapping[str, str]) -> Scores:
         scores = caption_metrics(dict(texts), references)
         return Scores(scores.corpus, per_sample=scores.per_image, statistics={"bleu": scores.bleu_statistics})
+
+    return score
+
+
+def meteor_scorer(samples: Sequence[Sample]) -> Scorer:
+    """METEOR by Java; its score of all samples is no mean over samples."""
+    references = {sample.id: list(sample.targets) for sample in samples}
+    return lambda texts: Scores({"meteor": meteor(texts, references).corpus})
+
+
+def spice_scorer(samples: Sequence[Sample]) -> Scorer:
+    """SPICE by Java and Stanford CoreNLP."""
+    references = {sample.id: list(sample.targets) for sample in samples}
+
+    def score(texts: Mapping[str, str]) -> Scores:
+        scores = spice(texts, references)
+        return Scores(
+            {"spice": scores.corpus}, per_sample={key: {"spice": each} for key, each in scores.per_image.items()}
+        )
+
+    return score
+
+
+def clip_scorer(embedder: Embedder, samples: Sequence[Sample]) -> Scorer:
+    """CLIPScore and RefCLIPScore in the space of a contrastive model; see `metrics.clip_score`.
+
+    Raises:
+        ConfigError: for samples of several images.
+    """
+    several = [sample.id for sample in samples if len(sample.images) != 1]
+    if several:
+        raise ConfigError(f"clip_score: takes one image a sample; {len(several)} have several, first '{several[0]}'")
+    images = embedder.embed_images([sample.images[0] for sample in samples])[1]
+    references = [embedder.embed_texts([f"{PROMPT} {text}" for text in sample.targets]) for sample in samples]
+
+    def score(texts: Mapping[str, str]) -> Scores:
+        captions = embedder.embed_texts([f"{PROMPT} {texts[sample.id]}" for sample in samples])
+        columns = {
+            "clip_score": clip_score(images, captions), "ref_clip_score": ref_clip_score(images, captions, references)
+        }  # fmt: skip
+        return Scores(
+            metrics={name: float(values.mean()) for name, values in columns.items()},
+            per_sample={
+                sample.id: {name: float(values[row]) for name, values in columns.items()}
+                for row, sample in enumerate(samples)
+            },
+        )
+
+    return score
+
+
+def joined_scorer(scorers: Sequence[Scorer]) -> Scorer:
+    """One scorer of several, whose metrics have different names.
+
+    Example:
+        >>> one, other = (lambda texts: Scores({"a": 1.0})), (lambda texts: Scores({"b": 2.0}))
+        >>> joined_scorer([one, other])({}).metrics
+        {'a': 1.0, 'b': 2.0}
+    """
+
+    def score(texts: Mapping[str, str]) -> Scores:
+        joined = Scores({})
+        for scores in (scorer(texts) for scorer in scorers):
+            joined.metrics.update(scores.metrics)
+            joined.statistics.update(scores.statistics)
+            for key, values in scores.per_sample.items():
+                joined.per_sample.setdefault(key, {}).update(values)
+        return joined
 
     return score
 

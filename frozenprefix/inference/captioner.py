@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,24 @@ from frozenprefix.assets import opening_checkpoint
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
+from frozenprefix.errors import ConfigError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
 
 T = TypeVar("T")
+
+_ONE_TEXT = "a captioner gives one text and its score for each prompt; call model.generate for more"
+_OWN_INPUT = "a captioner makes it from prompts and images; call model.generate to give it"
+#: Options of `generate` that a captioner does not take.
+CAPTIONER_REFUSES = {
+    "num_return_sequences": _ONE_TEXT,
+    "return_dict_in_generate": _ONE_TEXT,
+    "output_scores": _ONE_TEXT,
+    "output_logits": _ONE_TEXT,
+    "streamer": "a captioner works in batches; Dialog.stream gives a text word by word",
+    "max_length": "it counts the image's prefix for some models; give max_new_tokens instead",
+    **dict.fromkeys(("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "image_features"), _OWN_INPUT),
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,11 @@ class Captioner:
             prompts: texts with an `<image>` for every image; without images the LM continues them blind.
             images: files, PIL images, or image features float[n, N, D_enc], in reading order over all prompts.
             generate: options of transformers' `generate`.
+
+        Raises:
+            ConfigError: for an option that a captioner does not take; see `check_generate`.
         """
+        check_generate(generate, CAPTIONER_REFUSES)
         if images is None:
             prompts = [self.blind_prompt(prompt) for prompt in prompts]
         inputs = self.processor(text=list(prompts), return_tensors="pt")
@@ -129,7 +147,7 @@ class Captioner:
         settings = {
             "do_sample": False,
             "eos_token_id": end_tokens(self.model, tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
+            "pad_token_id": padding_token(self.model, tokenizer),
             **generate,
         }
         output = self.model.generate(
@@ -162,6 +180,29 @@ class Captioner:
         ends = torch.isin(output.sequences, ids)
         real = ends.cumsum(-1) - ends.long() == 0
         return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1)).tolist()
+
+
+def check_generate(options: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """Refuse options of `generate` by name.
+
+    Args:
+        refused: option → what to do instead.
+
+    Raises:
+        ConfigError: with all problems at once, also for numbers of beams and tokens below 1.
+
+    Example:
+        >>> check_generate({"num_beams": 0}, {})
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: num_beams: got 0, expected at least 1
+    """
+    problems = [f"{name}: {refused[name]}" for name in options if name in refused]
+    for name in ("num_beams", "max_new_tokens", "num_return_sequences"):
+        value = options.get(name, 1)
+        if name not in refused and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            problems.append(f"{name}: got {value!r}, expected at least 1")
+    if problems:
+        raise ConfigError(problems)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -15,13 +15,18 @@ from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreame
 
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
 
-# options of `generate` that several rows, or another form of output, would need
-REFUSED = {"max_length", "past_key_values", "cache", "return_dict_in_generate", "streamer"}
+Images = Sequence[ImageInput] | Tensor
+_ONE_CACHE = "no option of a dialog, which continues one text in one cache"
+#: Options of `generate` that a dialog does not take.
+DIALOG_REFUSES = {
+    **dict.fromkeys(CAPTIONER_REFUSES, _ONE_CACHE),
+    **dict.fromkeys(("past_key_values", "cache", "use_cache"), _ONE_CACHE),
+}
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,17 @@ class Dialog:
         """Tokens of a history and its reply that the LM can read; None where nothing limits them."""
         return self.model.lm.max_positions
 
-    def ask(self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
+    def ask(self, text: str, images: Images = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
         """Say something and get the whole reply; arguments and errors as of `stream`."""
         return self._reply(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
 
-    def stream(
-        self, text: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64, **generate: Any
-    ) -> Iterator[str]:
+    def stream(self, text: str, images: Images = (), *, max_new_tokens: int = 64, **generate: Any) -> Iterator[str]:
         """Say something and get the reply word by word.
 
         Args:
             text: the message; every `<image>` in it is one of `images`. Without marks the images stand in front.
-            images: image files or images of this turn; earlier ones stay in the history.
+            images: files, PIL images, or image features float[n, N, D_enc] of this turn; earlier ones stay in the
+                history.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9`. Greedy without.
 
         Returns:
@@ -108,11 +112,9 @@ class Dialog:
         """
         return self._pieces(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
 
-    def _begin(self, text: str, images: Sequence[ImageInput], options: dict[str, Any]) -> _Turn:
-        refused = sorted(REFUSED & options.keys())
-        refused += [name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1]
-        if refused:
-            raise ConfigError(f"{', '.join(refused)}: no option of a dialog, which continues one text in one cache")
+    def _begin(self, text: str, images: Images, options: dict[str, Any]) -> _Turn:
+        beams = {"num_beams": _ONE_CACHE} if options.get("num_beams", 1) != 1 else {}
+        check_generate(options, DIALOG_REFUSES | beams)
         marks = text.count(IMAGE_TOKEN)
         if marks not in (0, len(images)):
             raise DataError(
@@ -137,8 +139,8 @@ class Dialog:
             f"start anew with reset(){lower}"
         )
 
-    def _with_images(self, images: Sequence[ImageInput]) -> Tensor | None:
-        if not images:
+    def _with_images(self, images: Images) -> Tensor | None:
+        if not len(images):
             return self._prefix_embeds
         features = self._captioner.encoder(images)
         with torch.no_grad():
@@ -177,7 +179,7 @@ class Dialog:
         options = {
             "do_sample": False,
             "eos_token_id": end_tokens(self.model, self.processor.tokenizer),
-            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "pad_token_id": padding_token(self.model, self.processor.tokenizer),
             **turn.options,
         }
         if stopped is not None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, DataError
-from frozenprefix.evaluation.metrics.vqa import normalize_vqa_answer
+from frozenprefix.evaluation.metrics.vqa import comparable_answer
 from frozenprefix.interpret.loss_curve import CURVES, describe_loss, draw_loss
 from frozenprefix.utils import write_text_atomic
 from frozenprefix.version import __version__
@@ -172,7 +172,7 @@ def _verdict(row: Row) -> tuple[str, str]:
     """CSS class and mark. Answers are compared as VQA accuracy does; a caption in other words need not be wrong."""
     if not row["references"]:
         return "open", ""
-    same = normalize_vqa_answer(str(row["model"])) in {normalize_vqa_answer(str(text)) for text in row["references"]}
+    same = comparable_answer(str(row["model"])) in {comparable_answer(str(text)) for text in row["references"]}
     if row.get("question") is not None:
         return ("right", "✓ right") if same else ("wrong", "✗ wrong")
     return ("right", "✓ same words") if same else ("open", "≠ other words")

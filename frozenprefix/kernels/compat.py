@@ -49,13 +49,12 @@ def has_hooks(module: nn.Module) -> bool:
         >>> has_hooks(torch.nn.Linear(2, 2))
         False
     """
-    consequence = "decoder layers keep their own forward pass"
-    any_global_hook = private(nn.modules.module, "_has_any_global_hook", consequence)
-    if any_global_hook is None or any_global_hook():
-        return True
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [private(module, name, consequence) for name in names]
-    return any(kind is None or len(kind) for kind in hooks)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for owner, attribute in ((module, name), (nn.modules.module, f"_global{name}")):
+            hooks = private(owner, attribute, "decoder layers keep their own forward pass")
+            if hooks is None or len(hooks):
+                return True
+    return False
 
 
 def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:

@@ -326,6 +326,22 @@ def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *own})
 
 
+def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id to pad generated texts with: the tokenizer's padding token, or its end token when the LM has no such id.
+
+    Padding that was added to the tokenizer alone lies outside the LM's vocabulary, and `generate` reads it again when
+    one text of a batch ends early.
+
+    Example:
+        >>> from frozenprefix.models.processing import padding_token
+        >>> padding_token(model, processor.tokenizer) in range(300)
+        True
+    """
+    padding = tokenizer.pad_token_id
+    inside = padding is not None and padding < model.get_input_embeddings().num_embeddings
+    return padding if inside else end_tokens(model, tokenizer)[0]
+
+
 def escape_any(text: str) -> str:
     """As `FrozenPrefixProcessor.escape`, for all texts in angle or square brackets, without knowing the tokenizer.
 

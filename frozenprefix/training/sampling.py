@@ -13,7 +13,7 @@ from frozenprefix.data.samples import ImageGroup
 from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model import embedding_rms
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens
+from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
 
 
 def generate_ids(
@@ -56,7 +56,7 @@ def generate_ids(
             **images,
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
-            pad_token_id=processor.tokenizer.pad_token_id,
+            pad_token_id=padding_token(model, processor.tokenizer),
             **options,
         )
     return [cut_after_end(row, ends) for row in generated.tolist()]

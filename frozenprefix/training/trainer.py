@@ -110,8 +110,9 @@ class Trainer(BaseTrainer):
         self.use_groups(groups, features)
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
-        self.train_collator.check_targets(self.train_groups)
-        self.collator.check_targets(self.validation_groups)
+        positions = self.model.lm.learned_positions
+        self.train_collator.check_targets(self.train_groups, positions)
+        self.collator.check_targets(self.validation_groups, positions)
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")

@@ -66,7 +66,10 @@ def parse_json(text: str) -> Any:
         Traceback (most recent call last):
         ValueError: field 'a' stands twice in an object
     """
-    return json.loads(text, object_pairs_hook=_unique)
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("lists or objects are nested too deeply") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

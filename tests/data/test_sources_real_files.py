@@ -248,3 +248,45 @@ def test_the_digest_tells_what_differs():
         assert [name for name in before if before[name] != after[name]] == [field]
     assert digest_samples([sample, replace(sample, id="2")])["number"] == 2
     assert digest_samples([replace(sample, where="elsewhere:3")]) == before
+
+
+# ── files that are not what their names say ──
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train-00000-of-00001.parquet", b"no parquet"),
+        ("dataset_dict.json", b"{}"),
+        ("state.json", b"[]"),
+        ("0001.tar", b"\0\1" * 2000),
+        ("captions.jsonl", b"\xff\xfe"),
+        ("captions.jsonl", b"[" * 5000),
+        ("qa.json", b'{"a":'),
+        ("captions.txt", b"image,caption\n"),
+        ("results.csv", b"image_name| comment_number| comment\n1.jpg\n"),
+        ("annotations/captions_val2017.json", b'{"images": 3}'),
+        ("dataset_coco.json", b'{"images": [{}]}'),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_data_errors_and_not_tracebacks(tmp_path, home, name, content):
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        load_sources(detect_sources(tmp_path / "data"))
+
+
+def test_names_that_are_not_utf_8_are_shown_and_counted(tmp_path):
+    from typer.testing import CliRunner
+
+    from frozenprefix.cli.main import app
+
+    draw(tmp_path / "1.jpg")
+    rows = [{"image": "a\udce9.jpg", "captions": ["x"]}, {"image": "1.jpg", "captions": ["y"]}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "report.json"
+    outcome = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--out", str(out)])
+    assert outcome.exit_code == 1
+    assert isinstance(outcome.exception, SystemExit)
+    assert json.loads(out.read_text())["bad_images"] == {"missing": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -325,8 +326,9 @@ def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path
     monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
     monkeypatch.setattr(vqa, "vqa_scorer", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
     result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
-    path = tiny_checkpoint / "predictions_vqa_val.jsonl"
-    assert result["predictions"] == str(path)
+    path = Path(result["predictions"])
+    assert path.parent == tiny_checkpoint
+    assert re.fullmatch(r"predictions_vqa_shapes-[0-9a-f]{6}_val\.jsonl", path.name)
     assert len(rows_of(path)) == 8
     path.unlink()
 

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,3 +288,39 @@ def test_consensus_refuses_what_does_not_fit(change, message):
     given = {"query_features": np.ones((2, 2)), "train_features": np.eye(2), "train_captions": [["a"], ["b"]]}
     with pytest.raises(DataError, match=message):
         consensus_captions(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("answers", "prediction", "score"),
+    [
+        (["A"], "", 0.0),
+        (["A"], "the", 0.0),
+        (["A"], "!", 0.0),
+        (["A"], "a", 1.0),
+        (["+"] * 10, "+", 1.0),
+        (["+"] * 10, "-", 0.0),
+        (["?"] * 10, "", 0.0),
+        (["the"] * 10, "an", 0.0),
+        (["the dog"] * 10, "a dog", 1.0),
+        (["the dog"] * 10, "", 0.0),
+        (["An"] * 4 + ["a"] * 6, "A", 1.0),
+    ],
+)
+def test_answers_of_which_nothing_is_left_are_compared_as_they_stand(answers, prediction, score):
+    assert vqa_accuracy({"1": prediction}, {"1": answers})["1"] == pytest.approx(score)
+
+
+def test_so_do_wups_and_few_shot_answers():
+    from frozenprefix.evaluation.metrics.wups import wups
+    from frozenprefix.evaluation.tasks.few_shot import is_right
+    from frozenprefix.inference import Episode
+
+    class Nothing:
+        def similarity(self, first, second):
+            return 0.0
+
+    assert wups({"1": ""}, {"1": [","]}, taxonomy=Nothing()) == {"1": 0.0}
+    assert wups({"1": ","}, {"1": [","]}, taxonomy=Nothing()) == {"1": 1.0}
+    episode = Episode("1", (), Path("q.png"), "What is this? This is", "a", ("a", "the"))
+    assert is_right(episode, "a", "generate") == 1.0
+    assert is_right(episode, "", "generate") == is_right(episode, "dog", "generate") == 0.0

@@ -21,7 +21,7 @@ from tests.kernels.test_llama_layer import assert_alike, random_lm, read_rows
 pytestmark = pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")
 
 PREPACKING = ("_linear_pointwise", "_reorder_linear_weight")
-HOOKS = ("_has_any_global_hook", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_global_forward_pre_hooks", "_backward_hooks", "_global_backward_pre_hooks")
 ATTENTION = ("_attn_implementation", "_attn_implementation_internal")
 
 

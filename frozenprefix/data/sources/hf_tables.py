@@ -31,10 +31,17 @@ class Table:
     load: Callable[[list[str]], datasets.Dataset]
 
 
+#: What datasets and pyarrow raise for files that are damaged, or of another kind.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+
+
 def tables_of(root: Path, pattern: str | None) -> list[Table]:
     """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files."""
     if pattern is None and _is_saved(root):
-        return _saved(root)
+        try:
+            return _saved(root)
+        except _READ_ERRORS as error:
+            raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error!r})") from error
     return _in_files(root, pattern or "**/*.parquet")
 
 
@@ -74,11 +81,14 @@ def _in_files(root: Path, pattern: str) -> list[Table]:
         found = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
         split = found.group(1) if found else split
         name = file.relative_to(root).with_suffix("").as_posix()
-        if file.suffix == ".arrow":
-            tables.append(_table(datasets.Dataset.from_file(str(file)), name, split))
-        else:
-            columns = pyarrow.parquet.read_schema(file).names
-            tables.append(Table(name, split, [file], columns, _parquet_loader(file)))
+        try:
+            if file.suffix == ".arrow":
+                tables.append(_table(datasets.Dataset.from_file(str(file)), name, split))
+            else:
+                columns = pyarrow.parquet.read_schema(file).names
+                tables.append(Table(name, split, [file], columns, _parquet_loader(file)))
+        except _READ_ERRORS as error:
+            raise DataError(f"{file}: cannot be read as a table ({error}); fetch it again") from error
     return tables
 
 

@@ -56,6 +56,16 @@ def normalize_vqa_answer(text: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def comparable_answer(text: str) -> str:
+    """The normalised answer; the answer as it stands, in lower case, if normalisation leaves nothing ("A", "+", "?").
+
+    Example:
+        >>> comparable_answer("the dog"), comparable_answer("A"), comparable_answer("the")
+        ('dog', 'a', 'the')
+    """
+    return normalize_vqa_answer(text) or " ".join(text.lower().split())
+
+
 def vqa_accuracy(
     predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]], *, compat: bool = False
 ) -> dict[str, float]:
@@ -92,7 +102,8 @@ def _soft_accuracy(prediction: str, answers: Sequence[str], compat: bool) -> flo
     if compat and len({_trim(answer) for answer in answers}) == 1:
         prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
     else:
-        prediction, answers = normalize_vqa_answer(prediction), [normalize_vqa_answer(answer) for answer in answers]
+        normalise = normalize_vqa_answer if compat else comparable_answer
+        prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
     matches, total = sum(answer == prediction for answer in answers), len(answers)
     if total == 1 and not compat:
         return float(matches)

@@ -88,8 +88,8 @@ def wups(
         raise DataError(f"threshold must lie in [0, 1], got {threshold}")
     words = WordNet() if taxonomy is None else taxonomy
     return {
-        key: max(_set_score(_items(predictions[key]), _items(answer), threshold, words) for answer in given)
-        for key, given in answers.items()
+        key: max(_answer_score(predictions[key], answer, threshold, words) for answer in right)
+        for key, right in answers.items()
     }
 
 
@@ -99,9 +99,10 @@ def _items(text: str) -> list[str]:
     return list(dict.fromkeys(item for item in items if item))
 
 
-def _set_score(predicted: list[str], true: list[str], threshold: float, taxonomy: Taxonomy) -> float:
+def _answer_score(prediction: str, answer: str, threshold: float, taxonomy: Taxonomy) -> float:
+    predicted, true = _items(prediction), _items(answer)
     if not predicted or not true:
-        return float(predicted == true)
+        return float(prediction.strip() == answer.strip())
 
     def near(first: str, second: str) -> float:
         if first == second:

@@ -8,17 +8,31 @@ from typing import Any
 
 import numpy as np
 
+from frozenprefix.assets import check_checkpoint
 from frozenprefix.data.caption_retriever import ImageLookup, image_keys
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample
+from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation.consensus import consensus_captions
 from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.metrics.java import check_meteor, check_spice
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs
 from frozenprefix.evaluation.samples import check_samples_of, join_captions
-from frozenprefix.evaluation.scoring import caption_scorer
+from frozenprefix.evaluation.scoring import (
+    Scorer,
+    caption_scorer,
+    clip_scorer,
+    joined_scorer,
+    meteor_scorer,
+    spice_scorer,
+)
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks.runs import generate_settings, generating, predict_runs
+from frozenprefix.evaluation.tasks.runs import generate_settings, generating, lm_settings, predict_runs
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.embedding import Embedder
+
+#: Metrics that are computed on request: the check of what they need, and the scorer.
+METRICS = {"meteor": (check_meteor, meteor_scorer), "spice": (check_spice, spice_scorer)}
 
 
 def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOptions) -> dict[str, Any]:
@@ -30,33 +44,59 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
 
     A model that was trained with retrieved captions gets them here too.
 
+    Args:
+        options: `extra` takes `metrics`, a list of "meteor" and "spice" (both need Java), and `clip_score`, the
+            checkpoint of a contrastive model in whose space captions are compared with images.
+
     Returns:
         As `EvaluationTask.run` says.
 
     Raises:
-        ConfigError: for samples of another task, or a task option.
+        AssetError: when a metric's program is missing, before anything is predicted.
+        ConfigError: for samples of another task, or another task option.
         DataError: for ids that occur twice.
     """
-    check_options("caption", options.extra, ())
+    check_options("caption", options.extra, ("metrics", "clip_score"))
+    _check_metrics(options)
     samples = join_captions(check_samples_of(samples, "caption"))
-    settings = generate_settings(options, num_beams=5, max_new_tokens=30)
+    generate = generate_settings(options, num_beams=5, max_new_tokens=30)
+    settings = {**generate, **lm_settings(captioner)}
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
     prompted = with_similar_captions(captioner, samples, images)
 
     def predict_all(journal: Journal) -> Predictions:
-        answer = generating(captioner, images, settings)
+        answer = generating(captioner, images, generate)
         predictions = predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
         return predictions | consensus(captioner, samples, images, options)
 
     header = header_of(captioner, prompted, {"task": "caption", **settings})
-    scored = ScoredTask("caption", samples, caption_scorer(samples), settings, images.bad)
+    scored = ScoredTask("caption", samples, _scorer(samples, options), {**settings, **options.extra}, images.bad)
     return evaluate_runs(scored, predict_all, header, options)
 
 
 CAPTION = EvaluationTask(
     evaluate_captions, sample_task="caption", uses_train=lambda extra: True, takes_beams=True
 )  # fmt: skip
+
+
+def _scorer(samples: Sequence[Sample], options: EvaluationOptions) -> Scorer:
+    """The scorer of captions, with the metrics that the options name."""
+    scorers = [caption_scorer(samples), *(METRICS[name][1](samples) for name in options.extra.get("metrics", []))]
+    if "clip_score" in options.extra:
+        scorers.append(clip_scorer(Embedder.from_pretrained(options.extra["clip_score"]), samples))
+    return joined_scorer(scorers)
+
+
+def _check_metrics(options: EvaluationOptions) -> None:
+    """Check what the metrics need besides: a program, a checkpoint."""
+    names = options.extra.get("metrics", [])
+    if not isinstance(names, list | tuple) or not set(names) <= METRICS.keys():
+        raise ConfigError(f"metrics: got {names!r}, expected a list of {', '.join(METRICS)}")
+    for name in names:
+        METRICS[name][0]()
+    if "clip_score" in options.extra:
+        check_checkpoint(options.extra["clip_score"])
 
 
 def with_similar_captions(captioner: Captioner, samples: Sequence[Sample], images: ImageFeatures) -> Sequence[Sample]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from frozenprefix.data.features import ImageFeatures
-from frozenprefix.data.samples import Sample, check_unique_ids
-from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.data.samples import Sample
+from frozenprefix.errors import DataError, did_you_mean
 from frozenprefix.evaluation.confusion import draw_confusion
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.metrics.classification import classification_report
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs, predict_missing
+from frozenprefix.evaluation.samples import check_samples_of
 from frozenprefix.evaluation.scoring import Scores
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.evaluation.tasks.runs import shuffled
@@ -51,7 +52,8 @@ def evaluate_classification(
         ConfigError: for samples of another task.
         DataError: for a sample without exactly one image and one target, or whose target is no label.
     """
-    names = _checked_labels(samples, labels)
+    samples = check_samples_of(samples, "classification")
+    names = _check_labels(samples, labels)
     classifier = Classifier(
         captioner.model,
         captioner.processor,
@@ -70,11 +72,11 @@ def evaluate_classification(
     scored = ScoredTask(
         "classification",
         samples,
-        lambda made: _scores(made, truth, names),
+        lambda labels_of_run: _scores(labels_of_run, truth, names),
         {**settings, "labels": len(names)},
         images.bad,
         chance={"accuracy": 1 / len(names)},
-        more=lambda made: {"confusion": _confusion(made["model"], truth, names, options.predictions)},
+        more=lambda predictions: {"confusion": _confusion(predictions["model"], truth, names, options.predictions)},
     )
     header = header_of(captioner, samples, {"task": "classification", "labels": names, **settings})
     return evaluate_runs(
@@ -90,26 +92,23 @@ def _run(captioner: Captioner, samples: Sequence[Sample], options: EvaluationOpt
 CLASSIFICATION = EvaluationTask(_run, sample_task="classification")
 
 
-def _checked_labels(samples: Sequence[Sample], labels: Sequence[str] | None) -> list[str]:
-    check_unique_ids(samples)
-    tasks = {sample.task for sample in samples}
-    if tasks != {"classification"}:
-        got = ", ".join(sorted(tasks)) or "no sample"
-        raise ConfigError(f"evaluate_classification takes samples of task 'classification', got {got}")
+def _check_labels(samples: Sequence[Sample], labels: Sequence[str] | None) -> list[str]:
     for sample in samples:
         if len(sample.images) != 1 or len(sample.targets) != 1:
             raise DataError(
                 f"sample {sample.id}: got {len(sample.images)} images and {len(sample.targets)} targets, expected "
                 "one image and its label"
             )
-    found = sorted({sample.targets[0] for sample in samples})
-    unknown = [name for name in found if labels is not None and name not in labels]
-    if labels is not None and unknown:
+    targets = sorted({sample.targets[0] for sample in samples})
+    if labels is None:
+        return targets
+    unknown = [name for name in targets if name not in labels]
+    if unknown:
         raise DataError(
             f"labels: {unknown[0]!r} is a sample's target but no label{did_you_mean(unknown[0], labels)}; "
-            f"expected all of {', '.join(found[:20])}"
+            f"expected all of {', '.join(targets[:20])}"
         )
-    return found if labels is None else list(labels)
+    return list(labels)
 
 
 def _choose(

@@ -9,11 +9,12 @@ from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.journal import Journal, digest, header_of
-from frozenprefix.evaluation.metrics.vqa import by_group, normalize_vqa_answer
+from frozenprefix.evaluation.metrics.vqa import by_group, comparable_answer
 from frozenprefix.evaluation.result import Predictions, ScoredTask, evaluate_runs, predict_missing
 from frozenprefix.evaluation.scoring import Scores, mean
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.evaluation.tasks.few_shot_episodes import MADE_UP_NAMES, binding_episodes
+from frozenprefix.evaluation.tasks.runs import lm_settings
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.few_shot import Episode, choose_answers, write_answers
 
@@ -57,7 +58,8 @@ def evaluate_fewshot(
     if len(episodes) < 2:
         raise DataError(f"got {len(episodes)} episodes, expected at least 2, for the baseline with supports shuffled")
     samples = [_as_sample(episode) for episode in episodes]
-    settings = {"answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
+    own = lm_settings(captioner) if answering == "generate" else {}
+    settings = {**own, "answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
     header = header_of(
         captioner, samples, {"task": "fewshot", **settings, "choices": digest([e.choices for e in episodes])}
     )
@@ -137,8 +139,7 @@ def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: in
     for episode in episodes:
         if episode.answer not in episode.choices:
             raise DataError(f"episode {episode.id}: the answer {episode.answer!r} is none of its choices")
-    config = captioner.model.language_model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+    most = captioner.model.lm.max_positions
     prompts = (captioner.processor.encode_prompt(episode.prompt) for episode in episodes)
     longest = max(map(len, prompts), default=0) + max_new_tokens
     if most is not None and longest > most:
@@ -149,7 +150,7 @@ def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: in
 
 
 def _scores(episodes: Sequence[Episode], made: Mapping[str, str], answering: Answering) -> Scores:
-    right = {episode.id: _is_right(episode, made[episode.id], answering) for episode in episodes}
+    right = {episode.id: is_right(episode, made[episode.id], answering) for episode in episodes}
     return Scores(
         metrics={"accuracy": mean(right.values())},
         groups={"accuracy": by_group(right, {episode.id: episode.answer for episode in episodes})},
@@ -157,8 +158,8 @@ def _scores(episodes: Sequence[Episode], made: Mapping[str, str], answering: Ans
     )
 
 
-def _is_right(episode: Episode, text: str, answering: Answering) -> float:
+def is_right(episode: Episode, text: str, answering: Answering) -> float:
     if answering == "choose":
         return float(text == episode.answer)
-    wanted = normalize_vqa_answer(episode.answer).split()
-    return float(normalize_vqa_answer(text).split()[: len(wanted)] == wanted)
+    wanted = comparable_answer(episode.answer).split()
+    return float(comparable_answer(text).split()[: len(wanted)] == wanted)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frozenprefix.data.collation import prompt_of
-from frozenprefix.data.samples import Sample
+from frozenprefix.data.samples import Sample, with_targets
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.few_shot import Episode, ImagesToFeatures, Shot
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
@@ -222,7 +222,7 @@ def _support(
 def _images_by_class(samples: Sequence[Sample], at_least: int) -> dict[str, dict[str, Path]]:
     """Images with different bytes, by their hash, of each class that has enough of them."""
     classes: dict[str, dict[str, Path]] = {}
-    for sample in samples:
+    for sample in with_targets(samples, where="few-shot classes"):
         if len(sample.images) != 1 or len(sample.targets) != 1:
             raise DataError(
                 f"sample {sample.id}: got {len(sample.images)} images and {len(sample.targets)} targets, expected "

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from frozenprefix.data.images import BadImages
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images
+from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.result import ScoredTask, result_of
 from frozenprefix.evaluation.scoring import Scorer, Scores
@@ -50,7 +50,7 @@ def evaluate_retrieval(
     """
     if not isinstance(recall_at, list | tuple) or not recall_at or any(type(k) is not int or k < 1 for k in recall_at):
         raise ConfigError(f"recall_at: got {recall_at!r}, expected a list of whole numbers from 1, such as [1, 5, 10]")
-    groups = [group for group in group_by_images(samples) if any(sample.targets for sample in group.samples)]
+    groups = group_by_images(with_targets(samples, where="task 'retrieval'"))
     if any(len(group.images) != 1 for group in groups):
         raise DataError("retrieval: got samples with several images or none, expected one image each")
     check_unique_ids(_as_sample(group) for group in groups)

@@ -13,10 +13,13 @@ from frozenprefix.evaluation.journal import Journal
 from frozenprefix.evaluation.result import Predictions, predict_missing
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFECT
 
 #: A batch: each sample with the one whose images it gets, or None for no image.
 Pairs = Sequence[tuple[Sample, Sample | None]]
 Answer = Callable[[Pairs], dict[str, str]]
+# what the captioner or the evaluation sets
+_SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
 
 def predict_runs(
@@ -90,6 +93,25 @@ def generating(captioner: Captioner, images: ImageFeatures, settings: Mapping[st
 def images_of(batch: Pairs) -> list[Any]:
     """Image files of a batch, in reading order."""
     return [path for _, other in batch if other is not None for path in other.images]
+
+
+def lm_settings(captioner: Captioner) -> dict[str, Any]:
+    """The LM's own generation settings (a repetition penalty, say), which act on every generated text.
+
+    Returns:
+        `{"generation_config": …}` with what differs from transformers' defaults, or an empty dict.
+
+    Example:
+        >>> lm_settings(captioner)
+        {}
+    """
+    config = captioner.model.generation_config.to_diff_dict()
+    own = {
+        name: value
+        for name, value in config.items()
+        if name not in _SET_HERE | WITHOUT_EFFECT and "token_id" not in name and NEUTRAL.get(name, ...) != value
+    }
+    return {"generation_config": own} if own else {}
 
 
 def generate_settings(options: EvaluationOptions, *, num_beams: int, max_new_tokens: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from frozenprefix.evaluation.result import ScoredTask, evaluate_runs
 from frozenprefix.evaluation.samples import check_samples_of, join_captions
 from frozenprefix.evaluation.scoring import caption_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks.runs import generate_settings, generating, predict_runs
+from frozenprefix.evaluation.tasks.runs import generate_settings, generating, lm_settings, predict_runs
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.video import VideoCaptioner
 
@@ -46,7 +46,7 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
         raise ConfigError(f"task 'video' takes one video a sample; {len(several)} samples differ, first {several[0]}")
     video = VideoCaptioner(captioner, **options.extra)
     generate = generate_settings(options, num_beams=5, max_new_tokens=30)
-    settings = {**generate, "frames": video.frames, "pooling": video.pooling}
+    settings = {**generate, **lm_settings(captioner), "frames": video.frames, "pooling": video.pooling}
     features, bad = _encode(video, [sample.images[0] for sample in samples])
     bad.check(len({sample.images for sample in samples}), options.max_bad_share)
     samples = [sample for sample in samples if sample.images[0] not in bad]

@@ -13,7 +13,7 @@ from frozenprefix.evaluation.samples import check_samples_of
 from frozenprefix.evaluation.scoring import vqa_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.evaluation.tasks.candidates import CANDIDATES, candidate_answers, choose
-from frozenprefix.evaluation.tasks.runs import Pairs, generate_settings, generating, predict_runs
+from frozenprefix.evaluation.tasks.runs import Pairs, generate_settings, generating, lm_settings, predict_runs
 from frozenprefix.inference.captioner import Captioner
 
 
@@ -36,7 +36,7 @@ def evaluate_vqa(captioner: Captioner, samples: Sequence[Sample], options: Evalu
     samples = check_samples_of(samples, "vqa")
     answers = _candidates(options)
     generate = generate_settings(options, num_beams=1, max_new_tokens=10)
-    settings: dict[str, Any] = {"answering": "generate", **generate}
+    settings: dict[str, Any] = {"answering": "generate", **generate, **lm_settings(captioner)}
     if answers is not None:
         settings = {"answering": "choose", "candidates": len(answers)}
     images = options.open_features(captioner, samples)

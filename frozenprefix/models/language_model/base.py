@@ -97,6 +97,37 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         return None if positions is None else positions - self.num_virtual_tokens
 
     @property
+    def learned_positions(self) -> int | None:
+        """Tokens that the LM's table of learned positions has room for (GPT-2, OPT); None if positions are computed.
+
+        Example:
+            >>> model.lm.learned_positions is None  # LLaMA rotates
+            True
+        """
+        size, words = getattr(self.config, "max_position_embeddings", None), word_embeddings(self.model)
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding) and module is not words]
+        # OPT and BART keep two more rows
+        if size is None or all(table.num_embeddings not in (size, size + 2) for table in tables):
+            return None
+        return size - self.num_virtual_tokens
+
+    def check_length(self, tokens: int, new: int = 1, *, what: str = "max_new_tokens: the prompt") -> None:
+        """Raise `ConfigError` when `tokens`, and `new` generated ones behind them, need more positions than there are.
+
+        Example:
+            >>> model.lm.check_length(1000, 1000)
+        """
+        positions = self.learned_positions
+        if positions is None or tokens + new - 1 <= positions:  # the last new token is not read again
+            return
+        left = positions - tokens + 1
+        room = f"there is room for {left} behind it" if left > 0 else "shorten it"
+        raise ConfigError(
+            f"{what} of {tokens} tokens and {new} new ones are more than the {positions} learned "
+            f"positions of {self.name}; {room}"
+        )
+
+    @property
     def start_token(self) -> int:
         """Id of the LM's start token, or of its end token if it has none (GPT-2 uses one token for both).
 

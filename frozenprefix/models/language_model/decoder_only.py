@@ -140,6 +140,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         """By this package's beam search where it follows all options, else by transformers."""
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        self.check_length(inputs_embeds.shape[1], kwargs.get("max_new_tokens") or 1)
         options = None
         if own_search and not args and self.packing_problem() is None:
             options = beam_options(self.model, inputs_embeds.shape[1] + self.num_virtual_tokens, kwargs)

@@ -124,6 +124,8 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, own_search: bool = True, **kwargs: Any
     ) -> Any:
         """By transformers; the decoder's start token is taken off, so that all tokens are new ones."""
+        self.check_length(inputs_embeds.shape[1])
+        self.check_length(1, kwargs.get("max_new_tokens") or 1, what="max_new_tokens: the start")
         lm: Any = self.model
         output = lm.generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         if isinstance(output, Tensor):
