@@ -39,7 +39,7 @@ from frozenprefix.data.cache_format import (
     shard_paths,
     to_storage,
 )
-from frozenprefix.data.images import BadImages, decode_image
+from frozenprefix.data.images import BadImages, decode_image, processing
 from frozenprefix.errors import BadImageError, CacheError
 
 log = logging.getLogger(__name__)
@@ -337,9 +337,11 @@ def _preparation(
             if key in writer:
                 return _Prepared(path, key)
             image = decode_image(data, path)
+            with processing(path):
+                prepared = image if transform is None else transform(image)
         except BadImageError as error:
             return _Prepared(path, error=error)
-        return _Prepared(path, key, image if transform is None else transform(image))
+        return _Prepared(path, key, prepared)
 
     return prepare
 

@@ -6,10 +6,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import BadImageError, DataError, FrozenPrefixError
 from frozenprefix.utils import write_jsonl
 from frozenprefix.utils.images import decode_image, image_endings, load_image, read_image, to_image
 
@@ -19,6 +21,7 @@ __all__ = [
     "find_images",
     "image_ending",
     "load_image",
+    "processing",
     "read_image",
     "report_left_out",
     "to_image",
@@ -128,6 +131,28 @@ def report_left_out(
     named = [str(example) for example in list(examples)[:3]]
     listed = f" ({', '.join(named)}{', …' if len(examples) > len(named) else ''})" if named else ""
     log.warning("%s: %d of %d %s are left out: %s%s", where, left_out, total, what, counts, listed)
+
+
+@contextmanager
+def processing(image: PathLike[str] | str | Any) -> Iterator[None]:
+    """Inside the block an error of an image processor is one bad image, and not the end of the run.
+
+    Raises:
+        BadImageError: with reason `unprocessable`.
+
+    Example:
+        >>> with processing("a.jpg"):
+        ...     [].pop()
+        Traceback (most recent call last):
+        frozenprefix.errors.BadImageError: a.jpg: the image processor failed (IndexError: pop from empty list)
+    """
+    try:
+        yield
+    except FrozenPrefixError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadImageError("unprocessable", f"{image}: the image processor failed ({reason})") from error
 
 
 class BadImages:
