@@ -28,6 +28,7 @@ def check_output(
         DataError: for a folder, and for another file without `force`.
 
     Example:
+        >>> from frozenprefix.utils import write_jsonl
         >>> write_jsonl(tmp_path / "captions.jsonl", [{"image": "1.jpg", "captions": ["a dog"]}])
         >>> check_output(tmp_path / "captions.jsonl", {"image", "caption", "score"})
         Traceback (most recent call last):
