@@ -55,10 +55,16 @@ class ObjectivesSection(RecipeSection):
     self_critical: SelfCriticalSection | None = None
 
     def problems(self) -> list[Problem]:
+        problems = []
+        for name in ("contrastive", "distillation", "self_critical"):
+            section = getattr(self, name)
+            if section is not None and not is_used(section.weight):
+                text = f"got {section.weight}, which has no effect; expected a weight above 0, or {name} removed"
+                problems.append(Problem(text, (f"{name}.weight",)))
         if not is_used(self.lm) and self.contrastive is None and self.self_critical is None:
             text = "got 0 with nothing else that learns from images; expected a weight above 0"
-            return [Problem(text, ("lm",))]
-        return []
+            problems.append(Problem(text, ("lm",)))
+        return problems
 
 
 def is_used(weight: Weight) -> bool:

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from frozenprefix.data.images import BadImages, to_image
+from frozenprefix.data.images import BadImages, processing, to_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.configuration import VisionEncoderConfig
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
@@ -123,19 +123,35 @@ class ImageEncoder:
             The images of a batch as they came, and their image_features float32[n, N, D_enc].
         """
         table = feature_table(self.module)
-        batch: list[tuple[ImageInput, ImageInput]] = []  # what came, and the image in it
+        batch: list[tuple[ImageInput, Tensor]] = []  # images and their pixel values
         for image in images:
             try:
-                batch.append((image, open_image(image) if table is None else image))
+                batch.append((image, torch.empty(0) if table is not None else self.prepare(image)))
             except BadImageError as error:
                 if bad is None:
                     raise
                 bad.record(str(image), error)
             if len(batch) == size:
-                yield [came for came, _ in batch], self([opened for _, opened in batch])
+                yield self._encode_batch(batch)
                 batch = []
         if batch:
-            yield [came for came, _ in batch], self([opened for _, opened in batch])
+            yield self._encode_batch(batch)
+
+    def prepare(self, image: ImageInput) -> Tensor:
+        """Pixel values float[1, 3, H, W] of one image.
+
+        Raises:
+            BadImageError: for a file that cannot be read, and an image that the image processor fails on.
+        """
+        opened = open_image(image)
+        with processing(image):
+            return self.pixel_values([opened])
+
+    def _encode_batch(self, batch: list[tuple[ImageInput, Tensor]]) -> tuple[list[ImageInput], Tensor]:
+        images = [image for image, _ in batch]
+        if feature_table(self.module) is not None:
+            return images, self(images)
+        return images, self.encode(torch.cat([pixel_values for _, pixel_values in batch]))
 
 
 def open_image(image: ImageInput) -> Image:

@@ -6,10 +6,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from frozenprefix.errors import BadImageError, DataError
+from frozenprefix.errors import BadImageError, DataError, FrozenPrefixError
 from frozenprefix.utils import write_jsonl
 from frozenprefix.utils.images import decode_image, image_endings, load_image, read_image, to_image
 
@@ -19,6 +21,7 @@ __all__ = [
     "find_images",
     "image_ending",
     "load_image",
+    "processing",
     "read_image",
     "report_left_out",
     "to_image",
@@ -31,10 +34,10 @@ log = logging.getLogger(__name__)
 def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path]:
     """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
 
-    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are passed over.
+    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are skipped.
 
     Args:
-        hidden: takes what was passed over.
+        hidden: collects the skipped paths.
 
     Example:
         >>> [path.name for path in walk_files(data_folder)][0]
@@ -74,7 +77,7 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
         endings: of the file names, in small letters with the dot; default: everything that Pillow reads.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder does not exist or has no image.
 
     Example:
         >>> len(find_images(data_folder))
@@ -87,8 +90,8 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
     files = list(walk_files(root, hidden=hidden))
     images = sorted(path for path in files if path.suffix.lower() in wanted)
     if not images:
-        shown = endings or (".jpg", ".png", ".webp", "…")
-        raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(shown))}")
+        listed = endings or (".jpg", ".png", ".webp", "…")
+        raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(listed))}")
     others = [path for path in files if path.suffix.lower() not in wanted]
     reasons = Counter({"hidden": len(hidden), "no image by its name": len(others)})
     report_left_out(root, len(files) + len(hidden), reasons, what="names", examples=[*hidden, *others])
@@ -128,6 +131,28 @@ def report_left_out(
     named = [str(example) for example in list(examples)[:3]]
     listed = f" ({', '.join(named)}{', …' if len(examples) > len(named) else ''})" if named else ""
     log.warning("%s: %d of %d %s are left out: %s%s", where, left_out, total, what, counts, listed)
+
+
+@contextmanager
+def processing(image: PathLike[str] | str | Any) -> Iterator[None]:
+    """Inside the block an error of an image processor is one bad image, and not the end of the run.
+
+    Raises:
+        BadImageError: with reason `unprocessable`.
+
+    Example:
+        >>> with processing("a.jpg"):
+        ...     [].pop()
+        Traceback (most recent call last):
+        frozenprefix.errors.BadImageError: a.jpg: the image processor failed (IndexError: pop from empty list)
+    """
+    try:
+        yield
+    except FrozenPrefixError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadImageError("unprocessable", f"{image}: the image processor failed ({reason})") from error
 
 
 class BadImages:

@@ -240,6 +240,8 @@ tracking: {tensorboard: "False"}
         ("data.train.0.limit=0", "data.train.0.limit: got 0, expected at least 1"),
         ("model.mapper.depth=2", "model.mapper.depth: mapper 'mlp' has no such option"),
         ("training=fast", "training: got 'fast', expected a block of keys (max_steps, epochs,"),
+        ("objectives.distillation={weight: 0}", "objectives.distillation.weight: got 0.0, which has no effect"),
+        ("objectives.lm=0", "objectives.lm: got 0 with nothing else that learns from images"),
         ("training.epochs.x=3", "training.epochs.x: cannot be set, 'training.epochs' is the value 2"),
         ("training.early_stopping_patience=3", "training.early_stopping_patience: got 3, which has no effect"),
         ("name=[a", "override 'name=[a':1:3: not valid YAML: "),

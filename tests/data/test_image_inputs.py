@@ -15,8 +15,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
-from frozenprefix.data.images import decode_image, load_image, to_image
+from frozenprefix.data.features import FeatureStorage, fill_feature_cache
+from frozenprefix.data.image_encoder import ImageEncoder
+from frozenprefix.data.images import BadImages, decode_image, load_image, to_image
 from frozenprefix.errors import BadImageError
+from frozenprefix.models.processing import FrozenPrefixProcessor
+from tests.helpers.lm import make_tokenizer
 
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -217,3 +221,68 @@ def test_tiff_files_that_pillow_cannot_read_say_what_they_are(data, message):
     with pytest.raises(BadImageError, match=f"a TIFF file with {message}") as caught:
         to_image(data)
     assert caught.value.reason == "unsupported"
+
+
+# ── through the processors ──
+
+
+def processors():
+    from transformers import CLIPImageProcessor
+
+    from frozenprefix.models.vision.image_processing import make_image_processor
+
+    size = {"shortest_edge": 24}
+    yield make_image_processor(
+        image_size=24, resize_mode="shortest", interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    yield CLIPImageProcessor(size=size, crop_size={"height": 24, "width": 24})
+
+
+@pytest.mark.parametrize("image_processor", processors(), ids=lambda processor: type(processor).__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_processors_give_the_same_values_for_every_way_in(name, image_processor, tmp_path):
+    processor = FrozenPrefixProcessor(image_processor, make_tokenizer(), prefix_length=2)
+    (tmp_path / name).write_bytes(FILES[name])
+    values = []
+    for way in (load_image(tmp_path / name), tmp_path / name, FILES[name], Image.open(tmp_path / name)):
+        for images in (way, [way], [[way]]):
+            batch = processor(images=images, text="<image>", return_tensors="pt")
+            values.append(batch["pixel_values"].reshape(3, 24, 24))
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+def test_the_own_image_processor_reads_every_way_in_itself(tmp_path):
+    image_processor = next(processors())
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+        ways = [load_image(tmp_path / name), Image.open(tmp_path / name), data, str(tmp_path / name)]
+        values = [image_processor(way, return_tensors="pt")["pixel_values"] for way in ways]
+        assert all(torch.equal(value, values[0]) for value in values), name
+
+
+# ── errors behind decoding ──
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("too wide"), ZeroDivisionError(), RuntimeError("resize")])
+def test_an_error_of_the_image_processor_costs_one_image(captioner, tmp_path, monkeypatch, error):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8 + number, 8)).save(path)
+    encoder = ImageEncoder.from_model(captioner.model, captioner.processor)
+    kind = type(encoder.image_processor)
+    original = kind.preprocess
+
+    def fail_on_one(self, images, *args, **kwargs):
+        if images[0].width == 9:
+            raise error
+        return original(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "preprocess", fail_on_one)
+    bad = BadImages()
+    encoded = [path for files, _ in encoder.batches(paths, 2, bad) for path in files]
+    assert encoded == [paths[0], paths[2]]
+    assert bad.counts == {"unprocessable": 1}
+    bad = BadImages()
+    storage = FeatureStorage(str(tmp_path / "cache"))
+    cache, encoded_now = fill_feature_cache(encoder, paths, storage, bad=bad, max_bad_share=0.5)
+    assert (len(cache), encoded_now, bad.counts) == (2, 2, {"unprocessable": 1})

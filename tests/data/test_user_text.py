@@ -149,3 +149,29 @@ def test_a_run_is_not_resumed_over_other_data(tiny_recipe, shapes, tmp_path, cha
     rewrite(data, change)
     with pytest.raises(CheckpointError, match=rf"belongs to a run with other data: {field}"):
         train(tiny_recipe(tmp_path / "run", "training.max_steps=4", "training.save_every=2", data=data))
+
+
+# ── text towers ──
+
+
+def test_special_tokens_in_captions_are_text_to_a_text_tower(tiny_bert):
+    from transformers import AutoTokenizer
+
+    from frozenprefix.models.contrastive.processing import LockedImageTextProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    processor = LockedImageTextProcessor(FrozenPrefixImageProcessor(), tokenizer)
+    for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+        ids = processor.prepare_texts(["a dog", f"a {token} dog", "a \ud83d dog"])["input_ids"]
+        if number != tokenizer.pad_token_id:
+            assert len({(row == number).sum().item() for row in ids}) == 1
+
+
+def test_special_tokens_in_captions_are_text_to_open_clip():
+    from frozenprefix.models.contrastive.processing import OpenClipProcessor
+
+    processor = OpenClipProcessor(FrozenPrefixImageProcessor(), open_clip_name="ViT-B-32")
+    ids = processor.prepare_texts(["a dog", "a <end_of_text> dog <start_of_text>", "a \ud83d dog"])["input_ids"]
+    start, end = ids[0, 0], ids[0].max()
+    assert [(row == start).sum().item() for row in ids] == [1, 1, 1]
+    assert [(row == end).sum().item() for row in ids] == [1, 1, 1]

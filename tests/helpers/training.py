@@ -15,6 +15,16 @@ from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.tracking import read_log
 from tests.helpers import ROOT
 
+# Trains a recipe by plain gradient descent, as the fixture `plain_descent` does in the process of the tests.
+PLAIN_DESCENT = """
+import sys
+import torch
+torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
+from frozenprefix.config import load_recipe
+from frozenprefix.training import train
+train(load_recipe(sys.argv[1]))
+"""
+
 
 def losses_of(folder: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in read_log(folder) if name in row]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from frozenprefix.errors import Problem
 from frozenprefix.models.configuration import VISION_ENCODER, Section, SectionedConfig, VisionEncoderConfig
 
 Objective = Literal["infonce", "sigmoid"]
@@ -29,6 +30,16 @@ class TextTowerConfig(Section):
     max_tokens: int = Field(64, ge=2, description="longer texts are cut, their end token kept")
     trained_layers: int | Literal["all"] = Field("all", description="'all', or how many of the last layers; 0 for none")
 
+    def problems(self) -> list[Problem]:
+        unused: dict[str, Any] = {"weights": None} if self.source == "transformers" else {"revision": None}
+        if self.source == "open_clip":
+            unused["pooling"] = "mean"  # its towers pool
+        return [
+            Problem(f"got {getattr(self, key)!r}, which has no effect with source '{self.source}'; remove it", (key,))
+            for key, default in unused.items()
+            if getattr(self, key) != default
+        ]
+
 
 class ProjectionConfig(Section):
     """Projection of a tower's output into the shared space.
@@ -42,6 +53,16 @@ class ProjectionConfig(Section):
     hidden_dim: int | None = Field(None, ge=1, description="for 'mlp'; twice the shared space's size when not given")
     input_norm: bool = Field(False, description="layer norm on what comes in")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what comes in")
+
+    def problems(self) -> list[Problem]:
+        unused = {"none": ("input_norm", "dropout", "hidden_dim"), "linear": ("hidden_dim",), "mlp": ()}[self.type]
+        return [
+            Problem(
+                f"got {getattr(self, key)!r}, which has no effect with type '{self.type}'; remove it", (key, "type")
+            )
+            for key in unused
+            if getattr(self, key)
+        ]
 
 
 class LockedImageTextConfig(SectionedConfig):

@@ -189,18 +189,14 @@ def build_projection(config: ProjectionConfig, input_dim: int, output_dim: int, 
     """float[n, input_dim] -> float[n, output_dim].
 
     Raises:
-        ConfigError: for options without effect, or no projection between sizes that differ.
+        ConfigError: for no projection between sizes that differ.
     """
     if config.type == "none":
-        if config.input_norm or config.dropout or config.hidden_dim:
-            raise ConfigError(f"{name}: its other options have no effect with type 'none'; remove them")
         if input_dim != output_dim:
             raise ConfigError(
                 f"{name}: type 'none' needs projection_dim {input_dim}, the tower's own size; got {output_dim}"
             )
         return nn.Identity()
-    if config.type == "linear" and config.hidden_dim is not None:
-        raise ConfigError(f"{name}: hidden_dim {config.hidden_dim} has no effect with type 'linear'; remove it")
     hidden = config.hidden_dim or 2 * output_dim
     layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if config.input_norm else []
     layers += [nn.Dropout(config.dropout)] if config.dropout else []

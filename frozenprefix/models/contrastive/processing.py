@@ -12,6 +12,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
+from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
 
@@ -59,7 +60,9 @@ class LockedImageTextProcessor(_ImageTextProcessor):
 
     def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts -> `input_ids` and `attention_mask`, int64[T, L]; a longer text is cut before its end token."""
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        plain = [replace_surrogates(text) for text in texts]
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        batch = self.tokenizer(plain, split_special_tokens=True, **options)  # `[SEP]` in a caption is text
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -83,7 +86,10 @@ class OpenClipProcessor(_ImageTextProcessor):
             import open_clip
 
             self._tokenize = open_clip.get_tokenizer(self.open_clip_name)
-        ids = self._tokenize(list(texts))  # padded to the tower's full length, which its causal mask has
+        plain = [replace_surrogates(text) for text in texts]
+        for token in ("<start_of_text>", "<end_of_text>"):
+            plain = [text.replace(token, f"< {token[1:]}") for text in plain]  # in a caption they are text
+        ids = self._tokenize(plain)  # padded to the tower's full length, which its causal mask has
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

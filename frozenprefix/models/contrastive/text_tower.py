@@ -78,18 +78,9 @@ def build_text_tower(config: TextTowerConfig) -> BuiltTextTower:
     """Build the tower that `config` describes, in float32 on the CPU, with its lower layers frozen.
 
     Raises:
-        ConfigError: for options that have no effect or do not fit the tower.
+        ConfigError: for options that do not fit the tower.
         AssetError: for weights that cannot be loaded.
     """
-    problems = []
-    if config.source == "transformers" and config.weights is not None:
-        problems.append(f"text_tower.weights: '{config.weights}' has no effect with source 'transformers'; remove it")
-    if config.source == "open_clip" and config.revision is not None:
-        problems.append(f"text_tower.revision: '{config.revision}' has no effect with source 'open_clip'; remove it")
-    if config.source == "open_clip" and "pooling" in config.model_fields_set and config.pooling != "mean":
-        problems.append(f"text_tower.pooling: '{config.pooling}' has no effect on open_clip's towers; remove it")
-    if problems:
-        raise ConfigError(problems)
     with torch.device("cpu"):
         return _build_open_clip(config) if config.source == "open_clip" else _build_transformers(config)
 
