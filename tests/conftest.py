@@ -20,12 +20,12 @@ pytest.register_assert_rewrite("tests.helpers.training")
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory):
     """`tiny_lm("llama")` -> folder with a tiny random causal LM of that family and a tokenizer."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(family: str = "llama") -> Path:
-        if family not in made:
-            made[family] = save_tiny_lm(tmp_path_factory.mktemp(family), family)
-        return made[family]
+        if family not in folders:
+            folders[family] = save_tiny_lm(tmp_path_factory.mktemp(family), family)
+        return folders[family]
 
     return make
 

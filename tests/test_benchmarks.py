@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 
@@ -15,6 +16,7 @@ from benchmarks import (
     closed_form_start,
     common,
     generation,
+    memory,
     packing_curve,
     products,
     step_profile,
@@ -36,6 +38,13 @@ def test_attention_runs_and_is_exact(tmp_path):
     assert all(case["max_difference_fp32"] < 1e-5 for case in report["cases"])
     assert report["machine"]["torch"] == torch.__version__
     assert attention.markdown(report).count("\n| tiny, ") == 2
+
+
+def test_memory_of_an_arm(monkeypatch):
+    monkeypatch.setattr(memory, "ARMS", {"rows padded": (32, None)})
+    report = memory.main(["--quick", "--json", os.devnull])
+    assert report["arms"]["rows padded"]["mb"] > 100
+    assert "rows padded" in memory.markdown(report)
 
 
 @pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")

@@ -78,7 +78,7 @@ def test_quickstart_trains_evaluates_and_reports(script, tiny_lm, tmp_path, caps
     assert results["seconds"]["total"] >= results["seconds"]["evaluation"] > 0
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<article>") == 6
-    assert 'class="line validation"' in page
+    assert 'alt="Loss over 3 steps. At the end: validation' in page
     shown = capsys.readouterr().out
     assert "shape and color together" in shown
     command = next(line for line in shown.splitlines() if line.startswith("  frozenprefix ask "))

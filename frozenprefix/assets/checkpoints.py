@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from frozenprefix.errors import CheckpointError, did_you_mean
+from frozenprefix.errors import CheckpointError, FrozenPrefixError, did_you_mean
 
 CONFIG = "config.json"
 MODEL_TYPES = ("frozenprefix", "locked_image_text")
@@ -52,12 +52,17 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def opening_checkpoint(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
-    """Load a checkpoint inside the block: what the Hub or a file cannot give is one line of `CheckpointError`."""
+    """Load a checkpoint inside the block: what a file or the Hub does not give is one line of `CheckpointError`."""
     check_checkpoint(checkpoint)
     try:
         yield
-    except OSError as error:
-        raise missing_checkpoint(checkpoint, str(error)) from error
+    except FrozenPrefixError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not Path(checkpoint).expanduser().is_dir():
+            raise missing_checkpoint(checkpoint, str(error)) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint: '{checkpoint}' cannot be loaded ({reason})") from error
 
 
 def missing_checkpoint(checkpoint: str | os.PathLike[str], reason: str = "") -> CheckpointError:

@@ -34,6 +34,10 @@ def command(
 
     check_checkpoint(checkpoint)
     check_files(images or [], "IMAGE")
+    from frozenprefix.data.images import load_image
+
+    for image in images or []:
+        load_image(image)  # fails now, before the model is loaded
     from rich.console import Console
 
     from frozenprefix.inference import Dialog

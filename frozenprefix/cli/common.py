@@ -39,7 +39,8 @@ def check_files(paths: Sequence[Path], name: str) -> None:
     """Raise `DataError` naming every path that is not a file."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"{name}: got {', '.join(missing)}, expected image files that exist")
+        expected = "an image file that exists" if len(paths) == 1 else "image files that exist"
+        raise DataError(f"{name}: got {', '.join(map(repr, missing))}, expected {expected}")
 
 
 def write_json(path: Path | None, value: Any) -> None:

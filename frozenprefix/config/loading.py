@@ -16,6 +16,7 @@ from frozenprefix.config.errors import collect_problems, lines_of
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.yaml import apply_overrides, read_yaml
 from frozenprefix.errors import ConfigError, Problem, did_you_mean
+from frozenprefix.utils import read_text
 
 R = TypeVar("R", bound=BaseRecipe)
 SCHEMAS: dict[str, type[Recipe] | type[ContrastiveRecipe]] = {"prefix": Recipe, "contrastive": ContrastiveRecipe}
@@ -99,7 +100,7 @@ def _read_merged(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{field}: got '{path}', expected a YAML file that exists{near}")
     if path.resolve() in [user.resolve() for user in users]:
         raise ConfigError(f"{users[-1]}: base: goes round in a circle: {' → '.join(map(str, (*users, path)))}")
-    data = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data = read_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         keys = ", ".join(Recipe.model_fields)
         raise ConfigError(f"{path}: got {type(data).__name__}, expected a block of keys ({keys})")

@@ -167,7 +167,7 @@ class RunSection(RecipeSection):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = Field(
-        default_factory=lambda given: min(50, (given.get("max_steps") or 500) // 10),
+        default_factory=lambda values: min(50, (values.get("max_steps") or 500) // 10),
         ge=0,
         description="50 when not given, but at most a tenth of max_steps",
     )

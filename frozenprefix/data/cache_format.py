@@ -88,7 +88,11 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`, or raise `CacheError` saying what is wrong with it."""
+    """Read `manifest.json`.
+
+    Raises:
+        CacheError: it is missing, damaged or of another format.
+    """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ class FeatureCacheWriter:
 
     Args:
         folder: created when it does not exist.
-        fingerprint: what the features depend on; it must equal that of a cache that is already in the folder.
+        fingerprint: what the features depend on; it must equal that of an existing cache in the folder.
         dtype: of the stored features.
         images_per_shard: a kill costs at most so many.
         rank: number of this process; each writes shards of its own name. One writer a rank at a time.
@@ -153,7 +153,7 @@ class FeatureCacheWriter:
             elif shard.name.startswith(self._prefix):  # killed between the two renames; others' may be in the middle
                 save_index(shard, scan_shard(shard, self._manifest))
                 done |= load_index(shard).keys()
-        log.info("%s: %d images are there already", self.folder, len(done))
+        log.info("%s: already holds features of %d images", self.folder, len(done))
         return done
 
     def _checked(self, manifest: Manifest) -> Manifest:

@@ -65,7 +65,7 @@ class RetrievalOptions(Section):
     captions: int = Field(4, ge=1, description="captions of them in the prompt, one a line, at most one per image")
     template: str = Field(
         f"Similar images:\n{CAPTIONS_MARK}\n",
-        description="what stands in front of the task's own prompt; the image follows it, unless it has an <image>",
+        description="text in front of the task's own prompt; the image follows it, unless it has an <image>",
     )
 
     def problems(self) -> list[Problem]:
@@ -112,8 +112,8 @@ def image_keys(encoder: torch.nn.Module, paths: Places) -> list[str]:
     Raises:
         BadImageError: for a file that cannot be read.
     """
-    given = feature_table(encoder)
-    return [image_key(read_image(path)) for path in paths] if given is None else given.keys_of(paths)
+    table = feature_table(encoder)
+    return [image_key(read_image(path)) for path in paths] if table is None else table.keys_of(paths)
 
 
 class CaptionRetriever:

@@ -21,6 +21,7 @@ from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 logger = logging.getLogger(__name__)
+_TARGETS_AT_ONCE = 4096  # encoded in one call of the tokenizer
 
 
 class Collator:
@@ -111,7 +112,8 @@ class Collator:
         Raises:
             DataError: naming the sample, its file and its line.
         """
-        prefix_length = self.processor.prefix_length
+        prefix_length, groups = self.processor.prefix_length, list(groups)
+        self._encode_ahead(groups)
         for group in groups:
             for sample in group.samples:
                 for text in sample.targets:
@@ -131,6 +133,22 @@ class Collator:
                             f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
                             "for each image"
                         )
+
+    def _encode_ahead(self, groups: Sequence[ImageGroup]) -> None:
+        """Put the ids of the targets into the cache in large batches. Texts with a problem are left to `target`."""
+        pairs: dict[tuple[str, str], None] = {}
+        for sample in (sample for group in groups for sample in group.samples):
+            try:
+                prompt = prompt_of(sample, self.processor)
+            except (FrozenPrefixError, TemplateError, ValueError):
+                continue
+            pairs |= dict.fromkeys((prompt, text) for text in sample.targets if text.strip())
+        todo = list(pairs)
+        for start in range(0, len(todo), _TARGETS_AT_ONCE):
+            block = todo[start : start + _TARGETS_AT_ONCE]
+            for pair, ids in zip(block, self.processor.encode_targets(block), strict=True):
+                if self.max_target_tokens is None or len(ids) <= self.max_target_tokens:
+                    self._target_ids[pair] = ids
 
     def _count_truncated(self, text: str) -> None:
         self.num_truncated += 1

@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path]:
     """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
 
-    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are passed over.
+    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are skipped.
 
     Args:
-        hidden: takes what was passed over.
+        hidden: collects the skipped paths.
 
     Example:
         >>> [path.name for path in walk_files(data_folder)][0]
@@ -77,7 +77,7 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
         endings: of the file names, in small letters with the dot; default: everything that Pillow reads.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder does not exist or has no image.
 
     Example:
         >>> len(find_images(data_folder))
@@ -90,8 +90,8 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
     files = list(walk_files(root, hidden=hidden))
     images = sorted(path for path in files if path.suffix.lower() in wanted)
     if not images:
-        shown = endings or (".jpg", ".png", ".webp", "…")
-        raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(shown))}")
+        listed = endings or (".jpg", ".png", ".webp", "…")
+        raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(listed))}")
     others = [path for path in files if path.suffix.lower() not in wanted]
     reasons = Counter({"hidden": len(hidden), "no image by its name": len(others)})
     report_left_out(root, len(files) + len(hidden), reasons, what="names", examples=[*hidden, *others])

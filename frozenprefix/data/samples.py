@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Images, what is asked about them, and what is to be learned.
+    """Images with a prompt or question, and the targets to learn.
 
     Args:
         id: unique within a list of samples.
         images: image files, in the order in which the prompt names them; none for a conversation in text alone.
         targets: texts to learn, each on its own; empty where only a prediction is wanted.
         prompt: prompt template; None takes the task's default one.
-        question: what is asked, for task "vqa".
+        question: for task "vqa".
         history: of a chat, the (question, answer) turns before; the chat template writes them and the question, in
             place of `prompt`. Marks in any question, or none, as in a prompt. None: no chat.
         split: "train", "val", "test", or whatever name the source gives.
@@ -200,10 +200,10 @@ def _valid(value: Any) -> Any:
 
 
 def swap_images(image_sets: Sequence[tuple[Path, ...]]) -> dict[tuple[Path, ...], tuple[Path, ...]]:
-    """For each tuple of images as many others, none of them its own: what a sample is shown when it is shuffled.
+    """For each tuple of images, as many other images, for evaluation with shuffled images.
 
-    That is the next tuple with as many images, from half of these on, that shares none with it; where there is none,
-    the images of the others, one after the other.
+    This is the next tuple of the same length, counted from half of the list on, that shares no image with it; if there
+    is none, images of the other tuples in order.
 
     Raises:
         DataError: when a tuple has all images that there are.

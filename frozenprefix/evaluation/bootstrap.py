@@ -60,6 +60,10 @@ def bootstrap_interval(
 
     Raises:
         DataError: for no samples, values that are no numbers, or lengths that differ.
+
+    Example:
+        >>> bootstrap_interval([1.0, 1.0, 1.0])
+        Interval(value=1.0, low=1.0, high=1.0)
     """
     rows, metric = _rows(scores, metric)
     values = metric(_draws(_by_cluster(rows, clusters), n, seed))

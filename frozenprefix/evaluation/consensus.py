@@ -40,6 +40,11 @@ def consensus_captions(
 
     Raises:
         DataError: shapes or lengths that do not fit, an image without captions, or nothing left to retrieve from.
+
+    Example:
+        >>> train = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> consensus_captions(train[:1], train, [["a dog runs"], ["a dog"], ["a cat"]], k=2)
+        ['a dog runs']
     """
     # queries: [Q, D], train: [M, D]
     queries, train = np.asarray(query_features, dtype=np.float32), np.asarray(train_features, dtype=np.float32)

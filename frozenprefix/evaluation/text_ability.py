@@ -60,6 +60,11 @@ def text_ability(
 
     Raises:
         DataError: for a text of fewer than 2 tokens.
+
+    Example:
+        >>> ability = text_ability(model, processor.tokenizer, "the dog runs on grass")
+        >>> ability.perplexity > 1
+        True
     """
     language_model: Any = model.language_model
     positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or WINDOW

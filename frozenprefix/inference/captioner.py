@@ -37,7 +37,12 @@ CAPTIONER_REFUSES = {
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text and the mean log-probability of its tokens (None for sampling)."""
+    """A generated text, and the mean log-probability of its tokens (None for sampling).
+
+    Example:
+        >>> Generation("a dog", -0.5).text
+        'a dog'
+    """
 
     text: str
     score: float | None = None
@@ -53,12 +58,18 @@ class Caption:
 
 
 class Captioner:
-    """Writes captions and answers questions with a trained model.
+    """Captions images and answers questions with a trained model.
 
     Args:
         model, processor: as saved together in a checkpoint.
         batch_size: prompts generated for at once.
         retriever: finds the captions of similar images that caption prompts were trained with.
+
+    Example:
+        >>> [caption.path.name for caption in captioner.caption([image_path], num_beams=1, max_new_tokens=3)]
+        ['red_circle.png']
+        >>> isinstance(captioner.answer(image, "what is it?"), str)
+        True
     """
 
     def __init__(
@@ -206,7 +217,12 @@ def check_generate(options: Mapping[str, Any], refused: Mapping[str, str]) -> No
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size` items."""
+    """Lists of up to `size` items.
+
+    Example:
+        >>> list(batched("abcde", 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

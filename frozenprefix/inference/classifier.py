@@ -49,6 +49,12 @@ class Classifier:
         end_token: let the text end behind the label. Then "dog" is not also the beginning of "dog house"; a model that
             has not learned where texts of this kind end is better judged without.
         batch_size: images at once.
+
+    Example:
+        >>> from frozenprefix.inference import Classifier
+        >>> classifier = Classifier(model, processor, templates=["A photo of a"])
+        >>> classifier.scores([image], ["circle", "square"]).shape
+        torch.Size([1, 2])
     """
 
     def __init__(
@@ -74,18 +80,18 @@ class Classifier:
 
     def classify(self, images: Images, labels: Sequence[str]) -> list[Classification]:
         """The most likely label of each image; see `scores`."""
-        made = []
+        classifications = []
         for row in self.scores(images, labels):
             probabilities = dict(zip(labels, row.softmax(dim=0).tolist(), strict=True))
-            made.append(Classification(labels[int(row.argmax())], probabilities))
-        return made
+            classifications.append(Classification(labels[int(row.argmax())], probabilities))
+        return classifications
 
     @torch.inference_mode()
     def scores(self, images: Images, labels: Sequence[str]) -> Tensor:
         """Score every label for every image: float32[B, L], larger is likelier.
 
         Args:
-            images: files, images, or image features float[B, N, D_enc] made of them earlier.
+            images: files, PIL images, or image features float[B, N, D_enc].
 
         Raises:
             ConfigError: for no label, or one that occurs twice.
@@ -104,7 +110,7 @@ class Classifier:
 
     @torch.inference_mode()
     def blind_scores(self, labels: Sequence[str]) -> Tensor:
-        """What the language model makes of the labels without any image: float32[L]."""
+        """Score every label without an image: float32[L]."""
         targets = []
         for target, prompt in zip(self._targets(labels), self._prompts(len(labels)), strict=True):
             # the tokens of the label stay those that it has behind the image

@@ -31,7 +31,7 @@ DIALOG_REFUSES = {
 
 @dataclass(frozen=True)
 class _Turn:
-    """What is asked, ready for the LM: all messages so far as token ids, all images as prefix embeddings."""
+    """One turn as the LM reads it: all messages so far as token ids, all images as prefix embeddings."""
 
     message: dict[str, str]
     ids: list[int]
@@ -49,6 +49,13 @@ class Dialog:
     Args:
         model, processor: as saved together in a checkpoint.
         system: first message, where the template takes one.
+
+    Example:
+        >>> from frozenprefix.inference import Dialog
+        >>> dialog = Dialog(model, processor)
+        >>> reply = dialog.ask("what is it?", [image], max_new_tokens=3)
+        >>> [message["role"] for message in dialog.messages]
+        ['user', 'assistant']
     """
 
     def __init__(

@@ -35,6 +35,11 @@ class Episode:
         query: the image that is asked about; question: the text around it, up to the answer.
         answer: what is right; choices: what can be chosen, `answer` among them.
         induction: text in front of everything.
+
+    Example:
+        >>> shot = Shot(image_path, "This is a dax.")
+        >>> Episode("1", (shot,), image_path, "This is a", "dax", ("dax", "wug")).prompt
+        '<image>This is a dax.<image>This is a'
     """
 
     id: str
@@ -81,12 +86,12 @@ def choose_answers(
 
     Args:
         features: gives the image features float[n, N, D_enc] of files; they are read and encoded when not given.
-        blind: show no image.
+        blind: leave the images out.
     """
     prefix_embeds = None
     if not blind:
-        shown, order = _features(captioner, episodes, features)
-        prefix_embeds = captioner.model.map_features(shown.to(captioner.model.device))[order]
+        distinct, order = _features(captioner, episodes, features)
+        prefix_embeds = captioner.model.map_features(distinct.to(captioner.model.device))[order]
     prompts = [episode.blind_prompt if blind else episode.prompt for episode in episodes]
     return likeliest(captioner, prompts, [episode.choices for episode in episodes], prefix_embeds)
 
@@ -101,12 +106,12 @@ def write_answers(
 ) -> list[str]:
     """What the model writes for each episode, greedily; see `choose_answers`."""
     prompts = [episode.blind_prompt if blind else episode.prompt for episode in episodes]
-    shown = None
+    features_of_all = None
     if not blind:
         distinct, order = _features(captioner, episodes, features)
-        shown = distinct[order]
-    made = captioner.generate(prompts, images=shown, num_beams=1, max_new_tokens=max_new_tokens)
-    return [generation.text for generation in made]
+        features_of_all = distinct[order]
+    texts = captioner.generate(prompts, features_of_all, num_beams=1, max_new_tokens=max_new_tokens)
+    return [generation.text for generation in texts]
 
 
 def _features(

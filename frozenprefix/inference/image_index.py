@@ -29,7 +29,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found, and its cosine similarity with the query."""
+    """An image of the index, and its cosine similarity with the query."""
 
     path: Path
     score: float
@@ -40,6 +40,11 @@ def nearest(queries: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray,
 
     Args:
         queries: float[q, D]; items: float[n, D], n >= k.
+
+    Example:
+        >>> scores, places = nearest(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]]), k=2)
+        >>> places.tolist()
+        [[1, 2]]
     """
     scores = queries @ items.T
     top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
@@ -170,7 +175,7 @@ class ImageIndex:
             index = cls([name for name, _ in rows], embeds, [stamp for _, stamp in rows], content["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CacheError(
-                f"{path}: no index that can be read ({error}); remove the folder, and it is made anew"
+                f"{path}: the index cannot be read ({error}); remove the folder to have it built again"
             ) from error
         if fingerprint is not None:
             index.check(fingerprint)

@@ -49,6 +49,11 @@ def likeliest(
         choices: of each prompt.
         prefix_embeds: float[images, P, D_lm] of all prompts in order; without them the LM is asked blind.
         end_token: let the text end behind the choice. Without it one that begins another always wins over it.
+
+    Example:
+        >>> from frozenprefix.inference import likeliest
+        >>> likeliest(captioner, ["A photo of a"], [["dog", "cat"]])[0] in ("dog", "cat")
+        True
     """
     if prefix_embeds is None:
         prompts = [captioner.blind_prompt(prompt) for prompt in prompts]

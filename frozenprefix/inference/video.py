@@ -114,12 +114,12 @@ class Clip:
 
     def at(self, indices: Sequence[int]) -> list[Frame]:
         """The frames with these numbers, which ascend and may repeat; key frames save decoding what lies between."""
-        found: list[Frame] = []
+        chosen: list[Frame] = []
         with open_video(self.path) as (container, stream):
             frames, position = container.decode(stream), self._stamps[0] - 1
             for wanted in self._stamps[list(indices)]:
                 if wanted == position:
-                    found.append(found[-1])
+                    chosen.append(chosen[-1])
                     continue
                 keys = self._keys[self._keys <= wanted]
                 if len(keys) and keys[-1] > position + 1:
@@ -129,8 +129,8 @@ class Clip:
                 if frame is None:
                     raise BadImageError("truncated", f"{self.path}: ends before its frame at {wanted}")
                 position = wanted
-                found.append(self._frame(frame))
-        return found
+                chosen.append(self._frame(frame))
+        return chosen
 
     def index_at(self, time: float) -> int:
         """Number of the frame that is shown at a time."""
@@ -212,8 +212,8 @@ class VideoCaptioner:
     Args:
         captioner: the model.
         frames: frames per clip, spread evenly over it.
-        pooling: "mean" shows one prefix, made from the mean of the frames' image features; "frames" shows a prefix per
-            frame, one after the other, which a model trained on single images has not learned to read.
+        pooling: "mean" gives one prefix of the mean of the frames' image features; "frames" gives a prefix per frame,
+            one after the other, which a model trained on single images has not learned to read.
     """
 
     def __init__(self, captioner: Captioner, *, frames: int = 8, pooling: Pooling = "mean"):
@@ -269,8 +269,8 @@ class VideoCaptioner:
         segments = []
         for batch in batched(spans, self.captioner.batch_size):
             images = [frame.image for frame in clip.at([clip.index_at((start + end) / 2) for start, end in batch])]
-            made = self.captioner.generate([text] * len(images), images, **options)
-            segments += [Segment(*span, generation.text) for span, generation in zip(batch, made, strict=True)]
+            texts = self.captioner.generate([text] * len(images), images, **options)
+            segments += [Segment(*span, generation.text) for span, generation in zip(batch, texts, strict=True)]
         return merge(segments)
 
     def features(self, path: str | Path) -> Tensor:
@@ -287,7 +287,12 @@ class VideoCaptioner:
 
 
 def merge(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours with equal captions."""
+    """Join neighbours with equal captions.
+
+    Example:
+        >>> merge([Segment(0, 1, "a dog"), Segment(1, 2, "a dog"), Segment(2, 3, "a cat")])
+        [Segment(start=0, end=2, caption='a dog'), Segment(start=2, end=3, caption='a cat')]
+    """
     merged: list[Segment] = []
     for segment in segments:
         if merged and merged[-1].caption == segment.caption:

@@ -22,6 +22,9 @@ from frozenprefix.kernels import compat
 
 # oneDNN chooses a layout for a number of rows. It is always this one, so that a resumed run gives the same bits.
 LAYOUT_ROWS = 512
+# oneDNN compiles a kernel for every number of rows and keeps it, so rows are padded to multiples of this: a training
+# with rows of all lengths would otherwise grow by gigabytes (`benchmarks/memory.py`).
+ROW_MULTIPLE = 32
 TILE = 8192  # outputs of a head (words of the vocabulary) that are computed at a time
 Layer = nn.Linear | Conv1D
 
@@ -173,4 +176,10 @@ def _prepack(weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _operator("_linear_pointwise")(x.contiguous(), weight, bias, "none", [], "")
+    rows, width = x.shape
+    padding = -rows % ROW_MULTIPLE
+    if padding:
+        x = torch.cat([x, x.new_zeros(padding, width)])
+    output = _operator("_linear_pointwise")(x.contiguous(), weight, bias, "none", [], "")
+    # Cut in place: a slice would be a view, which an autograd function must not return.
+    return output.resize_(rows, output.shape[1]) if padding else output

@@ -1,4 +1,4 @@
-"""What a model is made of: typed sections, which serve the model's config.json and a recipe's `model` block alike."""
+"""Typed sections for the parts of a model. The same sections serve its config.json and a recipe's `model` block."""
 
 from __future__ import annotations
 

@@ -249,11 +249,24 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         if not target.strip():
             raise DataError(f"empty target after prompt {prompt!r}")
-        glue = "" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " "
-        ids = self._encode_plain(glue + target.strip())
+        ids = self._encode_plain(_glued(prompt, target))
         if max_tokens is not None:
             ids = ids[: max_tokens - 1]
         return [*ids, self.tokenizer.eos_token_id]
+
+    def encode_targets(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """`encode_target` for many (prompt, target) pairs, with one call of the tokenizer: several times as fast.
+
+        Example:
+            >>> processor.encode_targets([("Answer:", "red")]) == [processor.encode_target("Answer:", "red")]
+            True
+        """
+        texts = [replace_surrogates(_glued(prompt, target)) for prompt, target in pairs]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for place, text in enumerate(texts):
+            if any(token in text for token in self._special_tokens):
+                encoded[place] = self._encode_plain(text)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
 
     def prepare_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, Tensor]:
         """Inputs of the model's `encode_text`: texts without images, closed by the end token, padded on the right.
@@ -340,6 +353,11 @@ def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     padding = tokenizer.pad_token_id
     inside = padding is not None and padding < model.get_input_embeddings().num_embeddings
     return padding if inside else end_tokens(model, tokenizer)[0]
+
+
+def _glued(prompt: str, target: str) -> str:
+    """The target as it follows the prompt: with a space in front of it, except after an image or white space."""
+    return ("" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " ") + target.strip()
 
 
 def escape_any(text: str) -> str:

@@ -69,7 +69,7 @@ def greedy_captions(
     groups: Sequence[ImageGroup],
     *,
     count: int = 8,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 12,
 ) -> tuple[list[str], float]:
     """Short greedy captions of the first `count` groups that have a caption.
 

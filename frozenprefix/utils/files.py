@@ -1,4 +1,4 @@
-"""Writing files and folders: each is there as a whole or not at all, also after a kill or on a full disk."""
+"""Atomic writing: a file or folder exists completely or not at all, even after a kill or on a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frozenprefix.errors import DataError
 
 @contextmanager
 def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends well.
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an exception.
 
     Missing parent folders are created. An exception in the block leaves `path` as it was. Pipes and devices such as
     /dev/stdout cannot be replaced and are written directly.
@@ -45,11 +45,11 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterator[Path]:
-    """Yield a new empty folder; it becomes `path` when the block ends well.
+    """Yield a new empty folder, and rename it to `path` when the block ends without an exception.
 
     Args:
-        replace: put it in the place of a folder that is there already, which stays until the new one is complete.
-            There must be one writer then. False: the first of several writers wins, and the others' work is dropped.
+        replace: replace an existing folder, which stays until the new one is complete; for a single writer. False: of
+            several writers the first one wins, and the folders of the others are deleted.
 
     Example:
         >>> with atomic_folder(tmp_path / "run") as draft:

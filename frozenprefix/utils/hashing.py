@@ -87,7 +87,7 @@ def tree_sha256(folder: str | PathLike[str], patterns: Iterable[str]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex, read anew each time.
+    """SHA-256 of a file, in hex, without remembering it.
 
     Example:
         >>> _ = (tmp_path / "a.txt").write_text("a")
@@ -102,13 +102,13 @@ def hash_file(path: Path) -> str:
 
 
 def _read_hashes() -> dict[str, list]:
-    """`path → [size, mtime_ns, sha256]`. A damaged file counts as empty, as all that is in it can be made again."""
+    """`path → [size, mtime_ns, sha256]`. A damaged file counts as empty: hashes can be computed again."""
     try:
         content = json.loads((user_cache() / "hashes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("the file of remembered hashes is not readable and starts anew: %s", error)
+        logger.warning("the file of remembered hashes cannot be read and is replaced: %s", error)
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,6 +1,6 @@
 """Any image → upright 8-bit RGB: files, bytes, PIL images, arrays and tensors give the same pixels.
 
-This is the one place that decides what an image looks like to an encoder. Image processors get its result.
+Nothing else in this package decodes or converts images before they go to an image processor.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield the line number (from 1) and the value of every line that is not blank.
 
-    Lines end at a line feed only: U+2028 and its like may stand inside a text.
+    Lines end at a line feed only; a text may contain U+2028 and other line separators.
 
     Args:
         skip_damaged: for files that a killed process may have left unfinished: lines that are not JSON are skipped

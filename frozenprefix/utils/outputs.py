@@ -28,6 +28,7 @@ def check_output(
         DataError: for a folder, and for another file without `force`.
 
     Example:
+        >>> from frozenprefix.utils import write_jsonl
         >>> write_jsonl(tmp_path / "captions.jsonl", [{"image": "1.jpg", "captions": ["a dog"]}])
         >>> check_output(tmp_path / "captions.jsonl", {"image", "caption", "score"})
         Traceback (most recent call last):
@@ -36,6 +37,9 @@ def check_output(
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{option}: got the folder '{path}', expected a file to write to")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise DataError(f"{option}: got '{path}', but '{above}' is a file and no folder")
     if force or not path.is_file() or not path.stat().st_size:
         return
     content = _first_object(path)

@@ -14,7 +14,7 @@ _bars: ContextVar[Progress | None] = ContextVar("bars", default=None)
 
 
 class Update(Protocol):
-    """Reports how much is done; `total` may be told at any time, `note` stands behind the bar."""
+    """Reports progress. `total` may come with any call; `note` is shown behind the bar."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
@@ -23,7 +23,7 @@ class Update(Protocol):
 def progress_bar(description: str, *, shown: bool = True) -> Iterator[Update]:
     """Show a bar on standard error while the block runs, with speed and the time that is left.
 
-    A bar inside another one stands below it. Nothing is shown where standard error is no terminal.
+    A bar inside another one is drawn below it. Without a terminal nothing is shown.
 
     Args:
         shown: False in all processes but one.

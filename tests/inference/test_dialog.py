@@ -391,7 +391,7 @@ def test_chat_ends_with_its_input_and_goes_on_after_errors(talk, image, tmp_path
 
 
 def test_chat_needs_its_images(talk):
-    with pytest.raises(DataError, match=r"IMAGE: got none\.png, expected image files that exist"):
+    with pytest.raises(DataError, match=r"IMAGE: got 'none\.png', expected an image file that exists"):
         talk("", "none.png")
 
 

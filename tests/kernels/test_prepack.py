@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from frozenprefix.kernels import prepack
+from frozenprefix.kernels import linear, prepack
 from frozenprefix.kernels.linear import PrepackedWeight, prepackable_dtypes
 from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights
 from frozenprefix.models.packing.loss import next_token_loss
@@ -218,3 +218,21 @@ def test_training_packs_while_it_steps(monkeypatch):
     trainer.take_steps()
     assert packed == [True]
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_rows_are_padded_so_that_onednn_keeps_few_kernels(dtype, monkeypatch):
+    """The results are equal to the last bit for the rows that count."""
+    torch.manual_seed(0)
+    weight = PrepackedWeight(nn.Linear(48, 80).to(dtype).requires_grad_(False))
+    inputs = [torch.randn(rows, 48, dtype=dtype) for rows in (1, 7, 31, 32, 33, 60)]
+    asked, operator = [], linear._operator
+    monkeypatch.setattr(
+        linear, "_operator", lambda name: lambda x, *rest: (asked.append(len(x)), operator(name)(x, *rest))[1]
+    )
+    padded = [weight.forward(x) for x in inputs]
+    assert sorted(set(asked) - {80}) == [32, 64]
+    assert [len(output) for output in padded] == [len(x) for x in inputs]
+    monkeypatch.setattr(linear, "ROW_MULTIPLE", 1)
+    for x, output in zip(inputs, padded, strict=True):
+        assert torch.equal(weight.forward(x), output)

@@ -1,4 +1,4 @@
-"""Conceptual Captions: tables of captions and the addresses of their images, which everyone downloads anew.
+"""Conceptual Captions: tables of captions and the addresses of their images, which are not part of the data set.
 
 CC3M's columns are caption and url, CC12M's url and caption. https://ai.google.com/research/ConceptualCaptions
 """

@@ -78,8 +78,8 @@ def _table(rows: datasets.Dataset, name: str, split: str | None) -> Table:
 def _in_files(root: Path, pattern: str) -> list[Table]:
     tables = []
     for file, split in files_of(root, pattern).items():
-        found = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
-        split = found.group(1) if found else split
+        shard = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
+        split = shard.group(1) if shard else split
         name = file.relative_to(root).with_suffix("").as_posix()
         try:
             if file.suffix == ".arrow":

@@ -16,7 +16,7 @@ from frozenprefix.errors import DataError
 class QaSource(SourceConfig):
     """Rows of `image`, `question`, `answer` or `answers`, and optionally `split`, `id` and `type` (of question).
 
-    Every answer goes to `metadata["answers"]`; what is learned is the commonest of them, or each different one.
+    Every answer goes to `metadata["answers"]`; the target is the commonest of them, or each distinct answer is one.
     `image` may be a list: the question is about all of them, and the prompt shows them in this order. A row without an
     id is called `IMAGE#NUMBER` by its (first) image and its line (JSON lines) or its place in the list (JSON).
 

@@ -50,6 +50,11 @@ def caption_metrics(
 
     Raises:
         DataError: an id is missing or unexpected, or a prediction is not a string.
+
+    Example:
+        >>> references = {"1": ["a dog runs on grass"], "2": ["a cat sits"]}
+        >>> round(caption_metrics({"1": "a dog runs", "2": "a cat sits"}, references).corpus["bleu_1"], 3)
+        0.717
     """
     if not isinstance(references, CaptionReferences):
         references = CaptionReferences(references)

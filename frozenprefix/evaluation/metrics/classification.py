@@ -25,6 +25,11 @@ def classification_report(
 
     Raises:
         DataError: for lists of different or no length, or a label that is not one of `labels`.
+
+    Example:
+        >>> report = classification_report(["cat", "dog", "dog"], ["cat", "cat", "dog"])
+        >>> report["confusion"], round(report["accuracy"], 3)
+        ([[1, 1], [0, 1]], 0.667)
     """
     if len(predictions) != len(references) or not references:
         raise DataError(

@@ -20,6 +20,10 @@ def diversity(captions: Sequence[str], *, max_n: int = 4) -> dict[str, float]:
 
     Raises:
         DataError: without captions, or for max_n < 1.
+
+    Example:
+        >>> diversity(["a dog", "a dog"], max_n=1)["distinct_1"]
+        0.5
     """
     if not captions:
         raise DataError("captions are empty; expected at least one")

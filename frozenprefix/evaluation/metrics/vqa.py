@@ -45,6 +45,10 @@ def normalize_vqa_answer(text: str) -> str:
     Lower case; no articles; number words up to ten as digits ("none" is 0); the apostrophe of a contraction restored;
     a punctuation mark beside a space is dropped, between letters it becomes a space ("black-white" → "black white"),
     and with a comma between digits all are dropped ("1,000" → "1000"); periods go unless a digit follows ("2.5").
+
+    Example:
+        >>> normalize_vqa_answer("The two dogs.")
+        '2 dogs'
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     cleaned = text
@@ -86,6 +90,10 @@ def vqa_accuracy(
 
     Raises:
         DataError: an id is missing or unexpected, or a question has no answer.
+
+    Example:
+        >>> vqa_accuracy({"1": "red"}, {"1": ["red", "red", "dark red", "red"]})
+        {'1': 0.75}
     """
     _check(predictions, answers)
     return {key: _soft_accuracy(predictions[key], given, compat) for key, given in answers.items()}

@@ -154,6 +154,10 @@ def quantization_options(config: LanguageModelConfig) -> dict[str, Any]:
 def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
     """Load the LM's tokenizer; without a padding token it pads with its end token, as masks are always explicit.
 
+    Raises:
+        AssetError: when there is none, or it cannot be read.
+        ConfigError: for a tokenizer without an end token.
+
     Example:
         >>> from frozenprefix.models.configuration import LanguageModelConfig
         >>> from frozenprefix.models.language_model import load_tokenizer
@@ -161,7 +165,13 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
         '</s>'
     """
     resolved = resolve_language_model(config)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.location, revision=resolved.revision or "main")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.location, revision=resolved.revision or "main")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AssetError(
+            f"model.language_model.path: '{config.path}' has no tokenizer that can be read "
+            f"({str(error).strip().splitlines()[0]}); give a local folder with one, or a Hub id"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.language_model.path: the tokenizer of '{config.path}' has no end-of-text token")
     if tokenizer.pad_token_id is None:
