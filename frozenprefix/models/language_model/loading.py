@@ -82,7 +82,7 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         >>> from frozenprefix.models.language_model import load_language_model
         >>> lm, identity = load_language_model(LanguageModelConfig(path=str(lm_folder)))
         >>> type(lm).__name__, sorted(identity)
-        ('LlamaForCausalLM', ['path', 'sha256'])
+        ('LlamaForCausalLM', ['architecture', 'path', 'sha256'])
     """
     resolved = resolve_language_model(config)
     options = quantization_options(config)
