@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,13 +11,17 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.language_model.loading import language_model_identity
+from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
 
 Model = TypeVar("Model")
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+LM_FOLDER = "language_model"
 
 
 def trainable_state(model: Any) -> dict[str, Tensor]:
@@ -34,35 +40,93 @@ def trainable_state(model: Any) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    model: Any, folder: str | PathLike[Any], state_dict: dict[str, Tensor] | None = None, **others: Any
+    model: Any,
+    folder: str | PathLike[Any],
+    state_dict: dict[str, Tensor] | None = None,
+    *,
+    self_contained: bool = False,
+    safe_serialization: bool = True,
+    max_shard_size: int | str | None = None,
+    **others: Any,
 ) -> None:
     """Write config.json, model.safetensors with the trained tensors, and each adapter in peft's layout.
 
     Args:
         state_dict: values to write in place of the model's own; those of frozen parts are left out.
-        others: arguments of transformers' `save_pretrained` that have no effect here.
+        self_contained: write the language model too, into language_model/, as it is: with adapters that were unloaded.
+        safe_serialization, max_shard_size: as the Hub passes them; there is one small safetensors file in any case.
+        others: further arguments of transformers' `save_pretrained`.
 
     Raises:
-        ConfigError: for any of `others`.
+        ConfigError: for arguments without effect here, and for adapters that were unloaded without `self_contained`.
 
     Example:
         >>> from frozenprefix.models.checkpoint import save_checkpoint
         >>> save_checkpoint(model, tmp_path / "copy")
         >>> sorted(path.name for path in (tmp_path / "copy").iterdir())
-        ['config.json', 'model.safetensors']
+        ['config.json', 'generation_config.json', 'model.safetensors']
     """
     if others.pop("push_to_hub", False):
         raise ConfigError("push_to_hub: save first, then upload the folder with huggingface_hub.upload_folder")
-    if others:
-        raise ConfigError(f"save_pretrained: {', '.join(others)}: has no effect on a checkpoint of one small file")
+    without_effect = [name for name, value in others.items() if value not in (None, False)]
+    if not safe_serialization:
+        without_effect.append("safe_serialization=False")
+    if without_effect:
+        names = ", ".join(without_effect)
+        raise ConfigError(f"save_pretrained: {names}: has no effect on a checkpoint of one small safetensors file")
+    if model.adapters.unloaded and not self_contained:
+        raise ConfigError(
+            "save_pretrained: the language model holds adapters that were unloaded into its weights; give "
+            "self_contained=True to save these too"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = trainable_state(model)
     state = own if state_dict is None else {name: state_dict[name] for name in own}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    if self_contained:
+        _save_language_model(model, config, folder)
+    _make_portable(config, folder)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        # without the checks of its save_pretrained: the configs of some language models do not pass them
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     model.adapters.save(folder)
+
+
+def _save_language_model(model: Any, config: Any, folder: Path) -> None:
+    """Write the language model as it is, and let the checkpoint's config name that copy."""
+    target = folder / LM_FOLDER
+    model.language_model.save_pretrained(target)
+    section = config.language_model
+    dtype = str(model.language_model.dtype).removeprefix("torch.")
+    values: dict[str, Any] = {"path": str(target.resolve()), "dtype": dtype, "revision": None}
+    config.language_model = LanguageModelConfig(**values) if section is None else section.model_copy(update=values)
+    config.identity = {**config.identity, "language_model": language_model_identity(model.language_model, target)}
+
+
+def _make_portable(config: Any, folder: Path) -> None:
+    """Name a local language model by its path from the checkpoint, so that both can move together.
+
+    Its present place is noted too, for a checkpoint that is copied without it.
+    """
+    section = getattr(config, "language_model", None)
+    if section is not None and (place := Path(section.path).expanduser()).exists():
+        config.language_model_location = str(place.resolve())
+        path = os.path.relpath(config.language_model_location, folder.resolve())
+        config.language_model = section.model_copy(update={"path": path})
+
+
+def _locate(config: Any, source: str | PathLike[Any]) -> None:
+    """Undo `_make_portable` for a checkpoint in the folder `source`."""
+    location = vars(config).pop("language_model_location", None)
+    if location is None:
+        return
+    place = Path(source) / config.language_model.path
+    path = str(place.resolve()) if place.exists() else location
+    config.language_model = config.language_model.model_copy(update={"path": path})
 
 
 def load_checkpoint(
@@ -73,27 +137,50 @@ def load_checkpoint(
     Args:
         model_class: its constructor takes a config, and ready-made parts by the names in `part_names`.
         source: a checkpoint folder or Hub id.
-        options: `config`, ready-made parts, `device_map` ("cpu", "cuda", …), and the Hub's `revision`, `token`,
-            `cache_dir`, `local_files_only`.
+        options: ready-made parts, and arguments of transformers' `from_pretrained`: `config`; `revision`, `token`,
+            `cache_dir`, `local_files_only`, `force_download`, `subfolder` of the Hub; `dtype` of the frozen parts;
+            `device_map` ("auto", a device, or {"": device}); `attn_implementation`, `quantization_config`,
+            `load_in_4bit` and `load_in_8bit` of the language model; `generation_config`; `output_loading_info`.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode; with `output_loading_info` also the (empty) report, as loading is strict.
 
     Raises:
+        ConfigError: naming the arguments that have no effect on such a checkpoint.
         CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part that
             differs from the one trained with.
     """
-    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    check_options(options, part_names)
+    hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    if Path(source).is_dir() and "subfolder" in hub:
+        source = Path(source) / hub.pop("subfolder")
     config, config_class = options.get("config"), model_class.config_class  # type: ignore[attr-defined]
     if not isinstance(config, config_class):
-        config = config_class.from_pretrained(source, **hub)
+        config = config_class.from_pretrained(source if config is None else config, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
-    parts = {name: options[name] for name in part_names if name in options}
+    _locate(config, source)
+    apply_options(config, options)
+    parts = {name: options[name] for name in part_names if options.get(name) is not None}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)
-    device = options.get("device_map")
-    return model.to(device).eval() if device not in (None, "auto") else model.eval()
+    if model.can_generate():
+        own = _generation_config(source, hub)
+        model.generation_config = options.get("generation_config") or own or model.generation_config
+    device = device_of(options.get("device_map"))
+    model = (model if device is None else model.to(device)).eval()
+    if not options.get("output_loading_info"):
+        return model
+    empty: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return model, {**empty, "error_msgs": []}  # type: ignore[return-value]
+
+
+def _generation_config(source: str | PathLike[Any], hub: dict[str, Any]) -> GenerationConfig | None:
+    """The generation config of a checkpoint; None for one from before they were saved."""
+    try:
+        return GenerationConfig.from_pretrained(source, **hub)
+    except OSError:
+        return None
 
 
 def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor]:
@@ -131,11 +218,16 @@ def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str,
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: language_model: this checkpoint was trained with path='gpt2', ...
     """
-    for part, fields in loaded.items():
-        for field in sorted(saved.get(part, {}).keys() | fields.keys()) if part in saved else ():
-            before, now = saved[part].get(field), fields.get(field)
-            if before != now:
+    for part, now in loaded.items():
+        before = saved.get(part, {})
+        # a ready-made part tells less about itself than a loaded one, and older checkpoints name no architecture
+        fields = before.keys() & now.keys() if "path" not in before or "path" not in now else before.keys() | now.keys()
+        fields = set(fields) - ({"architecture"} if not before.keys() & now.keys() >= {"architecture"} else set())
+        if before.get("sha256", "") == now.get("sha256"):
+            fields -= {"path"}  # the same files under another name
+        for field in sorted(fields):
+            if before.get(field) != now.get(field):
                 raise CheckpointError(
-                    f"{part}: this checkpoint was trained with {field}={before!r}, but got {field}={now!r}; "
-                    "give the original part, or train a new mapper"
+                    f"{part}: this checkpoint was trained with {field}={before.get(field)!r}, but got "
+                    f"{field}={now.get(field)!r}; give the original part, or train a new mapper"
                 )

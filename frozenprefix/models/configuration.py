@@ -396,6 +396,14 @@ class SectionedConfig(PreTrainedConfig):
             value = self.sections[name].validate_python(value)
         super().__setattr__(name, value)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; ready-made parts, which bear the names of sections, are left to the model."""
+        parts = {name: value for name, value in kwargs.items() if name in cls.sections and hasattr(value, "forward")}
+        others = {name: value for name, value in kwargs.items() if name not in parts}
+        result: Any = super().from_dict(config_dict, **others)
+        return (result[0], {**result[1], **parts}) if kwargs.get("return_unused_kwargs") else result
+
     def to_dict(self) -> dict[str, Any]:
         plain = super().to_dict()
         for name in self.sections:

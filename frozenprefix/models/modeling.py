@@ -21,6 +21,7 @@ from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import ImageContext, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
+from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing.trie import PackedBatch
 from frozenprefix.models.peft import AdapterSet
@@ -29,6 +30,8 @@ from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
 
 PARTS = ("vision_encoder", "language_model")
+# arguments of `generate` that read the prompt's token ids, or would replace its embeddings
+NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
 
 
 @dataclass
@@ -95,8 +98,11 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if language_model is None:
             language_model, identity["language_model"] = load_language_model(config.language_model)
         language_model, peft_model = split_peft_model(language_model)
+        identity.setdefault("language_model", language_model_identity(language_model))
         check_identity(config.identity, identity)
-        config.identity = {**config.identity, **identity}
+        config.identity = {part: {**config.identity.get(part, {}), **found} for part, found in identity.items()} | {
+            part: found for part, found in config.identity.items() if part not in identity
+        }
 
         self.vision_encoder = self._freeze_encoder(vision_encoder)
         self.lm = wrap_language_model(freeze_around(language_model, peft_model))
@@ -115,7 +121,6 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         heads = config.contrastive
         self.contrastive = None if heads is None else ContrastiveHeads(self.lm.dim, dim=heads.dim, loss=heads.loss)
         self._start_token = None if self.fusion.is_prefix else self.lm.start_token
-        self.generation_config = language_model.generation_config
         self.post_init()
 
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
@@ -277,6 +282,9 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if "max_length" in kwargs:
             raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
+        refused = [name for name in NEED_TOKENS if kwargs.get(name) is not None]
+        if refused:
+            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
         input_ids = inputs if input_ids is None else input_ids
@@ -284,9 +292,11 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         inputs_embeds, context = self.fuse(input_ids, prefix_embeds, attention_mask)
-        own_search = context is None or not self.fusion.every_step
+        beams = None
+        if not args and (context is None or not self.fusion.every_step):
+            beams = self.lm.beam_options(inputs_embeds.shape[1], kwargs)
         with self.fusion.seeing(context):
-            return self.lm.generate(inputs_embeds, attention_mask, *args, own_search=own_search, **kwargs)
+            return self.lm.generate(inputs_embeds, attention_mask, *args, beams=beams, **kwargs)
 
     # ── images and texts in one space ──
 
@@ -335,6 +345,16 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # ── as a transformers model ──
 
     @property
+    def generation_config(self) -> Any:
+        """The language model's generation config, which `generate` follows."""
+        return self.language_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        if "lm" in self._modules:  # transformers' constructor sets one before there is a language model
+            self.language_model.generation_config = config
+
+    @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model inside `lm`."""
         return self.lm.model
@@ -370,4 +390,18 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> FrozenPrefixForConditionalGeneration:
         """Load a checkpoint folder or Hub id; frozen parts come from where the config says; see `load_checkpoint`."""
+        if args:
+            raise ConfigError(f"from_pretrained: got {len(args)} more arguments by position; give them by name")
         return load_checkpoint(cls, pretrained_model_name_or_path, PARTS, **kwargs)
+
+    def unload_adapters(self) -> None:
+        """Merge the language model's adapter into its weights for good, which leaves a plain transformers model.
+
+        Save the result with `save_pretrained(folder, self_contained=True)`, or `language_model.save_pretrained`.
+
+        Raises:
+            ConfigError: for virtual tokens, quantised weights, and a model without such an adapter.
+        """
+        self.adapters.unload("language_model")
+        if self.config.language_model is not None:
+            self.config.language_model = self.config.language_model.model_copy(update={"peft": None})

@@ -87,9 +87,11 @@ class Trainer(BaseTrainer):
     def build_model(self) -> None:
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
-        refusal = self.model.lm.packing_problem() if self.settings.packing != "none" else None
-        if refusal:
-            raise ConfigError(f"training.packing: {refusal}")
+        problem = self.model.lm.packing_problem() if self.settings.packing != "none" else None
+        if problem is not None:
+            logger.warning("training.packing: %s. This run uses 'none'", problem.partition("; set training.packing")[0])
+            self.settings = self.settings.model_copy(update={"packing": "none", "tokens_per_row": None})
+            self.recipe = self.recipe.model_copy(update={"training": self.settings})
         logger.info("%s", count_parameters(self.model))
         self.text_before = self._measure_text(adapted=False)
         if self.settings.init_from is not None:

@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.checkpoint import (
-    HUB_OPTIONS,
     check_identity,
     load_checkpoint,
     save_checkpoint,
@@ -23,6 +22,7 @@ from frozenprefix.models.contrastive.configuration import LockedImageTextConfig,
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
 from frozenprefix.models.freezing import freeze
+from frozenprefix.models.loading_options import HUB_OPTIONS
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 

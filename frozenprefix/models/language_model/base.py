@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,25 @@ class LMOutput:
     logits: Tensor
     loss: Tensor | None = None
     cache: Any = None
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """Options of a search, with the meaning they have in transformers' `GenerationConfig`."""
+
+    num_beams: int
+    max_new_tokens: int
+    end_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+    as_dict: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """Enough that `num_beams` continue even if every end token is among the best words of every beam."""
+        return max(2, 1 + len(self.end_tokens)) * self.num_beams
 
 
 class FrozenLM(nn.Module, ABC, Generic[RowsT]):
@@ -194,14 +213,26 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
             kwargs: further arguments of the transformers model.
         """
 
+    def beam_options(self, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
+        """Options of this package's beam search for `generate`; None where transformers has to search.
+
+        It may run the LM on a few tokens, so call it while no image is shown to the LM's hooks.
+        """
+        return None
+
     @abstractmethod
     def generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, own_search: bool = True, **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        beams: BeamOptions | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Continue texts; arguments and results as in transformers' `generate`, without the prompt's tokens.
 
         Args:
-            own_search: allow this package's beam search, which hooks that act on every new token cannot follow.
+            beams: search with this package's beam search, from `beam_options`.
         """
 
 

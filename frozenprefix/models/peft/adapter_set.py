@@ -38,6 +38,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None):
         self._adapters = dict(adapters or {})
+        self.unloaded = False  # whether frozen weights were changed for good
 
     @classmethod
     def from_config(
@@ -123,6 +124,18 @@ class AdapterSet(Mapping[str, "Adapter"]):
         for adapter in self.values():
             adapter.unmerge()
 
+    def unload(self, part: str) -> None:
+        """Merge the adapter of a part into its weights for good, and remove peft's layers.
+
+        Raises:
+            ConfigError: for virtual tokens, for quantised weights, and for a part without an adapter.
+        """
+        if part not in self._adapters:
+            raise ConfigError(f"{part}: has no adapter to unload")
+        self._adapters[part].unload()
+        del self._adapters[part]
+        self.unloaded = True
+
     # ── training ──
 
     def train(self, mode: bool) -> None:
@@ -159,7 +172,9 @@ class AdapterSet(Mapping[str, "Adapter"]):
             if adapter.named_parameters():
                 adapter.save(folder / FOLDERS[part])
 
-    def load(self, source: str | PathLike[Any], *, new: Collection[str] = (), **hub: Any) -> None:
+    def load(
+        self, source: str | PathLike[Any], *, new: Collection[str] = (), subfolder: str | None = None, **hub: Any
+    ) -> None:
         """Read the trained adapters of a checkpoint.
 
         Args:
@@ -172,7 +187,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
             adapter = self._adapters.get(part)
             if adapter is not None and adapter.named_parameters():
                 if part not in new:
-                    adapter.load(source, name, **hub)
+                    adapter.load(source, name if subfolder is None else f"{subfolder}/{name}", **hub)
             elif adapter is None and (Path(source) / name).is_dir():
                 raise CheckpointError(
                     f"{source} holds {name}/, but its config.json names no peft method; pass the peft model it was "

@@ -54,9 +54,9 @@ def prompts(lm):
 
 
 def search(lm, embeds, mask, **options):
-    found = beam_options(lm, embeds.shape[1], BASE | options)
+    found = beam_options(lm, BASE | options)
     assert found is not None
-    return BeamSearch(lm, DecoderOnlyLM(lm).logits, found)(embeds, mask)
+    return BeamSearch(lm, lm.base_model, DecoderOnlyLM(lm).logits, found)(embeds, mask)
 
 
 @pytest.mark.parity
@@ -113,17 +113,18 @@ def test_scores_are_the_mean_log_probability(random_lm):
     ],
 )
 def test_what_it_does_not_follow_is_left_to_transformers(random_lm, options):
-    assert beam_options(random_lm("llama"), 6, BASE | options) is None
+    assert beam_options(random_lm("llama"), BASE | options) is None
 
 
 def test_a_sliding_window_that_would_be_left_is_left_to_transformers(random_lm):
-    assert beam_options(random_lm("gemma3"), 55, BASE) is not None
-    assert beam_options(random_lm("gemma3"), 57, BASE) is None
+    lm = DecoderOnlyLM(random_lm("gemma3"))
+    assert lm.beam_options(55, BASE) is not None
+    assert lm.beam_options(57, BASE) is None
 
 
 def test_options_are_read():
     lm = AutoModelForCausalLM.from_config(tiny_lm_config("llama"))
-    made = beam_options(lm, 6, {"num_beams": 4, "max_new_tokens": 5, "length_penalty": 2.0})
+    made = beam_options(lm, {"num_beams": 4, "max_new_tokens": 5, "length_penalty": 2.0})
     assert made == BeamOptions(4, 5, end_tokens=(2,), pad_token=2, length_penalty=2.0)
     assert made.candidates == 8
     assert BeamOptions(4, 5, end_tokens=(1, 2, 3)).candidates == 16
