@@ -60,7 +60,7 @@ def test_an_index_of_another_model_is_refused(colour_embedder, colour_images, tm
 @pytest.mark.parametrize("broken", ["", "[]", '{"images": []}'])
 def test_a_damaged_index_says_so(broken, tmp_path):
     (tmp_path / "index.json").write_text(broken)
-    with pytest.raises(CacheError, match="no index that can be read"):
+    with pytest.raises(CacheError, match="the index cannot be read"):
         ImageIndex.load(tmp_path)
 
 

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.inference import Captioner
+from frozenprefix.models.processing import end_tokens
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_texts_end_at_either_end_token_and_it_counts_in_the_score(captioner, pat
     made = captioner.generate(["<image>"] * 3, images, max_new_tokens=4)[0]
     expected = log_probabilities(captioner, images[0], ids[:2]).mean().item()
     assert made.score == pytest.approx(expected, abs=1e-4), "padding behind the end counts, or the end does not"
-    assert set(captioner.end_tokens()) >= {end}
+    assert set(end_tokens(captioner.model, captioner.processor.tokenizer)) >= {end}
 
 
 def test_a_sampled_text_has_no_score(captioner, paths):
