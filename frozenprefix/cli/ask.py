@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, check_files
+from frozenprefix.cli.common import Checkpoint, LanguageModel, check_files
 
 
 def command(
     checkpoint: Checkpoint,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.", show_default=False)],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.", show_default=False)],
+    language_model: LanguageModel = None,
 ) -> None:
     """Answer a question about an image."""
     from frozenprefix.assets import check_checkpoint
@@ -22,4 +23,5 @@ def command(
     check_files([image], "IMAGE")
     from frozenprefix.inference import Captioner
 
-    typer.echo(Captioner.from_pretrained(checkpoint).answer(image, question))
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
+    typer.echo(captioner.answer(image, question))

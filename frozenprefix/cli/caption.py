@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, MaxNewTokens, Prompt, one_line, print_skipped
+from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, MaxNewTokens, Prompt, one_line, print_skipped
 from frozenprefix.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def command(
     beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
     max_new_tokens: MaxNewTokens = 30,
     prompt: Prompt = None,
+    language_model: LanguageModel = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
     force: Force = False,
 ) -> None:
@@ -40,7 +41,7 @@ def command(
     from frozenprefix.inference import Captioner
 
     bad = BadImages()
-    captioner = Captioner.from_pretrained(checkpoint)
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
     captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, MaxNewTokens, check_files
+from frozenprefix.cli.common import Checkpoint, LanguageModel, MaxNewTokens, check_files
 from frozenprefix.errors import DataError, FrozenPrefixError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def command(
     max_new_tokens: MaxNewTokens = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
+    language_model: LanguageModel = None,
 ) -> None:
     """Talk about images. Lines are messages; /image PATH, /reset and /quit are commands."""
     from frozenprefix.assets import check_checkpoint
@@ -44,7 +45,7 @@ def command(
 
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     chat = _Chat(
-        Dialog.from_pretrained(checkpoint, system=system),
+        Dialog.from_pretrained(checkpoint, system=system, language_model=language_model),
         Console(highlight=False),
         list(images or []),
         {"max_new_tokens": max_new_tokens, **sampling},

@@ -27,6 +27,12 @@ Overrides = Annotated[
 ]
 Prompt = Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
+LanguageModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", help="Where the language model of the checkpoint lies now; the place in it when not given."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output file that this command did not write.")]
 
 

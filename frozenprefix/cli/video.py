@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, Prompt, write_json
+from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, Prompt, write_json
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def command(
         int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5, and 1 with --follow, when not given.")
     ] = None,
     prompt: Prompt = None,
+    language_model: LanguageModel = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="JSON file to write to.")] = None,
     force: Force = False,
 ) -> None:
@@ -62,7 +63,7 @@ def command(
         raise DataError(f"FILE: got '{source}', expected a video file that exists")
     from frozenprefix.inference import Captioner
 
-    captioner = Captioner.from_pretrained(checkpoint)
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
     options: dict[str, Any] = {"prompt": prompt, "num_beams": beams or (1 if follow else 5)}
     if follow:
         result = _follow(captioner, source, options)

@@ -87,11 +87,24 @@ class Captioner:
         self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Captioner:
-        """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        batch_size: int = 32,
+        language_model: str | Path | None = None,
+    ) -> Captioner:
+        """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one).
+
+        Args:
+            language_model: where the checkpoint's language model lies, if it has moved; it must be the same one.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
-            model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
+            model = FrozenPrefixForConditionalGeneration.from_pretrained(
+                checkpoint, device_map=device, language_model=language_model
+            )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
 

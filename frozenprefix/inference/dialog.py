@@ -74,9 +74,16 @@ class Dialog:
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, system: str | None = None) -> Dialog:
-        """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one)."""
-        captioner = Captioner.from_pretrained(checkpoint, device=device)
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        system: str | None = None,
+        language_model: str | Path | None = None,
+    ) -> Dialog:
+        """Load a checkpoint; `device` and `language_model` as of `Captioner.from_pretrained`."""
+        captioner = Captioner.from_pretrained(checkpoint, device=device, language_model=language_model)
         return cls(captioner.model, captioner.processor, system=system)
 
     def reset(self) -> None:

@@ -137,10 +137,11 @@ def load_checkpoint(
     Args:
         model_class: its constructor takes a config, and ready-made parts by the names in `part_names`.
         source: a checkpoint folder or Hub id.
-        options: ready-made parts, and arguments of transformers' `from_pretrained`: `config`; `revision`, `token`,
-            `cache_dir`, `local_files_only`, `force_download`, `subfolder` of the Hub; `dtype` of the frozen parts;
-            `device_map` ("auto", a device, or {"": device}); `attn_implementation`, `quantization_config`,
-            `load_in_4bit` and `load_in_8bit` of the language model; `generation_config`; `output_loading_info`.
+        options: ready-made parts (`language_model` may also be the path to which the same one has moved), and arguments
+            of transformers' `from_pretrained`: `config`; `revision`, `token`, `cache_dir`, `local_files_only`,
+            `force_download`, `subfolder` of the Hub; `dtype` of the frozen parts; `device_map` ("auto", a device, or
+            {"": device}); `attn_implementation`, `quantization_config`, `load_in_4bit` and `load_in_8bit` of the
+            language model; `generation_config`; `output_loading_info`.
 
     Returns:
         The model in evaluation mode; with `output_loading_info` also the (empty) report, as loading is strict.
@@ -159,6 +160,9 @@ def load_checkpoint(
         config = config_class.from_pretrained(source if config is None else config, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
     _locate(config, source)
+    if isinstance(options.get("language_model"), str | PathLike):
+        path = os.fspath(options.pop("language_model"))
+        config.language_model = config.language_model.model_copy(update={"path": path})
     apply_options(config, options)
     parts = {name: options[name] for name in part_names if options.get(name) is not None}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]

@@ -180,7 +180,9 @@ def captioner(monkeypatch):
     calls = []
 
     class Fake:
-        def __init__(self, checkpoint):
+        def __init__(self, checkpoint, language_model=None):
+            if language_model is not None:
+                calls.append({"language_model": language_model})
             if Path(checkpoint).name == "broken":
                 raise CheckpointError("broken: no model.safetensors")
 
@@ -201,6 +203,11 @@ def test_caption_files_and_folders(images, captioner, ckpt):
     names = [images / "deep" / "c.png", images / "a.jpg", images / "b.png"]
     assert output == "".join(f"{name}\ta {name.stem}\n" for name in names)
     assert captioner == [{"prompt": "A photo of", "num_beams": 2, "max_new_tokens": 30}]
+
+
+def test_caption_with_a_language_model_that_moved(images, captioner, ckpt):
+    call("caption", ckpt, images / "a.jpg", "--language-model", "elsewhere")
+    assert captioner[0] == {"language_model": "elsewhere"}
 
 
 def test_caption_to_a_file(images, captioner, ckpt, tmp_path):

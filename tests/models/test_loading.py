@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
-from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.errors import AssetError, CheckpointError, ConfigError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from tests.helpers.lm import save_tiny_lm
 from tests.helpers.peft import LORA, PREFIX, PROMPTS, inputs_of, logits_of
@@ -137,6 +137,21 @@ def test_a_checkpoint_and_its_language_model_move_together(built, pixels, tmp_pa
     home.rename(tmp_path / "elsewhere")
     moved = load(tmp_path / "elsewhere/run/best")
     assert torch.equal(logits_of(moved, processor, pixels), logits_of(model, processor, pixels))
+
+
+def test_a_language_model_that_moved_alone_is_named(built, pixels, tmp_path):
+    model, processor = built("llama", "seed=5", fresh=True)
+    lm = save_tiny_lm(tmp_path / "lm", "llama", sharpness=6.0)
+    model.config.language_model = model.config.language_model.model_copy(update={"path": str(lm)})
+    model.save_pretrained(tmp_path / "best")
+    lm.rename(tmp_path / "elsewhere")
+    with pytest.raises(AssetError):
+        load(tmp_path / "best")
+    moved = load(tmp_path / "best", language_model=tmp_path / "elsewhere")
+    assert torch.equal(logits_of(moved, processor, pixels), logits_of(model, processor, pixels))
+    other = save_tiny_lm(tmp_path / "other", "qwen2")
+    with pytest.raises(CheckpointError, match="language_model: this checkpoint was trained with"):
+        load(tmp_path / "best", language_model=str(other))
 
 
 @pytest.mark.parametrize("how", [load, AutoModelForImageTextToText.from_pretrained])
