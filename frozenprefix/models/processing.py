@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
-from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
@@ -288,6 +288,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = None,
         add_special_tokens: bool = True,
+        padding: bool | str | None = None,
+        max_length: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare images and prompts.
@@ -298,29 +300,71 @@ class FrozenPrefixProcessor(ProcessorMixin):
             text: one prompt or a list; `<image>` marks the place of an image, which is in front when it is missing.
             return_tensors: "pt" pads on the left and gives tensors.
             add_special_tokens: put the tokenizer's start token in front, where the prompt does not begin with it.
+            padding: as in transformers; several prompts are padded on the left to the longest when not given.
+            max_length: for `padding="max_length"`.
 
         Returns:
             `input_ids`, `attention_mask` (with text), `pixel_values` (with images).
+
+        Raises:
+            ConfigError: for an argument that has no effect here, truncation among them, which would cut images.
+            DataError: for images without a text, and for lists of images that do not fit the marks of their texts.
         """
+        _check_arguments(kwargs, padding, max_length)
         data: dict[str, Any] = {}
         if text is None and images is not None:
             raise DataError("text: got None with images; give a prompt, or '<image>' for none")
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
-            prompts = [self.with_image(prompt) if images is not None else prompt for prompt in prompts]
+            if images is not None:
+                prompts = self._with_images(prompts, images)
             encoded = [self.encode_prompt(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
             data |= self.tokenizer.pad(
-                {"input_ids": encoded}, padding=len(encoded) > 1, padding_side="left", return_tensors=return_tensors
+                {"input_ids": encoded},
+                padding=len(encoded) > 1 if padding is None else padding,
+                max_length=max_length,
+                padding_side="left",
+                return_tensors=return_tensors,
             )
         if images is not None:
             data |= self.image_processor(to_images(images), return_tensors=return_tensors)
         return BatchFeature(data)
+
+    def _with_images(self, prompts: list[str], images: Any) -> list[str]:
+        """Put marks in front of prompts without any; lists of images, one per prompt, must fit the marks."""
+        if not (isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images)):
+            return [self.with_image(prompt) for prompt in prompts]
+        if len(images) != len(prompts):
+            raise DataError(f"images: got {len(images)} lists for {len(prompts)} texts, expected one list per text")
+        prompts = [self.with_image(prompt, len(own)) for prompt, own in zip(prompts, images, strict=True)]
+        for number, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            if prompt.count(IMAGE_TOKEN) != len(own):
+                raise DataError(
+                    f"images: text {number} has {prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} marks and {len(own)} images; "
+                    "give one image for every mark"
+                )
+        return prompts
 
     def decode(self, ids: Any, **kwargs: Any) -> str:
         return self.tokenizer.decode(ids, **{"skip_special_tokens": True, **kwargs}).strip()
 
     def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
         return [self.decode(row, **kwargs) for row in ids]
+
+
+def _check_arguments(options: dict[str, Any], padding: bool | str | None, max_length: int | None) -> None:
+    """Refuse arguments of transformers' processors that have no effect here, and unknown ones, by name."""
+    if padding not in (None, True, False, "longest", "max_length", "do_not_pad"):
+        raise ConfigError(f"padding: got {padding!r}, expected True, False, 'longest', 'max_length' or 'do_not_pad'")
+    if (padding == "max_length") != (max_length is not None):
+        raise ConfigError("padding: 'max_length' and an argument max_length go together; give both or neither")
+    neutral = {"truncation": (None, False, "do_not_truncate"), "padding_side": (None, "left")}
+    known = ("images", "text", "return_tensors", "add_special_tokens", "padding", "max_length", *neutral)
+    for name, value in options.items():
+        if name == "truncation" and value not in neutral[name]:
+            raise ConfigError("truncation: would cut images out of a prompt; shorten the text")
+        if value not in (None, {}, *neutral.get(name, ())):
+            raise ConfigError(f"processor: {name}={value!r} has no effect here{did_you_mean(name, known)}; remove it")
 
 
 def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -150,6 +150,46 @@ def test_images_come_in_reading_order_and_need_a_text(processor):
         processor(images=[red])
 
 
+def test_lists_of_images_fit_their_texts(processor):
+    red, blue = draw_shape("red", "square"), draw_shape("blue", "square")
+    batch = processor(images=[[red, blue], [red]], text=["two", "a<image>"], return_tensors="pt")
+    assert ((batch["input_ids"] == processor.image_token_id).sum(1)).tolist() == [6, 3]
+    with pytest.raises(DataError, match=r"images: text 0 has 1 <image> marks and 2 images"):
+        processor(images=[[red, blue], []], text=["<image>a", "<image>b"])
+    with pytest.raises(DataError, match=r"images: got 2 lists for 1 texts"):
+        processor(images=[[red], [blue]], text="<image>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation": True}, "truncation: would cut images out of a prompt"),
+        ({"max_length": 8}, "padding: 'max_length' and an argument max_length go together"),
+        ({"padding": "longst"}, "padding: got 'longst', expected True, False, 'longest'"),
+        (
+            {"retrun_tensors": "pt"},
+            r"processor: retrun_tensors='pt' has no effect here \(did you mean 'return_tensors'",
+        ),
+        ({"padding_side": "right"}, "processor: padding_side='right' has no effect here"),
+        ({"do_resize": False}, "processor: do_resize=False has no effect here"),
+    ],
+)
+def test_arguments_without_effect_are_refused(processor, options, message):
+    with pytest.raises(ConfigError, match=message):
+        processor(images=draw_shape("red", "square"), text="<image>a", **options)
+
+
+def test_padding_is_that_of_transformers(processor):
+    texts = ["<image>", "<image> a dog runs"]
+    lengths = [len(ids) for ids in processor(text=texts, padding=False)["input_ids"]]
+    assert lengths[0] < lengths[1]
+    long = processor(text=texts, padding="max_length", max_length=20, return_tensors="pt")
+    assert long["input_ids"].shape == (2, 20)
+    assert long["attention_mask"].sum(1).tolist() == lengths
+    same = processor(text=texts, truncation=False, padding=True, padding_side="left", return_tensors="pt")
+    assert torch.equal(same["input_ids"], processor(text=texts, return_tensors="pt")["input_ids"])
+
+
 def test_text_alone_gets_no_image(processor):
     assert processor.image_token_id not in processor(text="a dog")["input_ids"][0]
 
