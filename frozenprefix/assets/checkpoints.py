@@ -52,7 +52,13 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def opening_checkpoint(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
-    """Load a checkpoint inside the block: what a file or the Hub does not give is one line of `CheckpointError`."""
+    """Load a checkpoint inside the block: what a file or the Hub does not give is one line of `CheckpointError`.
+
+    Example:
+        >>> from frozenprefix import FrozenPrefixConfig
+        >>> with opening_checkpoint(checkpoint):
+        ...     config = FrozenPrefixConfig.from_pretrained(checkpoint)
+    """
     check_checkpoint(checkpoint)
     try:
         yield

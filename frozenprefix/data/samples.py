@@ -106,9 +106,9 @@ def with_images(samples: Sequence[Sample], *, where: str) -> list[Sample]:
         >>> [sample.id for sample in with_images(samples, where="data")]
         ['1']
     """
-    shown = [sample for sample in samples if sample.images]
-    report_left_out(where, len(samples), {"no image": len(samples) - len(shown)}, what="samples")
-    return shown
+    samples_with_images = [sample for sample in samples if sample.images]
+    report_left_out(where, len(samples), {"no image": len(samples) - len(samples_with_images)}, what="samples")
+    return samples_with_images
 
 
 def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
@@ -252,8 +252,8 @@ def check_unique_ids(samples: Iterable[Sample]) -> None:
             places = " and ".join(dict.fromkeys(place for place in (other.where, sample.where) if place))
             repeated[sample.id] = f"{sample.id!r}" + (f" in {places}" if places else "")
     if repeated:
-        shown = ", ".join(list(repeated.values())[:3])
+        examples = ", ".join(list(repeated.values())[:3])
         raise DataError(
-            f"sample id: {len(repeated)} ids occur more than once ({shown}), expected unique ids; "
+            f"sample id: {len(repeated)} ids occur more than once ({examples}), expected unique ids; "
             "give joined sources different `name`s"
         )

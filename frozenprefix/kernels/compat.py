@@ -73,10 +73,20 @@ def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
-    """Name of the attention that a language model uses: "sdpa", "eager", …; None if this release does not tell."""
+    """Name of the attention that a language model uses: "sdpa", "eager", …; None if this release does not tell.
+
+    Example:
+        >>> attention_implementation(model.language_model.config)
+        'sdpa'
+    """
     return private(config, "_attn_implementation", "torch's attention is used for packed rows")
 
 
 def commit_hash(config: PreTrainedConfig) -> str | None:
-    """Commit that a config was loaded from; None for a local folder."""
+    """Commit that a config was loaded from; None for a local folder.
+
+    Example:
+        >>> commit_hash(model.language_model.config) is None
+        True
+    """
     return getattr(config, "_commit_hash", None)

@@ -64,7 +64,12 @@ def prepackable_layers(language_model: nn.Module) -> list[Layer]:
 
 
 def prepacked_bytes(layers: list[Layer]) -> int:
-    """Bytes that the copies of `layers` take: one for the forward pass, one for the backward pass."""
+    """Bytes that the copies of `layers` take: one for the forward pass, one for the backward pass.
+
+    Example:
+        >>> prepacked_bytes([nn.Linear(4, 2)])  # 2 copies of 8 weights of 4 bytes
+        64
+    """
     return sum(2 * layer.weight.nbytes for layer in layers)
 
 

@@ -100,8 +100,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         language_model, peft_model = split_peft_model(language_model)
         identity.setdefault("language_model", language_model_identity(language_model))
         check_identity(config.identity, identity)
-        config.identity = {part: {**config.identity.get(part, {}), **found} for part, found in identity.items()} | {
-            part: found for part, found in config.identity.items() if part not in identity
+        config.identity = {part: {**config.identity.get(part, {}), **entries} for part, entries in identity.items()} | {
+            part: entries for part, entries in config.identity.items() if part not in identity
         }
 
         self.vision_encoder = self._freeze_encoder(vision_encoder)

@@ -51,6 +51,10 @@ class Plan:
         step: the mean step; flops, bytes: operations and bytes moved in it, by part.
         machines: by name, "here" first if it was measured.
         scale: cache and time for millions of images.
+
+    Example:
+        >>> plan(recipe, ["h100"], calibrate=0).to_dict()["images_per_step"]
+        4
     """
 
     name: str

@@ -22,6 +22,11 @@ class MachinePlan:
         seconds_to_train: of all steps and validations.
         steps: fewer than the recipe's if `max_minutes` ends the run.
         fits: whether memory suffices, None if unknown.
+
+    Example:
+        >>> workload = Workload(to_encode=8, steps=6, validated=4, images_per_step=4, max_minutes=None, cached=True)
+        >>> workload.on_machine("laptop", step=0.5, encode=0.25, validation=0.25, fits=True).seconds_to_train
+        4.0
     """
 
     label: str

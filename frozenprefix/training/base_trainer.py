@@ -88,6 +88,11 @@ class BaseTrainer(ABC):
     Args:
         recipe: what to train.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
+
+    Example:
+        >>> from frozenprefix.training import BaseTrainer, Trainer
+        >>> issubclass(Trainer, BaseTrainer), Trainer(recipe).run(resume="never").steps
+        (True, 6)
     """
 
     lower_is_better: ClassVar[bool] = True

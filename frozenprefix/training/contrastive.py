@@ -45,7 +45,14 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
 
 
 class ContrastiveTrainer(BaseTrainer):
-    """Trains a text tower and the projections against a locked image encoder (LiT, Zhai et al. 2022)."""
+    """Trains a text tower and the projections against a locked image encoder (LiT, Zhai et al. 2022).
+
+    Example:
+        >>> from frozenprefix.config import load_recipe
+        >>> from frozenprefix.training import ContrastiveTrainer
+        >>> trainer = ContrastiveTrainer(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
+        >>> trainer.run()  # doctest: +SKIP
+    """
 
     lower_is_better = False
 

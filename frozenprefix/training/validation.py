@@ -36,6 +36,13 @@ def validation_losses(
     Raises:
         TrainingError: for fewer than two groups, or samples without an image.
         DataError: if one group contains all images.
+
+    Example:
+        >>> from frozenprefix.training import Trainer, validation_losses
+        >>> trainer = Trainer(recipe)
+        >>> trainer.setup()
+        >>> sorted(validation_losses(trainer.model, trainer.collator, trainer.validation_groups, images_per_batch=4))
+        ['loss', 'shuffled_loss']
     """
     if len(groups) < 2:
         raise TrainingError(f"data.validation: shuffled images need at least 2 images, got {len(groups)}")

@@ -27,7 +27,16 @@ class Holdout(BaseModel):
 
 
 class SourceConfig(BaseModel, ABC):
-    """Where data of one format lies, and which samples of it to return. See `CaptionsSource` for an example."""
+    """Where data of one format lies, and which samples of it to return.
+
+    Example:
+        >>> class NamesSource(SourceConfig):
+        ...     type: Literal["names"] = "names"
+        ...     def read(self, root):
+        ...         return [Sample(path.name, (path,), (path.stem,)) for path in root.glob("*.png")]
+        >>> len(NamesSource(path=str(images_folder)).read(images_folder))
+        12
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -66,18 +66,18 @@ class LlavaSource(SourceConfig):
         name = row.identifier("id") if "id" in row else "row"
         turns = _turns(row)
         marks = [question.count(IMAGE_TOKEN) for question, _ in turns]
-        shown = list(accumulate(marks))  # images so far, by turn
-        if len(images) > 1 and not shown[0]:
+        counts = list(accumulate(marks))  # images up to and in each turn
+        if len(images) > 1 and not counts[0]:
             raise DataError(f"{row.where}: got no mark {IMAGE_TOKEN} in the first question, expected one or more")
-        if shown[-1] != len(images) and (shown[-1], len(images)) != (0, 1):
-            raise DataError(f"{row.where}: got {shown[-1]} marks {IMAGE_TOKEN}, expected {len(images)}, one an image")
+        if counts[-1] != len(images) and (counts[-1], len(images)) != (0, 1):
+            raise DataError(f"{row.where}: got {counts[-1]} marks {IMAGE_TOKEN}, expected {len(images)}, one an image")
         if len(images) == 1:
             turns = [(question.replace(IMAGE_TOKEN, "").strip(), answer) for question, answer in turns]
-            shown = [1] * len(turns)
+            counts = [1] * len(turns)
         return [
             Sample(
                 id=f"{name}#{number}.{turn}",
-                images=images[: shown[turn]],
+                images=images[: counts[turn]],
                 targets=(answer,),
                 prompt=None if self.prompt is None else _written(self.prompt, turns[:turn]) + self.prompt,
                 question=question,

@@ -29,7 +29,7 @@ class Row:
     def __init__(self, file: str, values: Any, part: str = ""):
         self._file, self._part = file, part
         if not isinstance(values, dict):
-            raise DataError(f"{self.where}: got {_shown(values)}, expected an object with named fields")
+            raise DataError(f"{self.where}: got {_shorten(values)}, expected an object with named fields")
         self._values: dict[str, Any] = values
 
     @property
@@ -108,7 +108,7 @@ class Row:
         return self._values[field]
 
     def _wrong(self, field: str, value: Any, expected: str) -> DataError:
-        return DataError(f"{self.where}: field '{field}': got {_shown(value)}, expected {expected}")
+        return DataError(f"{self.where}: field '{field}': got {_shorten(value)}, expected {expected}")
 
 
 def rows_by_id(rows: Iterable[Row], field: str) -> dict[str, Row]:
@@ -204,6 +204,6 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             yield first, cells
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -34,6 +34,11 @@ class LockedImageTextOutput(ModelOutput):
     Attributes:
         loss: float32 scalar.
         image_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
+
+    Example:
+        >>> from frozenprefix.models.contrastive import LockedImageTextOutput
+        >>> LockedImageTextOutput(image_embeds=torch.ones(1, 4)).to_tuple()  # without what is None
+        (tensor([[1., 1., 1., 1.]]),)
     """
 
     loss: Tensor | None = None

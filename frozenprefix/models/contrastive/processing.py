@@ -71,6 +71,12 @@ class OpenClipProcessor(_ImageTextProcessor):
 
     Args:
         open_clip_name: the model's name, as `open_clip.get_tokenizer` takes it.
+
+    Example:
+        >>> from frozenprefix.models.contrastive import OpenClipProcessor
+        >>> own = OpenClipProcessor(processor.image_processor, "ViT-B-32")
+        >>> own(text="a dog")["input_ids"].shape
+        torch.Size([1, 77])
     """
 
     def __init__(
@@ -99,6 +105,14 @@ class OpenClipProcessor(_ImageTextProcessor):
 def load_processor(
     checkpoint: str, config: LockedImageTextConfig, **hub: Any
 ) -> LockedImageTextProcessor | OpenClipProcessor:
-    """The processor that a checkpoint of `config` was saved with."""
+    """The processor that a checkpoint of `config` was saved with.
+
+    Example:
+        >>> from frozenprefix.models.contrastive import LockedImageTextConfig, LockedImageTextProcessor, load_processor
+        >>> own = LockedImageTextProcessor(processor.image_processor, processor.tokenizer)
+        >>> _ = own.save_pretrained(tmp_path)
+        >>> type(load_processor(str(tmp_path), LockedImageTextConfig())).__name__
+        'LockedImageTextProcessor'
+    """
     from_open_clip = config.text_tower is not None and config.text_tower.source == "open_clip"
     return (OpenClipProcessor if from_open_clip else LockedImageTextProcessor).from_pretrained(checkpoint, **hub)

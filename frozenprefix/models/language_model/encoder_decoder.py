@@ -44,6 +44,14 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
 
     Raises:
         ConfigError: for an LM without an end token, and one that does more with ids than look up their embeddings.
+
+    Example:
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> from frozenprefix.models.language_model import EncoderDecoderLM
+        >>> config = T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        >>> lm = EncoderDecoderLM(T5ForConditionalGeneration(config).eval())
+        >>> lm.end_token, lm.keeps_history
+        (1, False)
     """
 
     keeps_history = False

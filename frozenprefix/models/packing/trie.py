@@ -81,6 +81,11 @@ class PackedBatch:
         num_targets: targets in the batch.
         num_tokens: learned tokens in the batch, before any sharing.
         lengths: int64[R], tokens of each row if every row is one text; None if texts share rows.
+
+    Example:
+        >>> batch = pack([[Target([300, 5, 6, 2], 1)]], image_token_id=300, prefix_length=1)
+        >>> batch.prefix_index.tolist(), batch.edge_label.tolist()
+        ([[0, -1, -1]], [5, 6, 2])
     """
 
     input_ids: Tensor
@@ -115,6 +120,11 @@ class Trie:
         prefix: number of the placeholder within this trie, -1 for text.
         latest: number of the latest placeholder at or before the node, -1 for none.
         edges: (node, next token) -> sum of the targets' weights.
+
+    Example:
+        >>> trie = build_trie([Target([300, 5, 2], 1)], image_token_id=300)
+        >>> trie.ids, trie.prefix, trie.edges
+        ([300, 5], [0, -1], {(0, 5): 1.0, (1, 2): 1.0})
     """
 
     ids: list[int] = field(default_factory=list)

@@ -24,7 +24,13 @@ FINAL = -1
 
 @dataclass(frozen=True)
 class BuiltEncoder:
-    """A vision encoder, its image processor, and the exact identity of its weights."""
+    """A vision encoder, its image processor, and the exact identity of its weights.
+
+    Example:
+        >>> encoder = BuiltEncoder(model.vision_encoder, processor.image_processor, {"weights": "random"})
+        >>> encoder.module.image_size
+        32
+    """
 
     module: VisionEncoder
     image_processor: Any

@@ -41,6 +41,12 @@ def find_weights_file(weights: str) -> tuple[Path, dict[str, str]]:
 
     Raises:
         AssetError: if there is no such file, or its suffix is not supported.
+
+    Example:
+        >>> _ = (tmp_path / "vit.pt").write_bytes(b"weights")
+        >>> path, identity = find_weights_file(str(tmp_path / "vit.pt"))
+        >>> identity["weights"], identity["sha256"][:8]
+        ('vit.pt', '9a129038')
     """
     path = resolve(weights)
     if path.suffix not in WEIGHT_SUFFIXES:
