@@ -31,7 +31,7 @@ test: install lint ## lint, then the fast tests with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: install ## the tests with real weights
-	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10 $(OPTIONS)
 
 test-oldest: $(OLDEST)/.installed ## the fast tests with the oldest releases that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m "not slow and not gpu"
