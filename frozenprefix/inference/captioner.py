@@ -50,7 +50,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Caption:
-    """An image's caption, with its score as in `Generation`."""
+    """An image's caption, with its score as in `Generation`.
+
+    Example:
+        >>> Caption(image_path, "a red circle", -0.5).text
+        'a red circle'
+    """
 
     path: Path
     text: str

@@ -80,6 +80,12 @@ class Embedder:
     Args:
         model, processor: as saved together in a checkpoint.
         batch_size: images or texts embedded at once.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
+        >>> model.contrastive = ContrastiveHeads(model.lm.dim, dim=8, loss="infonce")
+        >>> Embedder(model, processor).embed_texts(["a dog", "a cat"]).shape
+        (2, 8)
     """
 
     def __init__(self, model: EmbeddingModel, processor: EmbeddingProcessor, *, batch_size: int = 32):
