@@ -71,10 +71,8 @@ def evaluate_checkpoint(
         DataError: when there are no such samples, or too many images are bad.
 
     Example:
-        >>> predictions = tmp_path / "predictions.jsonl"
-        >>> result = evaluate_checkpoint(
-        ...     checkpoint, task="vqa", data=data_folder, limit=2, predictions=predictions, feature_cache="off"
-        ... )
+        >>> file = tmp_path / "predictions.jsonl"
+        >>> result = evaluate_checkpoint(checkpoint, task="vqa", data=data_folder, limit=2, predictions=file)
         >>> result["n"], sorted(result["baselines"])
         (4, ['blind', 'shuffled'])
     """
@@ -164,9 +162,7 @@ def evaluate_samples(
     Example:
         >>> from frozenprefix.evaluation.samples import folder_samples
         >>> samples = folder_samples(data_folder, "vqa", limit=2)
-        >>> result = evaluate_samples(
-        ...     captioner, samples, predictions=tmp_path / "predictions.jsonl", features=FeatureStorage("off")
-        ... )
+        >>> result = evaluate_samples(captioner, samples, predictions=tmp_path / "predictions.jsonl")
         >>> result["task"], result["n"]
         ('vqa', 4)
     """

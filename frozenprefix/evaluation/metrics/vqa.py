@@ -18,8 +18,8 @@ _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER_WORDS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
-# Those that the published measure has. "he'll", "we'll", "she'd", "we'd" and "i'm" are not among them: without the apostrophe
-# they are other words, or the measure looks for a capital I in text that is lower-cased.
+# The contractions of the published script. It leaves out "he'll", "we'll", "she'd", "we'd" and "i'm": without the
+# apostrophe they are other words, or it looks for a capital I in text that is lower-cased.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "

@@ -39,8 +39,8 @@ def predict_runs(
     Args:
         answer: predicts the texts of a batch by sample id, such as `predict`.
         plain_samples: the same samples without retrieved captions in their prompts. "blind" is then asked with
-            these, "shuffled" gets the captions of the image that it is shown, and a fourth run "retrieval_only" gets
-            the sample's own captions with the image of "shuffled".
+            these, "shuffled" gets the captions of the other image, and a fourth run "retrieval_only" gets the sample's
+            own captions with the other image.
     """
     plain = samples if plain_samples is None else plain_samples
     prompts = {sample.id: prompt_of(sample, captioner.processor) for sample in plain}
