@@ -34,7 +34,7 @@ class Scores:
         metrics: over all samples.
         groups: metric → group (a question type) → mean of that group.
         per_sample: sample id → metric → score.
-        statistics: name of a kind of statistics → sample id → values, for metrics that are no means over samples. A
+        statistics: name of a kind of statistics → sample id → values, for metrics that are not means over samples. A
             kind is a key of `STATISTICS`; or the name of a metric, whose values are [part, whole]: the metric is the
             sum of the parts over the sum of the wholes.
     """
@@ -76,7 +76,7 @@ def caption_scorer(samples: Sequence[Sample]) -> Scorer:
 
 
 def meteor_scorer(samples: Sequence[Sample]) -> Scorer:
-    """METEOR by Java; its score of all samples is no mean over samples."""
+    """METEOR by Java; its score of all samples is not a mean over samples."""
     references = {sample.id: list(sample.targets) for sample in samples}
     return lambda texts: Scores({"meteor": meteor(texts, references).corpus})
 

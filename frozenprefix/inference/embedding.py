@@ -23,14 +23,14 @@ from frozenprefix.utils import content_hash
 
 
 class EmbeddingModel(Protocol):
-    """A model with images and texts in one space. Vectors have length 1."""
+    """A model that maps images and texts to unit vectors in one space."""
 
     config: Any
     vision_encoder: Any
 
     @property
     def device(self) -> Any:
-        """Where the inputs have to be."""
+        """The device of the inputs."""
 
     def eval(self) -> Any:
         """Leave training mode."""
@@ -42,11 +42,11 @@ class EmbeddingModel(Protocol):
         """int64[T, L], int64[T, L] -> float[T, D]."""
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The trained tensors, which tell one model from another together with `config.identity`."""
+        """The trained tensors; with `config.identity` they identify the model."""
 
 
 class EmbeddingProcessor(Protocol):
-    """What prepares images and texts for an `EmbeddingModel`."""
+    """Prepares images and texts for an `EmbeddingModel`."""
 
     image_processor: Any
 
@@ -117,7 +117,7 @@ class Embedder:
         """Embed image files.
 
         Args:
-            bad: takes the images that cannot be read, which are left out; without it the first one raises.
+            bad: collects the images that cannot be read, which are left out; without it the first one raises.
 
         Returns:
             The paths that could be read, and float32[n, D].
@@ -131,7 +131,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts, those of like length together: float32[n, D] in the order given."""
+        """Embed texts, in batches of similar length: float32[n, D], in the order of `texts`."""
         if not texts:
             raise ConfigError("texts: got none, expected at least one")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

@@ -47,7 +47,7 @@ def live_frames(source: str | Path) -> Iterator[Frame]:
 
 
 class StreamCaptioner:
-    """Captions a stream anew whenever its scene changes.
+    """Captions a stream whenever its scene changes.
 
     Args:
         captioner: the model.

@@ -27,7 +27,7 @@ _CORENLP = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-
 
 @dataclass(frozen=True)
 class JavaScores:
-    """A score for the corpus and one for each image, in [0, 1]. METEOR's for the corpus is no mean over images."""
+    """A score for the corpus and one for each image, in [0, 1]. METEOR of a corpus is not a mean over images."""
 
     corpus: float
     per_image: dict[str, float]

@@ -61,7 +61,7 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def comparable_answer(text: str) -> str:
-    """The normalised answer; the answer as it stands, in lower case, if normalisation leaves nothing ("A", "+", "?").
+    """The normalised answer; if normalisation leaves nothing ("A", "+", "?"), the answer itself in lower case.
 
     Example:
         >>> comparable_answer("the dog"), comparable_answer("A"), comparable_answer("the")
@@ -133,7 +133,7 @@ def exact_match(
     Args:
         predictions: question id → answer.
         answers: question id → the right answers, at least one. A list inside one string ("book, scissor", as DAQUAR
-            has) is compared as it stands, order included.
+            has) is compared as one text, order included.
         underscores_as_spaces: take "tape_dispenser" and "tape dispenser" as equal, for DAQUAR.
 
     Returns:

@@ -18,7 +18,7 @@ from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFE
 #: A batch: each sample with the one whose images it gets, or None for no image.
 Pairs = Sequence[tuple[Sample, Sample | None]]
 Answer = Callable[[Pairs], dict[str, str]]
-# what the captioner or the evaluation sets
+# settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
 
@@ -96,7 +96,7 @@ def images_of(batch: Pairs) -> list[Any]:
 
 
 def lm_settings(captioner: Captioner) -> dict[str, Any]:
-    """The LM's own generation settings (a repetition penalty, say), which act on every generated text.
+    """The LM's own generation settings (such as a repetition penalty), which apply to every generated text.
 
     Returns:
         `{"generation_config": …}` with what differs from transformers' defaults, or an empty dict.
