@@ -27,8 +27,8 @@ def command(
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
     force: Force = False,
 ) -> None:
-    """Write a caption for every image. Exit code 1 when some could not be read."""
-    # first what can be wrong: the model takes seconds to import
+    """Write a caption for every image. Exit code 1 if some cannot be read."""
+    # check the arguments first: the model takes seconds to import
     from frozenprefix.assets import check_checkpoint
     from frozenprefix.data.images import BadImages
 
@@ -55,7 +55,7 @@ def command(
 
 
 def write_captions(captions: Iterable[Caption], out: Path) -> None:
-    """Write `image`, `caption` and `score`, one object a line, each as soon as it is there."""
+    """Write `image`, `caption` and `score`, one object a line, each as soon as it is generated."""
     from frozenprefix.utils import append_jsonl
 
     if out.is_file():

@@ -77,7 +77,7 @@ class _Chat:
                 return
             try:
                 self.read(line)
-            except FrozenPrefixError as error:  # a message that was too much does not end the conversation
+            except FrozenPrefixError as error:  # a refused message does not end the conversation
                 typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
 
     def read(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, writing results, messages about what was left out."""
+"""Shared by the commands: arguments, output of results, messages about skipped images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to it: training.learning_rate=1e-4", show_default=False),
 ]
-Prompt = Annotated[str | None, typer.Option(help="Text before the caption; the trained one when not given.")]
+Prompt = Annotated[str | None, typer.Option(help="Text before the caption; by default the prompt of the training.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
 LanguageModel = Annotated[
     str | None,

@@ -18,7 +18,7 @@ def command(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole comparison to.")] = None,
     force: Force = False,
 ) -> None:
-    """Say by how much B is better than A, and whether that could be chance."""
+    """Tell by how much B is better than A, and whether the difference could be chance."""
     from frozenprefix.utils import check_output
 
     if out is not None:

@@ -23,7 +23,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole report to.")] = None,
     force: Force = False,
 ) -> None:
-    """Read every image once; report what is broken, and what is in two splits. Exit code 1 when there is any."""
+    """Read every image once; report broken images and images in two splits. Exit code 1 if there are any."""
     from frozenprefix.utils import check_output, progress_bar
 
     if out is not None:

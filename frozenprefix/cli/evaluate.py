@@ -17,15 +17,15 @@ def command(
         str, typer.Option(help="caption, vqa, classification, fewshot, retrieval or video.", show_default=False)
     ],
     data: Annotated[
-        str | None, typer.Option(help="Folder of the data; the validation data of its recipe when not given.")
+        str | None, typer.Option(help="Folder of the data; by default the validation data of its recipe.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the folder to take; all when not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the folder to take; by default all.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N images.")] = None,
     beams: Annotated[
-        int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5 for captions and 1 for answers when not given.")
+        int | None, typer.Option(min=1, help="Beams; 1 is greedy. By default 5 for captions and 1 for answers.")
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="JSONL file for every prediction; beside the checkpoint when not given.")
+        Path | None, typer.Option(help="JSONL file for every prediction; by default in the checkpoint's folder.")
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over, instead of resuming an evaluation that was killed.")
@@ -37,9 +37,9 @@ def command(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
     force: Force = False,
 ) -> None:
-    """Measure a checkpoint, beside what it scores without the image and with a wrong one.
+    """Evaluate a checkpoint, and compare it with no image and with a wrong image.
 
-    Started with torchrun or accelerate launch, the processes share the work.
+    With torchrun or accelerate launch the processes share the work.
     """
     from frozenprefix.assets import check_checkpoint
     from frozenprefix.utils import check_output, progress_bar

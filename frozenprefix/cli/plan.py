@@ -23,7 +23,7 @@ def command(
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
     force: Force = False,
 ) -> None:
-    """Work out what a recipe costs: parameters, memory, cache, and time here and on other machines."""
+    """Estimate the cost of a recipe: parameters, memory, cache, and time here and on other machines."""
     from frozenprefix.config import load_recipe
     from frozenprefix.utils import check_output
 
@@ -108,7 +108,7 @@ def _scale(plan: Plan) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 12 min, 5.5 h, 31 days."""
+    """Seconds in a readable unit: 40 s, 12 min, 5.5 h, 31 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:

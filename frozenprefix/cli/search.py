@@ -14,10 +14,10 @@ from frozenprefix.errors import DataError
 def command(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the images should show.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Text to search images by.", show_default=False)],
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="Images to find.")] = 5,
     index: Annotated[
-        Path | None, typer.Option(help="Folder to keep the index in; the user's cache when not given.")
+        Path | None, typer.Option(help="Folder to keep the index in; by default the user's cache.")
     ] = None,
     faiss: Annotated[bool, typer.Option("--faiss", help="Search with faiss, for very many images.")] = False,
 ) -> None:

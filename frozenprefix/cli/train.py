@@ -14,10 +14,10 @@ def command(
     overrides: Overrides = None,
     resume: Annotated[
         str,
-        typer.Option(metavar="auto|never|PATH", help="Continue the run's last state, start anew, or a folder."),
+        typer.Option(metavar="auto|never|PATH", help="Resume the run's last state, start over, or resume a folder."),
     ] = "auto",
 ) -> None:
-    """Train the mapper of a recipe. With `kind: contrastive` it is a text tower that meets a locked image encoder."""
+    """Train the mapper of a recipe. With `kind: contrastive` train a text tower for a locked image encoder."""
     from frozenprefix.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import

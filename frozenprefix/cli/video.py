@@ -43,7 +43,7 @@ def command(
     ] = Pooling.mean,
     sampler: Annotated[Sampler, typer.Option(help="Segments of a summary.")] = Sampler.scenes,
     beams: Annotated[
-        int | None, typer.Option(min=1, help="Beams; 1 is greedy. 5, and 1 with --follow, when not given.")
+        int | None, typer.Option(min=1, help="Beams; 1 is greedy. By default 5, and 1 with --follow.")
     ] = None,
     prompt: Prompt = None,
     language_model: LanguageModel = None,
@@ -92,7 +92,7 @@ def _follow(captioner: Captioner, source: str, options: dict[str, Any]) -> dict[
             typer.echo(f"{caption.time:.2f}\t{caption.caption}")
             captions.append(asdict(caption))
     except KeyboardInterrupt:
-        pass  # a camera ends no other way
+        pass  # the only way to end a camera
     latency = stream.latency()
     figures = ", ".join(f"{name} {value:.1f}" for name, value in latency.items() if name.endswith("_ms"))
     typer.echo(f"{latency['frames']} frames, {latency['captioned']} captioned; {figures}", err=True)

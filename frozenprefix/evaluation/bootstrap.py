@@ -1,8 +1,8 @@
-"""How sure a score is: bootstrap intervals, and paired differences of two systems.
+"""Bootstrap intervals of a score, and paired differences of two systems.
 
-Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation": the test set is drawn anew, with
-replacement, and scored again. A score here is a function of sums over samples, so that drawing anew is a weighted sum:
-a mean, or BLEU from its counts.
+Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation": the test set is resampled with
+replacement and scored again. A score here is a function of sums over samples (a mean, or BLEU from its counts), so each
+draw is a weighted sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A score, and the bounds between which it lies with the confidence asked for."""
+    """A score and its confidence interval."""
 
     value: float
     low: float
@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """`difference` = b − a with its interval, and the two-sided p-value of there being none."""
+    """`difference` = b − a with its interval, and the two-sided p-value of no difference."""
 
     a: float
     b: float
@@ -53,13 +53,13 @@ def bootstrap_interval(
 
     Args:
         scores: per sample its score, float[N], or with `metric` its statistics, float[N, K].
-        metric: from sums of statistics to the score; the mean of the scores when not given.
-        n: draws.
-        clusters: for each sample what it shares with others, such as its image: whole clusters are drawn, as answers
-            about one image are right or wrong together. Samples are drawn when not given.
+        metric: from sums of statistics to the score; by default the mean of the scores.
+        n: number of draws.
+        clusters: the cluster of each sample, such as its image. Whole clusters are drawn, because answers about the
+            same image are not independent. By default samples are drawn.
 
     Raises:
-        DataError: for no samples, values that are no numbers, or lengths that differ.
+        DataError: for no samples, values that are not finite, or lengths that differ.
 
     Example:
         >>> bootstrap_interval([1.0, 1.0, 1.0])
@@ -85,6 +85,10 @@ def paired_bootstrap(
 
     The p-value is twice the share of draws on the other side of 0, with one draw added so that it is never 0: it cannot
     fall below 2 / (n + 1). Arguments as in `bootstrap_interval`.
+
+    Example:
+        >>> paired_bootstrap([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]).difference
+        1.0
     """
     (first, metric_a), (second, _) = _rows(a, metric), _rows(b, metric)
     if first.shape != second.shape:
@@ -109,7 +113,7 @@ def _rows(scores: ArrayLike, metric: Metric | None) -> tuple[NDArray[np.float64]
     if rows.ndim != 2 or not len(rows):
         raise DataError(f"scores must be [samples, statistics] with at least one sample, got {list(rows.shape)}")
     if not np.isfinite(rows).all():
-        raise DataError(f"scores: {int((~np.isfinite(rows)).sum())} values are no finite numbers")
+        raise DataError(f"scores: {int((~np.isfinite(rows)).sum())} values are not finite")
     return rows, metric
 
 

@@ -22,7 +22,12 @@ _EXPECTED = "a result of frozenprefix evaluate --out"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A result file, and its predictions by sample id."""
+    """A result file, and its predictions by sample id.
+
+    Example:
+        >>> Evaluation(tmp_path / "result.json", {"task": "vqa", "metrics": {}}, {"1": {"model": "red"}}).rows["1"]
+        {'model': 'red'}
+    """
 
     file: Path
     result: dict[str, Any]
@@ -33,7 +38,7 @@ class Evaluation:
         """Read what `frozenprefix evaluate --out` wrote, and the predictions that it names.
 
         Raises:
-            DataError: a file is missing or is none of these, or the predictions are those of another evaluation.
+            DataError: a file is missing or has another content, or the predictions are those of another evaluation.
         """
         file = Path(file)
         result = _json_of(file)
@@ -44,7 +49,7 @@ class Evaluation:
         if not predictions.is_file():
             predictions = file.parent / predictions.name  # both were moved together
         if not predictions.is_file():
-            raise DataError(f"{file}: predictions: {result['predictions']} is not there; evaluate again")
+            raise DataError(f"{file}: predictions: {result['predictions']} does not exist; evaluate again")
         if hash_file(predictions) != result.get("predictions_sha256"):
             raise DataError(
                 f"{file}: predictions_sha256: {predictions} is not the file that was scored; a later evaluation wrote "
@@ -57,11 +62,18 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     """Compare the model's scores of two evaluations by paired bootstrap, drawing images with all their samples.
 
     Returns:
-        `{"task", "n", "images", "metrics", "settings"}`. A metric has `a`, `b`, `difference` = b − a, and where it
-        can be had sample by sample `low`, `high` (95 %) and `p_value`, else None. `settings`: what differs, [a, b].
+        `{"task", "n", "images", "metrics", "settings"}`. A metric has `a`, `b`, `difference` = b − a, and `low`, `high`
+        (95 %) and `p_value`, which are None for a metric without scores per sample. `settings`: those that differ, as
+        [a, b].
 
     Raises:
-        DataError: the two are not about the same samples; the message names the field.
+        DataError: the two do not have the same samples; the message names the field.
+
+    Example:
+        >>> rows = {"1": {"images": ["1.png"], "scores": {"model": {"accuracy": 1.0}}}}
+        >>> result = Evaluation(tmp_path / "result.json", {"task": "vqa", "metrics": {"accuracy": 1.0}}, rows)
+        >>> compare(result, result)["metrics"]["accuracy"]["difference"]
+        0.0
     """
     _check_same(a, b)
     ids = list(a.rows)
@@ -127,7 +139,7 @@ def _json_of(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}; expected {_EXPECTED}") from error
     except ValueError as error:
-        raise DataError(f"{file}: no JSON ({error}); expected {_EXPECTED}") from error
+        raise DataError(f"{file}: not JSON ({error}); expected {_EXPECTED}") from error
     if not isinstance(values, dict):
         raise DataError(f"{file}: got {type(values).__name__}, expected {_EXPECTED}")
     return values

@@ -1,4 +1,4 @@
-"""Captions by retrieval, without any training: the bar that a trained mapper must clear.
+"""Captions by retrieval, without any training: the baseline that a trained mapper must beat.
 
 Devlin et al. 2015, "Exploring Nearest Neighbor Approaches for Image Captioning": of all captions of the nearest
 training images, take the one that agrees best with the others.

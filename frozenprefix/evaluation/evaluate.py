@@ -46,30 +46,35 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a folder with captions.jsonl, qa.jsonl or another known format, or on its recipe's data.
 
-    Under `torchrun` or `accelerate launch` the processes share the samples, and all return the same result. An
-    evaluation that was killed goes on where it was when it is started again in the same way.
+    Under `torchrun` or `accelerate launch` the processes share the samples, and all return the same result. A killed
+    evaluation resumes when it is started again with the same arguments.
 
     Args:
         task: one of `TASKS.names()`.
         data: the folder; the validation sources of the checkpoint's recipe when None, with its training sources for
             baselines.
         split: which rows of the folder; all when None.
-        limit: the first so many images; what the checkpoint's recipe says when None.
-        num_beams: what the checkpoint's recipe says when None, or else the task's own number: 5 for captions and 1 for
-            answers.
-        predictions: JSONL file that gets every prediction before anything is scored; beside the checkpoint when None.
-        feature_cache: "auto", "off" or a folder; what the checkpoint's recipe says when None.
-        restart: discard what a killed evaluation left.
+        limit: evaluate the first `limit` images; the recipe's value when None.
+        num_beams: the recipe's value when None, or else the task's default: 5 for captions and 1 for answers.
+        predictions: JSONL file for every prediction, written before scoring; in the checkpoint's folder when None.
+        feature_cache: "auto", "off" or a folder; the recipe's value when None.
+        restart: discard the predictions of a killed evaluation.
         force: let `predictions` replace a file that no evaluation wrote.
         extra: options of this task only.
 
     Returns:
-        The task's result (see `EvaluationTask.run`), with `source`: what was evaluated, with which version.
+        The task's result (see `EvaluationTask.run`), with `source`: checkpoint, data, limit and version.
 
     Raises:
-        ConfigError: for an unknown task, beams for one that searches with none, a checkpoint without a recipe and no
+        ConfigError: for an unknown task, beams for a task without beam search, a checkpoint without a recipe and no
             `data`, a `split` without `data`, or an evaluation that was begun with other settings.
         DataError: when there are no such samples, or too many images are bad.
+
+    Example:
+        >>> file = tmp_path / "predictions.jsonl"
+        >>> result = evaluate_checkpoint(checkpoint, task="vqa", data=data_folder, limit=2, predictions=file)
+        >>> result["n"], sorted(result["baselines"])
+        (4, ['blind', 'shuffled'])
     """
     check_checkpoint(checkpoint)
     chosen, processes = TASKS.get(task), current_processes()
@@ -103,7 +108,7 @@ def evaluate_checkpoint(
 def _samples(
     checkpoint: str | Path, name: str, data: str | Path | None, split: str | None, limit: int | None, with_train: bool
 ) -> tuple[list[Sample], list[Sample]]:
-    """What is evaluated, and the training samples of the same kind."""
+    """The samples to evaluate, and the training samples of the same task."""
     if data is not None:
         where, fix = f"{data} holds no {name} samples in split {split!r}", "check --task and --split"
         samples = folder_samples(data, name, split=split, limit=limit)
@@ -125,7 +130,7 @@ def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[
         parts = ["recipe_validation"]
     else:
         folder = Path(data).resolve()
-        # two data sets may lie in folders of one name
+        # two data sets may lie in folders with the same name
         parts = [f"{safe_file_name(folder.name, 40)}-{content_hash(str(folder))[:6]}", split or "all"]
     return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), *parts])
 
@@ -152,7 +157,14 @@ def evaluate_samples(
     """Evaluate samples of task "caption" or "vqa" that are loaded already; see `evaluate_captions`, `evaluate_vqa`.
 
     Args:
-        features: where image features are kept; the user's cache when not given.
+        features: where image features are kept; by default the user's cache.
+
+    Example:
+        >>> from frozenprefix.evaluation.samples import folder_samples
+        >>> samples = folder_samples(data_folder, "vqa", limit=2)
+        >>> result = evaluate_samples(captioner, samples, predictions=tmp_path / "predictions.jsonl")
+        >>> result["task"], result["n"]
+        ('vqa', 4)
     """
     options = EvaluationOptions(
         predictions=_predictions_file(predictions, force),
@@ -174,10 +186,15 @@ def evaluate_samples(
 def encode_samples(
     captioner: Captioner, samples: Iterable[Sample], features: FeatureStorage | None = None
 ) -> tuple[dict[Path, Tensor], BadImages]:
-    """Image features float[N, D_enc] of every image that can be read, and the others. All are held in memory.
+    """Image features float[N, D_enc] of every image that can be read, all in memory, and the images that cannot.
 
     Args:
-        features: where features are kept; each image is encoded anew when not given.
+        features: where features are kept; by default nowhere, and each image is encoded again.
+
+    Example:
+        >>> features, bad = encode_samples(captioner, [Sample("1", (image_path,), ("a red circle",))])
+        >>> list(features) == [image_path], len(bad)
+        (True, 0)
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     images = ImageFeatures.from_encoder(captioner.encoder, paths, features or FeatureStorage("off"), max_bad_share=1.0)

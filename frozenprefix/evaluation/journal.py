@@ -1,4 +1,4 @@
-"""Predictions on disk as they are made, one file a process, so that a killed evaluation can be resumed."""
+"""Predictions, written as soon as they are generated, one file a process, so that a killed evaluation can resume."""
 
 from __future__ import annotations
 

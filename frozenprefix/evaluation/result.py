@@ -1,4 +1,4 @@
-"""What every evaluation writes: predictions on disk, and a result with the same keys for all tasks."""
+"""The output of every evaluation: a file of predictions, and a result with the same keys for all tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Predictions = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """What is scored, and how predictions become scores.
+    """The samples of a task, and how their predictions are scored.
 
     Attributes:
         task: name of the task.
@@ -54,7 +54,7 @@ def evaluate_runs(
     header: Mapping[str, Any],
     options: EvaluationOptions,
 ) -> dict[str, Any]:
-    """Let all processes predict with a journal, and the main one write and score.
+    """Predict in all processes with a journal; write and score in the main one.
 
     Args:
         predict: called in every process; in the main one it returns the predictions of all.

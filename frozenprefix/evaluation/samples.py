@@ -51,10 +51,10 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
 
     Args:
         part: "train", which is empty after training on texts alone, or "validation".
-        limit: the first so many images.
+        limit: take the first `limit` images.
 
     Raises:
-        ConfigError: the checkpoint holds no recipe, or one without such sources.
+        ConfigError: the checkpoint has no recipe, or one without such sources.
     """
     recipe = load_checkpoint_recipe(checkpoint)
     if part == "train" and recipe is not None and recipe.data.text_only is not None:
@@ -62,7 +62,7 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
     sources = [] if recipe is None else getattr(recipe.data, part)
     if not sources:
         why = "holds no recipe.yaml" if recipe is None else f"has a recipe without data.{part}"
-        raise ConfigError(f"--data: not given, and {checkpoint} {why}; give a folder of data")
+        raise ConfigError(f"--data: missing, and {checkpoint} {why}; give a folder of data")
     samples = [sample for sample in load_sources(sources) if sample.task == task]
     return first_images(with_images(samples, where=f"data.{part}"), limit)
 

@@ -34,7 +34,7 @@ class Scores:
         metrics: over all samples.
         groups: metric → group (a question type) → mean of that group.
         per_sample: sample id → metric → score.
-        statistics: name of a kind of statistics → sample id → values, for metrics that are no means over samples. A
+        statistics: name of a kind of statistics → sample id → values, for metrics that are not means over samples. A
             kind is a key of `STATISTICS`; or the name of a metric, whose values are [part, whole]: the metric is the
             sum of the parts over the sum of the wholes.
     """
@@ -60,7 +60,7 @@ def _share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[:, 0] / sums[:, 1]
 
 
-#: Kind of statistics → the metrics made of their sums.
+#: Kind of statistics → the metrics computed from their sums.
 STATISTICS: dict[str, dict[str, Metric]] = {"bleu": {name: _bleu(name) for name in (f"bleu_{n}" for n in range(1, 5))}}
 
 
@@ -76,7 +76,7 @@ def caption_scorer(samples: Sequence[Sample]) -> Scorer:
 
 
 def meteor_scorer(samples: Sequence[Sample]) -> Scorer:
-    """METEOR by Java; its score of all samples is no mean over samples."""
+    """METEOR by Java; its score of all samples is not a mean over samples."""
     references = {sample.id: list(sample.targets) for sample in samples}
     return lambda texts: Scores({"meteor": meteor(texts, references).corpus})
 
@@ -183,7 +183,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **options: int) -> dict[str, list[float]]:
-    """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or made of statistics.
+    """95 % bootstrap intervals [low, high] of every metric that is a mean over samples or computed from statistics.
 
     Args:
         clusters: sample id → what is drawn as a whole, such as its image; see `bootstrap_interval`.
@@ -202,8 +202,10 @@ def intervals(scores: Scores, clusters: Mapping[str, Hashable] | None = None, **
 def rows_of(
     name: str, per_sample: Mapping[str, Mapping[str, float]], statistics: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> tuple[NDArray[np.float64], Metric | None, list[str]]:
-    """What the bootstrap of a metric needs: values per sample, the function of their sums (None: their mean), and the
-    ids. No ids for a metric that cannot be had from samples, such as the number of different captions."""
+    """Inputs of a metric's bootstrap: values per sample, the function of their sums (None: their mean), and the ids.
+
+    Without ids for a metric that is not computed from samples, such as the number of different captions.
+    """
     kinds: dict[str, dict[str, Metric]] = {**STATISTICS, name: {name: _share}}
     for kind, metrics in kinds.items():
         if name in metrics and statistics.get(kind):

@@ -1,4 +1,4 @@
-"""What a language model can do with text alone, to know whether it lost any of it to the images."""
+"""Perplexity of a language model on text alone, to see whether training on images has changed it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ WINDOW = 512  # tokens read at once, at most
 
 @dataclass(frozen=True)
 class TextAbility:
-    """A language model on a text.
+    """How well a language model predicts a text.
 
     Attributes:
         perplexity: exponential of the mean negative log-likelihood of a token, given those before it in its window.
-        tokens: how many were predicted.
-        logits_sha256: of all logits, in the LM's dtype: two equal ones mean an LM that is unchanged to the bit.
+        tokens: number of predicted tokens.
+        logits_sha256: hash of all logits, in the LM's dtype; equal hashes mean that the LM is unchanged to the bit.
+
+    Example:
+        >>> TextAbility(perplexity=12.5, tokens=400, logits_sha256="0" * 64).perplexity
+        12.5
     """
 
     perplexity: float
@@ -41,7 +45,12 @@ def text_perplexity(
     text: str,
     adapted: bool = True,
 ) -> float:
-    """Perplexity of a model's LM on a text, without an image; see `text_ability`."""
+    """Perplexity of a model's LM on a text, without an image; see `text_ability`.
+
+    Example:
+        >>> text_perplexity(model, processor.tokenizer, "the dog runs on grass") > 1
+        True
+    """
     return text_ability(model, tokenizer, text, adapted=adapted).perplexity
 
 
@@ -53,7 +62,7 @@ def text_ability(
 ) -> TextAbility:
     """Measure a model's LM on a text, without an image.
 
-    The text is read in windows of up to 512 tokens that do not overlap, each behind the LM's start token if it has one.
+    The text is read in windows of up to 512 tokens that do not overlap, each after the LM's start token if it has one.
 
     Args:
         adapted: False measures the bare LM, its adapters switched off.
@@ -98,7 +107,10 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> 
 
 
 def read_text(path: str | Path, key: str) -> str:
-    """The text of a UTF-8 file; `key` is what an error calls it.
+    """The text of a UTF-8 file.
+
+    Args:
+        key: name of the option in error messages.
 
     Raises:
         DataError: for a file that is missing or not UTF-8.

@@ -1,4 +1,4 @@
-"""Captions, answers, labels, conversations, search: everything that a trained model is used for."""
+"""Use of trained models: captions, answers, labels, conversations and search."""
 
 from frozenprefix.inference.captioner import Caption, Captioner, Generation
 from frozenprefix.inference.classifier import Classification, Classifier

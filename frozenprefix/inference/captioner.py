@@ -21,8 +21,8 @@ from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, e
 
 T = TypeVar("T")
 
-_ONE_TEXT = "a captioner gives one text and its score for each prompt; call model.generate for more"
-_OWN_INPUT = "a captioner makes it from prompts and images; call model.generate to give it"
+_ONE_TEXT = "a captioner returns one text and its score for each prompt; call model.generate for more"
+_OWN_INPUT = "a captioner computes it from prompts and images; call model.generate to pass it"
 #: Options of `generate` that a captioner does not take.
 CAPTIONER_REFUSES = {
     "num_return_sequences": _ONE_TEXT,
@@ -50,7 +50,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Caption:
-    """An image's caption, with its score as in `Generation`."""
+    """An image's caption, with its score as in `Generation`.
+
+    Example:
+        >>> Caption(image_path, "a red circle", -0.5).text
+        'a red circle'
+    """
 
     path: Path
     text: str
@@ -121,8 +126,8 @@ class Captioner:
         """Caption image files, in order.
 
         Args:
-            prompt: text before the caption; the prompt of the training when not given. Retrieved captions, if the
-                model was trained with them, stand in front of it.
+            prompt: text before the caption; by default the prompt of the training. Retrieved captions, if the model
+                was trained with them, come before it.
             bad: collects the images that cannot be read, which are left out; without it the first one raises.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9, num_beams=1`.
 

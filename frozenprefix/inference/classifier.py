@@ -24,7 +24,12 @@ Normalise = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class Classification:
-    """An image's most likely label, and the softmax of the scores of all of them."""
+    """An image's most likely label, and the softmax of the scores of all labels.
+
+    Example:
+        >>> Classification("cat", {"cat": 0.75, "dog": 0.25}).probabilities["dog"]
+        0.25
+    """
 
     label: str
     probabilities: dict[str, float]

@@ -21,7 +21,7 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
 
 Images = Sequence[ImageInput] | Tensor
-_ONE_CACHE = "no option of a dialog, which continues one text in one cache"
+_ONE_CACHE = "not an option of a dialog, which continues one text in one cache"
 #: Options of `generate` that a dialog does not take.
 DIALOG_REFUSES = {
     **dict.fromkeys(CAPTIONER_REFUSES, _ONE_CACHE),
@@ -42,9 +42,9 @@ class _Turn:
 class Dialog:
     """A conversation with a trained model.
 
-    Messages go through the chat template of the LM's tokenizer (ChatML, say), or through the prompt that questions were
-    trained with when it has none. A turn feeds only the tokens that the LM's key-value cache does not hold yet; what
-    it computes is the same as for the whole history at once.
+    Messages are formatted by the chat template of the LM's tokenizer (such as ChatML) or, without one, by the prompt
+    that questions were trained with. A turn feeds only the tokens that the LM's key-value cache does not hold yet; the
+    result is the same as for the whole history at once.
 
     Args:
         model, processor: as saved together in a checkpoint.
@@ -95,29 +95,29 @@ class Dialog:
 
     @property
     def num_tokens(self) -> int:
-        """Places that the history takes in the LM's context, `prefix_length` for every image."""
+        """Length of the history in tokens; an image counts as `prefix_length` tokens."""
         return len(self._ids)
 
     @property
     def context(self) -> int | None:
-        """Tokens of a history and its reply that the LM can read; None where nothing limits them."""
+        """Largest number of tokens that the LM can read, history and reply together; None without a limit."""
         return self.model.lm.max_positions
 
     def ask(self, text: str, images: Images = (), *, max_new_tokens: int = 64, **generate: Any) -> str:
-        """Say something and get the whole reply; arguments and errors as of `stream`."""
+        """Send a message and return the whole reply; arguments and errors as in `stream`."""
         return self._reply(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
 
     def stream(self, text: str, images: Images = (), *, max_new_tokens: int = 64, **generate: Any) -> Iterator[str]:
-        """Say something and get the reply word by word.
+        """Send a message and return the reply word by word.
 
         Args:
-            text: the message; every `<image>` in it is one of `images`. Without marks the images stand in front.
+            text: the message; every `<image>` in it is one of `images`. Without marks the images come first.
             images: files, PIL images, or image features float[n, N, D_enc] of this turn; earlier ones stay in the
                 history.
             generate: further options of transformers' `generate`, such as `do_sample=True, top_p=0.9`. Greedy without.
 
         Returns:
-            An iterator over pieces of text. Closing it ends the reply, and what was written stays in the history.
+            An iterator over pieces of text. Closing it ends the reply; the text so far stays in the history.
 
         Raises:
             DataError: for marks without images, an image that cannot be read, or more tokens than the LM can read;
@@ -133,7 +133,7 @@ class Dialog:
         if marks not in (0, len(images)):
             raise DataError(
                 f"message: got {marks} {IMAGE_TOKEN} marks and {len(images)} images; give one image for every "
-                "mark, or leave the marks out to have the images in front"
+                "mark, or leave the marks out to put the images first"
             )
         message = {"role": "user", "content": text if marks else IMAGE_TOKEN * len(images) + text}
         ids = self._encode([*self.messages, message])
@@ -150,7 +150,7 @@ class Dialog:
         lower = f", or set max_new_tokens to {left} at most" if left > 0 else ""
         raise DataError(
             f"dialog: {tokens} tokens and a reply of up to {new} are more than the LM's context of {self.context}; "
-            f"start anew with reset(){lower}"
+            f"start again with reset(){lower}"
         )
 
     def _with_images(self, images: Images) -> Tensor | None:
@@ -197,8 +197,8 @@ class Dialog:
             **turn.options,
         }
         if stopped is not None:
-            given = options.get("stopping_criteria") or []
-            options["stopping_criteria"] = StoppingCriteriaList([*given, _Until(stopped)])
+            criteria = options.get("stopping_criteria") or []
+            options["stopping_criteria"] = StoppingCriteriaList([*criteria, _Until(stopped)])
         with self.model.fusion.seeing(images):
             new = language_model.generate(
                 None,
@@ -216,10 +216,10 @@ class Dialog:
         return reply
 
     def _take_cache(self, ids: list[int]) -> DynamicCache | None:
-        """The cache of what `ids` share with the history, which a reply gives back when it is complete.
+        """Take the cache, cropped to the tokens that `ids` share with the history; a finished reply puts it back.
 
-        The template may write a reply differently from how the LM wrote it; from there on it is read again. An LM with
-        recurrent layers cannot go back, and reads all of it.
+        The template may write a reply differently from how the LM wrote it; from there on the tokens are read again. An
+        LM with recurrent layers cannot go back, and reads the whole history again.
         """
         if getattr(self.model.language_model, "_is_stateful", False):
             return None

@@ -23,14 +23,14 @@ from frozenprefix.utils import content_hash
 
 
 class EmbeddingModel(Protocol):
-    """A model with images and texts in one space. Vectors have length 1."""
+    """A model that maps images and texts to unit vectors in one space."""
 
     config: Any
     vision_encoder: Any
 
     @property
     def device(self) -> Any:
-        """Where the inputs have to be."""
+        """The device of the inputs."""
 
     def eval(self) -> Any:
         """Leave training mode."""
@@ -42,11 +42,11 @@ class EmbeddingModel(Protocol):
         """int64[T, L], int64[T, L] -> float[T, D]."""
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The trained tensors, which tell one model from another together with `config.identity`."""
+        """The trained tensors; with `config.identity` they identify the model."""
 
 
 class EmbeddingProcessor(Protocol):
-    """What prepares images and texts for an `EmbeddingModel`."""
+    """Prepares images and texts for an `EmbeddingModel`."""
 
     image_processor: Any
 
@@ -80,6 +80,12 @@ class Embedder:
     Args:
         model, processor: as saved together in a checkpoint.
         batch_size: images or texts embedded at once.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
+        >>> model.contrastive = ContrastiveHeads(model.lm.dim, dim=8, loss="infonce")
+        >>> Embedder(model, processor).embed_texts(["a dog", "a cat"]).shape
+        (2, 8)
     """
 
     def __init__(self, model: EmbeddingModel, processor: EmbeddingProcessor, *, batch_size: int = 32):
@@ -111,7 +117,7 @@ class Embedder:
         """Embed image files.
 
         Args:
-            bad: takes the images that cannot be read, which are left out; without it the first one raises.
+            bad: collects the images that cannot be read, which are left out; without it the first one raises.
 
         Returns:
             The paths that could be read, and float32[n, D].
@@ -125,7 +131,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts, those of like length together: float32[n, D] in the order given."""
+        """Embed texts, in batches of similar length: float32[n, D], in the order of `texts`."""
         if not texts:
             raise ConfigError("texts: got none, expected at least one")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

@@ -19,7 +19,12 @@ ImagesToFeatures = Callable[[Sequence[Path]], Tensor]
 
 @dataclass(frozen=True)
 class Shot:
-    """An image of the context, and the text that goes with it. `<image>` stands where the image goes."""
+    """An image of the context, and the text that goes with it. `<image>` stands where the image goes.
+
+    Example:
+        >>> Shot(image_path, "This is a dax.").text
+        'This is a dax.'
+    """
 
     image: Path
     text: str
@@ -85,8 +90,13 @@ def choose_answers(
     """The likeliest of each episode's choices, by the sum over its tokens. What precedes them is read once.
 
     Args:
-        features: gives the image features float[n, N, D_enc] of files; they are read and encoded when not given.
+        features: image files → their features float[n, N, D_enc]; by default they are read and encoded.
         blind: leave the images out.
+
+    Example:
+        >>> episode = Episode("1", (), image_path, "This is a", "dog", ("dog", "cat"))
+        >>> choose_answers(captioner, [episode])[0] in episode.choices
+        True
     """
     prefix_embeds = None
     if not blind:
@@ -104,7 +114,13 @@ def write_answers(
     blind: bool = False,
     max_new_tokens: int = 10,
 ) -> list[str]:
-    """What the model writes for each episode, greedily; see `choose_answers`."""
+    """The text that the model generates greedily for each episode; see `choose_answers`.
+
+    Example:
+        >>> episode = Episode("1", (), image_path, "This is a", "dog", ("dog", "cat"))
+        >>> len(write_answers(captioner, [episode], max_new_tokens=2))
+        1
+    """
     prompts = [episode.blind_prompt if blind else episode.prompt for episode in episodes]
     features_of_all = None
     if not blind:

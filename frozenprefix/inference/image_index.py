@@ -24,12 +24,17 @@ INDEX_FILE = "index.json"
 FORMAT = 1
 
 Stamp = tuple[int, int]
-"""Size and modification time (ns) of a file: when both are the same, the file is."""
+"""Size and modification time (ns) of a file; a file whose stamp has not changed is taken to be unchanged."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image of the index, and its cosine similarity with the query."""
+    """An image of the index, and its cosine similarity with the query.
+
+    Example:
+        >>> Hit(image_path, 0.31).score
+        0.31
+    """
 
     path: Path
     score: float
@@ -58,7 +63,13 @@ class ImageIndex:
 
     Args:
         paths: image files; embeds: float32[n, D], a row each; stamps: their state when they were embedded.
-        fingerprint: of the model, as `Embedder.fingerprint` gives it.
+        fingerprint: of the model; see `Embedder.fingerprint`.
+
+    Example:
+        >>> index = ImageIndex([image_path], np.array([[0.6, 0.8]]), [(1024, 0)], fingerprint="model")
+        >>> hit = index.search(np.array([0.6, 0.8]), k=1)[0][0]
+        >>> hit.path.name, round(hit.score, 3)
+        ('red_circle.png', 1.0)
     """
 
     def __init__(self, paths: Sequence[Path], embeds: np.ndarray, stamps: Sequence[Stamp], fingerprint: str):
@@ -86,12 +97,12 @@ class ImageIndex:
 
         Args:
             previous: an index whose vectors are taken over for files that have not changed since.
-            bad: takes the images that cannot be read, which are left out; without it the first one raises.
+            bad: collects the images that cannot be read, which are left out; without it the first one raises.
             progress: called with (images embedded, images to embed).
 
         Raises:
             DataError: when no image is left.
-            CacheError: when `previous` was made with another model.
+            CacheError: when `previous` was built with another model.
         """
         fingerprint = embedder.fingerprint()
         if previous is not None:
@@ -142,7 +153,7 @@ class ImageIndex:
         return self._faiss.search(queries, k)
 
     def save(self, folder: str | Path) -> None:
-        """Write `index.json` and the vectors that it names. An older index stays whole until the last moment."""
+        """Write `index.json` and the file of vectors that it names. An older index stays readable until then."""
         folder, data = Path(folder), save({"embeds": self.embeds})
         name = f"embeds-{content_hash(data)[:12]}.safetensors"
         write_bytes_atomic(folder / name, data)
@@ -162,7 +173,7 @@ class ImageIndex:
         """Read a saved index.
 
         Args:
-            fingerprint: of the model that it must have been made with; None takes any.
+            fingerprint: of the model that it must have been built with; None accepts any.
 
         Raises:
             CacheError: for an index that is missing, damaged, or another model's.
@@ -184,13 +195,18 @@ class ImageIndex:
     def check(self, fingerprint: str) -> None:
         if self.fingerprint != fingerprint:
             raise CacheError(
-                f"index: was made with model {self.fingerprint[:12]}, not with this one ({fingerprint[:12]}); build "
-                "another in another folder"
+                f"index: was built with model {self.fingerprint[:12]}, not with this one ({fingerprint[:12]}); build "
+                "a new index in another folder"
             )
 
 
 def index_folder(images: Path, fingerprint: str) -> Path:
-    """Where the index of a folder of images lies in the user's cache."""
+    """The folder in the user's cache for the index of a folder of images.
+
+    Example:
+        >>> index_folder(images_folder, "0123456789abcdef").name[-12:]
+        '0123456789ab'
+    """
     name = content_hash(str(images.resolve()))[:12]
     return user_cache() / "indexes" / f"{name}-{fingerprint[:12]}"
 
@@ -203,7 +219,14 @@ def open_index(
     bad: BadImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageIndex:
-    """The saved index of `folder`, brought up to date with the files `images`, or a new one saved there."""
+    """Load the index in `folder` and bring it up to date with the files `images`, or build and save a new one.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
+        >>> model.contrastive = ContrastiveHeads(model.lm.dim, dim=8, loss="infonce")
+        >>> len(open_index(Embedder(model, processor), [image_path], tmp_path / "index"))
+        1
+    """
     previous = ImageIndex.load(folder, embedder.fingerprint()) if (folder / INDEX_FILE).is_file() else None
     index = ImageIndex.build(embedder, images, previous=previous, bad=bad, progress=progress)
     if previous is None or (index.paths, index.stamps) != (previous.paths, previous.stamps):

@@ -78,20 +78,26 @@ def log_likelihoods(
 ) -> list[Tensor]:
     """Sum over a target's free tokens of log p(token | images and tokens before it).
 
-    The images and the first tokens that targets share are read once for as many targets as a row holds. An LM that
-    cannot read tries (ALiBi, recurrent layers), or not of that length (sliding window), reads a target a row.
+    Targets that share images and first tokens are packed into one row, as a token trie, so that the shared part is
+    computed once. An LM that cannot read tries (ALiBi, recurrent layers), or none of that length (sliding window),
+    gets one target per row.
 
     Args:
-        groups: for each group of images shown together its targets. A list that occurs several times is laid out
+        groups: the targets of each group of images that belong together. A list that occurs several times is packed
             once.
         prefix_embeds: float[images, P, D_lm] of all groups in order; None for targets without images.
-        images_per_group: images of each group; 1 each when not given, 0 without `prefix_embeds`.
+        images_per_group: images of each group; by default 1 each, or 0 without `prefix_embeds`.
 
     Returns:
         for each group float32[targets].
 
     Raises:
-        TrainingError: for a target without a free token, without a given one, or with another number of placeholders.
+        TrainingError: for a target without a free or without a context token, or with a wrong number of placeholders.
+
+    Example:
+        >>> dog, cat = Target([1, 5, 6], num_context=1), Target([1, 5, 7], num_context=1)
+        >>> log_likelihoods(model, [[dog, cat]])[0].shape
+        torch.Size([2])
     """
     counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
     longest = max(len(target.input_ids) for group in groups for target in group)
@@ -108,8 +114,8 @@ def log_likelihoods(
         batch = units[start : start + rows_at_once]
         first = batch[0][1]
         last = batch[-1][1] + counts[batch[-1][0]]
-        shown = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
-        scores = _score(model, [(row, image - first) for _, image, row in batch], shown)
+        batch_embeds = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
+        scores = _score(model, [(row, image - first) for _, image, row in batch], batch_embeds)
         for (number, _, row), score in zip(batch, scores, strict=True):
             values[number][row.targets] = score
     return values
@@ -207,14 +213,14 @@ def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:
     shape = (len(rows), width)
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     ends = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself
-    prefix, shown = torch.full(shape, -1), torch.full(shape, -1)
+    prefix, latest = torch.full(shape, -1), torch.full(shape, -1)
     for r, (row, image) in enumerate(rows):
         packed, real = row.packed, slice(0, row.length)
         ids[r, real], positions[r, real], ends[r, real] = (
             part[0] for part in (packed.input_ids, packed.position_ids, packed.subtree_end)
         )
-        for made, own in ((prefix, packed.prefix_index[0]), (shown, packed.latest_index[0])):
-            made[r, real] = torch.where(own >= 0, own + image * per_image, -1)
+        for index, own in ((prefix, packed.prefix_index[0]), (latest, packed.latest_index[0])):
+            index[r, real] = torch.where(own >= 0, own + image * per_image, -1)
     nodes = torch.cat([row.node + r * width for r, (row, _) in enumerate(rows)])
     predict_index, edge_source = nodes.unique(return_inverse=True)
     return replace(
@@ -223,7 +229,7 @@ def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:
         position_ids=positions,
         subtree_end=ends,
         prefix_index=prefix,
-        latest_index=shown,
+        latest_index=latest,
         predict_index=predict_index,
         edge_source=edge_source,
         edge_label=torch.cat([row.label for row, _ in rows]),

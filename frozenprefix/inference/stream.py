@@ -1,4 +1,4 @@
-"""Rolling captions of a file or a camera, with the time that each frame took."""
+"""Rolling captions of a file or a camera, with the latency of each frame."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ REMEMBERED = 100_000  # frames whose latency is kept, about an hour of a camera
 
 @dataclass(frozen=True)
 class RollingCaption:
-    """What a stream shows from a second on, and the seconds from the decoded frame to its caption."""
+    """A caption, the second of the stream at which its scene begins, and the seconds it took from the decoded frame.
+
+    Example:
+        >>> RollingCaption(time=2.0, caption="a dog", latency=0.25).caption
+        'a dog'
+    """
 
     time: float
     caption: str
@@ -36,17 +41,23 @@ def live_frames(source: str | Path) -> Iterator[Frame]:
     with open_video(source, **({"format": "v4l2"} if is_camera else {})) as (container, stream):
         start: float | None = None
         for number, frame in enumerate(container.decode(stream)):
-            shown = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
-            start = shown if start is None else start
-            yield Frame(shown - start, upright(frame))
+            seconds = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
+            start = seconds if start is None else start
+            yield Frame(seconds - start, upright(frame))
 
 
 class StreamCaptioner:
-    """Captions a stream anew whenever its scene changes.
+    """Captions a stream whenever its scene changes.
 
     Args:
         captioner: the model.
-        scenes: when a scene is a new one; options of `SceneDetector`.
+        scenes: options of `SceneDetector`, which decides where a new scene begins.
+
+    Example:
+        >>> image.save(tmp_path / "clip.gif")
+        >>> stream = StreamCaptioner(captioner, min_seconds=1.0)
+        >>> [caption.time for caption in stream.follow(tmp_path / "clip.gif", max_new_tokens=2)]
+        [0.0]
     """
 
     def __init__(self, captioner: Captioner, **scenes: float):
@@ -80,10 +91,10 @@ class StreamCaptioner:
                 yield RollingCaption(frame.time, caption, seconds)
 
     def latency(self) -> dict[str, float]:
-        """Of the frames followed so far: how many, how many captioned, and milliseconds from frame to caption.
+        """Number of frames followed so far, number of captions, and percentiles of the latency in milliseconds.
 
-        `p50_ms` and `p95_ms` are over all frames, of which most cost only the look at the scene; `captioned_p50_ms` and
-        `captioned_p95_ms` over those that were captioned.
+        `p50_ms` and `p95_ms` are over all frames, most of which only pass the scene detector; `captioned_p50_ms` and
+        `captioned_p95_ms` are over the frames that were captioned.
         """
         captioned = [seconds for seconds, new in self._latencies if new]
         result: dict[str, float] = {"frames": len(self._latencies), "captioned": len(captioned)}

@@ -1,4 +1,4 @@
-"""Videos: frames with their times, captions of whole clips, and summaries of what happens when. Needs PyAV."""
+"""Videos: frames with their times, captions of whole clips, and captions scene by scene. Needs PyAV."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ Sampler = Literal["scenes", "uniform"]
 
 @dataclass(frozen=True)
 class Frame:
-    """An upright RGB image, and the second at which it is first shown, counted from the first frame."""
+    """An upright RGB image, and its time in seconds from the first frame.
+
+    Example:
+        >>> Frame(0.5, image).time
+        0.5
+    """
 
     time: float
     image: Image.Image
@@ -32,7 +37,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video, in seconds, and what it shows."""
+    """A part of a video, from second `start` to second `end`, and its caption.
+
+    Example:
+        >>> Segment(0.0, 2.5, "a dog runs").caption
+        'a dog runs'
+    """
 
     start: float
     end: float
@@ -81,8 +91,14 @@ class Clip:
         path: any file that FFmpeg reads.
 
     Attributes:
-        times: float64[frames], seconds at which frames are first shown, from 0.
+        times: float64[frames], the second at which each frame begins; the first is 0.
         duration: seconds.
+
+    Example:
+        >>> image.save(tmp_path / "clip.gif", save_all=True, append_images=[image.rotate(45)], duration=500)
+        >>> clip = Clip(tmp_path / "clip.gif")
+        >>> len(clip), clip.duration
+        (2, 1.0)
     """
 
     def __init__(self, path: str | Path):
@@ -113,7 +129,7 @@ class Clip:
                 yield self._frame(frame)
 
     def at(self, indices: Sequence[int]) -> list[Frame]:
-        """The frames with these numbers, which ascend and may repeat; key frames save decoding what lies between."""
+        """The frames with these numbers, which must ascend and may repeat. Seeks to key frames, to decode less."""
         chosen: list[Frame] = []
         with open_video(self.path) as (container, stream):
             frames, position = container.decode(stream), self._stamps[0] - 1
@@ -133,7 +149,7 @@ class Clip:
         return chosen
 
     def index_at(self, time: float) -> int:
-        """Number of the frame that is shown at a time."""
+        """Number of the frame on the screen at a time, in seconds."""
         return max(0, int(np.searchsorted(self.times, time, side="right")) - 1)
 
     def _frame(self, frame: Any) -> Frame:
@@ -168,13 +184,18 @@ def colour_histogram(image: Image.Image) -> np.ndarray:
 
 
 class SceneDetector:
-    """Says which frames begin a new scene, by how their colours are spread over the image.
+    """Tells which frames begin a new scene, by the colour histograms of the image's quarters.
 
     Args:
-        cut: share of the colours, 0 to 1, that must be others than in the frame before. Two unrelated photos differ in
-            0.4 to 0.9, frames of one take rarely in more than 0.15.
-        drift: share that must be others than in the first frame of the scene, for fades and pans.
-        min_seconds: shortest scene; a cut that comes earlier counts when that time is over.
+        cut: difference from the previous frame, 0 to 1, at which a scene begins. Two unrelated photos differ by 0.4 to
+            0.9, frames of the same take rarely by more than 0.15.
+        drift: difference from the first frame of the scene at which a new one begins, for fades and pans.
+        min_seconds: shortest scene; an earlier cut counts once that time is over.
+
+    Example:
+        >>> detector = SceneDetector()
+        >>> [detector.is_new(Frame(time, image)) for time in (0.0, 1.0)]
+        [True, False]
     """
 
     def __init__(self, *, cut: float = 0.25, drift: float = 0.5, min_seconds: float = 0.5):
@@ -199,7 +220,7 @@ class SceneDetector:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Share of the colours in which two histograms differ, 0 to 1."""
+    """Difference of two histograms, 0 to 1."""
     return float(np.abs(one - other).sum()) / 2 / len(one)
 
 
@@ -212,8 +233,14 @@ class VideoCaptioner:
     Args:
         captioner: the model.
         frames: frames per clip, spread evenly over it.
-        pooling: "mean" gives one prefix of the mean of the frames' image features; "frames" gives a prefix per frame,
-            one after the other, which a model trained on single images has not learned to read.
+        pooling: "mean" gives one prefix, from the mean of the frames' image features; "frames" gives one prefix per
+            frame, in order, which a model trained on single images has not learned to read.
+
+    Example:
+        >>> image.save(tmp_path / "clip.gif")
+        >>> video = VideoCaptioner(captioner, frames=4)
+        >>> video.features(tmp_path / "clip.gif").shape[0]
+        1
     """
 
     def __init__(self, captioner: Captioner, *, frames: int = 8, pooling: Pooling = "mean"):
@@ -233,7 +260,7 @@ class VideoCaptioner:
         """One caption of a whole clip; options as of `Captioner.caption`.
 
         Raises:
-            BadImageError: for a file that is no video.
+            BadImageError: for a file that is not a video.
         """
         features = self.features(path)
         processor = self.captioner.processor
@@ -274,9 +301,9 @@ class VideoCaptioner:
         return merge(segments)
 
     def features(self, path: str | Path) -> Tensor:
-        """Image features of a clip as the mapper gets them: float32[1 or frames, N, D_enc], on the CPU.
+        """Image features of a clip, the mapper's input: float32[1 or frames, N, D_enc], on the CPU.
 
-        A clip of fewer frames gives those that it has.
+        A clip with fewer frames gives the features of all of them.
         """
         clip = Clip(path)
         middles = [clip.index_at((start + end) / 2) for start, end in uniform_spans(clip, self.frames)]

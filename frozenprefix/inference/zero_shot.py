@@ -16,7 +16,12 @@ TEMPLATES = ("a photo of a {}.", "an image of a {}.", "there is a {}.", "a {} in
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and the share of each label, in the order of the classifier's labels."""
+    """An image, its most likely label, and the probability of each label, in the order of the classifier's labels.
+
+    Example:
+        >>> LabelledImage(image_path, "red", {"red": 0.75, "blue": 0.25}).label
+        'red'
+    """
 
     path: Path
     label: str
@@ -24,13 +29,20 @@ class LabelledImage:
 
 
 class ZeroShotClassifier:
-    """Names the label of images.
+    """Labels images by the similarity of their vector to those of the labels' texts.
 
     Args:
         embedder: a model with images and texts in one space.
         labels: at least two different ones.
         templates: texts with a place for the label, `{}`. A label is the mean of its texts' unit vectors.
-        scale: of the cosines in the softmax: the model's logit scale for probabilities as trained.
+        scale: factor of the cosines in the softmax; the model's logit scale gives the probabilities of its training.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
+        >>> model.contrastive = ContrastiveHeads(model.lm.dim, dim=8, loss="infonce")
+        >>> classifier = ZeroShotClassifier(Embedder(model, processor), ["dog", "cat"])
+        >>> classifier.classify([image_path])[0].label in ("dog", "cat")
+        True
     """
 
     def __init__(

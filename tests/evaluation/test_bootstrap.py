@@ -82,7 +82,7 @@ def test_no_difference_is_not_significant(scores):
     ("call", "message"),
     [
         (lambda: bootstrap_interval([]), "at least one sample"),
-        (lambda: bootstrap_interval([1.0, float("nan")]), "1 values are no finite numbers"),
+        (lambda: bootstrap_interval([1.0, float("nan")]), "1 values are not finite"),
         (lambda: bootstrap_interval([[1.0, 2.0]]), r"must be \[samples\] without a metric, got shape \[1, 2\]"),
         (lambda: bootstrap_interval([1.0], n=0), "n must be ≥ 1, got 0"),
         (lambda: bootstrap_interval([1.0], confidence=95), "confidence must lie between 0 and 1, got 95"),

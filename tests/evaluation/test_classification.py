@@ -333,7 +333,7 @@ def test_the_task_takes_its_options_by_name(captioner, shapes, tmp_path, monkeyp
             Sample("1", (Path("a"),), ("cat",), task="classification"),
             ["cats", "dogs"],
             DataError,
-            r"'cat' is a sample's target but no label \(did you mean 'cats'\?\)",
+            r"'cat' is a sample's target but not a label \(did you mean 'cats'\?\)",
         ),
     ],
 )

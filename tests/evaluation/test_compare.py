@@ -162,10 +162,10 @@ def test_wrong_files_are_refused(pair, tmp_path):
     with pytest.raises(DataError, match="got list"):
         Evaluation.load(wrong)
     wrong.write_text("{")
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         Evaluation.load(wrong)
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(DataError, match=r"predictions: .*a\.jsonl is not there; evaluate again"):
+    with pytest.raises(DataError, match=r"predictions: .*a\.jsonl does not exist; evaluate again"):
         Evaluation.load(pair[0])
 
 

@@ -17,7 +17,7 @@ from frozenprefix.evaluation.tasks.retrieval import (
     RETRIEVAL,
     chance_metrics,
     evaluate_retrieval,
-    first_ranks,
+    ranks_both_ways,
     retrieval_metrics,
 )
 from frozenprefix.inference.embedding import Embedder
@@ -30,10 +30,12 @@ from tests.helpers.retrieval import EYE, ColourModel, ColourProcessor
 
 
 def test_ranks_by_hand():
-    queries = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
-    items = np.array([[0.9, 0.1], [1.0, 0.0], [0.5, 0.5]], np.float32)
-    # query 0 owns item 0, behind item 1; query 1 owns items 1 (last) and 2 (first)
-    assert first_ranks(queries, items, np.array([0, 1]), np.array([0, 1, 1])).tolist() == [2, 1]
+    images = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    texts = np.array([[0.9, 0.1], [1.0, 0.0], [0.5, 0.5]], np.float32)
+    ranks = ranks_both_ways(images, texts, np.array([0, 1, 1]))
+    # image 0 owns text 0, behind text 1; image 1 owns texts 1 (last) and 2 (first)
+    assert ranks["image_to_text"].tolist() == [2, 1]
+    assert ranks["text_to_image"].tolist() == [1, 2, 2], "a tie counts against the model"
 
 
 def test_equal_vectors_are_not_found():

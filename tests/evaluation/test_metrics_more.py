@@ -80,7 +80,7 @@ def test_recall_and_median_rank():
         ([[1.0, 2.0]], [[0], [1]], r"one row per entry of relevant, 2; got shape \[1, 2\]"),
         ([[1.0, 2.0]], [[2]], r"relevant\[0\] must name columns from 0 to 1, got \[2\]"),
         ([[1.0, 2.0]], [[]], r"relevant\[0\] must name columns"),
-        ([[1.0, float("nan")]], [[0]], "1 values that are no number"),
+        ([[1.0, float("nan")]], [[0]], "1 NaN values"),
     ],
 )
 def test_bad_rankings_are_refused(similarity, relevant, message):

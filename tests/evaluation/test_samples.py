@@ -69,7 +69,7 @@ def test_a_checkpoint_without_validation_data_needs_a_folder(checkpoint, tiny_re
     with pytest.raises(ConfigError, match=r"has a recipe without data\.validation; give a folder of data"):
         evaluate_checkpoint(checkpoint, task="vqa")
     (checkpoint / "recipe.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"--data: not given, and .* holds no recipe\.yaml"):
+    with pytest.raises(ConfigError, match=r"--data: missing, and .* holds no recipe\.yaml"):
         evaluate_checkpoint(checkpoint, task="vqa")
 
 

@@ -319,12 +319,12 @@ def test_the_context_of_the_lm(dialog):
     state = list(dialog.messages), dialog.num_tokens
     asked = len(dialog._encode([*dialog.messages, {"role": "user", "content": "why?"}]))
     message = (
-        rf"dialog: {asked} tokens and a reply of up to 120 are more than the LM's context of 128; start anew with "
+        rf"dialog: {asked} tokens and a reply of up to 120 are more than the LM's context of 128; start again with "
         rf"reset\(\), or set max_new_tokens to {128 - asked} at most"
     )
     with pytest.raises(DataError, match=message):
         dialog.ask("why?", max_new_tokens=120)
-    with pytest.raises(DataError, match=r"start anew with reset\(\)$"):
+    with pytest.raises(DataError, match=r"start again with reset\(\)$"):
         dialog.ask("why? " * 60, max_new_tokens=1)
     assert (dialog.messages, dialog.num_tokens) == state
     dialog.ask("why?", max_new_tokens=128 - asked)
@@ -333,7 +333,7 @@ def test_the_context_of_the_lm(dialog):
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"max_length": 9}, {"return_dict_in_generate": True}])
 def test_options_of_several_rows_are_refused(dialog, options):
-    with pytest.raises(ConfigError, match=f"{next(iter(options))}: no option of a dialog"):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: not an option of a dialog"):
         dialog.ask("what?", **options)
 
 

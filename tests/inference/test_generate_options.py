@@ -21,13 +21,13 @@ def path(shapes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_return_sequences": 2}, "num_return_sequences: a captioner gives one text"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate: a captioner gives one text"),
-        ({"output_scores": True}, "output_scores: a captioner gives one text"),
+        ({"num_return_sequences": 2}, "num_return_sequences: a captioner returns one text"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate: a captioner returns one text"),
+        ({"output_scores": True}, "output_scores: a captioner returns one text"),
         ({"num_beams": 0}, "num_beams: got 0, expected at least 1"),
         ({"num_beams": 2.5}, "num_beams: got 2.5, expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
-        ({"inputs_embeds": None}, "inputs_embeds: a captioner makes it from prompts and images"),
+        ({"inputs_embeds": None}, "inputs_embeds: a captioner computes it from prompts and images"),
         ({"streamer": None, "max_length": 3}, "streamer: .*\nmax_length: "),
     ],
 )

@@ -53,7 +53,7 @@ def test_an_index_is_read_back_whole(colour_embedder, colour_images, tmp_path):
 def test_an_index_of_another_model_is_refused(colour_embedder, colour_images, tmp_path):
     ImageIndex.build(colour_embedder, sorted(colour_images.iterdir())).save(tmp_path / "index")
     other = Embedder(ColourModel("two"), ColourProcessor())
-    with pytest.raises(CacheError, match="was made with model"):
+    with pytest.raises(CacheError, match="was built with model"):
         open_index(other, sorted(colour_images.iterdir()), tmp_path / "index")
 
 

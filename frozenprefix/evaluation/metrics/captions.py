@@ -28,10 +28,15 @@ _TINY, _SMALL = 1e-15, 1e-9
 class CaptionScores:
     """Scores of one prediction set.
 
-    `corpus` has bleu_1 to bleu_4, rouge_l, cider_d, and of the predictions themselves: distinct_captions (how many
-    different ones), most_common_share (of the images, in [0, 1]) and mean_length (words). `per_image` has the first
-    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. A BLEU of the corpus is no mean over images:
+    `corpus` has bleu_1 to bleu_4, rouge_l, cider_d, and of the predictions themselves: distinct_captions (number of
+    different captions), most_common_share (of the images, in [0, 1]) and mean_length (words). `per_image` has the first
+    six for each id. BLEU and ROUGE-L lie in [0, 1], CIDEr-D in [0, 10]. BLEU of a corpus is not a mean over images:
     `bleu_statistics` has the ten counts of each id whose sums `bleu_of_sums` turns into BLEU.
+
+    Example:
+        >>> scores = caption_metrics({"1": "a dog", "2": "a cat"}, {"1": ["a dog"], "2": ["a cat"]})
+        >>> isinstance(scores, CaptionScores), scores.per_image["1"]["rouge_l"]
+        (True, 1.0)
     """
 
     corpus: dict[str, float]
@@ -86,24 +91,24 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _bleu_statistics(caption: Caption, references: CaptionReferences, key: str) -> list[int]:
-    """Return [words, closest reference length, n-grams for n = 1..4, of these in a reference for n = 1..4]."""
+    """Return [words, closest reference length, n-grams for n = 1..4, matches with a reference for n = 1..4]."""
     words = len(caption.words)
     closest = min((abs(len(each.words) - words), len(each.words)) for each in references.captions[key])[1]
-    found = [0] * MAX_N
+    matches = [0] * MAX_N
     most = references.max_counts[key]
     for ngram, count in caption.counts.items():
-        found[len(ngram) - 1] += min(count, most.get(ngram, 0))
-    return [words, closest, *(max(0, words - n) for n in range(MAX_N)), *found]
+        matches[len(ngram) - 1] += min(count, most.get(ngram, 0))
+    return [words, closest, *(max(0, words - n) for n in range(MAX_N)), *matches]
 
 
 def _bleu(statistics: Sequence[int]) -> dict[str, float]:
     words, closest = statistics[:2]
-    possible, found = statistics[2 : 2 + MAX_N], statistics[2 + MAX_N :]
+    possible, matches = statistics[2 : 2 + MAX_N], statistics[2 + MAX_N :]
     ratio = (words + _TINY) / (closest + _SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, {}
     for n in range(MAX_N):
-        product *= (found[n] + _TINY) / (possible[n] + _SMALL)
+        product *= (matches[n] + _TINY) / (possible[n] + _SMALL)
         scores[f"bleu_{n + 1}"] = product ** (1 / (n + 1)) * brevity
     return scores
 
@@ -118,10 +123,10 @@ def bleu_of_sums(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         `bleu_1` to `bleu_4`, float[...] each.
     """
     words, closest = sums[..., 0], sums[..., 1]
-    possible, found = sums[..., 2 : 2 + MAX_N], sums[..., 2 + MAX_N :]
+    possible, matches = sums[..., 2 : 2 + MAX_N], sums[..., 2 + MAX_N :]
     ratio = (words + _TINY) / (closest + _SMALL)
     brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-    products = np.cumprod((found + _TINY) / (possible + _SMALL), axis=-1)
+    products = np.cumprod((matches + _TINY) / (possible + _SMALL), axis=-1)
     return {f"bleu_{n + 1}": np.asarray(products[..., n] ** (1 / (n + 1)) * brevity) for n in range(MAX_N)}
 
 

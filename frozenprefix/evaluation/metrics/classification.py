@@ -16,7 +16,7 @@ def classification_report(
     """Compare predicted with true labels. A ratio without anything to divide by is 0, as in scikit-learn.
 
     Args:
-        labels: all classes, in the order of the table; those that occur, sorted, when not given.
+        labels: all classes, in the order of the table; by default those that occur, sorted.
 
     Returns:
         `accuracy`; `macro_precision`, `macro_recall`, `macro_f1` (means over classes); `weighted_precision`,

@@ -20,7 +20,7 @@ _BATCH = 64
 
 
 class ContrastiveEncoder(Protocol):
-    """Two encoders with one space. Cutting texts (CLIP reads 77 tokens) and preparing images is their matter."""
+    """Two encoders with one space. They truncate texts (CLIP reads 77 tokens) and preprocess images themselves."""
 
     def encode_image(self, images: Sequence[Any]) -> Any:
         """n images → float[n, D]."""
@@ -64,8 +64,8 @@ def ref_clip_score(
     if len(reference_embeds) != len(texts):
         raise DataError(f"reference_embeds must have one entry per caption, {len(texts)}; got {len(reference_embeds)}")
     nearest = np.empty(len(texts))
-    for i, given in enumerate(reference_embeds):
-        references = _matrix(given, f"reference_embeds[{i}]")
+    for i, embeds in enumerate(reference_embeds):
+        references = _matrix(embeds, f"reference_embeds[{i}]")
         if not len(references) or references.shape[1] != texts.shape[1]:
             raise DataError(
                 f"reference_embeds[{i}] must be [R, {texts.shape[1]}] with R ≥ 1, got {list(references.shape)}"
@@ -76,13 +76,13 @@ def ref_clip_score(
 
 
 def embed_captions(encoder: ContrastiveEncoder, captions: Sequence[str]) -> NDArray[np.float64]:
-    """Embed captions behind the metric's prompt, which belongs to captions and references alike."""
+    """Embed captions or references, each after the metric's prompt."""
     texts = [f"{PROMPT} {caption}" for caption in captions]
     return _in_batches(encoder.encode_text, texts, "encode_text(...)")
 
 
 def embed_images(encoder: ContrastiveEncoder, images: Sequence[Any]) -> NDArray[np.float64]:
-    """Embed images, whatever the encoder takes for one."""
+    """Embed images, in any form that the encoder takes."""
     return _in_batches(encoder.encode_image, images, "encode_image(...)")
 
 

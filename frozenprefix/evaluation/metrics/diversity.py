@@ -1,4 +1,4 @@
-"""How varied a set of captions is: a model that says the same of every image scores low here."""
+"""Diversity of a set of captions: low for a model that writes the same caption for every image."""
 
 from __future__ import annotations
 

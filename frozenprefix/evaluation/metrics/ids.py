@@ -1,4 +1,4 @@
-"""The check that predictions and references speak of the same images or questions."""
+"""The check that predictions and references have the same ids."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _CORENLP = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-
 
 @dataclass(frozen=True)
 class JavaScores:
-    """A score for the corpus and one for each image, in [0, 1]. METEOR's for the corpus is no mean over images."""
+    """A score for the corpus and one for each image, in [0, 1]. METEOR of a corpus is not a mean over images."""
 
     corpus: float
     per_image: dict[str, float]
@@ -78,13 +78,13 @@ def spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]
     candidates, tokens = _tokens(predictions, references)
     rows = [{"image_id": key, "test": text, "refs": tokens[key]} for key, text in candidates.items()]
     with tempfile.TemporaryDirectory() as scratch:
-        given, made = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
-        given.write_text(json.dumps(rows), encoding="utf-8")
-        command = ["java", "-Dfile.encoding=UTF-8", "-jar", "-Xmx8G", "spice-1.0.jar", str(given), "-out", str(made)]
+        source, target = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
+        source.write_text(json.dumps(rows), encoding="utf-8")
+        command = ["java", "-Dfile.encoding=UTF-8", "-jar", "-Xmx8G", "spice-1.0.jar", str(source), "-out", str(target)]
         run = subprocess.run([*command, "-silent"], cwd=folder / "spice", capture_output=True, encoding="utf-8")
-        if run.returncode or not made.is_file():
+        if run.returncode or not target.is_file():
             raise AssetError(f"SPICE stopped with code {run.returncode}: {_last_line(run.stderr)}")
-        results = json.loads(made.read_text(encoding="utf-8"))
+        results = json.loads(target.read_text(encoding="utf-8"))
     scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in results}
     check_same_ids(scores, candidates, "captions given to SPICE")
     return JavaScores(sum(scores.values()) / len(scores), {key: scores[key] for key in candidates})

@@ -44,6 +44,10 @@ def ptb_tokenize(text: str) -> list[str]:
 
     Equal to pycocoevalcap's `PTBTokenizer` on ordinary English; see the module's text for the one exception. A few
     tokens contain a no-break space, as there: "3 1/2", "(555) 555-1234".
+
+    Example:
+        >>> ptb_tokenize("A dog's ball, on the grass.")
+        ['a', 'dog', "'s", 'ball', 'on', 'the', 'grass']
     """
     return [token for token in _lex(text.replace("\n", " ") + "\n\n") if token and token not in PUNCTUATION]
 

@@ -11,15 +11,20 @@ from frozenprefix.errors import DataError
 
 
 def first_ranks(similarity: ArrayLike, relevant: Sequence[Collection[int]]) -> NDArray[np.int64]:
-    """Rank of each query's best relevant candidate, 1 for the first. Ties count against the model: a score that is the
-    same for everything finds nothing.
+    """Rank of each query's best relevant candidate, 1 for the first.
+
+    Ties count against the model, so that equal scores for all candidates give the worst rank.
 
     Args:
         similarity: float[Q, C], larger is nearer.
         relevant: for each query the columns that are right, at least one.
 
     Raises:
-        DataError: for shapes that do not fit, a column that is not there, or scores that are not numbers.
+        DataError: for shapes that do not fit, a column that does not exist, or scores that are NaN.
+
+    Example:
+        >>> first_ranks([[0.9, 0.1], [0.8, 0.3]], [[0], [1]]).tolist()
+        [1, 2]
     """
     scores = np.asarray(similarity, dtype=np.float64)
     if scores.ndim != 2 or len(scores) != len(relevant):
@@ -28,7 +33,7 @@ def first_ranks(similarity: ArrayLike, relevant: Sequence[Collection[int]]) -> N
             f"got shape {list(scores.shape)}"
         )
     if np.isnan(scores).any():
-        raise DataError(f"similarity has {int(np.isnan(scores).sum())} values that are no number; expected finite ones")
+        raise DataError(f"similarity has {int(np.isnan(scores).sum())} NaN values, expected numbers")
     ranks = np.empty(len(scores), dtype=np.int64)
     for row, columns in enumerate(relevant):
         right = sorted(set(columns))

@@ -25,7 +25,7 @@ def ngram_counts(words: Sequence[str]) -> Counts:
 
 @dataclass(frozen=True)
 class Caption:
-    """One tokenised caption. `tokens` may hold no-break spaces ("3 1/2"); `words` are cut there, as BLEU reads them."""
+    """One tokenised caption. `tokens` may hold no-break spaces ("3 1/2"); `words` are split there, as for BLEU."""
 
     tokens: list[str]
     words: list[str]
@@ -57,6 +57,11 @@ class CaptionReferences:
 
     Raises:
         DataError: no image, an image without captions, or frequencies above the number of images.
+
+    Example:
+        >>> references = CaptionReferences({"1": ["a dog runs"], "2": ["a cat sits"]})
+        >>> references.document_frequencies()[("a",)]
+        2
     """
 
     def __init__(self, references: Mapping[str, Sequence[str]], df: tuple[Mapping[Ngram, float], float] | None = None):

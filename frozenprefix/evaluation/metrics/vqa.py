@@ -18,8 +18,8 @@ _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER_WORDS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
-# Those that the measure knows. "he'll", "we'll", "she'd", "we'd" and "i'm" are not among them: without the apostrophe
-# they are other words, or the measure looks for a capital I in text that is lower-cased.
+# The contractions of the published script. It leaves out "he'll", "we'll", "she'd", "we'd" and "i'm": without the
+# apostrophe they are other words, or it looks for a capital I in text that is lower-cased.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
@@ -61,7 +61,7 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def comparable_answer(text: str) -> str:
-    """The normalised answer; the answer as it stands, in lower case, if normalisation leaves nothing ("A", "+", "?").
+    """The normalised answer; if normalisation leaves nothing ("A", "+", "?"), the answer itself in lower case.
 
     Example:
         >>> comparable_answer("the dog"), comparable_answer("A"), comparable_answer("the")
@@ -75,15 +75,15 @@ def vqa_accuracy(
 ) -> dict[str, float]:
     """Score answers against those of several annotators: an answer that three of them gave is right.
 
-    For each annotator left out, min(1, matches among the others / 3); the score is the mean. Ten annotators is the
-    usual number. With fewer than four, "three" is the number of the others; with one, the score is an exact match of
-    the normalised strings.
+    Each annotator is left out once and min(1, matches among the others / 3) is computed; the score is the mean. Ten
+    annotators is the usual number. With fewer than four, "three" is the number of the others; with one, the score is an
+    exact match of the normalised strings.
 
     Args:
         predictions: question id → answer.
         answers: question id → the annotators' answers, at least one.
         compat: repeat the faults of the published script, to compare with published numbers: prediction and answers
-            are compared as they stand where all annotators agree, and three matches are asked for in any case.
+            are compared without normalisation where all annotators agree, and three matches are always needed.
 
     Returns:
         question id → score in [0, 1].
@@ -96,14 +96,14 @@ def vqa_accuracy(
         {'1': 0.75}
     """
     _check(predictions, answers)
-    return {key: _soft_accuracy(predictions[key], given, compat) for key, given in answers.items()}
+    return {key: _soft_accuracy(predictions[key], texts, compat) for key, texts in answers.items()}
 
 
 def _check(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> None:
     check_same_ids(predictions, answers, "answers")
-    for key, given in answers.items():
-        if isinstance(given, str) or not given:
-            raise DataError(f"answers[{key!r}] must be a list of at least one answer, got {given!r}")
+    for key, texts in answers.items():
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"answers[{key!r}] must be a list of at least one answer, got {texts!r}")
 
 
 def _soft_accuracy(prediction: str, answers: Sequence[str], compat: bool) -> float:
@@ -133,7 +133,7 @@ def exact_match(
     Args:
         predictions: question id → answer.
         answers: question id → the right answers, at least one. A list inside one string ("book, scissor", as DAQUAR
-            has) is compared as it stands, order included.
+            has) is compared as one text, order included.
         underscores_as_spaces: take "tape_dispenser" and "tape dispenser" as equal, for DAQUAR.
 
     Returns:
@@ -141,6 +141,10 @@ def exact_match(
 
     Raises:
         DataError: an id is missing or unexpected, or a question has no answer.
+
+    Example:
+        >>> exact_match({"1": "Red ", "2": "dog"}, {"1": ["red"], "2": ["cat"]})
+        {'1': 1.0, '2': 0.0}
     """
     _check(predictions, answers)
 
@@ -148,7 +152,7 @@ def exact_match(
         text = text.replace("_", " ") if underscores_as_spaces else text
         return " ".join(text.lower().split())
 
-    return {key: float(plain(predictions[key]) in map(plain, given)) for key, given in answers.items()}
+    return {key: float(plain(predictions[key]) in map(plain, texts)) for key, texts in answers.items()}
 
 
 def by_group(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
@@ -160,6 +164,10 @@ def by_group(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[str
 
     Raises:
         DataError: a scored id has no group.
+
+    Example:
+        >>> by_group({"1": 1.0, "2": 0.0, "3": 1.0}, {"1": "color", "2": "color", "3": "shape"})
+        {'color': 0.5, 'shape': 1.0}
     """
     lost = [key for key in scores if key not in groups]
     if lost:

@@ -28,10 +28,10 @@ class WordNet:
     """The nouns of WordNet, through nltk.
 
     Args:
-        reader: an nltk WordNet reader; `nltk.corpus.wordnet` when not given.
+        reader: an nltk WordNet reader; by default `nltk.corpus.wordnet`.
 
     Raises:
-        AssetError: nltk, or its WordNet, is not there. Nothing is downloaded.
+        AssetError: nltk or its WordNet corpus is not installed. Nothing is downloaded.
     """
 
     def __init__(self, reader: Any = None):
@@ -75,13 +75,13 @@ def wups(
         predictions: question id → answer; a comma separates the words of a list.
         answers: question id → right answers, at least one.
         threshold: a similarity below it is multiplied by 0.1.
-        taxonomy: `WordNet()` when not given.
+        taxonomy: by default `WordNet()`.
 
     Returns:
         question id → score in [0, 1].
     """
     check_same_ids(predictions, answers, "answers")
-    bad = [key for key, given in answers.items() if isinstance(given, str) or not given]
+    bad = [key for key, texts in answers.items() if isinstance(texts, str) or not texts]
     if bad:
         raise DataError(f"answers[{bad[0]!r}] must be a list of at least one answer, got {answers[bad[0]]!r}")
     if not 0 <= threshold <= 1:

@@ -1,4 +1,4 @@
-"""Answers to choose from: which there are, and which of them a model finds likeliest."""
+"""The candidate answers of a task, and the likeliest of them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def candidate_answers(asked: Any, train_samples: Sequence[Sample]) -> list[str]:
     """The answers that can be chosen.
 
     Args:
-        asked: how many, which takes the most common targets of the training samples (the first seen of equally common
-            ones; all when there are fewer); or the answers themselves.
+        asked: how many of the most common targets of the training samples to take (the first of equally common ones;
+            all when there are fewer); or the answers themselves.
 
     Raises:
-        ConfigError: for anything else, or an answer that is no text or occurs twice.
+        ConfigError: for anything else, or an answer that is not a text or occurs twice.
         DataError: for a number, and training samples with fewer than two different answers.
     """
     if isinstance(asked, list | tuple):

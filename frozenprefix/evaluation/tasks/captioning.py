@@ -39,8 +39,8 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
     """Caption the images of samples of task "caption", whose targets are the references.
 
     Samples that share their images and prompt are scored as one, with the references of all. Runs: "model", "blind"
-    and "shuffled" (see `runs.predict_runs`), and "consensus" of the nearest of `options.train_samples`, where there
-    are any. Every prediction is on disk before anything is scored.
+    and "shuffled" (see `runs.predict_runs`), and with `options.train_samples` "consensus" of the nearest ones. Every
+    prediction is on disk before anything is scored.
 
     A model that was trained with retrieved captions gets them here too.
 
@@ -55,6 +55,13 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
         AssetError: when a metric's program is missing, before anything is predicted.
         ConfigError: for samples of another task, or another task option.
         DataError: for ids that occur twice.
+
+    Example:
+        >>> from frozenprefix.evaluation.samples import folder_samples
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl", num_beams=1, max_new_tokens=2)
+        >>> result = evaluate_captions(captioner, folder_samples(data_folder, "caption", limit=2), options)
+        >>> result["n"], sorted(result["baselines"])
+        (2, ['blind', 'shuffled'])
     """
     check_options("caption", options.extra, ("metrics", "clip_score"))
     _check_metrics(options)
@@ -89,7 +96,7 @@ def _scorer(samples: Sequence[Sample], options: EvaluationOptions) -> Scorer:
 
 
 def _check_metrics(options: EvaluationOptions) -> None:
-    """Check what the metrics need besides: a program, a checkpoint."""
+    """Check that the programs and the checkpoint that the metrics need are there."""
     names = options.extra.get("metrics", [])
     if not isinstance(names, list | tuple) or not set(names) <= METRICS.keys():
         raise ConfigError(f"metrics: got {names!r}, expected a list of {', '.join(METRICS)}")

@@ -1,4 +1,4 @@
-"""Score a model as a classifier, with the blind LM's and the shuffled images' scores beside it."""
+"""Score a model as a classifier, against the blind LM and shuffled images."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def evaluate_classification(
 ) -> dict[str, Any]:
     """Classify the image of every sample and compare with its target.
 
-    Blind: the label that the LM finds likeliest without an image. Shuffled: a sample is given the label of the
-    image of a sample half the list away, never its own. Chance: one over the number of labels.
+    Baselines: "blind", the label that the LM finds likeliest without an image; "shuffled", the label predicted for the
+    image of a sample half the list away, never its own; "chance", one over the number of labels.
 
     Args:
-        labels: all that can be chosen; the targets that occur, sorted, when not given.
+        labels: all labels to choose from; by default the targets that occur, sorted.
         templates, calibrate, normalise, end_token: see `Classifier`.
 
     Returns:
@@ -50,7 +50,15 @@ def evaluate_classification(
 
     Raises:
         ConfigError: for samples of another task.
-        DataError: for a sample without exactly one image and one target, or whose target is no label.
+        DataError: for a sample without exactly one image and one target, or whose target is not a label.
+
+    Example:
+        >>> files = sorted(images_folder.iterdir())[:2]
+        >>> samples = [Sample(file.name, (file,), ("red",), task="classification") for file in files]
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl")
+        >>> result = evaluate_classification(captioner, samples, options, labels=["red", "blue"])
+        >>> result["n"], result["baselines"]["chance"]
+        (2, {'accuracy': 0.5})
     """
     samples = check_samples_of(samples, "classification")
     names = _check_labels(samples, labels)
@@ -105,7 +113,7 @@ def _check_labels(samples: Sequence[Sample], labels: Sequence[str] | None) -> li
     unknown = [name for name in targets if name not in labels]
     if unknown:
         raise DataError(
-            f"labels: {unknown[0]!r} is a sample's target but no label{did_you_mean(unknown[0], labels)}; "
+            f"labels: {unknown[0]!r} is a sample's target but not a label{did_you_mean(unknown[0], labels)}; "
             f"expected all of {', '.join(targets[:20])}"
         )
     return list(labels)
@@ -119,7 +127,7 @@ def _choose(
     journal: Journal,
     options: EvaluationOptions,
 ) -> Predictions:
-    """Run → sample id → label. An image is classified once, for its own samples and those that it is shuffled to."""
+    """Run → sample id → label. Each image is classified once, for its own samples and for the shuffled ones."""
     first = {sample.images[0]: sample for sample in reversed(samples)}
 
     def answer(_: str, batch: list[Sample]) -> dict[str, str]:
@@ -127,38 +135,38 @@ def _choose(
         return {sample.id: labels[i] for sample, i in zip(batch, scores.argmax(dim=1).tolist(), strict=True)}
 
     todo = {"model": list(first.values())}
-    found = predict_missing(
+    predictions = predict_missing(
         journal, todo, answer, options, key=lambda sample: sample.id, batch_size=classifier.batch_size
-    )
-    made = found["model"]
+    )["model"]
     blind = labels[int(classifier.blind_scores(labels).argmax())]
     return {
-        "model": {sample.id: made[first[sample.images[0]].id] for sample in samples},
+        "model": {sample.id: predictions[first[sample.images[0]].id] for sample in samples},
         "blind": {sample.id: blind for sample in samples},
         "shuffled": {
-            sample.id: made[first[other.images[0]].id] for sample, other in zip(samples, shuffled(samples), strict=True)
+            sample.id: predictions[first[other.images[0]].id]
+            for sample, other in zip(samples, shuffled(samples), strict=True)
         },
     }
 
 
-def _scores(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> Scores:
-    report = _report(made, truth, labels)
+def _scores(predicted: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> Scores:
+    report = _report(predicted, truth, labels)
     return Scores(
         metrics={name: value for name, value in report.items() if isinstance(value, float)},
         groups={table: {label: row[table] for label, row in report["per_class"].items()} for table in TABLES},
-        per_sample={key: {"accuracy": float(made[key] == label)} for key, label in truth.items()},
+        per_sample={key: {"accuracy": float(predicted[key] == label)} for key, label in truth.items()},
     )
 
 
-def _report(made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> dict[str, Any]:
-    return classification_report([made[key] for key in truth], list(truth.values()), labels)
+def _report(predicted: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str]) -> dict[str, Any]:
+    return classification_report([predicted[key] for key in truth], list(truth.values()), labels)
 
 
 def _confusion(
-    made: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str], predictions: Path
+    predicted: Mapping[str, str], truth: Mapping[str, str], labels: Sequence[str], file: Path
 ) -> dict[str, Any]:
-    """Counts, and a drawing of them beside the predictions."""
-    counts = _report(made, truth, labels)["confusion"]
-    drawing = predictions.with_name(f"{predictions.stem}_confusion.svg")
+    """Counts, and a drawing of them beside `file`, the predictions."""
+    counts = _report(predicted, truth, labels)["confusion"]
+    drawing = file.with_name(f"{file.stem}_confusion.svg")
     draw_confusion(labels, counts, drawing)
     return {"labels": list(labels), "counts": counts, "file": str(drawing)}

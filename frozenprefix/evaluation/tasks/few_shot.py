@@ -1,4 +1,4 @@
-"""Score a model on few-shot episodes, beside chance, the blind LM and supports that do not fit."""
+"""Score a model on few-shot episodes, against chance, the blind LM and shuffled supports."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def evaluate_fewshot(
     *,
     answering: Answering = "choose",
 ) -> dict[str, Any]:
-    """Answer every episode and compare with what is right.
+    """Answer every episode and compare with the right answer.
 
     Baselines: "chance", one over the number of choices; "blind", the LM with the same text and no image;
-    "shuffled_support", with the support images of the episode half the list away: what is left of the accuracy does
-    not come from the binding.
+    "shuffled_support", with the support images of the episode half the list away, whose accuracy does not come from the
+    binding.
 
     Args:
         answering: "choose" takes the likeliest of an episode's choices (the sum over its tokens); "generate" lets the
@@ -45,8 +45,15 @@ def evaluate_fewshot(
 
     Raises:
         ConfigError: for another way of answering.
-        DataError: for fewer than two episodes, supports of different sizes, an answer that is no choice, or a prompt
-            that is longer than the LM reads.
+        DataError: for fewer than two episodes, supports of different sizes, an answer outside the choices, or a prompt
+            that is longer than the LM can read.
+
+    Example:
+        >>> first, second = sorted(images_folder.iterdir())[:2]
+        >>> episodes = [Episode(file.name, (), file, "This is a", "dog", ("dog", "cat")) for file in (first, second)]
+        >>> result = evaluate_fewshot(captioner, episodes, EvaluationOptions(tmp_path / "predictions.jsonl"))
+        >>> result["baselines"]["chance"]
+        {'accuracy': 0.5}
     """
     if answering not in ("choose", "generate"):
         raise ConfigError(f"answering: got {answering!r}, expected 'choose' or 'generate'")
@@ -66,7 +73,7 @@ def evaluate_fewshot(
     scored = ScoredTask(
         "fewshot",
         samples,
-        lambda made: _scores(episodes, made, answering),
+        lambda answers: _scores(episodes, answers, answering),
         settings,
         images.bad,
         clusters={episode.id: episode.query for episode in episodes},
@@ -114,18 +121,18 @@ def _answer_runs(
     runs = {"model": (episodes, False), "blind": (episodes, True), "shuffled_support": (swapped, False)}
 
     def answer(name: str, batch: list[Episode]) -> dict[str, str]:
-        shown: dict[str, Any] = {"features": images, "blind": runs[name][1]}
+        blind = runs[name][1]
         if answering == "choose":
-            made = choose_answers(captioner, batch, **shown)
+            texts = choose_answers(captioner, batch, features=images, blind=blind)
         else:
-            made = write_answers(captioner, batch, **shown, max_new_tokens=max_new_tokens)
-        return {episode.id: text for episode, text in zip(batch, made, strict=True)}
+            texts = write_answers(captioner, batch, features=images, blind=blind, max_new_tokens=max_new_tokens)
+        return {episode.id: text for episode, text in zip(batch, texts, strict=True)}
 
     todo = {name: asked for name, (asked, _) in runs.items()}
-    made = predict_missing(
+    answers = predict_missing(
         journal, todo, answer, options, key=lambda episode: episode.id, batch_size=captioner.batch_size
     )
-    return {name: {episode.id: made[name][episode.id] for episode in episodes} for name in runs}
+    return {name: {episode.id: answers[name][episode.id] for episode in episodes} for name in runs}
 
 
 def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: int) -> None:
@@ -149,8 +156,8 @@ def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: in
         )
 
 
-def _scores(episodes: Sequence[Episode], made: Mapping[str, str], answering: Answering) -> Scores:
-    right = {episode.id: is_right(episode, made[episode.id], answering) for episode in episodes}
+def _scores(episodes: Sequence[Episode], answers: Mapping[str, str], answering: Answering) -> Scores:
+    right = {episode.id: is_right(episode, answers[episode.id], answering) for episode in episodes}
     return Scores(
         metrics={"accuracy": mean(right.values())},
         groups={"accuracy": by_group(right, {episode.id: episode.answer for episode in episodes})},

@@ -23,7 +23,7 @@ from frozenprefix.inference.few_shot import Episode, ImagesToFeatures, Shot
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 from frozenprefix.utils import file_sha256
 
-#: Words without a meaning, of the kind that word-learning studies use; "dax" and "blicket" are Frozen's first two.
+#: Nonsense words, as word-learning studies use them; "dax" and "blicket" are the first two in the Frozen paper.
 MADE_UP_NAMES = ("dax", "blicket", "wug", "toma", "fep", "modi", "zup", "gazzer", "koba", "tulver")
 BINDING = "This is a {name}."
 QUESTION = "Question: What is this? Answer: This is a"
@@ -43,19 +43,25 @@ def binding_episodes(
 ) -> list[Episode]:
     """Open-ended n-way k-shot classification (Frozen, section 4.2): bind names to classes, then name a new image.
 
-    Classes, their names and images are drawn anew for every episode, by the seed and its number alone. The query is
-    no image of the support, nor a copy of one.
+    Classes, their names and images are drawn for each episode, from the seed and the episode's number alone. The query
+    is neither an image of the support nor a copy of one.
 
     Args:
         samples: with one image and its class as target each.
         ways: classes of an episode. shots: different images of each ("inner shots").
-        repeats: how often the shots are shown again after the first time.
-        induction: say in front which names there are.
-        names: drawn from for each episode, at least `ways` of them; None takes the classes' own.
+        repeats: how often the shots are repeated after the first time.
+        induction: begin the prompt with the names that can be chosen.
+        names: at least `ways` names, drawn from for each episode; None takes the names of the classes.
 
     Raises:
         ConfigError: for numbers that are too small, or too few names.
         DataError: for too few classes with `shots` + 1 different images.
+
+    Example:
+        >>> files = sorted(images_folder.iterdir())
+        >>> samples = [Sample(file.name, (file,), (file.stem.split("_")[1],)) for file in files]
+        >>> binding_episodes(samples, episodes=1, repeats=1)[0].prompt.count("<image>")
+        5
     """
     _check_numbers(ways=ways, shots=shots, episodes=episodes)
     if repeats < 0:
@@ -68,7 +74,7 @@ def binding_episodes(
             f"{ways}-way {shots}-shot episodes need {ways} classes with {shots + 1} different images each, got "
             f"{len(classes)}; take fewer ways or shots"
         )
-    made = []
+    drawn_episodes = []
     for number in range(episodes):
         draw = random.Random(f"{seed}:{number}")
         drawn = draw.sample(sorted(classes), ways)
@@ -77,10 +83,10 @@ def binding_episodes(
         query = draw.choice(list(classes[asked].values()))
         support = _support(classes, bound, query, shots, draw)
         choices = tuple(bound.values())
-        said = INDUCTION.format(names=_listed(draw.sample(choices, ways))) if induction else ""
-        shown = support * (1 + repeats)
-        made.append(Episode(str(number), shown, query, QUESTION, bound[asked], choices, said))
-    return made
+        task = INDUCTION.format(names=_listed(draw.sample(choices, ways))) if induction else ""
+        support *= 1 + repeats
+        drawn_episodes.append(Episode(str(number), support, query, QUESTION, bound[asked], choices, task))
+    return drawn_episodes
 
 
 def fast_vqa_episodes(
@@ -104,6 +110,13 @@ def fast_vqa_episodes(
 
     Raises:
         ConfigError, DataError: as `binding_episodes`; and when no question names exactly one class.
+
+    Example:
+        >>> files = sorted(images_folder.iterdir())
+        >>> samples = [Sample(file.name, (file,), (file.stem.split("_")[1],)) for file in files]
+        >>> question = Sample("q", (files[0],), ("red",), question="which color has the circle?", task="vqa")
+        >>> fast_vqa_episodes(samples, [question], names=["dax", "wug"])[0].question[:30]
+        'Question: which color has the '
     """
     _check_numbers(ways=ways, shots=shots)
     if names is not None and len(set(names)) < ways:
@@ -116,7 +129,7 @@ def fast_vqa_episodes(
             f"exactly one of them, expected {ways} classes or more, and a question"
         )
     choices = tuple(dict.fromkeys(sample.targets[0] for sample, _ in asked))
-    made = []
+    episodes = []
     for sample, named in asked:
         draw = random.Random(f"{seed}:{sample.id}")
         drawn = [named, *draw.sample(sorted(classes.keys() - {named}), ways - 1)]
@@ -124,8 +137,8 @@ def fast_vqa_episodes(
         support = _support(classes, bound, sample.images[0], shots, draw) * (1 + repeats)
         question = _word(named).sub(bound[named], sample.question or "")
         text = prompt.replace("{question}", question)
-        made.append(Episode(sample.id, support, sample.images[0], text, sample.targets[0], choices))
-    return made
+        episodes.append(Episode(sample.id, support, sample.images[0], text, sample.targets[0], choices))
+    return episodes
 
 
 class SimilarExamples:
@@ -133,7 +146,12 @@ class SimilarExamples:
 
     Args:
         pool: samples with one image and a target each. Of several with the same image the first counts.
-        features: gives the image features float[n, N, D_enc] of the pool's images and of the queries.
+        features: image files → their features float[n, N, D_enc], for the pool and the queries.
+
+    Example:
+        >>> pool = [Sample(file.name, (file,), (file.stem,)) for file in sorted(images_folder.iterdir())]
+        >>> len(SimilarExamples(pool, captioner.encoder).nearest(image_path, 3))
+        3
     """
 
     def __init__(self, pool: Sequence[Sample], features: ImagesToFeatures):
@@ -148,9 +166,9 @@ class SimilarExamples:
         self.vectors = self._vectors([sample.images[0] for sample in self.samples])
 
     def nearest(self, query: Path, count: int) -> list[Sample]:
-        """The `count` most similar examples (or all there are), the most similar one last, next to the query.
+        """The `count` most similar examples (all of a smaller pool), the most similar one last, next to the query.
 
-        Those whose image has the same bytes as the query's are left out, whatever they are called.
+        Examples whose image has the same bytes as the query are left out, whatever the file name.
         """
         similarity = self.vectors @ self._vectors([query])[0]
         own = file_sha256(query)
@@ -175,7 +193,13 @@ def similar_episodes(
 
     Args:
         queries: samples with one image and a target each, of any task.
-        choices: all answers; the first targets that occur in queries and examples when not given.
+        choices: all answers; by default the first targets that occur in queries and examples.
+
+    Example:
+        >>> pool = [Sample(file.name, (file,), (file.stem,)) for file in sorted(images_folder.iterdir())]
+        >>> examples = SimilarExamples(pool, captioner.encoder)
+        >>> len(similar_episodes(pool[:1], examples, processor, shots=2)[0].support)
+        2
     """
     _check_numbers(shots=shots)
     for sample in (*queries, *examples.samples):
@@ -185,15 +209,16 @@ def similar_episodes(
                 "image and one question or caption"
             )
     known = dict.fromkeys(sample.targets[0] for sample in (*queries, *examples.samples))
-    made = []
+    episodes = []
     for sample in queries:
         support = tuple(
             Shot(example.images[0], f"{_glued(prompt_of(example, processor), example.targets[0])}.")
             for example in examples.nearest(sample.images[0], shots)
         )
         question = prompt_of(sample, processor)
-        made.append(Episode(sample.id, support, sample.images[0], question, sample.targets[0], tuple(choices or known)))
-    return made
+        answers = tuple(choices or known)
+        episodes.append(Episode(sample.id, support, sample.images[0], question, sample.targets[0], answers))
+    return episodes
 
 
 def _glued(prompt: str, target: str) -> str:
@@ -212,11 +237,11 @@ def _support(
     images = {
         name: draw.sample([path for digest, path in classes[name].items() if digest != own], shots) for name in bound
     }
-    made = []
+    support = []
     for turn in range(shots):
         for name in draw.sample(list(bound), len(bound)):
-            made.append(Shot(images[name][turn], BINDING.format(name=bound[name])))
-    return tuple(made)
+            support.append(Shot(images[name][turn], BINDING.format(name=bound[name])))
+    return tuple(support)
 
 
 def _images_by_class(samples: Sequence[Sample], at_least: int) -> dict[str, dict[str, Path]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import lgamma
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation.metrics.recall import first_ranks
 from frozenprefix.evaluation.result import ScoredTask, result_of
 from frozenprefix.evaluation.scoring import Scorer, Scores
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
@@ -23,7 +24,7 @@ OPTIONS = ("recall_at",)
 RECALL_AT = (1, 5, 10)
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
 _ROWS = 1024  # queries compared at once
-_SHOWN = 3  # images that a prediction names
+_LISTED = 3  # images that a prediction names
 
 
 def evaluate_retrieval(
@@ -31,8 +32,8 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Find each text's image among all images, and each image's texts among all texts.
 
-    A sample of the result, and a row of the predictions, is an image with all its texts. Intervals draw images; what
-    is searched stays. Of several processes the main one does all the work.
+    A sample of the result, and a row of the predictions, is an image with all its texts. The bootstrap of intervals
+    draws queries only. With several processes the main one does all the work.
 
     Args:
         embedder: a model with images and texts in one space.
@@ -40,13 +41,22 @@ def evaluate_retrieval(
 
     Returns:
         As `EvaluationTask.run` says. Baselines are "chance", which is computed, and "shuffled", where the images'
-        vectors are handed to other images. A prediction has `image_ranks`, the rank of the image for each of its
-        texts, `text_rank`, that of the best of them for the image, `images`, the ids of the first three images
-        found for the first text, and `text`, the first text found for the image.
+        vectors are swapped. A prediction has `image_ranks`, the rank of the image for each of its texts; `text_rank`,
+        the rank of the image's best text; `images`, the ids of the three images nearest to the first text; and `text`,
+        the text nearest to the image.
 
     Raises:
-        ConfigError: for a `recall_at` that is no list of numbers from 1.
+        ConfigError: for a `recall_at` that is not a list of numbers from 1.
         DataError: for samples without text, with several images, or fewer than two images.
+
+    Example:
+        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
+        >>> model.contrastive = ContrastiveHeads(model.lm.dim, dim=8, loss="infonce")
+        >>> samples = [Sample(file.name, (file,), (file.stem,)) for file in sorted(images_folder.iterdir())]
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl")
+        >>> round(evaluate_retrieval(Embedder(model, processor), samples, options)["baselines"]["chance"][
+        ...     "text_to_image_recall@1"], 3)
+        0.083
     """
     if not isinstance(recall_at, list | tuple) or not recall_at or any(type(k) is not int or k < 1 for k in recall_at):
         raise ConfigError(f"recall_at: got {recall_at!r}, expected a list of whole numbers from 1, such as [1, 5, 10]")
@@ -98,24 +108,24 @@ def _evaluate(
     )
     others = np.roll(images, len(images) // 2, axis=0)
     runs = {"model": images, "shuffled": others}
-    made = {name: _found(vectors, embeds, owner, rows, texts) for name, vectors in runs.items()}
-    return result_of(scored, made, options.predictions)
+    predictions = {name: _predictions(vectors, embeds, owner, rows, texts) for name, vectors in runs.items()}
+    return result_of(scored, predictions, options.predictions)
 
 
-def _found(
+def _predictions(
     images: np.ndarray, embeds: np.ndarray, owner: np.ndarray, rows: Sequence[Sample], texts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Sample id → what is found for the image and its texts; see `evaluate_retrieval`."""
+    """Sample id → prediction; see `evaluate_retrieval`."""
     ranks = ranks_both_ways(images, embeds, owner)
     _, first_text = np.unique(owner, return_index=True)
-    found_images = _places(embeds[first_text], images, min(_SHOWN, len(images)))
-    found_text = _places(images, embeds, 1)[:, 0]
+    nearest_images = _places(embeds[first_text], images, min(_LISTED, len(images)))
+    nearest_text = _places(images, embeds, 1)[:, 0]
     return {
         row.id: {
             "image_ranks": ranks[TEXT_TO_IMAGE][owner == i].tolist(),
             "text_rank": int(ranks[IMAGE_TO_TEXT][i]),
-            "images": [rows[place].id for place in found_images[i]],
-            "text": texts[found_text[i]],
+            "images": [rows[place].id for place in nearest_images[i]],
+            "text": texts[nearest_text[i]],
         }
         for i, row in enumerate(rows)
     }
@@ -127,21 +137,24 @@ def _places(queries: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
 
 
 def retrieval_scorer(recall_at: Sequence[int]) -> Scorer:
-    """Recall@k and median ranks from the ranks in predictions. A text finds its image or does not: the score of a
-    sample is the share of its texts, and the metric is over all texts, however many an image has."""
+    """Recall@k and median ranks from the ranks in predictions.
 
-    def score(made: Mapping[str, Any]) -> Scores:
-        of_texts = {key: np.array(found["image_ranks"]) for key, found in made.items()}
-        of_images = {key: found["text_rank"] for key, found in made.items()}
+    From text to image, a sample's score is the share of its texts whose image is among the first k; the metric is the
+    share over all texts, however many each image has.
+    """
+
+    def score(predictions: Mapping[str, Any]) -> Scores:
+        of_texts = {key: np.array(row["image_ranks"]) for key, row in predictions.items()}
+        of_images = {key: row["text_rank"] for key, row in predictions.items()}
         ranks = {
             TEXT_TO_IMAGE: np.concatenate(list(of_texts.values())),
             IMAGE_TO_TEXT: np.array(list(of_images.values())),
         }
-        per_sample: dict[str, dict[str, float]] = {key: {} for key in made}
+        per_sample: dict[str, dict[str, float]] = {key: {} for key in predictions}
         statistics: dict[str, dict[str, list[int]]] = {}
         for k in recall_at:
             by_text, by_image = f"{TEXT_TO_IMAGE}_recall@{k}", f"{IMAGE_TO_TEXT}_recall@{k}"
-            statistics[by_text] = {key: [int((found <= k).sum()), len(found)] for key, found in of_texts.items()}
+            statistics[by_text] = {key: [int((values <= k).sum()), len(values)] for key, values in of_texts.items()}
             for key, (part, whole) in statistics[by_text].items():
                 per_sample[key] |= {by_text: part / whole, by_image: float(of_images[key] <= k)}
         return Scores(rank_metrics(ranks, recall_at), per_sample=per_sample, statistics=statistics)
@@ -162,46 +175,39 @@ def retrieval_metrics(
 
     Args:
         images: unit vectors float[P, D]; texts: float[T, D]; owner: int64[T], the row of each text's image.
+
+    Example:
+        >>> retrieval_metrics(np.eye(2), np.eye(2), np.array([0, 1]), recall_at=[1])["text_to_image_recall@1"]
+        1.0
     """
     return rank_metrics(ranks_both_ways(images, texts, owner), recall_at)
 
 
 def ranks_both_ways(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
     """Direction → rank of each query's best right answer: of T texts among images, of P images among texts."""
-    places = np.arange(len(images))
     return {
-        TEXT_TO_IMAGE: first_ranks(texts, images, owner, places),
-        IMAGE_TO_TEXT: first_ranks(images, texts, places, owner),
+        TEXT_TO_IMAGE: _ranks(texts, images, [[row] for row in owner]),
+        IMAGE_TO_TEXT: _ranks(images, texts, [np.flatnonzero(owner == row) for row in range(len(images))]),
     }
+
+
+def _ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Collection[int]]) -> np.ndarray:
+    """`first_ranks` of the products of queries and items, a few rows at a time."""
+    chunks = [slice(start, start + _ROWS) for start in range(0, len(queries), _ROWS)]
+    return np.concatenate([first_ranks(queries[rows] @ items.T, relevant[rows]) for rows in chunks])
 
 
 def rank_metrics(ranks: Mapping[str, np.ndarray], recall_at: Sequence[int]) -> dict[str, float]:
     """Recall@k and median rank of each direction."""
     metrics: dict[str, float] = {}
-    for direction, found in ranks.items():
-        metrics |= {f"{direction}_recall@{k}": float((found <= k).mean()) for k in recall_at}
-        metrics[f"{direction}_median_rank"] = float(np.median(found))
+    for direction, values in ranks.items():
+        metrics |= {f"{direction}_recall@{k}": float((values <= k).mean()) for k in recall_at}
+        metrics[f"{direction}_median_rank"] = float(np.median(values))
     return metrics
 
 
-def first_ranks(queries: np.ndarray, items: np.ndarray, query_ids: np.ndarray, item_ids: np.ndarray) -> np.ndarray:
-    """Rank, from 1, of each query's best item with the query's id.
-
-    An item with another id and the same score comes first, or a model that gives the same vector for everything would
-    be always right.
-    """
-    ranks = []
-    for start in range(0, len(queries), _ROWS):
-        rows = slice(start, start + _ROWS)
-        scores = queries[rows] @ items.T
-        right = query_ids[rows, None] == item_ids[None, :]
-        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        ranks.append(1 + ((scores >= best) & ~right).sum(axis=1))
-    return np.concatenate(ranks)
-
-
 def chance_metrics(owner: np.ndarray, num_images: int, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """What a random order reaches, computed: the mean recalls, and the rank that half of all queries reach."""
+    """Expected scores of a random order: the mean recalls, and the rank within which half of all queries succeed."""
     counts = np.bincount(owner, minlength=num_images)
     metrics: dict[str, float] = {}
     for direction, total, right in (
@@ -211,20 +217,20 @@ def chance_metrics(owner: np.ndarray, num_images: int, recall_at: Sequence[int] 
         kinds, share = np.unique(right, return_counts=True)
         weights = share / share.sum()
 
-        def found(k: int, total: int = total, kinds: np.ndarray = kinds, weights: np.ndarray = weights) -> float:
+        def recall(k: int, total: int = total, kinds: np.ndarray = kinds, weights: np.ndarray = weights) -> float:
             return float(sum(w * _hit(total, int(c), k) for c, w in zip(kinds, weights, strict=True)))
 
-        metrics |= {f"{direction}_recall@{k}": found(k) for k in recall_at}
+        metrics |= {f"{direction}_recall@{k}": recall(k) for k in recall_at}
         low, high = 1, total
-        while low < high:  # found() rises with k
+        while low < high:  # recall() rises with k
             middle = (low + high) // 2
-            low, high = (low, middle) if found(middle) >= 0.5 else (middle + 1, high)
+            low, high = (low, middle) if recall(middle) >= 0.5 else (middle + 1, high)
         metrics[f"{direction}_median_rank"] = float(low)
     return metrics
 
 
 def _hit(total: int, right: int, k: int) -> float:
-    """Probability that `k` of `total` items, drawn at random, hold one of the `right` ones."""
+    """Probability that `k` of `total` items, drawn at random, contain one of the `right` ones."""
     if right + k > total:
         return 1.0
     # 1 - C(total - right, k) / C(total, k)

@@ -18,7 +18,7 @@ from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFE
 #: A batch: each sample with the one whose images it gets, or None for no image.
 Pairs = Sequence[tuple[Sample, Sample | None]]
 Answer = Callable[[Pairs], dict[str, str]]
-# what the captioner or the evaluation sets
+# settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
 
@@ -39,8 +39,8 @@ def predict_runs(
     Args:
         answer: predicts the texts of a batch by sample id, such as `predict`.
         plain_samples: the same samples without retrieved captions in their prompts. "blind" is then asked with
-            these, "shuffled" gets the captions of the image that it is shown, and a fourth run "retrieval_only" gets
-            the sample's own captions with the image of "shuffled".
+            these, "shuffled" gets the captions of the other image, and a fourth run "retrieval_only" gets the sample's
+            own captions with the other image.
     """
     plain = samples if plain_samples is None else plain_samples
     prompts = {sample.id: prompt_of(sample, captioner.processor) for sample in plain}
@@ -96,7 +96,7 @@ def images_of(batch: Pairs) -> list[Any]:
 
 
 def lm_settings(captioner: Captioner) -> dict[str, Any]:
-    """The LM's own generation settings (a repetition penalty, say), which act on every generated text.
+    """The LM's own generation settings (such as a repetition penalty), which apply to every generated text.
 
     Returns:
         `{"generation_config": …}` with what differs from transformers' defaults, or an empty dict.

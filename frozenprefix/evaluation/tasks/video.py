@@ -38,6 +38,17 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
     Raises:
         ConfigError: for other options, or samples of several videos.
         DataError: when too many videos cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> samples = []
+        >>> for file in sorted(images_folder.iterdir())[:2]:
+        ...     clip = tmp_path / f"{file.stem}.gif"
+        ...     Image.open(file).save(clip)
+        ...     samples.append(Sample(file.stem, (clip,), (file.stem,)))
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl", num_beams=1, max_new_tokens=2)
+        >>> evaluate_video(captioner, samples, options)["n"]
+        2
     """
     check_options("video", options.extra, ("frames", "pooling"))
     samples = join_captions(check_samples_of(samples, "caption"))
@@ -51,7 +62,7 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
     bad.check(len({sample.images for sample in samples}), options.max_bad_share)
     samples = [sample for sample in samples if sample.images[0] not in bad]
     images = ImageFeatures(features, bad)
-    # to the runs, frames that are shown one after the other are that many images
+    # to the runs, each frame of a clip is an image of its own
     clips = [replace(sample, images=tuple(_frame_names(sample.images[0], video))) for sample in samples]
     scored = ScoredTask("video", samples, caption_scorer(samples), settings, bad)
     return evaluate_runs(
@@ -81,7 +92,7 @@ def _encode(video: VideoCaptioner, clips: Sequence[Path]) -> tuple[dict[Path, Te
 
 
 def _frame_names(clip: Path, video: VideoCaptioner) -> list[Path]:
-    """A name for each image that is shown of a clip."""
+    """A name for each image that the model gets of a clip."""
     if video.pooling == "mean":
         return [clip]
     return [Path(f"{clip}#{number}") for number in range(video.frames)]

@@ -31,6 +31,12 @@ def evaluate_vqa(captioner: Captioner, samples: Sequence[Sample], options: Evalu
     Raises:
         ConfigError: for samples of another task, or an option that the task or the way of answering does not have.
         DataError: for ids that occur twice, or no training samples to choose answers from.
+
+    Example:
+        >>> from frozenprefix.evaluation.samples import folder_samples
+        >>> options = EvaluationOptions(tmp_path / "predictions.jsonl", num_beams=1, max_new_tokens=2)
+        >>> evaluate_vqa(captioner, folder_samples(data_folder, "vqa", limit=2), options)["n"]
+        4
     """
     check_options("vqa", options.extra, ("answering", "candidates"))
     samples = check_samples_of(samples, "vqa")

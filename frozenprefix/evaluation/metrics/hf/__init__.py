@@ -1,9 +1,9 @@
-"""The metrics as `evaluate.Metric` objects, loaded from this package: nothing reaches for a network.
+"""The metrics as `evaluate.Metric` objects, loaded from this package without a network.
 
     cider = load_metric("cider_d")
     cider.compute(predictions=["a dog runs"], references=[["a dog is running", "the dog runs"]])
 
-`evaluate.load` fetches a script for every metric; these are made without it, and otherwise used in the same way:
+`evaluate.load` fetches a script for every metric; these metrics need none, and are otherwise used in the same way:
 `compute`, `add`, `add_batch`, `evaluate.combine`.
 """
 
@@ -37,13 +37,18 @@ METRICS: Registry[type[evaluate.Metric]] = Registry(
 
 
 def load_metric(name: str, **options: Any) -> evaluate.Metric:
-    """Make a metric.
+    """Create a metric.
 
     Args:
         name: one of `METRICS.names()`.
         options: those of `evaluate.Metric`, such as `experiment_id`, `num_process` and `process_id`.
 
     Raises:
-        ConfigError: for an unknown name, with the nearest one.
+        ConfigError: for an unknown name; the message suggests the nearest one.
+
+    Example:
+        >>> metric = load_metric("exact_match")
+        >>> metric.compute(predictions=["Red"], references=[["red"]])["exact_match"]
+        1.0
     """
     return METRICS.get(name)(**options)

@@ -51,9 +51,9 @@ class Wups(OfflineMetric):
 
     def _compute(self, predictions: Any, references: Any, taxonomy: Taxonomy | None = None) -> dict[str, float]:
         """Give answers, and for each the list of right ones. `taxonomy`: in place of WordNet."""
-        given, right = numbered(predictions), numbered(references)
+        answers, right = numbered(predictions), numbered(references)
         return {
-            f"wups_{threshold}": mean(list(wups(given, right, threshold=threshold, taxonomy=taxonomy).values()))
+            f"wups_{threshold}": mean(list(wups(answers, right, threshold=threshold, taxonomy=taxonomy).values()))
             for threshold in (0.9, 0.0)
         }
 

@@ -55,7 +55,7 @@ class CiderD(OfflineMetric):
 
     def _compute(self, predictions: Any, references: Any, df: Any = None) -> dict[str, Any]:
         """Give captions, and for each a list of references. `df`: document frequencies of another corpus, as
-        `CaptionReferences` takes them; those of the references when not given. `cider_d_each` has the score of every
+        `CaptionReferences` takes them; by default those of the references. `cider_d_each` has the score of every
         caption."""
         return _with_each(_score(predictions, references, df), "cider_d")
 
