@@ -230,7 +230,10 @@ class TestProcesses:
         assert leftovers(home) == []
 
     def test_needs_no_heavy_library(self):
-        code = "import sys, frozenprefix.assets; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+        code = (
+            "import sys; sys.argv[0] = 'frozenprefix'; "  # the command, where `import frozenprefix` registers nothing
+            "import frozenprefix.assets; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+        )
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
