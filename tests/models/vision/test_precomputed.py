@@ -163,7 +163,7 @@ def test_features_of_other_images_may_lie_in_another_file(given, tmp_path):
     )
     assert len(list(captioner.caption(["/p/new.jpg"], num_beams=1, max_new_tokens=3))) == 1
     save_file({"new": torch.randn(5, 6)}, tmp_path / "new.safetensors")
-    with pytest.raises(CheckpointError, match="num_tokens='4', but found num_tokens='5'"):
+    with pytest.raises(CheckpointError, match="num_tokens='4', but got num_tokens='5'"):
         FrozenPrefixForConditionalGeneration.from_pretrained(folder)
 
 
@@ -176,5 +176,5 @@ def test_images_without_features_stop_the_run(given, tmp_path):
 def test_there_is_nothing_to_encode_ahead(given):
     with pytest.raises(ConfigError, match="got 'features'; `plan` needs an encoder that reads images"):
         plan(given, ["cpu"])
-    with pytest.raises(ConfigError, match="got 'features', which are there already: nothing to encode"):
+    with pytest.raises(ConfigError, match="got 'features': precomputed features need no encoding"):
         fill_cache(given)
