@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 WINDOW_FIELDS = ("sliding_window", "attention_window_size", "attention_chunk_size", "local_attention")
 # Fields by which configs name a cap on the logits: Gemma 2, RecurrentGemma, xLSTM.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Relative differences that rounding may cause. In bfloat16 it caused 0.09 in a random LM with large weights, which is as
-# much as some errors cause: there the exact test for a text that sees its neighbour has to find them.
+# Relative differences that rounding may cause. In bfloat16 it caused 0.09 in a random LM with large weights, as much as
+# some errors cause: there the exact test for a text that sees its neighbour has to find them.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.2}
 
 
