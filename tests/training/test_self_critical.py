@@ -212,11 +212,12 @@ def test_a_few_steps_raise_the_expected_reward(recipe_of, tmp_path, shapes, writ
     four = f"data.train=[{{type: captions, path: {shapes}, split: train, limit: 4}}]"
     given = (four, f"model.language_model.path={writer}")
     start = train(recipe_of(tmp_path / "start", *given, "training.max_steps=15")).best
-    settings = ("training.max_steps=30", "training.learning_rate=0.004", f"training.init_from={start}")
+    # half the learning rate in twice the steps: 30 steps at 0.004 overshot on one kind of processor
+    settings = ("training.max_steps=60", "training.learning_rate=0.002", f"training.init_from={start}")
     trainer, objective = started(recipe_of(tmp_path / "run", *given, section(baseline, 40), *settings))
     before = expected_reward(trainer, objective)
     batches = trainer.batches()
-    rows = [trainer.step(batches) for _ in range(30)]
+    rows = [trainer.step(batches) for _ in range(60)]
     assert all(row["loss"] == row["loss/self_critical"] for row in rows)
     assert expected_reward(trainer, objective) > 1.05 * before > 0.5
 
