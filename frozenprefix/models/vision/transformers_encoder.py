@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
-from frozenprefix.models.configuration import TransformersEncoderConfig
+from frozenprefix.models.encoder_configuration import TransformersEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
