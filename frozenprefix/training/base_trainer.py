@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
