@@ -6,10 +6,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
@@ -31,7 +33,7 @@ from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils import atomic_folder, hold_lock, progress_bar, recover_folder, write_text_atomic
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
@@ -126,10 +128,21 @@ class BaseTrainer(ABC):
         Args:
             resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
                 from that folder.
+
+        Raises:
+            LockError: another run is writing to the output folder.
         """
+        with self._own_output_folder():
+            return self._run(resume)
+
+    def _own_output_folder(self) -> AbstractContextManager[None]:
+        """While it is entered, no other run can write to the output folder."""
+        if not self.accelerator.is_main_process:
+            return nullcontext()
+        return hold_lock(self.output_dir / ".lock", f"output_dir '{self.output_dir}'")
+
+    def _run(self, resume: str) -> TrainingResult:
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
-        if main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
         self.setup()
         self.restore(resume)
         step = self.progress.step

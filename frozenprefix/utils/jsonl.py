@@ -102,7 +102,7 @@ def append_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = b"".join(map(_line, rows))
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:  # in one piece, as other processes may append at the same time
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

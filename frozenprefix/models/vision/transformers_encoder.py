@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
-from frozenprefix.models.configuration import TransformersEncoderConfig
+from frozenprefix.models.encoder_configuration import TransformersEncoderConfig
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,

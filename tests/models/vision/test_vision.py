@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, ViTConfig, V
 from transformers import CLIPImageProcessorPil as ClipProcessor
 
 from frozenprefix.errors import AssetError, ConfigError
-from frozenprefix.models.configuration import TimmEncoderConfig, vision_encoder_config
+from frozenprefix.models.encoder_configuration import TimmEncoderConfig, vision_encoder_config
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.base import tokens_to_map
 from frozenprefix.models.vision.efficientnet_lite import convert_lite_checkpoint
