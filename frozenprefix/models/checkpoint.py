@@ -31,7 +31,6 @@ def trainable_state(model: Any) -> dict[str, Tensor]:
         model: with an `AdapterSet` as `adapters`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import trainable_state
         >>> {name.split(".")[0] for name in trainable_state(model)}
         {'mapper'}
     """
@@ -61,7 +60,6 @@ def save_checkpoint(
         ConfigError: for arguments without effect here, and for adapters that were unloaded without `self_contained`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import save_checkpoint
         >>> save_checkpoint(model, tmp_path / "copy")
         >>> sorted(path.name for path in (tmp_path / "copy").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
@@ -194,7 +192,6 @@ def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor
         CheckpointError: when there are none, or the file is damaged.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import read_checkpoint
         >>> read_checkpoint(checkpoint)["mapper.scale.norm.weight"].shape
         torch.Size([32])
     """
@@ -217,7 +214,6 @@ def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str,
         CheckpointError: for a part whose identity differs.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import check_identity
         >>> check_identity({"language_model": {"path": "gpt2"}}, {"language_model": {"path": "gpt2-medium"}})
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: language_model: this checkpoint was trained with path='gpt2', ...

@@ -18,8 +18,6 @@ def freeze(module: Module) -> Module:
     """Switch off gradients and set evaluation mode, so that dropout is off and batch-norm statistics do not move.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import freeze
         >>> freeze(nn.Linear(2, 2)).weight.requires_grad
         False
     """
@@ -32,8 +30,6 @@ def evaluating(model: Module) -> Iterator[Module]:
     """Evaluation mode and no gradients inside the block; afterwards every submodule has the mode it had before.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import evaluating
         >>> model = nn.Dropout()
         >>> with evaluating(model):
         ...     print(model.training, torch.is_grad_enabled())
@@ -55,7 +51,6 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of parameters and buffers.
 
     Example:
-        >>> from frozenprefix.models.freezing import hash_tensors
         >>> hash_tensors({"weight": torch.zeros(2)})[:8]
         'b7bc6528'
     """
@@ -71,8 +66,6 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters without a gradient, and all buffers of modules without a trained parameter.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import freeze, frozen_tensors
         >>> sorted(frozen_tensors(freeze(nn.BatchNorm1d(2))))
         ['.num_batches_tracked', '.running_mean', '.running_var', 'bias', 'weight']
     """
@@ -99,8 +92,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a model.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import count_parameters
         >>> print(count_parameters(nn.Linear(3, 4)))
         trainable parameters: 16 (100.00%), frozen: 0
     """

@@ -33,7 +33,6 @@ def check_options(options: Mapping[str, Any], part_names: Collection[str]) -> No
         ConfigError: for an argument that is unknown, or that this package does not honour.
 
     Example:
-        >>> from frozenprefix.models.loading_options import check_options
         >>> check_options({"devicemap": "cpu"}, ["language_model"])
         Traceback (most recent call last):
         frozenprefix.errors.ConfigError: from_pretrained: devicemap: unknown argument (did you mean 'device_map'?)
@@ -97,7 +96,6 @@ def device_of(device_map: Any) -> torch.device | None:
         ConfigError: for a map over several devices.
 
     Example:
-        >>> from frozenprefix.models.loading_options import device_of
         >>> device_of({"": "cpu"})
         device(type='cpu')
     """

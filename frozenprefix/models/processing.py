@@ -374,7 +374,6 @@ def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         source: a model with a `generation_config`, or a config with an `eos_token_id` (an id, a list of ids, or None).
 
     Example:
-        >>> from frozenprefix.models.processing import end_tokens
         >>> end_tokens(model, processor.tokenizer)
         [2]
     """
@@ -390,7 +389,6 @@ def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     one text of a batch ends early.
 
     Example:
-        >>> from frozenprefix.models.processing import padding_token
         >>> padding_token(model, processor.tokenizer) in range(300)
         True
     """

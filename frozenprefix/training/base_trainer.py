@@ -48,8 +48,6 @@ class TrainingResult:
         targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
 
     Example:
-        >>> from pathlib import Path
-        >>> from frozenprefix.training import TrainingResult
         >>> run = Path("runs/mlp")
         >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
         'loss'
@@ -71,7 +69,6 @@ def with_run_precision(recipe: R, resume: str) -> R:
         resume: as for `BaseTrainer.run`.
 
     Example:
-        >>> from frozenprefix.training.base_trainer import with_run_precision
         >>> with_run_precision(recipe, "auto").training.precision
         'fp32'
     """

@@ -56,7 +56,6 @@ def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | Non
         DataError, CacheError: see `prepare_images`.
 
     Example:
-        >>> from frozenprefix.training import fill_cache
         >>> fill_cache(recipe).features
         12
     """

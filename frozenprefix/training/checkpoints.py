@@ -41,7 +41,6 @@ class Progress:
         scaler: state of the loss scaler, with fp16.
 
     Example:
-        >>> from frozenprefix.training.checkpoints import Progress
         >>> Progress(step=3, targets_seen=48).best_value is None
         True
     """

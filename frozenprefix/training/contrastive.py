@@ -38,7 +38,6 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import train_contrastive
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
     return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
@@ -49,7 +48,6 @@ class ContrastiveTrainer(BaseTrainer):
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import ContrastiveTrainer
         >>> trainer = ContrastiveTrainer(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
         >>> trainer.run()  # doctest: +SKIP
     """

@@ -38,7 +38,6 @@ def generate_ids(
         Token ids of each text with its end token, which is absent from a text that was cut at `max_new_tokens`.
 
     Example:
-        >>> from frozenprefix.training.sampling import generate_ids
         >>> images, prompts = {"pixel_values": torch.zeros(1, 3, 32, 32)}, [processor.encode_prompt("<image>")]
         >>> len(generate_ids(model, processor, prompts, images, max_new_tokens=3, samples=2))
         2
@@ -94,7 +93,6 @@ def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """The ids up to and including the first end token.
 
     Example:
-        >>> from frozenprefix.training.sampling import cut_after_end
         >>> cut_after_end([5, 2, 7, 2], {2})
         [5, 2]
     """

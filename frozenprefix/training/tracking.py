@@ -43,7 +43,6 @@ class Tracker:
         TrainingError: when the library of a tracker is not installed, or the log of a resumed run is damaged.
 
     Example:
-        >>> from frozenprefix.training.tracking import Tracker, read_log
         >>> with Tracker(tmp_path) as tracker:
         ...     tracker.log(1, {"loss": 0.5})
         >>> read_log(tmp_path)
@@ -97,7 +96,6 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
         TrainingError: when there is no log, or another line of it is damaged.
 
     Example:
-        >>> from frozenprefix.training import read_log
         >>> _ = (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}')
         >>> [row["loss"] for row in read_log(tmp_path)]
         [2.5]

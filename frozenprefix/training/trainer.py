@@ -50,7 +50,6 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         FrozenPrefixError: for bad data, a checkpoint of another recipe, or a loss that is not finite.
 
     Example:
-        >>> from frozenprefix.training import train
         >>> result = train(recipe, resume="never")
         >>> result.best.name
         'best'
@@ -62,7 +61,6 @@ class Trainer(BaseTrainer):
     """Trains the mapper, and what else a recipe trains, through the frozen language model.
 
     Example:
-        >>> from frozenprefix.training import Trainer
         >>> trainer = Trainer(recipe)
         >>> trainer.setup()
         >>> trainer.step(trainer.batches())["loss"] > 0

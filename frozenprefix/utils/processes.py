@@ -10,7 +10,6 @@ def current_processes() -> PartialState:
     """State of all processes: rank, number, barrier. A process that was started by itself is alone.
 
     Example:
-        >>> from frozenprefix.utils.processes import current_processes
         >>> current_processes().num_processes
         1
     """

@@ -36,7 +36,6 @@ class LockedImageTextOutput(ModelOutput):
         image_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextOutput
         >>> LockedImageTextOutput(image_embeds=torch.ones(1, 4)).to_tuple()  # without what is None
         (tensor([[1., 1., 1., 1.]]),)
     """
@@ -56,9 +55,7 @@ class LockedImageTextModel(PreTrainedModel):
     Trained weights stay float32; run the model under autocast for speed. The encoder runs in its section's dtype.
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextConfig, LockedImageTextModel
         >>> from frozenprefix.models.contrastive.configuration import TextTowerConfig
-        >>> from frozenprefix.models.contrastive.text_tower import text_tower_from_architecture
         >>> section = TextTowerConfig(path="bert")
         >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
         >>> tower = text_tower_from_architecture(section, {"model_type": "bert", "vocab_size": 50, **sizes})

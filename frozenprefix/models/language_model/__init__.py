@@ -22,7 +22,6 @@ def wrap_language_model(model: PreTrainedModel) -> FrozenLM:
     """The `FrozenLM` for a transformers model, which should be frozen and in evaluation mode.
 
     Example:
-        >>> from frozenprefix.models.language_model import wrap_language_model
         >>> type(wrap_language_model(model.language_model)).__name__
         'DecoderOnlyLM'
     """

@@ -246,7 +246,6 @@ def embedding_rms(language_model: PreTrainedModel) -> float:
     """Root mean square of the word embeddings, with the scale that the embedding layer itself applies.
 
     Example:
-        >>> from frozenprefix.models.language_model import embedding_rms
         >>> 0 < embedding_rms(model.language_model) < 1
         True
     """
@@ -260,7 +259,6 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """int64[B, T]: 0, 1, 2, … over the real tokens of each row, 0 on padding.
 
     Example:
-        >>> from frozenprefix.models.language_model.base import positions_from_mask
         >>> positions_from_mask(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
         [[0, 0, 0, 1, 2]]
     """

@@ -59,7 +59,6 @@ def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> Be
     """Options of transformers' `generate` as `BeamOptions`; None if this search does not support all of them.
 
     Example:
-        >>> from frozenprefix.models.language_model.beam_search import beam_options
         >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8}).candidates
         8
         >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
@@ -324,7 +323,6 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     The `count` largest lie in the `count` blocks with the largest maxima: only those are sorted.
 
     Example:
-        >>> from frozenprefix.models.language_model.beam_search import top_tokens
         >>> top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 2)[1].tolist()
         [[1, 2]]
     """

@@ -50,7 +50,6 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         ConfigError: when decoder and head do not give the LM's own logits.
 
     Example:
-        >>> from frozenprefix.models.language_model import DecoderOnlyLM
         >>> lm = DecoderOnlyLM(model.language_model)
         >>> lm.packing_problem() is None, lm.logit_scale
         (True, 1.0)

@@ -46,8 +46,6 @@ def resolve_language_model(config: LanguageModelConfig) -> ResolvedLanguageModel
     reference is a Hub id; its identity is the commit that gets loaded.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model.loading import resolve_language_model
         >>> resolve_language_model(LanguageModelConfig(path="gpt2", revision="main")).identity
         {'path': 'gpt2'}
     """
@@ -78,8 +76,6 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         ConfigError: for a quantisation that this machine does not support.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model import load_language_model
         >>> lm, identity = load_language_model(LanguageModelConfig(path=str(lm_folder)))
         >>> type(lm).__name__, sorted(identity)
         ('LlamaForCausalLM', ['architecture', 'path', 'sha256'])
@@ -118,7 +114,6 @@ def language_model_identity(model: PreTrainedModel, folder: Path | None = None) 
     """The identity of a ready-made language model, as far as it can be told: its architecture, and a folder's hash.
 
     Example:
-        >>> from frozenprefix.models.language_model.loading import language_model_identity
         >>> language_model_identity(model.language_model)
         {'architecture': 'LlamaForCausalLM, 2 layers, 300 words'}
     """
@@ -159,8 +154,6 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
         ConfigError: for a tokenizer without an end token.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model import load_tokenizer
         >>> load_tokenizer(LanguageModelConfig(path=str(lm_folder))).eos_token
         '</s>'
     """

@@ -74,7 +74,6 @@ def build_mapper(
         ConfigError: for an unknown mapper or wrong options, with all problems at once.
 
     Example:
-        >>> from frozenprefix.models.configuration import MapperConfig
         >>> config = MapperConfig(type="mlp", prefix_length=5)
         >>> mapper = build_mapper(config, encoder_dim=16, num_tokens=1, lm_dim=8, embedding_rms=0.1)
         >>> mapper(torch.randn(2, 1, 16)).shape
@@ -97,7 +96,6 @@ def validate_mapper(config: MapperConfig) -> list[str]:
     """Check the mapper's name and options against its constructor; return one line per problem.
 
     Example:
-        >>> from frozenprefix.models.configuration import MapperConfig
         >>> validate_mapper(MapperConfig(type="linear", input_norm=True))
         []
     """

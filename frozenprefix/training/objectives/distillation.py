@@ -30,7 +30,6 @@ class Distillation(Objective):
         images: images per micro-batch; as many pieces are taken.
 
     Example:
-        >>> from frozenprefix.training.objectives import Distillation
         >>> Distillation(model, weight=0.5, pieces=[[5, 6, 7]], images=2).weight
         0.5
     """
@@ -85,7 +84,6 @@ def distillation_pieces(processor: FrozenPrefixProcessor, texts: str) -> list[li
     """Token ids of a text file in pieces, or None for 'targets'.
 
     Example:
-        >>> from frozenprefix.training.objectives.distillation import distillation_pieces
         >>> file = tmp_path / "text.txt"
         >>> _ = file.write_text("the dog runs in the grass")
         >>> len(distillation_pieces(processor, str(file)))

@@ -35,7 +35,6 @@ class SelfCritical(Objective):
         references: captions of the training images, each closed by `END_WORD`; see `reward_references`.
 
     Example:
-        >>> from frozenprefix.training.objectives import SelfCritical
         >>> SelfCritical.name
         'self_critical'
     """
@@ -126,7 +125,6 @@ def reward_references(groups: Iterable[ImageGroup]) -> CaptionReferences:
     Example:
         >>> from pathlib import Path
         >>> from frozenprefix.data.samples import ImageGroup, Sample
-        >>> from frozenprefix.training.objectives.self_critical import reward_references
         >>> sample = Sample(id="1", images=(Path("a.png"),), task="caption", targets=("a red circle",))
         >>> len(reward_references([ImageGroup(sample.images, (sample,))]))
         1

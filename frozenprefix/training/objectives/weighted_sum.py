@@ -34,7 +34,6 @@ class WeightedSum(nn.Module):
         max_target_tokens: longer texts are cut.
 
     Example:
-        >>> from frozenprefix.training.objectives import NextToken, WeightedSum
         >>> loss = WeightedSum(model, processor, [NextToken(model, weight=(1.0, 0.0))])
         >>> loss.names, loss.weights(0.25)
         (['lm'], {'lm': 0.75})
