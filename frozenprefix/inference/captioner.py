@@ -16,8 +16,9 @@ from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 T = TypeVar("T")
 

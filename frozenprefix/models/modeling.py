@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save_checkpoint, trainable_state
+from frozenprefix.models.base import ImageModel
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
@@ -28,10 +28,6 @@ from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
-
-PARTS = ("vision_encoder", "language_model")
-# arguments of `generate` that read the prompt's token ids, or would replace its embeddings
-NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
 
 
 @dataclass
@@ -51,7 +47,7 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 
     Args:
@@ -77,10 +73,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = FrozenPrefixConfig
     config: FrozenPrefixConfig
-    main_input_name = "pixel_values"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
-    # transformers' checkpointing does nothing in evaluation mode, in which the frozen LM always is
-    supports_gradient_checkpointing = False
+    part_names = ("vision_encoder", "language_model")
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -99,10 +92,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             language_model, identity["language_model"] = load_language_model(config.language_model)
         language_model, peft_model = split_peft_model(language_model)
         identity.setdefault("language_model", language_model_identity(language_model))
-        check_identity(config.identity, identity)
-        config.identity = {part: {**config.identity.get(part, {}), **entries} for part, entries in identity.items()} | {
-            part: entries for part, entries in config.identity.items() if part not in identity
-        }
+        self.use_identity(identity)
 
         self.vision_encoder = self._freeze_encoder(vision_encoder)
         self.lm = wrap_language_model(freeze_around(language_model, peft_model))
@@ -142,12 +132,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The mapper's float32 weights are used in the LM's dtype, through autocast.
         """
-        expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
-        if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
-            raise ConfigError(
-                f"image_features: got shape {tuple(image_features.shape)}, "
-                f"expected (images, {expected[0]}, {expected[1]})"
-            )
+        self.check_features(image_features)
         image_features = image_features.float()
         if self.config.unit_features:
             image_features = F.normalize(image_features, dim=-1)
@@ -241,9 +226,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
-        rows = self.lm.layout(packed)
-        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
-        with self.fusion.seeing(context):
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.loss(rows, inputs_embeds) / packed.num_tokens
 
     def packed_hidden(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
@@ -252,10 +235,16 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: when several texts share a row that this LM cannot read.
         """
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
+            return self.lm.hidden(rows, inputs_embeds)
+
+    @contextmanager
+    def _reading(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
+        """The LM's layout of packed rows and their embeddings; inside the block the LM's hooks see the images."""
         rows = self.lm.layout(packed)
         inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
         with self.fusion.seeing(context):
-            return self.lm.hidden(rows, inputs_embeds)
+            yield rows, inputs_embeds
 
     @torch.no_grad()
     def generate(
@@ -280,13 +269,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             this package's own (`beam_search`), with the same texts and `sequences_scores` but no `scores` of every
             step; ask for `output_logits` to have transformers' search, which also serves all other options.
         """
-        if "max_length" in kwargs:
-            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
-        refused = [name for name in NEED_TOKENS if kwargs.get(name) is not None]
-        if refused:
-            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
-        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
+        self.lm.check_generate(attention_mask, kwargs)
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
         if input_ids is not None:
@@ -359,9 +342,6 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The transformers model inside `lm`."""
         return self.lm.model
 
-    def init_weights(self) -> None:
-        """Nothing: parts arrive with their weights, which transformers' initialisation must not touch."""
-
     def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
         """Set the mode of the trained parts; frozen parts stay in evaluation mode, around their adapters."""
         super().train(mode)
@@ -375,24 +355,6 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes, by name; adapters are saved in files of their own."""
-        return trainable_state(self)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Write config.json (with the identity of frozen parts), trained tensors, adapters; see `save_checkpoint`."""
-        if is_main_process:
-            save_checkpoint(self, save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> FrozenPrefixForConditionalGeneration:
-        """Load a checkpoint folder or Hub id; frozen parts come from where the config says; see `load_checkpoint`."""
-        if args:
-            raise ConfigError(f"from_pretrained: got {len(args)} more arguments by position; give them by name")
-        return load_checkpoint(cls, pretrained_model_name_or_path, PARTS, **kwargs)
 
     def unload_adapters(self) -> None:
         """Merge the language model's adapter into its weights for good, which leaves a plain transformers model.

@@ -11,9 +11,9 @@ from torch import Tensor
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.models.freezing import evaluating
-from frozenprefix.models.language_model import embedding_rms
+from frozenprefix.models.language_model import embedding_rms, end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import FrozenPrefixProcessor
 
 
 def generate_ids(

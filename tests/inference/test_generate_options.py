@@ -7,7 +7,7 @@ import torch
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference import Captioner, Classifier, Dialog
-from frozenprefix.models.processing import padding_token
+from frozenprefix.models.language_model import padding_token
 from frozenprefix.training import train
 from frozenprefix.training.setup import build_model
 from tests.helpers.lm import TINY

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from frozenprefix.models.language_model.base import FrozenLM, embedding_rms
 from frozenprefix.models.language_model.decoder_only import DecoderOnlyLM
 from frozenprefix.models.language_model.encoder_decoder import EncoderDecoderLM
+from frozenprefix.models.language_model.end_tokens import end_tokens, padding_token
 from frozenprefix.models.language_model.loading import load_language_model, load_tokenizer
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "EncoderDecoderLM",
     "FrozenLM",
     "embedding_rms",
+    "end_tokens",
     "load_language_model",
     "load_tokenizer",
+    "padding_token",
     "wrap_language_model",
 ]
 

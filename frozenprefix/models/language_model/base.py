@@ -6,6 +6,7 @@ Shape letters: R rows, T row length, B texts, L target length, K predicting node
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
@@ -36,6 +37,8 @@ class Rows(Protocol):
 
 
 RowsT = TypeVar("RowsT", bound=Rows)
+# arguments of `generate` that read the prompt's token ids, or would replace its embeddings
+NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
 
 
 @dataclass
@@ -212,6 +215,21 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
             labels: int64, -100 where nothing is learned.
             kwargs: further arguments of the transformers model.
         """
+
+    @staticmethod
+    def check_generate(attention_mask: Tensor | None, arguments: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` for arguments of transformers' `generate` that do not go with images in the prompt.
+
+        Args:
+            attention_mask: int64[B, T], 0 on padding, which has to be on the left.
+        """
+        if "max_length" in arguments:
+            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
+        refused = [name for name in NEED_TOKENS if arguments.get(name) is not None]
+        if refused:
+            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
 
     def beam_options(self, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
         """Options of this package's beam search for `generate`; None where transformers has to search.
