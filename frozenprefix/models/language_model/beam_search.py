@@ -98,6 +98,8 @@ class _Layer(DynamicLayer):
         self.room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # transformers' own layer concatenates, which copies the whole cache in every step; here new tokens are written
+        # behind the others, and attention reads a view of the filled part.
         new = key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -172,12 +174,14 @@ class BeamSearch:
         self.beams = self._start(images, inputs_embeds.device)
         words = torch.full_like(self.beams.words, options.pad_token)
         score = torch.zeros_like(self.beams.done_score)
+        # `words` and `score` are in the order of the whole batch, everything in `self.beams` is of the open images.
         logits = self._read_prompt(inputs_embeds)
         for step in range(options.max_new_tokens):
             chosen = self._advance(logits, step)
             open_ = self._is_open(step)
             last = step + 1 == options.max_new_tokens or not bool(open_.any())
             closed = int((~open_).sum())
+            # Taking images out copies the cache of the others, so it waits until enough of them are finished.
             if last or closed * LEAVE_AT >= len(open_):
                 words[self.beams.image], score[self.beams.image] = self.beams.done_words, self.beams.done_score
             if last:
@@ -192,6 +196,7 @@ class BeamSearch:
         k, new = self.options.num_beams, self.options.max_new_tokens
         words = torch.full((images, k, new), self.options.pad_token, device=device)
         nothing = torch.full((images, k), IMPOSSIBLE, device=device)
+        # One beam at first: k equal ones would make k copies of the same best word.
         return _Beams(
             image=torch.arange(images, device=device),
             words=words,
@@ -234,6 +239,7 @@ class BeamSearch:
                 use_cache=True,
                 **{CACHE: self.cache},
             ).last_hidden_state
+        # The head is the largest product: of a prompt, which is read while there is one beam, only the end is needed.
         if self.beams.score.shape[1] == 1:
             hidden = hidden[:, -1:]
         return self.logits(hidden)
@@ -247,11 +253,13 @@ class BeamSearch:
         """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
         images, width = beams.score.shape
+        # The best C of an image are among the best C of each beam, so the vocabulary is left behind here.
         value, word = top_tokens(logits, count)
         value = value - log_normaliser(logits)[:, None]
         # [B, width * C] -> the best C of them
         score, at = (beams.score[:, :, None] + value.view(images, width, count)).flatten(1).topk(count)
         word, parent = word.view(images, width * count).gather(1, at), at // count
+        # in the last step every candidate counts as ended, whatever its word
         ended = torch.zeros_like(word, dtype=torch.bool) if step + 1 < self.options.max_new_tokens else word >= 0
         for token in self.options.end_tokens:
             ended = ended | (word == token)
@@ -274,6 +282,7 @@ class BeamSearch:
         # an end token behind the best k candidates is ignored, a rule that transformers took over from fairseq
         ended = ended & (torch.arange(score.shape[1], device=score.device) < k)
         score = score / (step + 1) ** self.options.length_penalty
+        # what must not be chosen stays in the list, with a hopeless score: shapes are the same in every step
         full = beams.done.all(-1, keepdim=True) & (self.options.early_stopping is True)
         score = score + (full | ~beams.hopeful) * IMPOSSIBLE + ~ended * IMPOSSIBLE
         words = _take(beams.words, parent)

@@ -159,11 +159,13 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
     token: list[int] = [-1]
     edges: dict[tuple[int, int], float] = {}
     shared_length = 0 if share else _common_context(targets)
+    # Walk down from the root with each target. Where another target went the same way before, the node exists already.
     for target in targets:
         if target.num_context >= len(target.input_ids):
             raise TrainingError("a target has no token left to learn; raise max_target_tokens or drop empty targets")
         node, last = 0, len(target.input_ids) - 1
         for place, token_id in enumerate(target.input_ids):
+            # `node` has read everything before this token: it is the one that predicts it.
             if place >= target.num_context:
                 edges[node, token_id] = edges.get((node, token_id), 0.0) + target.weight
             if place == last:
@@ -191,6 +193,7 @@ def _depth_first(
     children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], float], image_token_id: int
 ) -> Trie:
     """Number the nodes of a trie anew, depth first, and note where each subtree ends."""
+    # With a stack instead of recursion: a text has more tokens than Python allows nested calls.
     trie = Trie()
     place_of: dict[int, int] = {}
     # Entries are (node, depth, placeholders above it). Each node is pushed a second time, negated, below its children
@@ -249,7 +252,9 @@ def pack(
     """
     counts = list(images_per_group or [1] * len(images))
     tries: list[Trie] = []
-    first_placeholder: list[int] = []  # of each trie, among the placeholders of all images
+    # The prefix embeddings of all images are one long list later. `start` counts those of the images so far, so that a
+    # placeholder's number within its trie becomes an index into that list.
+    first_placeholder: list[int] = []  # of each trie
     start = 0
     for targets, count in zip(images, counts, strict=True):
         for target in targets:
@@ -280,6 +285,7 @@ def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
         budget: at most so many tokens in a row (0: one trie each); None for the division with the lowest cost.
     """
     if budget is None:
+        # Longer rows need less padding and more attention; which division is best depends on the lengths.
         divisions = [_balance(lengths, -(-len(lengths) // share)) for share in TRIES_PER_ROW]
         return min(divisions, key=lambda rows: _cost(lengths, rows))
     # First-fit decreasing: the longest trie first, into the first row with room for it.
@@ -316,12 +322,16 @@ def _cost(lengths: list[int], rows: list[list[int]]) -> float:
 
 def _lay_out(tries: list[Trie], first_placeholder: list[int], rows: list[list[int]]) -> PackedBatch:
     """Write the tries of each row one after the other into padded tensors."""
+    # Tries that share a row do not see each other: each one's subtrees end where the next one begins. Positions start
+    # at 0 in each of them, because a position is the depth in the trie and not the place in the row.
     width = max(sum(len(tries[i]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     prefix_index, latest_index = torch.full(shape, -1), torch.full(shape, -1)
     subtree_end = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself, so that no row of it is empty
-    source_of: dict[int, int] = {}  # node, as an index into [R * T] -> its number among the K predicting nodes
+    # Only some nodes predict a token that is learned. They are numbered in order of first use, and logits are computed
+    # for these K nodes alone: node, as an index into [R * T] -> its number.
+    source_of: dict[int, int] = {}
     edge_source, edge_label, edge_weight = [], [], []
     for r, row in enumerate(rows):
         offset = 0
