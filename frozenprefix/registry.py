@@ -1,4 +1,4 @@
-"""A typed registry for everything that a recipe names, and the permission to run code from outside of this package."""
+"""A typed registry for everything that a recipe names, and the permission to run code from outside this package."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Registry(Generic[T]):
             raise ConfigError(f"unknown {what}{did_you_mean(name, self.names())}; known: {known}")
         if reference is name and os.environ.get(_PERMISSION) != "1":
             raise ConfigError(
-                f"{what} is code from outside of this package, which runs with your rights; if you trust it, allow it "
+                f"{what} is code from outside this package, which runs with your rights; if you trust it, allow it "
                 f"with --allow-code, {_PERMISSION}=1 or frozenprefix.allow_code()"
             )
         entry = _import(reference, what)

@@ -24,7 +24,7 @@ def command(
     max_new_tokens: MaxNewTokens = 30,
     prompt: Prompt = None,
     language_model: LanguageModel = None,
-    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
     force: Force = False,
 ) -> None:
     """Write a caption for every image. Exit code 1 if some cannot be read."""

@@ -1,4 +1,4 @@
-"""`precision: auto`: the arithmetic that a run computes in, chosen where it runs."""
+"""`precision: auto`: the precision of a run, chosen on the machine that it runs on."""
 
 from __future__ import annotations
 

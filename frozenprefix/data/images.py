@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path]:
-    """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
+    """Yield all files under a folder, sorted, however deep. All code walks folders with this function.
 
     Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are skipped.
 
@@ -85,14 +85,14 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
     """
     if not root.is_dir():
         raise DataError(f"{root}: got no folder, expected a folder of images")
-    wanted = frozenset(image_endings() if endings is None else endings)
+    suffixes = frozenset(image_endings() if endings is None else endings)
     hidden: list[Path] = []
     files = list(walk_files(root, hidden=hidden))
-    images = sorted(path for path in files if path.suffix.lower() in wanted)
+    images = sorted(path for path in files if path.suffix.lower() in suffixes)
     if not images:
         listed = endings or (".jpg", ".png", ".webp", "…")
         raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(listed))}")
-    others = [path for path in files if path.suffix.lower() not in wanted]
+    others = [path for path in files if path.suffix.lower() not in suffixes]
     reasons = Counter({"hidden": len(hidden), "no image by its name": len(others)})
     report_left_out(root, len(files) + len(hidden), reasons, what="names", examples=[*hidden, *others])
     return images

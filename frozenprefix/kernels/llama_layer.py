@@ -62,7 +62,7 @@ class FrozenLayer:
     """
 
     def __init__(self, layer: Any):
-        # the bound method of the class: afterwards an instance of this class stands in its place
+        # the method of the class, which an instance of `FrozenLayer` will replace
         self.own, self.layer = layer.forward, layer
         attention = layer.self_attn
         self.dim, self.scaling = attention.head_dim, attention.scaling
@@ -107,7 +107,7 @@ class FrozenLayer:
             # the weights were prepacked for one dtype
             or hidden_states.dtype != self.out.dtype
             or torch.is_autocast_enabled("cpu")
-            # somebody wants to see or change what is inside the layer
+            # a hook reads or changes values inside the layer
             or any(map(compat.has_hooks, self._parts))
         ):
             return self.own(

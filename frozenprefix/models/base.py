@@ -1,4 +1,4 @@
-"""What the models of this package share: identity of frozen parts, checked image features, small checkpoints."""
+"""Base class of the models: identity of frozen parts, checks of image features, checkpoints without frozen parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImageModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def use_identity(self, identity: dict[str, dict[str, str]]) -> None:
-        """Check the identity of loaded parts against the config, and note it there.
+        """Check the identity of loaded parts against the config, and add it there.
 
         Raises:
             CheckpointError: for a part other than the one that the checkpoint was trained with.
@@ -51,7 +51,7 @@ class ImageModel(PreTrainedModel):
             )
 
     def init_weights(self) -> None:
-        """Nothing: parts arrive with their weights, which transformers' initialisation must not touch."""
+        """Do nothing: parts arrive with their weights, which transformers' initialisation must not touch."""
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What training changes, by name; adapters are saved in files of their own."""
@@ -64,7 +64,7 @@ class ImageModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a checkpoint folder or Hub id; frozen parts come from where the config says; see `load_checkpoint`."""
+        """Load a checkpoint folder or Hub id; frozen parts come from where its config says; see `load_checkpoint`."""
         if args:
             raise ConfigError(f"from_pretrained: got {len(args)} more arguments by position; give them by name")
         return load_checkpoint(cls, pretrained_model_name_or_path, cls.part_names, **kwargs)

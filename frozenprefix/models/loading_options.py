@@ -76,10 +76,10 @@ def _language_model_changes(options: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if options.get("attn_implementation") is not None:
         changes["attn_implementation"] = options["attn_implementation"]
-    wanted = options.get("quantization_config")
-    values = wanted if isinstance(wanted, dict) else {} if wanted is None else wanted.to_dict()
+    config = options.get("quantization_config")
+    values = config if isinstance(config, dict) else {} if config is None else config.to_dict()
     four, eight = (bool(options.get(name) or values.get(name)) for name in ("load_in_4bit", "load_in_8bit"))
-    if wanted is not None and not (eight or (four and values.get("bnb_4bit_quant_type", "nf4") == "nf4")):
+    if config is not None and not (eight or (four and values.get("bnb_4bit_quant_type", "nf4") == "nf4")):
         raise ConfigError(
             "from_pretrained: quantization_config: expected bitsandbytes in 8 bits or in 4 bits of type nf4; pass "
             "another quantized model as language_model="

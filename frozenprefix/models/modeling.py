@@ -51,9 +51,9 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 
     Args:
-        config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, language_model: ready-made parts instead: a `VisionEncoder`; any causal or encoder-decoder LM
-            of transformers, or a peft model around one, whose adapter stays as trainable or frozen as it is.
+        config: the parts. Frozen ones are loaded from the places that it names.
+        vision_encoder, language_model: ready-made parts, used instead: a `VisionEncoder`; any causal or
+            encoder-decoder LM of transformers, or a peft model around one, whose adapter stays trainable or frozen.
 
     The mapper's weights stay float32; the LM and the encoder run in the dtype that their config sections name.
 
@@ -316,12 +316,12 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
 
     @property
     def trains_text(self) -> bool:
-        """Whether training changes what the LM computes on text alone."""
+        """Whether training changes the LM's output for text without images."""
         return self.fusion.changes_text or any(p.requires_grad for p in self.lm.parameters())
 
     @contextmanager
     def bare_language_model(self) -> Iterator[None]:
-        """Inside the block the LM computes what it computes without adapters and without the fusion."""
+        """Switch adapters and fusion off inside the block: the LM's output is that of the bare LM."""
         with self.adapters.disabled(), self.fusion.disabled():
             yield
 

@@ -16,7 +16,7 @@ from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
 IMAGE_TOKEN = "<image>"
-# Stands inside the special tokens of a user's text, so that they are read as text. No one writes it by hand.
+# Stands inside the special tokens of a user's text, so that they are read as text. It does not occur in ordinary text.
 _JOINER = "\u2060"
 DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
 
@@ -26,7 +26,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     Args:
         image_processor: a transformers image processor.
-        tokenizer: the LM's tokenizer; `<image>` is added to it, with an id behind the LM's vocabulary.
+        tokenizer: the LM's tokenizer; `<image>` is added to it, with an id beyond the LM's vocabulary.
         prefix_length: placeholders per image.
         prompts: prompt template per task; "{question}" is filled in.
 
@@ -62,7 +62,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """The prompt of a task, with the question filled in; without an `<image>` it gets one in front per image.
 
         Args:
-            template: the prompt's template, in place of the task's own.
+            template: the prompt's template, instead of the task's own.
 
         Raises:
             ConfigError: for a task without a prompt, or a question that the prompt has no place for.
@@ -91,13 +91,13 @@ class FrozenPrefixProcessor(ProcessorMixin):
             >>> processor.chat_prompt([("what shape is this?", "a cross")], "what color is it?")
             '<image>Question: what shape is this? Answer: a cross\\nQuestion: what color is it? Answer:'
         """
-        asked = [text for text, _ in history] + [question]
-        marked = sum(text.count(IMAGE_TOKEN) for text in asked) == images
-        asked = [self.escape(text, keep_images=marked) for text in asked]
-        if not any(IMAGE_TOKEN in text for text in asked):
-            asked[0] = IMAGE_TOKEN * images + asked[0]
-        messages = [{"role": "user", "content": asked[0]}]
-        for (_, reply), text in zip(history, asked[1:], strict=True):
+        questions = [text for text, _ in history] + [question]
+        marked = sum(text.count(IMAGE_TOKEN) for text in questions) == images
+        questions = [self.escape(text, keep_images=marked) for text in questions]
+        if not any(IMAGE_TOKEN in text for text in questions):
+            questions[0] = IMAGE_TOKEN * images + questions[0]
+        messages = [{"role": "user", "content": questions[0]}]
+        for (_, reply), text in zip(history, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": self.escape(reply)}, {"role": "user", "content": text}]
         return str(self.apply_chat_template(messages, add_generation_prompt=True))
 

@@ -83,7 +83,7 @@ class BaseTrainer(ABC):
     `measure` and `best_of`.
 
     Args:
-        recipe: what to train.
+        recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
 
     Example:
@@ -174,7 +174,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
-        """Metrics on the validation images, and whatever else to log of them."""
+        """Metrics on the validation images, and other values to log."""
 
     @abstractmethod
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
@@ -185,7 +185,7 @@ class BaseTrainer(ABC):
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
-        with progress_bar("encoding images", shown=main) as update:
+        with progress_bar("encoding images", enabled=main) as update:
             prepared = prepare_images(
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
@@ -229,7 +229,7 @@ class BaseTrainer(ABC):
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         workers = 0 if in_memory else self.recipe.data.workers
-        # A generator of its own: the loader would draw from the global one, and a resumed run would draw other numbers.
+        # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
         return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
 
@@ -259,7 +259,7 @@ class BaseTrainer(ABC):
         batches = self.batches()
         window: list[tuple[float, int, float]] = []
         self.model.train()
-        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
                 values = self.step(batches)
@@ -282,7 +282,7 @@ class BaseTrainer(ABC):
         self.save_last()
 
     def count_step(self, targets: int) -> None:
-        """Record that a step with so many targets, over all processes, is done."""
+        """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
         self.progress.seconds = time.monotonic() - self.started

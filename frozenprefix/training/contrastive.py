@@ -190,7 +190,7 @@ class ContrastiveCollator:
 
     Args:
         features: the feature cache; None decodes images.
-        texts_per_chunk: texts are sorted by length and encoded so many at a time: less padding, less memory.
+        texts_per_chunk: texts that are encoded at a time, sorted by length to save padding and memory.
     """
 
     def __init__(self, processor: Any, features: FeatureCache | None, texts_per_chunk: int):

@@ -211,8 +211,10 @@ def prepare_images(
                 bad.write(bad_list)
                 logger.warning("%d of %d images cannot be used; %s lists them", len(bad), len(paths), bad_list)
     bad.check(len(paths), data.max_bad_share)
-    kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
-    return PreparedImages(kept, features, bad, len(paths), sum(gather_object([encoded])))
+    readable = {
+        part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()
+    }
+    return PreparedImages(readable, features, bad, len(paths), sum(gather_object([encoded])))
 
 
 def find_shared_images(prepared: PreparedImages) -> list[Leak]:

@@ -33,9 +33,9 @@ class Tracker:
 
     Args:
         output_dir: the run's folder; created if it does not exist.
-        tracking: which trackers to use beside `log.jsonl`.
+        tracking: which trackers to use in addition to `log.jsonl`.
         resume_step: the step that a resumed run continues from: later lines of the log are removed, because the run
-            will write them again. 0 starts a new log.
+            writes them again. 0 starts a new log.
         config: plain data that describes the run, for trackers that show it.
         enabled: False on every process but the main one, where nothing is written.
 
@@ -156,7 +156,7 @@ def _start_tracker(name: str, output_dir: Path, resume_step: int, config: dict[s
         resume = "allow" if resume_step else "never"
         tracker = TrackioTracker(PROJECT, name=output_dir.name, resume=resume, config=config)
     else:
-        # The run's id lies beside the log, so that a resumed run continues the same curves.
+        # The run's id is stored next to the log, so that a resumed run continues the same curves.
         id_file = output_dir / "wandb_run_id"
         if not resume_step or not id_file.is_file():
             write_text_atomic(id_file, uuid.uuid4().hex[:8])

@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 
 def current_processes() -> PartialState:
-    """State of all processes: rank, number, barrier. A process that was started by itself is alone.
+    """State of all processes: rank, number, barrier. A process that was started without them is the only one.
 
     Example:
         >>> current_processes().num_processes

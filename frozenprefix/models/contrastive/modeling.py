@@ -44,8 +44,8 @@ class LockedImageTextModel(ImageModel):
     """A locked vision encoder, a text tower, and projections of both into one space.
 
     Args:
-        config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, text_tower: ready-made parts instead.
+        config: the parts. Frozen ones are loaded from the places that it names.
+        vision_encoder, text_tower: ready-made parts, which are used instead.
 
     Trained weights stay float32; run the model under autocast for speed. The encoder runs in its section's dtype.
 
@@ -132,7 +132,7 @@ class LockedImageTextModel(ImageModel):
 
         Args:
             text_image: int64[T], the place in the batch of the image that each text describes; text i describes
-                image i when not given and there are as many of both.
+                image i when not given; then there must be as many texts as images.
         """
         images = self.encode_image(pixel_values, image_features)
         texts = self.encode_text(input_ids, attention_mask)

@@ -1,4 +1,4 @@
-"""What this package needs of a frozen language model, as one interface.
+"""The interface of frozen language models.
 
 Shape letters: R rows, T row length, B texts, L target length, K predicting nodes, D_lm width of the LM, V vocabulary.
 """
@@ -134,7 +134,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         return size - self.num_virtual_tokens
 
     def check_length(self, tokens: int, new: int = 1, *, what: str = "max_new_tokens: the prompt") -> None:
-        """Raise `ConfigError` when `tokens`, and `new` generated ones behind them, need more positions than there are.
+        """Raise `ConfigError` when `tokens`, and `new` generated ones after them, need more positions than there are.
 
         Example:
             >>> model.lm.check_length(1000, 1000)
@@ -143,7 +143,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         if positions is None or tokens + new - 1 <= positions:  # the last new token is not read again
             return
         left = positions - tokens + 1
-        room = f"there is room for {left} behind it" if left > 0 else "shorten it"
+        room = f"there is room for {left} after it" if left > 0 else "shorten it"
         raise ConfigError(
             f"{what} of {tokens} tokens and {new} new ones are more than the {positions} learned "
             f"positions of {self.name}; {room}"
@@ -174,7 +174,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
 
     @abstractmethod
     def layout(self, packed: PackedBatch) -> RowsT:
-        """What of a packed batch is read as input.
+        """The part of a packed batch that is the LM's input.
 
         Raises:
             ConfigError: when texts share a row and this LM cannot read such rows.

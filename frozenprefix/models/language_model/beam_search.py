@@ -8,7 +8,7 @@ per beam, and is never reordered; what changes is who sees whom:
     beam 0      p p p   a0    a1    a2     ancestors of beam 0 at step 2, if it descends from beam 1:
     beam 1              b0    b1    b2         p p p, b0, b1, a2
 
-So a beam is a path in a trie of written tokens, its mask (`_Beams.ancestors`) says which tokens lie on the path, and
+So a beam is a path in a trie of written tokens, its mask (`_Beams.ancestors`) says which tokens are on the path, and
 its position is prompt length + step, as it would be in a row of its own. Images whose beams are finished leave the
 batch. Scores, stopping and ties follow transformers, whose rules the comments name where they surprise.
 
@@ -33,7 +33,7 @@ from frozenprefix.models.language_model.base import BeamOptions, positions_from_
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
 LOGIT_ROWS = 32  # rows of logits that are in float32 at a time
-LEAVE_AT = 8  # finished images leave when they are one in so many
+LEAVE_AT = 8  # finished images leave the batch when they are one in eight
 
 # Options of `generate` that this search follows; those that only matter for sampling or the form of the output; and
 # the values at which the others change nothing.
@@ -99,7 +99,7 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # transformers' own layer concatenates, which copies the whole cache in every step; here new tokens are written
-        # behind the others, and attention reads a view of the filled part.
+        # after the others, and attention reads a view of the filled part.
         new = key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -177,7 +177,7 @@ class BeamSearch:
         # `words` and `score` are in the order of the whole batch, everything in `self.beams` is of the open images.
         logits = self._read_prompt(inputs_embeds)
         for step in range(options.max_new_tokens):
-            chosen = self._advance(logits, step)
+            next_words = self._advance(logits, step)
             open_ = self._is_open(step)
             last = step + 1 == options.max_new_tokens or not bool(open_.any())
             closed = int((~open_).sum())
@@ -187,8 +187,8 @@ class BeamSearch:
             if last:
                 break
             if closed * LEAVE_AT >= len(open_) and closed:
-                chosen = self._leave(open_, chosen)
-            logits = self._read_words(chosen, step)
+                next_words = self._leave(open_, next_words)
+            logits = self._read_words(next_words, step)
         count = options.num_return_sequences
         return self._crop(words[:, :count].flatten(0, 1)), score[:, :count].flatten()
 
@@ -219,10 +219,10 @@ class BeamSearch:
         seen = (causal & self.prompt_seen[:, None, :]) | itself
         return self._forward(inputs_embeds, seen, positions_from_mask(self.prompt_seen))[:, -1]
 
-    def _read_words(self, chosen: Tensor, step: int) -> Tensor:
+    def _read_words(self, next_words: Tensor, step: int) -> Tensor:
         """The words that the beams chose, int64[B, k] -> logits of the next ones, float[B * k, V]."""
-        k = chosen.shape[1]
-        embeds = self.language_model.get_input_embeddings()(chosen)
+        k = next_words.shape[1]
+        embeds = self.language_model.get_input_embeddings()(next_words)
         written = self.beams.ancestors[:, :, : (step + 1) * k]
         seen = torch.cat([self.prompt_seen[:, None, :].expand(-1, k, -1), written], dim=-1)
         positions = (self.prompt_length[:, None] + step).expand(-1, k)
@@ -253,7 +253,7 @@ class BeamSearch:
         """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
         images, width = beams.score.shape
-        # The best C of an image are among the best C of each beam, so the vocabulary is left behind here.
+        # The best C of an image are among the best C of each beam, so the rest of the vocabulary is dropped here.
         value, word = top_tokens(logits, count)
         value = value - log_normaliser(logits)[:, None]
         # [B, width * C] -> the best C of them
@@ -279,7 +279,7 @@ class BeamSearch:
     def _finish(self, score: Tensor, word: Tensor, parent: Tensor, ended: Tensor, step: int) -> None:
         """Let texts that ended among the best k candidates replace worse finished ones."""
         beams, k = self.beams, self.options.num_beams
-        # an end token behind the best k candidates is ignored, a rule that transformers took over from fairseq
+        # an end token below the best k candidates is ignored, a rule that transformers took over from fairseq
         ended = ended & (torch.arange(score.shape[1], device=score.device) < k)
         score = score / (step + 1) ** self.options.length_penalty
         # what must not be chosen stays in the list, with a hopeless score: shapes are the same in every step
@@ -305,14 +305,14 @@ class BeamSearch:
         full = beams.done.all(-1) & (options.early_stopping is True)
         return beams.hopeful[:, 0] & ~full
 
-    def _leave(self, open_: Tensor, chosen: Tensor) -> Tensor:
+    def _leave(self, open_: Tensor, next_words: Tensor) -> Tensor:
         """Take finished images out of the batch."""
-        kept = open_.nonzero()[:, 0]
-        self.beams.keep(kept)
-        self.prompt_seen, self.prompt_length = self.prompt_seen[kept], self.prompt_length[kept]
+        rows = open_.nonzero()[:, 0]
+        self.beams.keep(rows)
+        self.prompt_seen, self.prompt_length = self.prompt_seen[rows], self.prompt_length[rows]
         for layer in self.layers:
-            layer.keep(kept)
-        return chosen[kept]
+            layer.keep(rows)
+        return next_words[rows]
 
     def _crop(self, words: Tensor) -> Tensor:
         """Cut off the columns after the last end token; what follows an end token is padding already."""
@@ -329,7 +329,7 @@ def _take(tensor: Tensor, beams: Tensor) -> Tensor:
 def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of every row: float[N, V] -> float32[N, count], int64[N, count].
 
-    The `count` largest lie in the `count` blocks with the largest maxima: only those are sorted.
+    The `count` largest are in the `count` blocks with the largest maxima: only those are sorted.
 
     Example:
         >>> top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 2)[1].tolist()

@@ -38,8 +38,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.2}
 class DecoderOnlyLM(FrozenLM[PackedBatch]):
     """A causal LM, split into its decoder (embeddings to last hidden states) and its head (to logits).
 
-    With the split, logits are computed only where something is predicted. What an LM can do is not looked up in a list
-    of names but tried out on a few tokens: the split when it is wrapped, packed rows and beam search before their
+    With the split, logits are computed only where something is predicted. The abilities of an LM are not looked up in a
+    list of names but tested on a few tokens: the split when it is wrapped, packed rows and beam search before their
     first use.
 
     Attributes:
@@ -95,7 +95,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
                     return
         except ConfigError as error:
             problem = str(error)
-        except Exception as error:  # whatever the code of a model raises that does not read embeddings
+        except Exception as error:  # any error that the code of a model raises if it does not read embeddings
             problem = _one_line(error)
         raise ConfigError(f"model.language_model: {self.name} cannot be used with images: {problem}")
 
@@ -136,7 +136,9 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
                     # no dropout, and gradients also where the caller has switched them off
                     with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
                         problem = trial()
-                except Exception as error:  # whatever the code of a model raises for a mask or cache it cannot use
+                except (
+                    Exception
+                ) as error:  # any error that the code of a model raises for a mask or cache it cannot use
                     problem = _one_line(error)
                 _TRIALS[key] = None if problem is None else f"{self.name} cannot be used with {ability}: {problem}"
             self._trials[ability] = _TRIALS[key]
@@ -289,6 +291,6 @@ def _logit_scales(config: Any) -> list[float]:
 
 
 def _one_line(error: Exception) -> str:
-    """An error of somebody else's code as part of a line."""
+    """An error of third-party code as part of a line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__

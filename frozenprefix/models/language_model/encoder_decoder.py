@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 
 @dataclass
 class SourcesAndTargets:
-    """A packed batch with one target per row, divided into what the encoder reads and what the decoder writes.
+    """A packed batch with one target per row, divided into the encoder's inputs and the decoder's targets.
 
     Attributes:
         input_ids, attention_mask, prefix_index, latest_index: int64[B, S], with the end token, padded on the right.

@@ -105,13 +105,13 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """A language model's class and size, which tell models apart whose weights are not at hand as files."""
+    """A language model's class and size, which distinguish models whose weights are not files."""
     config = model.config.get_text_config()
     return f"{type(model).__name__}, {config.num_hidden_layers} layers, {config.vocab_size} words"
 
 
 def language_model_identity(model: PreTrainedModel, folder: Path | None = None) -> dict[str, str]:
-    """The identity of a ready-made language model, as far as it can be told: its architecture, and a folder's hash.
+    """The identity of a ready-made language model, as far as it is known: its architecture, and a folder's hash.
 
     Example:
         >>> language_model_identity(model.language_model)
@@ -173,7 +173,7 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
 
 
 class quiet_transformers:
-    """Context manager that hides transformers' loading bars, which would run through the trainer's own bar."""
+    """Context manager that hides transformers' loading bars, which would disturb the trainer's own bar."""
 
     def __enter__(self) -> None:
         self.was_enabled = transformers_logging.is_progress_bar_enabled()

@@ -8,12 +8,12 @@ captions of one image with a prefix of two placeholders, P:
     P P a man sits <end>    ->    P ─ P ─ a ┼ man ┴ sits ─ (<end>)
     P P a dog <end>                         └ dog ─ (<end>)
 
-The nodes are laid out depth first in one row. An end token is predicted but never read, so it is no node:
+The nodes are laid out depth first in one row. An end token is predicted but never read, so it is not a node:
 
     node           0   1   2   3     4      5      6
     token          P   P   a   man   runs   sits   dog
     position       0   1   2   3     4      4      3       its depth in the trie
-    subtree_end    7   7   7   6     5      6      7       one behind its last descendant
+    subtree_end    7   7   7   6     5      6      7       one past its last descendant
     predicts       -   a   man runs  <end>  <end>  <end>
                            dog sits
 
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     Attributes:
         input_ids: token ids, with the image's placeholders in place.
-        num_context: number of first tokens that are given and not learned.
+        num_context: number of leading tokens that are read but not learned.
         weight: factor of each token's loss; a negative weight makes the tokens less likely.
 
     Example:
@@ -66,12 +66,12 @@ class Target(NamedTuple):
 
 @dataclass
 class PackedBatch:
-    """Rows of tries, and what each node has to predict.
+    """Rows of tries, and the tokens that each node has to predict.
 
     Attributes:
         input_ids: int64[R, T], padded with 0.
         position_ids: int64[R, T], the depth of each node.
-        subtree_end: int64[R, T], one behind the last descendant of each node, as an index into its row.
+        subtree_end: int64[R, T], one past the last descendant of each node, as an index into its row.
         prefix_index: int64[R, T], index of each placeholder among those of all images, -1 for text.
         latest_index: int64[R, T], index of the latest placeholder at or before each token in its own text, -1 for none.
         predict_index: int64[K], nodes that predict something, as indices into [R * T].
@@ -116,7 +116,7 @@ class Trie:
     Attributes:
         ids: token id.
         depth: position in the text.
-        end: one behind the last descendant.
+        end: one past the last descendant.
         prefix: number of the placeholder within this trie, -1 for text.
         latest: number of the latest placeholder at or before the node, -1 for none.
         edges: (node, next token) -> sum of the targets' weights.
@@ -142,7 +142,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
     """Merge targets into a trie.
 
     Args:
-        share: merge all common first tokens. Otherwise only the context that all targets have in common is merged.
+        share: merge all common leading tokens. Otherwise only the context that all targets have in common is merged.
 
     Raises:
         TrainingError: for a target without a token to learn.
@@ -170,7 +170,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
                 edges[node, token_id] = edges.get((node, token_id), 0.0) + target.weight
             if place == last:
                 break  # it is only predicted
-            # A negative key is no token id, so it never matches: the node is this target's own.
+            # No token id is negative, so such a key never matches: the node belongs to this target alone.
             key = token_id if share or place < shared_length else -len(token)
             if key not in children[node]:
                 children[node][key] = len(token)
@@ -181,7 +181,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
 
 
 def _common_context(targets: Sequence[Target]) -> int:
-    """Number of first tokens that all targets have in common and none has to learn."""
+    """Number of leading tokens that all targets have in common and none has to learn."""
     shortest = min(target.num_context for target in targets)
     length = 0
     while length < shortest and len({target.input_ids[length] for target in targets}) == 1:
@@ -192,7 +192,7 @@ def _common_context(targets: Sequence[Target]) -> int:
 def _depth_first(
     children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], float], image_token_id: int
 ) -> Trie:
-    """Number the nodes of a trie anew, depth first, and note where each subtree ends."""
+    """Renumber the nodes of a trie depth first, and record where each subtree ends."""
     # With a stack instead of recursion: a text has more tokens than Python allows nested calls.
     trie = Trie()
     place_of: dict[int, int] = {}
@@ -237,7 +237,7 @@ def pack(
         images: the targets of each image, or of each group of images that are shown together.
         prefix_length: placeholders per image.
         images_per_group: number of images in each group; 1 each by default.
-        packing: "trie" shares the prefix and all common first tokens, "flat" the prefix and the prompt. "none"
+        packing: "trie" shares the prefix and all common leading tokens, "flat" the prefix and the prompt. "none"
             repeats everything for every target: one target per row, the plain batch.
         tokens_per_row: fill rows up to this many tokens; by default the row length with the lowest estimated cost.
 
@@ -282,7 +282,7 @@ def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
     """Divide tries of these lengths into rows; return the indices of each row's tries.
 
     Args:
-        budget: at most so many tokens in a row (0: one trie each); None for the division with the lowest cost.
+        budget: largest number of tokens in a row (0: one trie each); None for the division with the lowest cost.
     """
     if budget is None:
         # Longer rows need less padding and more attention; which division is best depends on the lengths.

@@ -10,7 +10,7 @@ For its callers, a language model with virtual tokens looks like one without. Tw
 
 The last line is needed because callers use the cache's length: `generate` derives from it which tokens are new. While
 the decoder runs, the cache has to count all of its tokens, so the hooks switch between the two. Packed rows,
-transformers' `generate` and this package's beam search need to know nothing of all this. A packed row has the virtual
+transformers' `generate` and this package's beam search need no changes. A packed row has the virtual
 tokens once, and all its texts see them.
 
 Shape letters: B rows, T tokens, S tokens including those in the cache, V virtual tokens.
@@ -53,7 +53,7 @@ class VirtualTokens(nn.Module):
         self._prompt = prompt
         self._context: ImageContext | None = None
         self._is_first = False
-        # behind a function, or the fusion would become a submodule of the language model
+        # wrapped in a function, or the fusion would become a submodule of the language model
         self._fusion: Callable[[], Fusion | None] = lambda: None
 
     def attach(self, language_model: PreTrainedModel) -> None:
@@ -91,7 +91,7 @@ class VirtualTokens(nn.Module):
                 "use lora, or another language model"
             )
 
-    # ── before and behind the decoder ──
+    # ── before and after the decoder ──
 
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
@@ -164,7 +164,7 @@ class VirtualTokens(nn.Module):
 
     def _check_is_ours(self, cache: Cache) -> None:
         if cache.get_seq_length() > 0 and not hides_length(cache):
-            raise ConfigError(f"{CACHE}: got a cache that was made without the virtual tokens; start a new one")
+            raise ConfigError(f"{CACHE}: got a cache that was filled without the virtual tokens; start a new one")
 
     def _shift(self, positions: Tensor, rows: bool) -> Tensor:
         """int64[B, T] -> int64[B, T], or int64[B, V + T] when the virtual tokens are in the input."""

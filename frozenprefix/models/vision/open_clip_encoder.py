@@ -135,7 +135,7 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
 
 
 def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
-    """Return what open_clip takes as `pretrained`, and what the weights add to the identity as far as it is known.
+    """Return open_clip's argument `pretrained`, and the part of the identity that is known of the weights.
 
     Raises:
         ConfigError: for a model or tag that open_clip does not know.

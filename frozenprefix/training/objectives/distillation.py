@@ -53,9 +53,9 @@ class Distillation(Objective):
         if self.pieces is None or self.stream is None:
             batch["kept"] = batch["texts"]
             return
-        taken = [torch.tensor(self.pieces[piece]) for _, piece in self.stream.step(number)]
-        ids = nn.utils.rnn.pad_sequence(taken, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in taken], batch_first=True)
+        texts = [torch.tensor(self.pieces[piece]) for _, piece in self.stream.step(number)]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in texts], batch_first=True)
         batch["kept"] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def count(self, batch: Batch) -> int:

@@ -20,7 +20,7 @@ from frozenprefix.training.objectives.base import Batch, Objective, image_inputs
 from frozenprefix.training.sampling import generate_ids
 from frozenprefix.training.validation import batch_bounds
 
-# A word in the place of the end token. A reward that does not see where a caption ends teaches endings such as "on a"
+# Stands for the end token. A reward that does not see where a caption ends teaches endings such as "on a"
 # (Hu, Cavicchioli & Capotondi 2023, arXiv 2305.12254).
 END_WORD = "endofcaption"
 
