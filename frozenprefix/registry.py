@@ -1,4 +1,4 @@
-"""A typed registry for everything that a recipe names, and the permission to run code from outside this package."""
+"""Objects by name, imported when first used: a typed registry for what recipes name, and exports of packages."""
 
 from __future__ import annotations
 
@@ -96,6 +96,27 @@ class Registry(Generic[T]):
         if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
             raise ConfigError(f"{what}: got {entry!r}, expected a subclass of {self.base.__name__}")
         return entry
+
+
+def lazy_exports(package: str, modules: dict[str, tuple[str, ...]]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package, which imports a public name when it is first used: torch is slow to import.
+
+    Args:
+        modules: module below the package → its public names.
+
+    Example:
+        >>> get = lazy_exports("frozenprefix", {"errors": ("DataError",)})
+        >>> get("DataError").__name__
+        'DataError'
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
+
+    return get
 
 
 def is_external(name: str, group: str) -> bool:
