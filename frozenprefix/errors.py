@@ -74,6 +74,10 @@ class CacheError(FrozenPrefixError):
     """A feature cache that is damaged, or has a different fingerprint."""
 
 
+class LockError(FrozenPrefixError):
+    """A folder that another process is writing to."""
+
+
 class CheckpointError(FrozenPrefixError):
     """A checkpoint whose keys, shapes or frozen parts differ from those expected."""
 
