@@ -219,7 +219,7 @@ def find_shared_images(prepared: PreparedImages) -> list[Leak]:
     """Images that are in both parts, by path or by content.
 
     Example:
-        >>> samples = load_source({"type": "captions", "path": str(data_folder)})
+        >>> samples = load_samples([{"type": "captions", "path": str(data_folder)}], "train")
         >>> encoder = ImageEncoder.from_model(model, processor)
         >>> prepared = prepare_images(encoder, {"train": samples, "validation": samples[:2]}, recipe.data)
         >>> len(find_shared_images(prepared))
