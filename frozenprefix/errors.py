@@ -74,6 +74,10 @@ class CacheError(FrozenPrefixError):
     """A feature cache that is damaged, or has another fingerprint."""
 
 
+class LockError(FrozenPrefixError):
+    """A folder that another process is writing to."""
+
+
 class CheckpointError(FrozenPrefixError):
     """A checkpoint with other keys, shapes or frozen parts than expected."""
 

@@ -71,7 +71,8 @@ def test_version_is_the_distribution_s():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_lm) -> str:
     """A whole checkpoint of a tiny random model."""
-    from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, vision_encoder_config
+    from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig
+    from frozenprefix.models.encoder_configuration import vision_encoder_config
     from frozenprefix.models.language_model.loading import load_tokenizer
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import FrozenPrefixProcessor

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from frozenprefix.cli.common import Overrides, RecipeFile, counted, is_main_process
 
 
-def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First set damaged shards aside and rebuild the indexes.")
+    ] = False,
+) -> None:
     """Encode every image of a recipe once, into the feature cache that `train` reads."""
     from frozenprefix.config import load_recipe
     from frozenprefix.utils import progress_bar
@@ -16,7 +24,7 @@ def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from frozenprefix.training.caching import fill_cache
 
     with progress_bar("encoding images", shown=is_main_process()) as update:
-        filled = fill_cache(loaded, progress=update)
+        filled = fill_cache(loaded, repair=repair, progress=update)
     if not filled.is_main:
         return
     rate = f" in {filled.seconds:.1f} s, {filled.encoded / filled.seconds:.1f} images/s" if filled.encoded else ""

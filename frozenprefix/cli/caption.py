@@ -17,7 +17,7 @@ from frozenprefix.cli.common import (
     Precision,
     Prompt,
     one_line,
-    print_skipped,
+    print_left_out,
 )
 from frozenprefix.errors import DataError
 
@@ -60,7 +60,7 @@ def command(
     else:
         write_captions(captions, out)
         typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)
-    print_skipped(bad)
+    print_left_out(bad, "PATH", len(images))
     if len(bad):
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from frozenprefix.config.sections import DataSection, ImageModelSection, RecipeSection, RunSection, TrackingSection
 from frozenprefix.config.yaml import write_yaml
 from frozenprefix.errors import Problem
-from frozenprefix.models.configuration import DType
+from frozenprefix.models.section import DType
 
 # They set how fast the learning rate falls, so a constant one does not depend on them.
 _LENGTH = ("max_steps", "epochs", "max_minutes")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoConfig
 
-from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.config.base_recipe import DTYPES, BaseRecipe
 from frozenprefix.config.loading import load_checkpoint_recipe
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.precision import measure_products, native_bfloat16
-from frozenprefix.models.language_model.loading import resolve_language_model
+from frozenprefix.models.contrastive.text_tower import tower_config
+from frozenprefix.models.language_model.loading import language_model_config
 from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def inference_precision(config: Any, precision: str = "auto", *, device: str | t
     """What the frozen parts of a checkpoint compute in on this machine; it need not be that of the training.
 
     Args:
-        config: of the checkpoint, with the place of its language model here; see `read_config`.
+        config: of the checkpoint, with the place of its language model here; see `checkpoint_config`.
         precision: "fp32", "bf16", "fp16", or "auto", which decides as `resolve_precision` does, in this process alone.
         device: where the model will be.
 
@@ -88,17 +88,13 @@ def _faster_precision(sections: Any, *, on_cpu: bool) -> str:
 def _feed_forward_sizes(sections: Any) -> tuple[int, int]:
     """Hidden and inner size of the model that takes most of the time."""
     language_model, tower = (getattr(sections, name, None) for name in ("language_model", "text_tower"))
-    if language_model is not None:
-        source = resolve_language_model(language_model)
-        location, revision = source.location, source.revision
+    if getattr(sections, "text_config", None) is not None:  # a checkpoint that holds the whole tower
+        config: Any = SimpleNamespace(**sections.text_config)
+    elif language_model is not None:
+        config = language_model_config(language_model).get_text_config()
     elif tower is not None and tower.source == "transformers":
-        location = str(resolve(tower.path)) if is_pypi(tower.path) else str(Path(tower.path).expanduser())
-        revision = tower.revision
+        config = tower_config(tower).get_text_config()
     else:
-        return TYPICAL_SIZES
-    try:
-        config = AutoConfig.from_pretrained(location, revision=revision or "main").get_text_config()
-    except (OSError, ValueError):  # the loading of the model says what is wrong, and what to do
         return TYPICAL_SIZES
     hidden = getattr(config, "hidden_size", TYPICAL_SIZES[0])
     named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner", "d_ff"))

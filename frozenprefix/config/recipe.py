@@ -8,7 +8,7 @@ from frozenprefix.config.base_recipe import SAME_TRAINING, BaseRecipe
 from frozenprefix.config.objectives import ObjectivesSection
 from frozenprefix.config.sections import EvaluationSection, ModelSection, TrainingSection
 from frozenprefix.errors import Problem
-from frozenprefix.models.configuration import OpenClipEncoderConfig
+from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig
 
 
 class Recipe(BaseRecipe):

@@ -13,6 +13,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from frozenprefix.data.cache_format import (
+    MANIFEST,
+    REPAIR,
     SCALE_DTYPE,
     STORED_AS,
     Entry,
@@ -29,13 +32,14 @@ from frozenprefix.data.cache_format import (
     index_path,
     load_index,
     load_manifest,
+    lock_path,
     save_index,
     scan_shard,
     shard_paths,
 )
 from frozenprefix.data.images import read_image
 from frozenprefix.errors import CacheError
-from frozenprefix.utils import append_jsonl, content_hash, read_jsonl
+from frozenprefix.utils import append_jsonl, content_hash, file_state, hold_lock, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ log = logging.getLogger(__name__)
 class FeatureCache:
     """Features of images by key, read from memory-mapped shards. Built by `FeatureCache.open`.
 
-    It can be passed to worker processes: each maps the shards itself.
+    Bytes are compared with their checksum when they are read for the first time. A cache can be passed to worker
+    processes: each maps the shards itself.
 
     Example:
         >>> from frozenprefix.data.cache_writer import FeatureCacheWriter
@@ -57,6 +62,7 @@ class FeatureCache:
         self.folder, self.manifest = folder, manifest
         self._places, self._image_keys = places, keys
         self._maps: dict[Path, mmap.mmap] = {}
+        self._checked: set[str] = set()  # keys whose bytes agreed with their checksum
         # computed once: `get` is called for every training step
         self._features_header, self._scale_header = manifest.features_header, manifest.scale_header
 
@@ -69,17 +75,13 @@ class FeatureCache:
             fingerprint: encoder and preprocessing that the features must come from; None opens any cache.
 
         Raises:
-            CacheError: for another fingerprint, naming the first field that differs; for a shard or an index that is
-                missing, truncated or damaged.
+            CacheError: for another fingerprint, naming the first field that differs; for a shard that is truncated or
+                whose index is missing or damaged.
         """
         folder = Path(folder)
         manifest = load_manifest(folder)
         if fingerprint is not None:
             check_fingerprint(folder, manifest.fingerprint, fingerprint)
-        for index in folder.glob("features-*.index.json"):
-            shard = index.with_name(index.name.removesuffix(".index.json") + ".tar")
-            if not shard.exists():
-                load_index(shard)  # raises, naming the shard
         places = {key: (shard, entry) for shard in shard_paths(folder) for key, entry in load_index(shard).items()}
         return cls(folder, manifest, places, ImageKeys(folder))
 
@@ -152,33 +154,35 @@ class FeatureCache:
     def verify(self) -> None:
         """Read everything and compare it with the checksums; `CacheError` names the first image that differs."""
         for key, (shard, entry) in self._places.items():
-            mapped = self._map(shard)
-            crc = zlib.crc32(mapped[entry.offset : entry.offset + entry.length])
-            if entry.scale_offset:
-                crc = zlib.crc32(mapped[entry.scale_offset : entry.scale_offset + self.manifest.scale_length], crc)
-            if crc != entry.crc32:
-                raise self._damaged(shard, key)
+            self._check(key, shard, entry)
+
+    def _check(self, key: str, shard: Path, entry: Entry) -> None:
+        mapped = memoryview(self._map(shard))
+        crc = zlib.crc32(mapped[entry.offset : entry.offset + entry.length])
+        if self.manifest.dtype == "int8":
+            crc = zlib.crc32(mapped[entry.scale_offset : entry.scale_offset + self.manifest.scale_length], crc)
+        if crc != entry.crc32 or entry.length != self.manifest.features_length:
+            raise CacheError(f"{shard}: the features of {key} are damaged; {REPAIR}")
+        self._checked.add(key)
 
     def _read_into(self, out: np.ndarray, key: str, shard: Path, entry: Entry) -> None:
         mapped = self._map(shard)
+        if key not in self._checked:
+            self._check(key, shard, entry)
         stored = self._array(mapped, entry.offset, self._features_header, STORED_AS[self.manifest.dtype], self.dim)
-        if stored is None:
-            raise self._damaged(shard, key)
         if self.manifest.dtype == "float16":
             out[...] = stored
         elif self.manifest.dtype == "bfloat16":
             np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
         else:
             scale = self._array(mapped, entry.scale_offset, self._scale_header, SCALE_DTYPE, 1)
-            if scale is None:
-                raise self._damaged(shard, key)
             np.multiply(stored, scale, out=out)
 
-    def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray | None:
-        """View of N rows behind a .npy header; None when the header is another one."""
+    def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray:
+        """View of N rows behind a .npy header."""
         start = offset + len(header)
         if mapped[offset:start] != header:
-            return None
+            raise CacheError(f"{self.folder}: got features of another shape or dtype than {MANIFEST} says; {REPAIR}")
         return np.frombuffer(mapped, dtype, self.tokens * width, start).reshape(self.tokens, width)
 
     def _map(self, shard: Path) -> mmap.mmap:
@@ -187,55 +191,56 @@ class FeatureCache:
                 self._maps[shard] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[shard]
 
-    def _damaged(self, shard: Path, key: str) -> CacheError:
-        return CacheError(
-            f"{shard}: the features of {key} are damaged; run "
-            f"frozenprefix.data.cache.rebuild_index({str(self.folder)!r}), then encode again what is missing"
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
 
-def rebuild_index(folder: str | PathLike[str]) -> int:
-    """Rebuild the indexes from the shards. Returns the number of images.
+def repair_cache(folder: str | PathLike[str]) -> int:
+    """Rebuild the indexes from the shards. Returns the number of images whose features are good.
 
-    A damaged shard is renamed to `.damaged`; the next run encodes its images again. No writer may be running.
+    A damaged shard is renamed to `.damaged`; the next run encodes its images again.
 
     Raises:
         CacheError: the manifest is missing, so that the features' encoder is unknown.
+        LockError: another process is writing to the cache.
 
     Example:
         >>> from frozenprefix.data.cache_writer import FeatureCacheWriter
         >>> with FeatureCacheWriter(tmp_path, {"encoder": "vit"}) as writer:
         ...     writer.add(["key"], np.ones((1, 2, 3), np.float32))
-        >>> rebuild_index(tmp_path)
+        >>> repair_cache(tmp_path)
         1
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    for index in folder.glob("features-*.index.json"):
-        if not index.with_name(index.name.removesuffix(".index.json") + ".tar").exists():
-            index.unlink()
-    images = 0
-    for shard in shard_paths(folder):
-        try:
-            entries = scan_shard(shard, manifest)
-            _check_against_index(shard, entries)
-        except CacheError as error:
-            log.warning("set aside: %s", error)
-            index_path(shard).unlink(missing_ok=True)
-            shard.rename(shard.with_suffix(".tar.damaged"))
-            continue
-        save_index(shard, entries)
-        images += len(entries)
-    return images
+    ranks = {path.name.split("-")[1].partition(".")[0] for path in folder.glob("*-r*") if "-r" in path.name}
+    with ExitStack() as locks:
+        for rank in sorted(ranks):
+            locks.enter_context(hold_lock(lock_path(folder, rank), f"feature cache '{folder}'"))
+        for index in folder.glob("features-*.index.json"):
+            if not index.with_name(index.name.removesuffix(".index.json") + ".tar").exists():
+                index.unlink()
+        return sum(_repair_shard(shard, manifest) for shard in shard_paths(folder))
+
+
+def _repair_shard(shard: Path, manifest: Manifest) -> int:
+    """Rebuild the index of a shard, or set the shard aside. Returns the number of good images."""
+    try:
+        entries = scan_shard(shard, manifest)
+        _check_against_index(shard, entries)
+    except CacheError as error:
+        log.warning("set aside: %s", error)
+        index_path(shard).unlink(missing_ok=True)
+        shard.rename(shard.with_suffix(".tar.damaged"))
+        return 0
+    save_index(shard, shard.stat().st_size, entries)
+    return len(entries)
 
 
 def _check_against_index(shard: Path, entries: dict[str, Entry]) -> None:
     """Compare with the checksums of the old index, if it can still be read: they are from the time of writing."""
     try:
-        before = load_index(shard)
+        before = load_index(shard, any_size=True)
     except CacheError as error:
         log.info("%s", error)
         return
@@ -255,7 +260,7 @@ def image_key(data: bytes) -> str:
 
 
 class ImageKeys:
-    """Keys of image files, remembered by path, size and time of change, so that a file is hashed once.
+    """Keys of image files, remembered by path and `file_state`, so that a file is hashed once.
 
     They are kept in files in the cache folder, one for each writing process; all of them are read. A line that cannot
     be read costs one hashing.
@@ -268,7 +273,7 @@ class ImageKeys:
 
     def __init__(self, folder: Path, rank: int = 0):
         self._file = folder / f"image-keys-r{rank:02d}.jsonl"
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        self._known: dict[str, tuple[tuple[int, int, int], str]] = {}
         self._unsaved: list[list[Any]] = []
         for file in sorted(folder.glob("image-keys-r*.jsonl")):
             self._load(file)
@@ -306,15 +311,14 @@ class ImageKeys:
     def _load(self, file: Path) -> None:
         for number, row in read_jsonl(file, skip_damaged=True):
             try:
-                name, size, changed, key = row
-                self._known[name] = ((size, changed), key)
+                name, size, changed, replaced, key = row
+                self._known[name] = ((size, changed, replaced), key)
             except (ValueError, TypeError):
                 log.info("%s:%d: got no key; the image is hashed again", file, number)
 
 
-def _stat(name: str) -> tuple[int, int] | None:
+def _stat(name: str) -> tuple[int, int, int] | None:
     try:
-        stat = os.stat(name)
+        return file_state(name)
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns

@@ -3,9 +3,11 @@
     manifest.json                     fingerprint, storage dtype, shape
     features-r00-000001.tar           WebDataset shard: KEY.features.npy (and KEY.scale.npy for int8)
     features-r00-000001.index.json    where each image's bytes are in that shard, and their CRC-32
-    image-keys-r00.jsonl              path, size, time of change → key, so that a file is hashed once (see `ImageKeys`)
+    image-keys-r00.jsonl              path, size, times of change → key, so that a file is hashed once (see `ImageKeys`)
+    writer-r00.lock                   held by the process that writes these shards
 
-A shard is written under a `.tmp` name, renamed when complete, and then gets its index. A shard with an index counts.
+A shard is written under a `.tmp` name, then its index, and then it is renamed: a shard with its name is complete. A
+cache may be read while others add to it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ STORED_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dty
 SCALE_DTYPE = np.dtype("<f4")
 _GREATEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "int8": 3.4028234663852886e38}
 
-_REBUILD = "run frozenprefix.data.cache.rebuild_index(folder), then encode again what is missing"
+REPAIR = "run `frozenprefix cache RECIPE --repair`, which encodes again what is lost"
 
 
 class Entry(NamedTuple):
@@ -195,28 +197,31 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("features-*.tar"))
 
 
-def save_index(shard: Path, entries: dict[str, Entry]) -> None:
-    values = {"shard": shard.name, "bytes": shard.stat().st_size, "entries": entries}
+def lock_path(folder: Path, rank: str) -> Path:
+    """The lock of the process that writes the shards of `rank`, such as "r00"."""
+    return folder / f"writer-{rank}.lock"
+
+
+def save_index(shard: Path, size: int, entries: dict[str, Entry]) -> None:
+    """Write the index of a shard of `size` bytes, which may still have another name."""
+    values = {"shard": shard.name, "bytes": size, "entries": entries}
     write_text_atomic(index_path(shard), json.dumps(values))
 
 
-def load_index(shard: Path) -> dict[str, Entry]:
-    """Read a shard's index and check that the shard is as long as it says."""
+def load_index(shard: Path, *, any_size: bool = False) -> dict[str, Entry]:
+    """Read a shard's index and, unless `any_size`, check that the shard is as long as it says."""
     path = index_path(shard)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         expected = int(values["bytes"])
         entries = {key: Entry(*map(int, entry)) for key, entry in values["entries"].items()}
     except FileNotFoundError as error:
-        raise CacheError(f"{shard}: its index {path.name} is missing; {_REBUILD}") from error
+        raise CacheError(f"{shard}: its index {path.name} is missing; {REPAIR}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path}: damaged index ({error!r}); {_REBUILD}") from error
-    try:
-        size = shard.stat().st_size
-    except FileNotFoundError as error:
-        raise CacheError(f"{shard}: missing, though its index is there; {_REBUILD}") from error
-    if size != expected:
-        raise CacheError(f"{shard}: truncated or overwritten: got {size} bytes, expected {expected}; {_REBUILD}")
+        raise CacheError(f"{path}: damaged index ({error!r}); {REPAIR}") from error
+    size = shard.stat().st_size
+    if size != expected and not any_size:
+        raise CacheError(f"{shard}: truncated or overwritten: got {size} bytes, expected {expected}; {REPAIR}")
     return entries
 
 
@@ -229,17 +234,17 @@ def scan_shard(shard: Path, manifest: Manifest) -> dict[str, Entry]:
                 key, _, suffix = member.name.partition(".")
                 stream = tar.extractfile(member)
                 if stream is None:
-                    raise CacheError(f"{shard}: {member.name} is not a plain file; {_REBUILD}")
+                    raise CacheError(f"{shard}: {member.name} is not a plain file; {REPAIR}")
                 data = stream.read()
                 parts.setdefault(key, {})[suffix] = (member.offset_data, data)
                 expected = {FEATURES: manifest.features_header, SCALE: manifest.scale_header}.get(suffix, b"")
                 if not data.startswith(expected) or len(data) != member.size:
-                    raise CacheError(f"{shard}: {member.name} is damaged; {_REBUILD}")
+                    raise CacheError(f"{shard}: {member.name} is damaged; {REPAIR}")
         complete = _ends_in_zeros(shard)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise CacheError(f"{shard}: damaged tar file ({error}); {_REBUILD}") from error
+        raise CacheError(f"{shard}: damaged tar file ({error}); {REPAIR}") from error
     if not complete:
-        raise CacheError(f"{shard}: truncated, the end of the tar file is missing; {_REBUILD}")
+        raise CacheError(f"{shard}: truncated, the end of the tar file is missing; {REPAIR}")
     return {key: _entry(shard, key, own, manifest) for key, own in parts.items()}
 
 
@@ -249,7 +254,7 @@ def _entry(shard: Path, key: str, parts: dict[str, tuple[int, bytes]], manifest:
         needed[SCALE] = manifest.scale_length
     for suffix, length in needed.items():
         if suffix not in parts or len(parts[suffix][1]) != length:
-            raise CacheError(f"{shard}: {key}.{suffix} is missing or not {length} bytes long; {_REBUILD}")
+            raise CacheError(f"{shard}: {key}.{suffix} is missing or not {length} bytes long; {REPAIR}")
     offset, data = parts[FEATURES]
     scale_offset, scale = parts[SCALE] if manifest.dtype == "int8" else (0, b"")
     return Entry(offset, len(data), zlib.crc32(scale, zlib.crc32(data)), scale_offset)

@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike, fsync
@@ -30,17 +30,17 @@ from frozenprefix.data.cache_format import (
     Manifest,
     StorageDType,
     check_fingerprint,
-    index_path,
     load_index,
     load_manifest,
+    lock_path,
     plain_fingerprint,
     save_index,
-    scan_shard,
     shard_paths,
     to_storage,
 )
 from frozenprefix.data.images import BadImages, decode_image, processing
 from frozenprefix.errors import BadImageError, CacheError
+from frozenprefix.utils import hold_lock
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class FeatureCacheWriter:
         fingerprint: what the features depend on; it must equal that of an existing cache in the folder.
         dtype: of the stored features.
         images_per_shard: a kill costs at most so many.
-        rank: number of this process; each writes shards of its own name. One writer a rank at a time.
+        rank: number of this process; each writes shards of its own name. Before its first shard a writer waits for
+            another one of its rank to finish, and then skips what that one stored.
 
     Raises:
         CacheError: the folder holds a cache with another fingerprint, or a damaged one.
@@ -82,14 +83,16 @@ class FeatureCacheWriter:
             raise CacheError(f"images_per_shard must be >= 1, got {images_per_shard}")
         self.folder = Path(folder)
         self._fingerprint, self._dtype = plain_fingerprint(fingerprint), dtype
-        self._images_per_shard, self._prefix = images_per_shard, f"features-r{rank:02d}-"
+        self._images_per_shard, self._rank = images_per_shard, f"r{rank:02d}"
+        self._prefix, self._lock = f"features-{self._rank}-", ExitStack()
         self._manifest: Manifest | None = None
         self._stream: BinaryIO | None = None
         self._tar: tarfile.TarFile | None = None
         self._entries: dict[str, Entry] = {}
+        self._writes = False
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._done = self._resume()
+            self._done = self._stored()
 
     def __contains__(self, key: object) -> bool:
         return key in self._done or key in self._entries
@@ -117,11 +120,18 @@ class FeatureCacheWriter:
         for key, rows in zip(keys, features, strict=True):
             if not _KEY.fullmatch(key):
                 raise CacheError(f"key: got {key!r}, expected at most 64 letters, digits, '-' and '_'")
+            if key not in self and not self._writes:
+                self._begin()
             if key not in self:
                 self._add_one(key, rows)
 
     def close(self) -> None:
-        """Finish the current shard, if there is one."""
+        """Finish the current shard, if there is one, and let other writers write."""
+        with self._lock:
+            self._writes = False
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
         if self._tar is None or self._stream is None:
             return
         shard = self._next_name()
@@ -130,8 +140,8 @@ class FeatureCacheWriter:
             self._stream.flush()
             fsync(self._stream.fileno())
             self._stream.close()
+            save_index(shard, self._temporary.stat().st_size, self._entries)
             self._temporary.rename(shard)
-            save_index(shard, self._entries)
         self._done.update(self._entries)
         self._tar, self._stream, self._entries = None, None, {}
 
@@ -139,22 +149,28 @@ class FeatureCacheWriter:
     def _temporary(self) -> Path:
         return self.folder / f"{self._prefix}current.tar.tmp"
 
-    def _resume(self) -> set[str]:
-        """Remove unfinished files of a killed run, and return the keys of all finished shards."""
-        for left in self.folder.glob(f"{self._prefix}*.tmp"):
-            left.unlink()
+    def _stored(self) -> set[str]:
+        """The keys of all finished shards."""
         if not (self.folder / MANIFEST).exists() and not shard_paths(self.folder):
             return set()
         self._manifest = self._checked(load_manifest(self.folder))
-        done: set[str] = set()
-        for shard in shard_paths(self.folder):
-            if index_path(shard).exists():
-                done |= load_index(shard).keys()
-            elif shard.name.startswith(self._prefix):  # killed between the two renames; others' may be in the middle
-                save_index(shard, scan_shard(shard, self._manifest))
-                done |= load_index(shard).keys()
+        done = {key for shard in shard_paths(self.folder) for key in load_index(shard)}
         log.info("%s: already holds features of %d images", self.folder, len(done))
         return done
+
+    def _begin(self) -> None:
+        """Become the one writer of this rank, and remove what a killed one left unfinished."""
+        with self._disk_errors():
+            self._lock.enter_context(
+                hold_lock(lock_path(self.folder, self._rank), f"feature cache '{self.folder}'", wait=True)
+            )
+            self._writes = True
+            for left in self.folder.glob(f"{self._prefix}*.tmp"):
+                left.unlink()
+            for index in self.folder.glob(f"{self._prefix}*.index.json"):
+                if not index.with_name(index.name.removesuffix(".index.json") + ".tar").exists():
+                    index.unlink()
+            self._done = self._stored()
 
     def _checked(self, manifest: Manifest) -> Manifest:
         check_fingerprint(self.folder, manifest.fingerprint, self._fingerprint)
@@ -183,12 +199,12 @@ class FeatureCacheWriter:
                 self._give_up_shard()
         self._entries[key] = Entry(offset, len(data), crc, scale_offset)
         if len(self._entries) >= self._images_per_shard:
-            self.close()
+            self._finish_shard()
 
     def _manifest_for(self, tokens: int, dim: int) -> Manifest:
         if self._manifest is None:
-            if not (self.folder / MANIFEST).exists():
-                with self._disk_errors():
+            with self._disk_errors(), hold_lock(self.folder / ".manifest.lock", f"'{self.folder}'", wait=True):
+                if not (self.folder / MANIFEST).exists():
                     Manifest(self._fingerprint, self._dtype, tokens, dim).save(self.folder)
             # read back: another process may have been first
             self._manifest = self._checked(load_manifest(self.folder))

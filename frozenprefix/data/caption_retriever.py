@@ -32,8 +32,8 @@ from frozenprefix.data.images import read_image
 from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError, Problem
-from frozenprefix.models.configuration import Section
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
+from frozenprefix.models.section import Section
 from frozenprefix.models.vision.precomputed import feature_table
 from frozenprefix.utils import write_text_atomic
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frozenprefix.data.images import BadImages, processing, to_image
 from frozenprefix.errors import BadImageError, DataError
-from frozenprefix.models.configuration import VisionEncoderConfig
+from frozenprefix.models.encoder_configuration import VisionEncoderConfig
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.precomputed import feature_table
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models.configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
 from frozenprefix.models.contrastive.text_tower import build_text_tower
+from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 BATCH = 256  # texts that are encoded at once

@@ -28,7 +28,7 @@ from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models import auto  # noqa: F401 # makes its classes known to AutoConfig
-from frozenprefix.models.checkpoint import read_config
+from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.utils import check_output, content_hash, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
     default = Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl"
     file = _predictions_file(predictions or default, force)
     with opening_checkpoint(checkpoint):
-        config = read_config(AutoConfig, checkpoint, language_model=language_model)
+        config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
     precision = gather_object([inference_precision(config, precision, device=device)])[0]
     model = chosen.load(checkpoint, device=device, language_model=language_model, precision=precision)
     storage = recipe_storage(checkpoint, model.encoder.fingerprint)

@@ -18,7 +18,7 @@ from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.checkpoint import read_config
+from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
@@ -114,7 +114,7 @@ class Captioner:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
-            config = read_config(FrozenPrefixConfig, checkpoint, language_model=language_model)
+            config = checkpoint_config(FrozenPrefixConfig, checkpoint, language_model=language_model)
             dtype = DTYPES[inference_precision(config, precision, device=device)]
             model = FrozenPrefixForConditionalGeneration.from_pretrained(
                 checkpoint, config=config, dtype=dtype, device_map=device

@@ -20,7 +20,7 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.models import auto  # noqa: F401 # makes its classes known to AutoConfig
-from frozenprefix.models.checkpoint import read_config
+from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.registry import Registry
 from frozenprefix.utils import content_hash
@@ -117,7 +117,7 @@ class Embedder:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
-            config = read_config(AutoConfig, checkpoint, language_model=language_model)
+            config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
             dtype = None if precision is None else DTYPES[inference_precision(config, precision, device=device)]
             loaded = LOADERS.get(config.model_type)(str(checkpoint), config=config, dtype=dtype, device_map=device)
             return cls(*loaded, batch_size=batch_size)

@@ -4,12 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frozenprefix.models.configuration import (
-        FrozenPrefixConfig,
-        LanguageModelConfig,
-        MapperConfig,
-        TimmEncoderConfig,
-    )
+    from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, MapperConfig
+    from frozenprefix.models.encoder_configuration import TimmEncoderConfig
     from frozenprefix.models.freezing import count_parameters, evaluating, freeze
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
@@ -27,7 +23,8 @@ __all__ = [
     "freeze",
 ]
 _MODULES = {
-    "configuration": ("FrozenPrefixConfig", "LanguageModelConfig", "MapperConfig", "TimmEncoderConfig"),
+    "configuration": ("FrozenPrefixConfig", "LanguageModelConfig", "MapperConfig"),
+    "encoder_configuration": ("TimmEncoderConfig",),
     "freezing": ("count_parameters", "evaluating", "freeze"),
     "modeling": ("FrozenPrefixForConditionalGeneration",),
     "processing": ("IMAGE_TOKEN", "FrozenPrefixProcessor"),

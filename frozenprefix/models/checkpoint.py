@@ -129,7 +129,7 @@ def _locate(config: Any, source: str | PathLike[Any]) -> None:
     config.language_model = config.language_model.model_copy(update={"path": path})
 
 
-def read_config(
+def checkpoint_config(
     config_class: Any,
     source: str | PathLike[Any],
     *,
@@ -149,8 +149,8 @@ def read_config(
 
     Example:
         >>> from frozenprefix import FrozenPrefixConfig
-        >>> from frozenprefix.models.checkpoint import read_config
-        >>> read_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
+        >>> from frozenprefix.models.checkpoint import checkpoint_config
+        >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
         'elsewhere'
     """
     if not isinstance(config, config_class):
@@ -192,7 +192,7 @@ def load_checkpoint(
         source = Path(source) / hub.pop("subfolder")
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
-    config = read_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
+    config = checkpoint_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
     apply_options(config, options)
     parts = {name: options[name] for name in part_names if options.get(name) is not None}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
@@ -31,7 +34,7 @@ from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import atomic_folder, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils import atomic_folder, hold_lock, progress_bar, recover_folder, write_text_atomic
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
@@ -126,10 +129,21 @@ class BaseTrainer(ABC):
         Args:
             resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
                 from that folder.
+
+        Raises:
+            LockError: another run is writing to the output folder.
         """
+        with self._own_output_folder():
+            return self._run(resume)
+
+    def _own_output_folder(self) -> AbstractContextManager[None]:
+        """While it is entered, no other run can write to the output folder."""
+        if not self.accelerator.is_main_process:
+            return nullcontext()
+        return hold_lock(self.output_dir / ".lock", f"output_dir '{self.output_dir}'")
+
+    def _run(self, resume: str) -> TrainingResult:
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
-        if main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
         self.setup()
         self.restore(resume)
         step = self.progress.step
@@ -283,6 +297,7 @@ class BaseTrainer(ABC):
         if self.progress.validated_step != self.progress.step:
             self.validate()
         self.save_last()
+        self.ensure_best()
 
     def count_step(self, targets: int) -> None:
         """Record that a step with so many targets, over all processes, is done."""
@@ -327,7 +342,12 @@ class BaseTrainer(ABC):
             return
         self.best_by, value = self.best_of(values)
         best = self.progress.best_value
-        if best is None or (value < best if self.lower_is_better else value > best):
+        if not math.isfinite(value):
+            logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
+            better = False
+        else:
+            better = best is None or (value < best if self.lower_is_better else value > best)
+        if better:
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
             self.save_best()
@@ -359,6 +379,15 @@ class BaseTrainer(ABC):
         if self.accelerator.is_main_process:
             with atomic_folder(self.output_dir / "best") as folder:
                 self.write_model(folder)
+
+    def ensure_best(self) -> None:
+        """Save the last checkpoint as the best one too if no validation of this run has chosen one."""
+        unchosen = bool(self.validation_groups) and self.progress.best_value is None
+        if unchosen or not (self.output_dir / "best").is_dir():
+            reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
+            if self.accelerator.is_main_process:
+                logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
+            self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
+from frozenprefix.data.cache import repair_cache
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
@@ -43,12 +44,15 @@ class FilledCache:
     is_main: bool
 
 
-def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | None = None) -> FilledCache:
+def fill_cache(
+    recipe: BaseRecipe, *, repair: bool = False, progress: Callable[[int, int], None] | None = None
+) -> FilledCache:
     """Encode every image of a recipe's sources that is not in its feature cache yet.
 
     Under `accelerate launch` the processes share the images. After a kill, the next call continues.
 
     Args:
+        repair: first set damaged shards aside and rebuild the indexes, see `repair_cache`.
         progress: called with (images done, images in all) of this process.
 
     Raises:
@@ -70,6 +74,9 @@ def fill_cache(recipe: BaseRecipe, *, progress: Callable[[int, int], None] | Non
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     encoder.module.to(accelerator.device)
     folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
+    if repair and accelerator.is_main_process:
+        repair_cache(folder)
+    accelerator.wait_for_everyone()
     bad_list = folder / "bad_images.jsonl"
     started = time.monotonic()
     prepared = prepare_images(

@@ -38,7 +38,7 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
         if not math.isfinite(value):
             raise TrainingError(
                 f"step {step}: {name} is {value} at learning rate {learning_rate:.2e}; lower training.learning_rate or "
-                "training.max_grad_norm, or train in fp32. The last checkpoint is unharmed."
+                "training.max_grad_norm, or train in fp32. Checkpoints saved before are not affected."
             )
 
 

@@ -4,6 +4,7 @@ from frozenprefix.utils.files import (
     atomic_file,
     atomic_folder,
     encode_text,
+    file_state,
     read_text,
     recover_folder,
     safe_file_name,
@@ -12,8 +13,10 @@ from frozenprefix.utils.files import (
 )
 from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
 from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
+from frozenprefix.utils.locks import hold_lock
 from frozenprefix.utils.outputs import check_output
 from frozenprefix.utils.progress import progress_bar
+from frozenprefix.utils.reports import report, report_left_out, summary
 from frozenprefix.utils.text import replace_surrogates
 from frozenprefix.utils.user_cache import build_once, user_cache
 
@@ -26,13 +29,18 @@ __all__ = [
     "content_hash",
     "encode_text",
     "file_sha256",
+    "file_state",
+    "hold_lock",
     "parse_json",
     "progress_bar",
     "read_jsonl",
     "read_text",
     "recover_folder",
     "replace_surrogates",
+    "report",
+    "report_left_out",
     "safe_file_name",
+    "summary",
     "tree_sha256",
     "user_cache",
     "write_bytes_atomic",

@@ -152,6 +152,25 @@ def read_text(path: str | PathLike[str]) -> str:
         raise DataError(f"{path}: {error.strerror or error}; expected a text file there") from error
 
 
+def file_state(path: str | PathLike[str]) -> tuple[int, int, int]:
+    """Size, time of change of the content, and time of change of the file itself, both in nanoseconds.
+
+    The last one cannot be set: a file that was replaced by one with the same size and date has another state.
+
+    Raises:
+        OSError: there is no such file.
+
+    Example:
+        >>> before = file_state(tmp_path)
+        >>> os.utime(tmp_path, ns=(before[1], before[1]))
+        >>> after = file_state(tmp_path)
+        >>> before[:2] == after[:2]
+        True
+    """
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def safe_file_name(text: str, max_length: int = 80) -> str:
     """Turn any text into one part of a file name that every file system takes.
 

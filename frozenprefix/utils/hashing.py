@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from frozenprefix.errors import AssetError
-from frozenprefix.utils.files import write_text_atomic
+from frozenprefix.utils.files import file_state, write_text_atomic
 from frozenprefix.utils.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Hashing a smaller file costs less than looking its hash up on disk.
 _SMALLEST_FILE_TO_REMEMBER = 1 << 20
 
-_hashes: dict[tuple[str, int, int], str] = {}
+_hashes: dict[tuple[str, int, int, int], str] = {}
 
 
 def content_hash(*parts: bytes | str) -> str:
@@ -37,7 +37,7 @@ def content_hash(*parts: bytes | str) -> str:
 
 
 def file_sha256(path: str | PathLike[str]) -> str:
-    """SHA-256 of a file, in hex; remembered for as long as its path, size and modification time stay the same.
+    """SHA-256 of a file, in hex; remembered for as long as its path and its `file_state` stay the same.
 
     Raises:
         AssetError: `path` is not a file.
@@ -50,10 +50,9 @@ def file_sha256(path: str | PathLike[str]) -> str:
     path = Path(path).resolve()
     if not path.is_file():
         raise AssetError(f"cannot hash '{path}': it is not a file")
-    state = path.stat()
-    key = (str(path), state.st_size, state.st_mtime_ns)
+    key = (str(path), *file_state(path))
     if key not in _hashes:
-        remember = state.st_size >= _SMALLEST_FILE_TO_REMEMBER
+        remember = key[1] >= _SMALLEST_FILE_TO_REMEMBER
         digest = _remembered_hash(key) if remember else None
         if digest is None:
             digest = hash_file(path)
@@ -102,7 +101,7 @@ def hash_file(path: Path) -> str:
 
 
 def _read_hashes() -> dict[str, list]:
-    """`path → [size, mtime_ns, sha256]`. A damaged file counts as empty: hashes can be computed again."""
+    """`path → [size, mtime_ns, ctime_ns, sha256]`. A damaged file counts as empty: hashes can be computed again."""
     try:
         content = json.loads((user_cache() / "hashes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -113,16 +112,16 @@ def _read_hashes() -> dict[str, list]:
     return content if isinstance(content, dict) else {}
 
 
-def _remembered_hash(key: tuple[str, int, int]) -> str | None:
+def _remembered_hash(key: tuple[str, int, int, int]) -> str | None:
     match _read_hashes().get(key[0]):
-        case [size, mtime_ns, str(digest)] if (size, mtime_ns) == key[1:]:
+        case [*state, str(digest)] if tuple(state) == key[1:]:
             return digest
     return None
 
 
-def _remember_hash(key: tuple[str, int, int], digest: str) -> None:
+def _remember_hash(key: tuple[str, int, int, int], digest: str) -> None:
     """Add one hash to the file. Of two processes at once one may lose its entry, which only costs a second hashing."""
-    hashes = _read_hashes() | {key[0]: [key[1], key[2], digest]}
+    hashes = _read_hashes() | {key[0]: [*key[1:], digest]}
     try:
         write_text_atomic(user_cache() / "hashes.json", json.dumps(hashes, indent=0))
     except OSError as error:

@@ -47,6 +47,22 @@ def test_the_command_says_what_it_did_and_does_it_once(tiny_lm, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_repair_encodes_again_what_is_damaged(tiny_lm, data, tmp_path):
+    recipe, folder = tmp_path / "tiny.yaml", tmp_path / "features"
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), data, tmp_path / "run")))
+    command = ["cache", str(recipe), f"data.feature_cache={folder}"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    (shard,) = folder.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:4000])
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "frozenprefix cache RECIPE --repair" in refused.output
+    repaired = CliRunner().invoke(app, [*command, "--repair"])
+    assert repaired.exit_code == 0, repaired.output
+    assert "images: 12, 12 encoded now" in repaired.stdout
+    FeatureCache.open(folder).verify()
+
+
 def test_training_reads_what_the_command_wrote(tiny_recipe, data, tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path / "run", f"data.feature_cache={tmp_path / 'features'}", data=data)
     filled = fill_cache(recipe)

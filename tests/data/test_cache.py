@@ -17,9 +17,9 @@ import pytest
 import webdataset
 
 from frozenprefix.data import cache_writer
-from frozenprefix.data.cache import FeatureCache, rebuild_index
+from frozenprefix.data.cache import FeatureCache, repair_cache
 from frozenprefix.data.cache_writer import FeatureCacheWriter
-from frozenprefix.errors import CacheError
+from frozenprefix.errors import CacheError, LockError
 
 PRINT = {"encoder": "abc", "layer": -1, "layers": (1, 2)}
 N, D = 3, 8
@@ -150,7 +150,7 @@ def test_ranks_write_shards_of_their_own(tmp_path):
     assert len(FeatureCache.open(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no index", "bad index"])
+@pytest.mark.parametrize("damage", ["cut", "no index", "bad index"])
 def test_damage_is_named_and_repaired(tmp_path, damage):
     values = written(tmp_path)
     shard = tmp_path / "features-r00-000001.tar"
@@ -158,17 +158,15 @@ def test_damage_is_named_and_repaired(tmp_path, damage):
     left = 3
     if damage == "cut":
         os.truncate(shard, 1000)
-    elif damage == "gone":
-        shard.unlink()
     elif damage == "no index":
         index.unlink()
         left = 5
     else:
         index.write_text(index.read_text()[:-20])
         left = 5
-    with pytest.raises(CacheError, match=r"features-r00-000001\..*rebuild_index\(folder\)"):
+    with pytest.raises(CacheError, match=r"features-r00-000001\..*frozenprefix cache RECIPE --repair"):
         FeatureCache.open(tmp_path)
-    assert rebuild_index(tmp_path) == left
+    assert repair_cache(tmp_path) == left
     assert len(FeatureCache.open(tmp_path)) == left
     written(tmp_path)
     repaired = FeatureCache.open(tmp_path)
@@ -181,36 +179,61 @@ def test_changed_bytes_are_found(tmp_path, dtype):
     written(tmp_path, dtype=dtype)
     cache = FeatureCache.open(tmp_path)
     shard, entry = cache._places["k1"]
-    with shard.open("r+b") as stream:
-        stream.seek(entry.offset + entry.length - 1)
-        stream.write(b"\x55")
-    with pytest.raises(CacheError, match=r"000001.tar: the features of k1 are damaged"):
-        FeatureCache.open(tmp_path).verify()
-    with shard.open("r+b") as stream:
-        stream.seek(entry.offset)
-        stream.write(bytes(16))
-    with pytest.raises(CacheError, match="the features of k1 are damaged"):
-        FeatureCache.open(tmp_path).get(["k0", "k1"])
-    assert rebuild_index(tmp_path) == 3
+    original = shard.read_bytes()
+    for place in (entry.offset, entry.offset + entry.length - 1, entry.scale_offset or entry.offset + 130):
+        data = bytearray(original)
+        data[place] ^= 1
+        shard.write_bytes(data)
+        for read in (FeatureCache.open(tmp_path).verify, lambda: FeatureCache.open(tmp_path).get(["k0", "k1"])):
+            with pytest.raises(CacheError, match=r"000001.tar: the features of k1 are damaged"):
+                read()
+    assert repair_cache(tmp_path) == 3
     assert (tmp_path / "features-r00-000001.tar.damaged").exists()
+
+
+def test_repair_compares_a_shard_of_another_length_with_its_checksums(tmp_path):
+    written(tmp_path)
+    shard, entry = FeatureCache.open(tmp_path)._places["k1"]
+    data = bytearray(shard.read_bytes() + bytes(512))
+    data[entry.offset + entry.length - 1] ^= 1
+    shard.write_bytes(data)
+    assert repair_cache(tmp_path) == 3
 
 
 def test_a_lost_manifest_cannot_be_guessed(tmp_path):
     written(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    for attempt in (lambda: FeatureCache.open(tmp_path), lambda: rebuild_index(tmp_path), lambda: written(tmp_path)):
+    for attempt in (lambda: FeatureCache.open(tmp_path), lambda: repair_cache(tmp_path), lambda: written(tmp_path)):
         with pytest.raises(CacheError, match=r"manifest\.json is missing"):
             attempt()
 
 
-def test_a_kill_between_shard_and_index_is_mended_by_the_next_writer(tmp_path):
+def test_a_lost_shard_is_written_again(tmp_path):
+    values = written(tmp_path)
+    (tmp_path / "features-r00-000001.tar").unlink()
+    assert sorted(FeatureCache.open(tmp_path)) == ["k2", "k3", "k4"]
     written(tmp_path)
-    (tmp_path / "features-r00-000002.index.json").unlink()
-    (tmp_path / "features-r00-current.tar.tmp").write_bytes(b"half")
+    assert np.array_equal(FeatureCache.open(tmp_path).get(["k1"])[0], values[1].astype(np.float16))
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    """Killed between index and shard: the index lies there, and the shard has its temporary name."""
+    written(tmp_path)
+    (tmp_path / "features-r00-000002.tar").rename(tmp_path / "features-r00-current.tar.tmp")
+    assert len(FeatureCache.open(tmp_path)) == 3
     written(tmp_path)
     assert len(FeatureCache.open(tmp_path)) == 5
     assert not list(tmp_path.glob("*.tmp"))
-    assert len(list(tmp_path.glob("*.tar"))) == 3
+    assert len(list(tmp_path.glob("*.tar"))) == len(list(tmp_path.glob("*.index.json"))) == 3
+
+
+def test_repair_waits_for_no_writer_but_names_it(tmp_path):
+    written(tmp_path)
+    with FeatureCacheWriter(tmp_path, PRINT) as writer:
+        writer.add(["new"], features(1))
+        with pytest.raises(LockError, match=rf"feature cache '.*' is in use by process {os.getpid()} on .*, since 20"):
+            repair_cache(tmp_path)
+    assert repair_cache(tmp_path) == 6
 
 
 def test_disk_full_leaves_what_was_good(tmp_path, monkeypatch):

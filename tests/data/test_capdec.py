@@ -13,7 +13,7 @@ from frozenprefix.data import images
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models.configuration import vision_encoder_config
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log

@@ -13,7 +13,7 @@ from frozenprefix.data import image_encoder
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, to_image
 from frozenprefix.errors import BadImageError, DataError
-from frozenprefix.models.configuration import vision_encoder_config
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 
 
 @pytest.fixture(scope="module")

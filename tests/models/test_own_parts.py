@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from frozenprefix import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor, Recipe, allow_code
 from frozenprefix.cli.main import app
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import FusionConfig, MapperConfig, vision_encoder_config
+from frozenprefix.models.configuration import FusionConfig, MapperConfig
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 from frozenprefix.models.fusion import validate_fusion
 from frozenprefix.models.mappers import MAPPERS, build_mapper, validate_mapper
 from frozenprefix.models.vision import build_vision_encoder

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTModel
 
 from frozenprefix.config import load_recipe, recipe_from_dict
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import vision_encoder_config
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.vision import build_vision_encoder

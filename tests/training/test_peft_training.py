@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import PeftMethodConfig, TimmEncoderConfig
+from frozenprefix.models.encoder_configuration import TimmEncoderConfig
 from frozenprefix.models.freezing import count_parameters, hash_tensors
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.section import PeftMethodConfig
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.trainer import Trainer, train
 from tests.helpers.peft import LM, LORA, METHODS, PREFIX, batch_of, gradients_of, logits_of

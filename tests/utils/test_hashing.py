@@ -47,7 +47,7 @@ class TestHashes:
         file_sha256(big)
         state = big.stat()
         stored = json.loads((home / "hashes.json").read_text())
-        assert stored == {str(big.resolve()): [state.st_size, state.st_mtime_ns, self.ABC]}
+        assert stored == {str(big.resolve()): [state.st_size, state.st_mtime_ns, state.st_ctime_ns, self.ABC]}
         hashing._hashes.clear()
         reads = self.count_reads(monkeypatch)
         assert file_sha256(big) == self.ABC
@@ -61,12 +61,19 @@ class TestHashes:
         os.utime(big, ns=(before + 1, before + 1))
         assert file_sha256(big) == hashlib.sha256(content).hexdigest()
 
+    def test_replaced_file_of_the_same_size_and_time_is_hashed_again(self, big: Path):
+        file_sha256(big)
+        before = big.stat().st_mtime_ns
+        big.write_bytes(b"abd")
+        os.utime(big, ns=(before, before))
+        assert file_sha256(big) == hashlib.sha256(b"abd").hexdigest()
+
     @pytest.mark.parametrize("content", ["{", "[]", '{"%s": [3, 4]}', '{"%s": 5}'])
     def test_damaged_file_of_hashes(self, big: Path, home: Path, content: str):
         home.mkdir()
         (home / "hashes.json").write_text(content.replace("%s", str(big)))
         assert file_sha256(big) == self.ABC
-        assert json.loads((home / "hashes.json").read_text())[str(big.resolve())][2] == self.ABC
+        assert json.loads((home / "hashes.json").read_text())[str(big.resolve())][3] == self.ABC
 
     def test_cache_that_cannot_be_written(self, big: Path, home: Path, caplog: pytest.LogCaptureFixture):
         home.write_bytes(b"a file where the folder should be")

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter
 
 from frozenprefix.errors import Problem
-from frozenprefix.models.configuration import VISION_ENCODER, Section, SectionedConfig, VisionEncoderConfig
+from frozenprefix.models.configuration import SectionedConfig
+from frozenprefix.models.encoder_configuration import VISION_ENCODER, VisionEncoderConfig
+from frozenprefix.models.section import Section
 
 Objective = Literal["infonce", "sigmoid"]
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
 from frozenprefix.models.contrastive.processing import LockedImageTextProcessor, OpenClipProcessor
 from frozenprefix.models.contrastive.text_tower import build_text_tower
+from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.open_clip_encoder import OpenClipEncoder
 from frozenprefix.models.vision.timm_encoder import TimmEncoder

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.peft.adalora import AdaLoraAdapter
 from frozenprefix.models.peft.adapter import NAME, Adapter
 from frozenprefix.models.peft.registry import PEFT_METHODS, validate_peft
+from frozenprefix.models.section import PeftMethodConfig
 
 
 def make_adapter(module: nn.Module, config: PeftMethodConfig, part: str) -> Adapter:
@@ -28,7 +28,7 @@ def make_adapter(module: nn.Module, config: PeftMethodConfig, part: str) -> Adap
 
     Example:
         >>> from torch import nn
-        >>> from frozenprefix.models.configuration import PeftMethodConfig
+        >>> from frozenprefix.models.section import PeftMethodConfig
         >>> from frozenprefix.models.peft.build import make_adapter
         >>> block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         >>> adapter = make_adapter(block, PeftMethodConfig(type="lora", r=2, target_modules=["0"]), "vision_encoder")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.options import option_problems
+from frozenprefix.models.section import PeftMethodConfig
 from frozenprefix.registry import Registry
 
 PEFT_METHODS: Registry[Any] = Registry(
@@ -31,7 +31,7 @@ def validate_peft(config: PeftMethodConfig, part: str) -> list[str]:
         part: "language_model" or "vision_encoder".
 
     Example:
-        >>> from frozenprefix.models.configuration import PeftMethodConfig
+        >>> from frozenprefix.models.section import PeftMethodConfig
         >>> from frozenprefix.models.peft import validate_peft
         >>> validate_peft(PeftMethodConfig(type="prompt_tuning"), "vision_encoder")
         ["model.vision_encoder.peft.type: got 'prompt_tuning', which puts tokens before a text; expected one of: \

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from frozenprefix.models.configuration import FusedEncoderConfig, VisionEncoderConfig
+from frozenprefix.models.encoder_configuration import FusedEncoderConfig, VisionEncoderConfig
 from frozenprefix.models.vision.base import BuiltEncoder
 from frozenprefix.models.vision.fused_encoder import join_encoders
 from frozenprefix.models.vision.image_processing import show_whole_image
@@ -43,7 +43,7 @@ def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:
         AssetError: for weights that cannot be loaded or do not fit.
 
     Example:
-        >>> from frozenprefix.models.configuration import vision_encoder_config
+        >>> from frozenprefix.models.encoder_configuration import vision_encoder_config
         >>> config = vision_encoder_config(source="timm", name="resnet10t", weights="random", image_size=32)
         >>> built = build_vision_encoder(config)
         >>> built.module(torch.zeros(2, 3, 32, 32)).shape

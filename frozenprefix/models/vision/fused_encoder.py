@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import FusedEncoderConfig
+from frozenprefix.models.encoder_configuration import FusedEncoderConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 
 

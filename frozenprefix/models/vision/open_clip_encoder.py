@@ -13,7 +13,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from frozenprefix.errors import AssetError, ConfigError, did_you_mean
-from frozenprefix.models.configuration import OpenClipEncoderConfig
+from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frozenprefix.assets import resolve
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.models.configuration import PrecomputedFeaturesConfig
+from frozenprefix.models.encoder_configuration import PrecomputedFeaturesConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
 

@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError, did_you_mean
-from frozenprefix.models.configuration import TimmEncoderConfig
+from frozenprefix.models.encoder_configuration import TimmEncoderConfig
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from frozenprefix.config import load_recipe, recipe_from_dict
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.configuration import PeftMethodConfig
 from frozenprefix.models.peft import validate_peft
+from frozenprefix.models.section import PeftMethodConfig
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.setup import build_model
 from tests.helpers import ROOT

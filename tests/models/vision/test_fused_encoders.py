@@ -11,7 +11,7 @@ from PIL import Image
 from frozenprefix.config import Recipe, recipe_from_dict
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.configuration import vision_encoder_config
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.fused_encoder import FusedEncoder, PixelScale

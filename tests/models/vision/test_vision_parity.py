@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from frozenprefix.assets import resolve
-from frozenprefix.models.configuration import vision_encoder_config
+from frozenprefix.models.encoder_configuration import vision_encoder_config
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.folding import fold_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
