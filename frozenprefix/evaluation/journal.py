@@ -117,12 +117,13 @@ class Journal:
 
 
 def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What predictions depend on: settings, the model's weights, its prompts, and the samples."""
+    """What predictions depend on: settings, the model's weights and their dtype, its prompts, and the samples."""
     model = captioner.model
     rows = [[s.id, [str(path) for path in s.images], s.prompt, s.question, s.history] for s in samples]
     return {
         **settings,
         "version": __version__,
+        "precision": str(model.language_model.dtype).removeprefix("torch."),
         "model": digest([hash_tensors(model.trainable_state()), model.config.identity]),
         "prompts": dict(captioner.processor.prompts),
         "number of samples": len(samples),

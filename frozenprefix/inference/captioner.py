@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from frozenprefix.assets import opening_checkpoint
+from frozenprefix.config import inference_precision
+from frozenprefix.config.base_recipe import DTYPES
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.checkpoint import checkpoint_config
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import pack_prompts
@@ -101,16 +105,21 @@ class Captioner:
         device: str | None = None,
         batch_size: int = 32,
         language_model: str | Path | None = None,
+        precision: str = "auto",
     ) -> Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one).
 
         Args:
             language_model: where the checkpoint's language model lies, if it has moved; it must be the same one.
+            precision: of the frozen parts, as of `inference_precision`: "auto" is the faster of fp32 and bf16 here,
+                whatever the checkpoint was trained in.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
+            config = checkpoint_config(FrozenPrefixConfig, checkpoint, language_model=language_model)
+            dtype = DTYPES[inference_precision(config, precision, device=device)]
             model = FrozenPrefixForConditionalGeneration.from_pretrained(
-                checkpoint, device_map=device, language_model=language_model
+                checkpoint, config=config, dtype=dtype, device_map=device
             )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))

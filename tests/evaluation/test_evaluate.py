@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from frozenprefix import __version__
+from frozenprefix.cli.main import app
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
@@ -366,7 +369,22 @@ def test_a_checkpoint_says_what_was_evaluated(tiny_checkpoint, shapes, tmp_path)
         tiny_checkpoint, task="vqa", data=shapes, split="val", limit=2, predictions=tmp_path / "p.jsonl"
     )
     source = {"checkpoint": str(tiny_checkpoint), "data": str(shapes), "split": "val", "limit": 2}
-    assert result["source"] == {**source, "frozenprefix": __version__}
+    assert result["source"] == {**source, "precision": "fp32", "frozenprefix": __version__}
+
+
+def test_a_language_model_that_has_moved(tiny_checkpoint, sharp_lm, lm_of, shapes, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["language_model"]["path"] = config["language_model_location"] = str(tmp_path / "gone")
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["evaluate", folder, "--task", "vqa", "--data", shapes, "--limit", 2]
+    missing = CliRunner().invoke(app, list(map(str, command)))
+    assert (missing.exit_code, "language_model.path" in missing.output) == (2, True)
+    found = CliRunner().invoke(app, [*map(str, command), "--language-model", str(sharp_lm)])
+    assert (found.exit_code, "n = 4" in found.output) == (0, True)
+    other = CliRunner().invoke(app, [*map(str, command), "--language-model", str(lm_of("qwen2"))])
+    assert (other.exit_code, "this checkpoint was trained with" in other.output) == (2, True)
 
 
 def test_unknown_tasks_and_options_are_refused(tiny_checkpoint, shapes, tmp_path):
