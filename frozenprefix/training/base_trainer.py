@@ -25,16 +25,28 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
-from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
+from frozenprefix.training.checkpoints import (
+    Progress,
+    RandomStates,
+    check_state,
+    load_training_state,
+    save_training_state,
+)
 from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import atomic_folder, hold_lock, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils import (
+    atomic_folder,
+    check_run_folder,
+    hold_lock,
+    progress_bar,
+    recover_folder,
+    write_text_atomic,
+)
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
@@ -129,6 +141,7 @@ class BaseTrainer(ABC):
 
         Raises:
             LockError: another run is writing to the output folder.
+            DataError: something else than a run lies there.
         """
         with self._own_output_folder():
             return self._run(resume)
@@ -137,10 +150,13 @@ class BaseTrainer(ABC):
         """While it is entered, no other run can write to the output folder."""
         if not self.accelerator.is_main_process:
             return nullcontext()
+        check_run_folder(self.output_dir)
         return hold_lock(self.output_dir / ".lock", f"output_dir '{self.output_dir}'")
 
     def _run(self, resume: str) -> TrainingResult:
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
+        if resume not in ("auto", "never"):
+            check_state(Path(resume))  # before images are encoded
         self.setup()
         self.restore(resume)
         step = self.progress.step
@@ -361,8 +377,6 @@ class BaseTrainer(ABC):
         recover_folder(self.output_dir / "best")
         if resume == "never" or (resume == "auto" and not folder.exists()):
             return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
         state = self.accelerator.state
         self.progress = load_training_state(
