@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,7 +38,8 @@ def progress_bar(description: str, *, shown: bool = True) -> Iterator[Update]:
         bars = _new_bars(shown)
         token = _bars.set(bars)
         try:
-            with bars, progress_bar(description) as update:
+            # older releases of rich end a bar that was never shown with a new line
+            with nullcontext() if bars.disable else bars, progress_bar(description) as update:
                 yield update
         finally:
             _bars.reset(token)
