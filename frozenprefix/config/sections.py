@@ -198,7 +198,7 @@ class RunSection(RecipeSection):
 
 
 class TrainingSection(RunSection):
-    """How a mapper, and whatever else a recipe trains through the language model, is trained.
+    """Training of a mapper, and of other parts, through the language model.
 
     Example:
         >>> TrainingSection(epochs=2).packing

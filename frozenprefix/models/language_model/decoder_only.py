@@ -242,7 +242,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.decoder(
-            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            # the tokenizer may pad with an added token, whose id is outside the LM's vocabulary
             input_ids=input_ids.masked_fill(attention_mask == 0, 0),
             attention_mask=attention_mask,
             position_ids=positions_from_mask(attention_mask),
