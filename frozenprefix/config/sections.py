@@ -15,7 +15,7 @@ from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
-from frozenprefix.models.packing.trie import Packing
+from frozenprefix.models.packing import Packing
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.models.section import Section
 

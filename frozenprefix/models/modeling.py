@@ -24,7 +24,7 @@ from frozenprefix.models.language_model import embedding_rms, load_language_mode
 from frozenprefix.models.language_model.base import BeamOptions
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder

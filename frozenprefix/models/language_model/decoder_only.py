@@ -22,8 +22,8 @@ from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput, positions_from_mask
 from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
 from frozenprefix.models.language_model.trie_reader import Prompts
+from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import cap, next_token_loss
-from frozenprefix.models.packing.trie import PackedBatch, Target, ancestor_mask, pack
 
 logger = logging.getLogger(__name__)
 
