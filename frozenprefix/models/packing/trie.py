@@ -1,7 +1,7 @@
 """Shared-prefix packing: all targets of an image in one row, as a token trie.
 
-Pure functions on lists of token ids; `rows.py` turns the result into tensors. The targets of an image (prompt + answer +
-end token) are merged into a trie, so that the image's prefix, and all leading words that several targets share, are
+Pure functions on lists of token ids; `rows.py` turns the result into tensors. The targets of an image (prompt, answer
+and end token) are merged into a trie, so that the image's prefix, and all leading words that several targets share, are
 computed once. Three captions of one image with a prefix of two placeholders, P:
 
     P P a man runs <end>                    ┌ runs ─ (<end>)
