@@ -218,6 +218,12 @@ class TrainingSection(RunSection):
                 f"got {self.tokens_per_row}, which has no effect with packing 'none'; expected null, or other packing"
             )
             problems.append(Problem(text, ("tokens_per_row", "packing")))
+        if self.images_per_step % self.gradient_accumulation_steps:
+            text = (
+                f"got {self.images_per_step}, expected a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+            problems.append(Problem(text, ("images_per_step", "gradient_accumulation_steps")))
         return problems
 
 

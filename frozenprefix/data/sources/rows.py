@@ -39,6 +39,11 @@ class Row:
     def __contains__(self, field: object) -> bool:
         return self._values.get(field) is not None  # type: ignore[call-overload]
 
+    def either(self, *fields: str) -> str:
+        """The first of several fields that has a value; where none has, the first that is there, or the last one."""
+        there = [field for field in fields if field in self._values]
+        return next((field for field in there if field in self), [*there, fields[-1]][0])
+
     def text(self, field: str) -> str:
         """A text with at least one character."""
         value = self._get(field)
