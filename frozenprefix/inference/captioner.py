@@ -20,9 +20,10 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import pack_prompts
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 T = TypeVar("T")
 

@@ -51,8 +51,6 @@ class TrainingResult:
         targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
 
     Example:
-        >>> from pathlib import Path
-        >>> from frozenprefix.training import TrainingResult
         >>> run = Path("runs/mlp")
         >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
         'loss'
@@ -74,7 +72,6 @@ def with_run_precision(recipe: R, resume: str) -> R:
         resume: as for `BaseTrainer.run`.
 
     Example:
-        >>> from frozenprefix.training.base_trainer import with_run_precision
         >>> with_run_precision(recipe, "auto").training.precision
         'fp32'
     """
@@ -89,7 +86,7 @@ class BaseTrainer(ABC):
     `measure` and `best_of`.
 
     Args:
-        recipe: what to train.
+        recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
 
     Example:
@@ -191,7 +188,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
-        """Metrics on the validation images, and whatever else to log of them."""
+        """Metrics on the validation images, and other values to log."""
 
     @abstractmethod
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
@@ -202,7 +199,7 @@ class BaseTrainer(ABC):
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
-        with progress_bar("encoding images", shown=main) as update:
+        with progress_bar("encoding images", enabled=main) as update:
             prepared = prepare_images(
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
@@ -246,7 +243,7 @@ class BaseTrainer(ABC):
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         workers = 0 if in_memory else self.recipe.data.workers
-        # A generator of its own: the loader would draw from the global one, and a resumed run would draw other numbers.
+        # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
         return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
 
@@ -276,7 +273,7 @@ class BaseTrainer(ABC):
         batches = self.batches()
         window: list[tuple[float, int, float]] = []
         self.model.train()
-        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
                 values = self.step(batches)
@@ -300,7 +297,7 @@ class BaseTrainer(ABC):
         self.ensure_best()
 
     def count_step(self, targets: int) -> None:
-        """Record that a step with so many targets, over all processes, is done."""
+        """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
         self.progress.seconds = time.monotonic() - self.started

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.inference import Captioner
-from frozenprefix.models.processing import end_tokens
+from frozenprefix.models.language_model import end_tokens
 
 
 @pytest.fixture(scope="module")
