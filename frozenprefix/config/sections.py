@@ -21,13 +21,13 @@ from frozenprefix.models.section import Section
 
 
 class RecipeSection(Section):
-    """A block of a recipe, which does not change once it is read."""
+    """A block of a recipe; immutable."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class ImageModelSection(RecipeSection):
-    """What models of all kinds share."""
+    """Sections that models of all kinds have."""
 
     vision_encoder: VisionEncoderConfig
 
@@ -193,9 +193,7 @@ class RunSection(RecipeSection):
     def problems(self) -> list[Problem]:
         problems = []
         if self.epochs is not None and self.max_steps is not None:
-            text = (
-                f"got {self.epochs} beside max_steps {self.max_steps}, expected one of the two; set the other to null"
-            )
+            text = f"got {self.epochs} with max_steps {self.max_steps}, expected one of the two; set the other to null"
             problems.append(Problem(text, ("epochs", "max_steps")))
         if self.epochs is None and self.max_steps is None:
             text = "missing, expected a number, or a number for max_steps"

@@ -17,8 +17,9 @@ from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
 from frozenprefix.kernels.compat import CACHE
+from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 Images = Sequence[ImageInput] | Tensor
 _ONE_CACHE = "not an option of a dialog, which continues one text in one cache"
@@ -81,9 +82,12 @@ class Dialog:
         device: str | None = None,
         system: str | None = None,
         language_model: str | Path | None = None,
+        precision: str = "auto",
     ) -> Dialog:
-        """Load a checkpoint; `device` and `language_model` as of `Captioner.from_pretrained`."""
-        captioner = Captioner.from_pretrained(checkpoint, device=device, language_model=language_model)
+        """Load a checkpoint; `device`, `language_model` and `precision` as of `Captioner.from_pretrained`."""
+        captioner = Captioner.from_pretrained(
+            checkpoint, device=device, language_model=language_model, precision=precision
+        )
         return cls(captioner.model, captioner.processor, system=system)
 
     def reset(self) -> None:

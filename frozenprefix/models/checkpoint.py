@@ -31,7 +31,6 @@ def trainable_state(model: Any) -> dict[str, Tensor]:
         model: with an `AdapterSet` as `adapters`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import trainable_state
         >>> {name.split(".")[0] for name in trainable_state(model)}
         {'mapper'}
     """
@@ -53,7 +52,7 @@ def save_checkpoint(
 
     Args:
         state_dict: values to write in place of the model's own; those of frozen parts are left out.
-        self_contained: write the language model too, into language_model/, as it is: with adapters that were unloaded.
+        self_contained: write the language model too, into language_model/, including adapters that were unloaded.
         safe_serialization, max_shard_size: as the Hub passes them; there is one small safetensors file in any case.
         others: further arguments of transformers' `save_pretrained`.
 
@@ -61,7 +60,6 @@ def save_checkpoint(
         ConfigError: for arguments without effect here, and for adapters that were unloaded without `self_contained`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import save_checkpoint
         >>> save_checkpoint(model, tmp_path / "copy")
         >>> sorted(path.name for path in (tmp_path / "copy").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
@@ -110,7 +108,7 @@ def _save_language_model(model: Any, config: Any, folder: Path) -> None:
 def _make_portable(config: Any, folder: Path) -> None:
     """Name a local language model by its path from the checkpoint, so that both can move together.
 
-    Its present place is noted too, for a checkpoint that is copied without it.
+    Its absolute path is kept too, for a checkpoint that is copied without it.
     """
     section = getattr(config, "language_model", None)
     if section is not None and (place := Path(section.path).expanduser()).exists():
@@ -127,6 +125,41 @@ def _locate(config: Any, source: str | PathLike[Any]) -> None:
     place = Path(source) / config.language_model.path
     path = str(place.resolve()) if place.exists() else location
     config.language_model = config.language_model.model_copy(update={"path": path})
+
+
+def checkpoint_config(
+    config_class: Any,
+    source: str | PathLike[Any],
+    *,
+    config: Any = None,
+    language_model: str | PathLike[str] | None = None,
+    **hub: Any,
+) -> Any:
+    """The config of a checkpoint folder or Hub id, with the place of its language model on this machine.
+
+    Args:
+        config_class: of the model.
+        config: a config of that class, or the place of another one, in place of the checkpoint's own.
+        language_model: where the language model lies, if it has moved.
+
+    Raises:
+        ConfigError: for the place of a language model where the checkpoint names none.
+
+    Example:
+        >>> from frozenprefix import FrozenPrefixConfig
+        >>> from frozenprefix.models.checkpoint import checkpoint_config
+        >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
+        'elsewhere'
+    """
+    if not isinstance(config, config_class):
+        config = config_class.from_pretrained(source if config is None else config, **hub)
+    _locate(config, source)
+    if language_model is not None:
+        section = getattr(config, "language_model", None)
+        if section is None:
+            raise ConfigError(f"language_model: got '{language_model}', but {source} names no language model by path")
+        config.language_model = section.model_copy(update={"path": os.fspath(language_model)})
+    return config
 
 
 def load_checkpoint(
@@ -155,14 +188,10 @@ def load_checkpoint(
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if Path(source).is_dir() and "subfolder" in hub:
         source = Path(source) / hub.pop("subfolder")
-    config, config_class = options.get("config"), model_class.config_class  # type: ignore[attr-defined]
-    if not isinstance(config, config_class):
-        config = config_class.from_pretrained(source if config is None else config, **hub)
+    moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
+    config_class = model_class.config_class  # type: ignore[attr-defined]
+    config = checkpoint_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
-    _locate(config, source)
-    if isinstance(options.get("language_model"), str | PathLike):
-        path = os.fspath(options.pop("language_model"))
-        config.language_model = config.language_model.model_copy(update={"path": path})
     apply_options(config, options)
     parts = {name: options[name] for name in part_names if options.get(name) is not None}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
@@ -194,7 +223,6 @@ def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor
         CheckpointError: when there are none, or the file is damaged.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import read_checkpoint
         >>> read_checkpoint(checkpoint)["mapper.scale.norm.weight"].shape
         torch.Size([32])
     """
@@ -217,14 +245,13 @@ def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str,
         CheckpointError: for a part whose identity differs.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import check_identity
         >>> check_identity({"language_model": {"path": "gpt2"}}, {"language_model": {"path": "gpt2-medium"}})
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: language_model: this checkpoint was trained with path='gpt2', ...
     """
     for part, now in loaded.items():
         before = saved.get(part, {})
-        # a ready-made part tells less about itself than a loaded one, and older checkpoints name no architecture
+        # ready-made parts have fewer fields than loaded ones, and older checkpoints have no architecture
         fields = before.keys() & now.keys() if "path" not in before or "path" not in now else before.keys() | now.keys()
         fields = set(fields) - ({"architecture"} if not before.keys() & now.keys() >= {"architecture"} else set())
         if before.get("sha256", "") == now.get("sha256"):

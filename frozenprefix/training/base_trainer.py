@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -57,8 +58,6 @@ class TrainingResult:
         targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
 
     Example:
-        >>> from pathlib import Path
-        >>> from frozenprefix.training import TrainingResult
         >>> run = Path("runs/mlp")
         >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
         'loss'
@@ -80,7 +79,6 @@ def with_run_precision(recipe: R, resume: str) -> R:
         resume: as for `BaseTrainer.run`.
 
     Example:
-        >>> from frozenprefix.training.base_trainer import with_run_precision
         >>> with_run_precision(recipe, "auto").training.precision
         'fp32'
     """
@@ -95,7 +93,7 @@ class BaseTrainer(ABC):
     `measure` and `best_of`.
 
     Args:
-        recipe: what to train.
+        recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
 
     Example:
@@ -199,7 +197,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
-        """Metrics on the validation images, and whatever else to log of them."""
+        """Metrics on the validation images, and other values to log."""
 
     @abstractmethod
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
@@ -210,7 +208,7 @@ class BaseTrainer(ABC):
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
-        with progress_bar("encoding images", shown=main) as update:
+        with progress_bar("encoding images", enabled=main) as update:
             prepared = prepare_images(
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
@@ -254,7 +252,7 @@ class BaseTrainer(ABC):
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         workers = 0 if in_memory else self.recipe.data.workers
-        # A generator of its own: the loader would draw from the global one, and a resumed run would draw other numbers.
+        # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
         return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
 
@@ -284,7 +282,7 @@ class BaseTrainer(ABC):
         batches = self.batches()
         window: list[tuple[float, int, float]] = []
         self.model.train()
-        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
                 values = self.step(batches)
@@ -305,9 +303,10 @@ class BaseTrainer(ABC):
         if self.progress.validated_step != self.progress.step:
             self.validate()
         self.save_last()
+        self.ensure_best()
 
     def count_step(self, targets: int) -> None:
-        """Record that a step with so many targets, over all processes, is done."""
+        """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
         if self.average is not None:
@@ -365,7 +364,12 @@ class BaseTrainer(ABC):
             return
         self.best_by, value = self.best_of(values)
         best = self.progress.best_value
-        if best is None or (value < best if self.lower_is_better else value > best):
+        if not math.isfinite(value):
+            logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
+            better = False
+        else:
+            better = best is None or (value < best if self.lower_is_better else value > best)
+        if better:
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
             self.save_best()
@@ -399,6 +403,15 @@ class BaseTrainer(ABC):
         if self.accelerator.is_main_process:
             with atomic_folder(self.output_dir / "best") as folder:
                 self.write_model(folder)
+
+    def ensure_best(self) -> None:
+        """Save the last checkpoint as the best one too if no validation of this run has chosen one."""
+        unchosen = bool(self.validation_groups) and self.progress.best_value is None
+        if unchosen or not (self.output_dir / "best").is_dir():
+            reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
+            if self.accelerator.is_main_process:
+                logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
+            self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""

@@ -39,7 +39,6 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import train_contrastive
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
     return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
@@ -50,7 +49,6 @@ class ContrastiveTrainer(BaseTrainer):
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import ContrastiveTrainer
         >>> trainer = ContrastiveTrainer(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
         >>> trainer.run()  # doctest: +SKIP
     """
@@ -188,7 +186,7 @@ class ContrastiveCollator:
 
     Args:
         features: the feature cache; None decodes images.
-        texts_per_chunk: texts are sorted by length and encoded so many at a time: less padding, less memory.
+        texts_per_chunk: texts that are encoded at a time, sorted by length to save padding and memory.
     """
 
     def __init__(self, processor: Any, features: FeatureCache | None, texts_per_chunk: int):

@@ -29,7 +29,6 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
         TrainingError: for a value that is infinite or not a number.
 
     Example:
-        >>> from frozenprefix.training.guards import check_finite
         >>> check_finite(7, loss=2.0, gradient_norm=float("inf"), learning_rate=1e-3)
         Traceback (most recent call last):
         frozenprefix.errors.TrainingError: step 7: gradient norm is inf at learning rate 1.00e-03; ...
@@ -38,7 +37,7 @@ def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: fl
         if not math.isfinite(value):
             raise TrainingError(
                 f"step {step}: {name} is {value} at learning rate {learning_rate:.2e}; lower training.learning_rate or "
-                "training.max_grad_norm, or train in fp32. The last checkpoint is unharmed."
+                "training.max_grad_norm, or train in fp32. Checkpoints saved before are not affected."
             )
 
 
@@ -46,7 +45,6 @@ def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float =
     """Whether the loss with wrong images is as low as with the right ones.
 
     Example:
-        >>> from frozenprefix.training.guards import looks_blind
         >>> looks_blind(3.0, shuffled_loss=3.005), looks_blind(3.0, shuffled_loss=3.2)
         (True, False)
     """

@@ -13,9 +13,9 @@ from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.captions import caption_metrics
 from frozenprefix.models.freezing import evaluating
-from frozenprefix.models.language_model import embedding_rms
+from frozenprefix.models.language_model import embedding_rms, end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.validation import batch_bounds
 
 
@@ -41,7 +41,6 @@ def generate_ids(
         Token ids of each text with its end token, which is absent from a text that was cut at `max_new_tokens`.
 
     Example:
-        >>> from frozenprefix.training.sampling import generate_ids
         >>> images, prompts = {"pixel_values": torch.zeros(1, 3, 32, 32)}, [processor.encode_prompt("<image>")]
         >>> len(generate_ids(model, processor, prompts, images, max_new_tokens=3, samples=2))
         2
@@ -55,8 +54,10 @@ def generate_ids(
     padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     with evaluating(model):
         generated = model.generate(
-            **{name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")},
-            **images,
+            input_ids=padded["input_ids"].to(model.device),
+            attention_mask=padded["attention_mask"].to(model.device),
+            pixel_values=images.get("pixel_values"),
+            image_features=images.get("image_features"),
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=padding_token(model, processor.tokenizer),
@@ -136,7 +137,6 @@ def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """The ids up to and including the first end token.
 
     Example:
-        >>> from frozenprefix.training.sampling import cut_after_end
         >>> cut_after_end([5, 2, 7, 2], {2})
         [5, 2]
     """

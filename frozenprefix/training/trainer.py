@@ -51,7 +51,6 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         FrozenPrefixError: for bad data, a checkpoint of another recipe, or a loss that is not finite.
 
     Example:
-        >>> from frozenprefix.training import train
         >>> result = train(recipe, resume="never")
         >>> result.best.name
         'best'
@@ -60,10 +59,9 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
 
 
 class Trainer(BaseTrainer):
-    """Trains the mapper, and what else a recipe trains, through the frozen language model.
+    """Trains the mapper, and all other trained parts of a recipe, through the frozen language model.
 
     Example:
-        >>> from frozenprefix.training import Trainer
         >>> trainer = Trainer(recipe)
         >>> trainer.setup()
         >>> trainer.step(trainer.batches())["loss"] > 0
@@ -127,7 +125,7 @@ class Trainer(BaseTrainer):
         options = self._collation() | {"keep_samples": any(section is not None for section in others)}
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
-        with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("encoding texts", enabled=self.accelerator.is_main_process) as update:
             vectors = TextVectors.from_texts(
                 self.recipe.model.vision_encoder,
                 [text for group in self.train_groups for sample in group.samples for text in sample.targets],
@@ -183,7 +181,7 @@ class Trainer(BaseTrainer):
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
         )
         loss = sum(weights[name] * value for name, value in values.items())
-        # with loss scaling an infinite gradient is how the scale is found: the scaler skips that step by itself
+        # with loss scaling, an infinite gradient only lowers the scale: the scaler skips such a step
         checked = norm if self.accelerator.scaler is None else 0.0
         check_finite(self.progress.step + 1, loss, checked, learning_rate)
         self.optimizer.step()

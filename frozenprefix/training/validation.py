@@ -68,7 +68,6 @@ def batch_bounds(count: int, size: int) -> list[tuple[int, int]]:
     """Bounds of batches of `size`; a last item that would be alone joins the batch before it.
 
     Example:
-        >>> from frozenprefix.training.validation import batch_bounds
         >>> batch_bounds(9, 4)
         [(0, 4), (4, 9)]
     """
@@ -82,7 +81,6 @@ def embed_by_length(texts: Sequence[str], size: int, embed: Callable[[list[str]]
     """Embed `size` texts of similar length at a time: float[T, D] in the order of `texts`.
 
     Example:
-        >>> from frozenprefix.training.validation import embed_by_length
         >>> embed_by_length(["ccc", "a"], 1, lambda texts: torch.tensor([[len(text)] for text in texts])).tolist()
         [[3], [1]]
     """

@@ -57,12 +57,12 @@ def parse_json(text: str) -> Any:
     """Parse JSON text in which no object has a field twice: Python's parser would drop the first one silently.
 
     Raises:
-        ValueError: as `json.loads`, and for a field that stands twice.
+        ValueError: as `json.loads`, and for a field that occurs twice.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
         Traceback (most recent call last):
-        ValueError: field 'a' stands twice in an object
+        ValueError: field 'a' occurs twice in an object
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -75,7 +75,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field '{repeated}' stands twice in an object")
+        raise ValueError(f"field '{repeated}' occurs twice in an object")
     return fields
 
 

@@ -14,19 +14,19 @@ _bars: ContextVar[Progress | None] = ContextVar("bars", default=None)
 
 
 class Update(Protocol):
-    """Reports progress. `total` may come with any call; `note` is shown behind the bar."""
+    """Reports progress. `total` may come with any call; `note` is shown after the bar."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
 @contextmanager
-def progress_bar(description: str, *, shown: bool = True) -> Iterator[Update]:
+def progress_bar(description: str, *, enabled: bool = True) -> Iterator[Update]:
     """Show a bar on standard error while the block runs, with speed and the time that is left.
 
     A bar inside another one is drawn below it. Without a terminal nothing is shown.
 
     Args:
-        shown: False in all processes but one.
+        enabled: False in all processes but one.
 
     Example:
         >>> with progress_bar("encoding images") as update:
@@ -35,7 +35,7 @@ def progress_bar(description: str, *, shown: bool = True) -> Iterator[Update]:
     """
     bars = _bars.get()
     if bars is None:
-        bars = _new_bars(shown)
+        bars = _new_bars(enabled)
         token = _bars.set(bars)
         try:
             with bars, progress_bar(description) as update:
@@ -55,7 +55,7 @@ def progress_bar(description: str, *, shown: bool = True) -> Iterator[Update]:
         bars.remove_task(task)
 
 
-def _new_bars(shown: bool) -> Progress:
+def _new_bars(enabled: bool) -> Progress:
     from rich.console import Console  # here: commands that show no bar start faster without it
     from rich.progress import (
         BarColumn,
@@ -85,5 +85,5 @@ def _new_bars(shown: bool) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=not shown or not console.is_terminal,
+        disable=not enabled or not console.is_terminal,
     )

@@ -22,6 +22,6 @@ def test_nothing_is_shown_without_a_terminal_or_when_hidden(monkeypatch, capsys)
     with progress_bar("a") as update:
         update(1, 2)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress_bar("b", shown=False) as update:
+    with progress_bar("b", enabled=False) as update:
         update(1, 2)
     assert capsys.readouterr().err == ""

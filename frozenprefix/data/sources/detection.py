@@ -1,4 +1,4 @@
-"""Which source reads a folder, told by the files in it."""
+"""The sources of a folder, detected by its files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
     "state.json": {"type": "hf_dataset"},
     "*-of-*.parquet": {"type": "hf_dataset"},
     "data/*-of-*.parquet": {"type": "hf_dataset"},
-    # tars with a number: an archive of images that lies beside them is not meant
+    # tars with a number, so that an archive of images in the same folder does not count
     "0*.tar": {"type": "webdataset"},
     "*-0*.tar": {"type": "webdataset"},
     "train/*0.tar": {"type": "webdataset"},
@@ -81,7 +81,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
 
 
 def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
-    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of images.
+    """Source configs for a folder, or a reference to one: by the files in it, else as a folder of images.
 
     Args:
         split: leave out files that are another split by their names, such as captions_train2017.json for "val".

@@ -8,12 +8,12 @@ captions of one image with a prefix of two placeholders, P:
     P P a man sits <end>    ->    P ─ P ─ a ┼ man ┴ sits ─ (<end>)
     P P a dog <end>                         └ dog ─ (<end>)
 
-The nodes are laid out depth first in one row. An end token is predicted but never read, so it is no node:
+The nodes are laid out depth first in one row. An end token is predicted but never read, so it is not a node:
 
     node           0   1   2   3     4      5      6
     token          P   P   a   man   runs   sits   dog
     position       0   1   2   3     4      4      3       its depth in the trie
-    subtree_end    7   7   7   6     5      6      7       one behind its last descendant
+    subtree_end    7   7   7   6     5      6      7       one past its last descendant
     predicts       -   a   man runs  <end>  <end>  <end>
                            dog sits
 
@@ -33,6 +33,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from frozenprefix.errors import TrainingError
 from frozenprefix.kernels.attention import additive_mask
+from frozenprefix.models.packing.division import TOKENS_PER_ROW, divide
 
 TRIES_PER_ROW = (1, 2, 3, 4, 6, 8)  # divisions that are tried if no row length is given
 ATTENTION_LENGTH = 1024  # tokens in a row at which attention costs as much as the rest of a layer; an estimate
@@ -51,7 +53,7 @@ class Target(NamedTuple):
 
     Attributes:
         input_ids: token ids, with the image's placeholders in place.
-        num_context: number of first tokens that are given and not learned.
+        num_context: number of leading tokens that are read but not learned.
         weight: factor of each token's loss; a negative weight makes the tokens less likely.
 
     Example:
@@ -66,12 +68,12 @@ class Target(NamedTuple):
 
 @dataclass
 class PackedBatch:
-    """Rows of tries, and what each node has to predict.
+    """Rows of tries, and the tokens that each node has to predict.
 
     Attributes:
         input_ids: int64[R, T], padded with 0.
         position_ids: int64[R, T], the depth of each node.
-        subtree_end: int64[R, T], one behind the last descendant of each node, as an index into its row.
+        subtree_end: int64[R, T], one past the last descendant of each node, as an index into its row.
         prefix_index: int64[R, T], index of each placeholder among those of all images, -1 for text.
         latest_index: int64[R, T], index of the latest placeholder at or before each token in its own text, -1 for none.
         predict_index: int64[K], nodes that predict something, as indices into [R * T].
@@ -116,7 +118,7 @@ class Trie:
     Attributes:
         ids: token id.
         depth: position in the text.
-        end: one behind the last descendant.
+        end: one past the last descendant.
         prefix: number of the placeholder within this trie, -1 for text.
         latest: number of the latest placeholder at or before the node, -1 for none.
         edges: (node, next token) -> sum of the targets' weights.
@@ -142,7 +144,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
     """Merge targets into a trie.
 
     Args:
-        share: merge all common first tokens. Otherwise only the context that all targets have in common is merged.
+        share: merge all common leading tokens. Otherwise only the context that all targets have in common is merged.
 
     Raises:
         TrainingError: for a target without a token to learn.
@@ -159,16 +161,18 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
     token: list[int] = [-1]
     edges: dict[tuple[int, int], float] = {}
     shared_length = 0 if share else _common_context(targets)
+    # Walk down from the root with each target. Where another target went the same way before, the node exists already.
     for target in targets:
         if target.num_context >= len(target.input_ids):
             raise TrainingError("a target has no token left to learn; raise max_target_tokens or drop empty targets")
         node, last = 0, len(target.input_ids) - 1
         for place, token_id in enumerate(target.input_ids):
+            # `node` has read everything before this token: it is the one that predicts it.
             if place >= target.num_context:
                 edges[node, token_id] = edges.get((node, token_id), 0.0) + target.weight
             if place == last:
                 break  # it is only predicted
-            # A negative key is no token id, so it never matches: the node is this target's own.
+            # No token id is negative, so such a key never matches: the node belongs to this target alone.
             key = token_id if share or place < shared_length else -len(token)
             if key not in children[node]:
                 children[node][key] = len(token)
@@ -179,7 +183,7 @@ def build_trie(targets: Sequence[Target], image_token_id: int, *, share: bool = 
 
 
 def _common_context(targets: Sequence[Target]) -> int:
-    """Number of first tokens that all targets have in common and none has to learn."""
+    """Number of leading tokens that all targets have in common and none has to learn."""
     shortest = min(target.num_context for target in targets)
     length = 0
     while length < shortest and len({target.input_ids[length] for target in targets}) == 1:
@@ -190,7 +194,8 @@ def _common_context(targets: Sequence[Target]) -> int:
 def _depth_first(
     children: list[dict[int, int]], token: list[int], edges: dict[tuple[int, int], float], image_token_id: int
 ) -> Trie:
-    """Number the nodes of a trie anew, depth first, and note where each subtree ends."""
+    """Renumber the nodes of a trie depth first, and record where each subtree ends."""
+    # With a stack instead of recursion: a text has more tokens than Python allows nested calls.
     trie = Trie()
     place_of: dict[int, int] = {}
     # Entries are (node, depth, placeholders above it). Each node is pushed a second time, negated, below its children
@@ -227,6 +232,7 @@ def pack(
     images_per_group: Sequence[int] | None = None,
     packing: Packing = "trie",
     tokens_per_row: int | None = None,
+    tokens_per_trie: int | None = None,
 ) -> PackedBatch:
     """Pack the targets of several images into rows.
 
@@ -234,9 +240,10 @@ def pack(
         images: the targets of each image, or of each group of images that are shown together.
         prefix_length: placeholders per image.
         images_per_group: number of images in each group; 1 each by default.
-        packing: "trie" shares the prefix and all common first tokens, "flat" the prefix and the prompt. "none"
+        packing: "trie" shares the prefix and all common leading tokens, "flat" the prefix and the prompt. "none"
             repeats everything for every target: one target per row, the plain batch.
         tokens_per_row: fill rows up to this many tokens; by default the row length with the lowest estimated cost.
+        tokens_per_trie: divide the targets of an image among several tries where one would have more tokens.
 
     Raises:
         TrainingError: if there is nothing to learn, or a target does not hold its images' placeholders.
@@ -247,21 +254,21 @@ def pack(
         >>> batch.input_ids.tolist(), batch.num_tokens
         ([[300, 5, 6, 7, 300, 5, 6]], 9)
     """
-    counts = list(images_per_group or [1] * len(images))
+    counts = [1] * len(images) if images_per_group is None else list(images_per_group)
     tries: list[Trie] = []
-    first_placeholder: list[int] = []  # of each trie, among the placeholders of all images
+    # The prefix embeddings of all images are one long list later. `start` counts those of the images so far, so that a
+    # placeholder's number within its trie becomes an index into that list.
+    first_placeholder: list[int] = []  # of each trie
     start = 0
-    for targets, count in zip(images, counts, strict=True):
+    for targets, shown in zip(images, counts, strict=True):
         for target in targets:
             held = sum(token_id == image_token_id for token_id in target.input_ids)
-            if held != count * prefix_length:
-                raise TrainingError(f"a target holds {held} image placeholders, expected {count * prefix_length}")
-        groups = [[target] for target in targets] if packing == "none" else [list(targets)]
-        for group in groups:
-            if group:
-                tries.append(build_trie(group, image_token_id, share=packing == "trie"))
-                first_placeholder.append(start)
-        start += count * prefix_length
+            if held != shown * prefix_length:
+                raise TrainingError(f"a target holds {held} image placeholders, expected {shown * prefix_length}")
+        for group in _tries_of(targets, packing, tokens_per_trie):
+            tries.append(build_trie(group, image_token_id, share=packing == "trie"))
+            first_placeholder.append(start)
+        start += shown * prefix_length
     if not tries:
         raise TrainingError("a batch without any target to learn")
     rows = _fill_rows([len(trie) for trie in tries], tokens_per_row if packing != "none" else 0)
@@ -273,13 +280,57 @@ def pack(
     return batch
 
 
+def pack_prompts(
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    image_token_id: int,
+    prefix_length: int,
+    images_per_group: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Pack prompts that are to be continued: those of a group of images in one row, as a trie.
+
+    Args:
+        groups: token ids of the prompts of each group. All prompts of a group show the same images.
+        prefix_length, images_per_group: as of `pack`.
+
+    Returns:
+        Each prompt has one edge, whose label is its number among all prompts.
+
+    Example:
+        >>> batch = pack_prompts([[[300, 5, 6], [300, 5, 7]], [[300, 8]]], image_token_id=300, prefix_length=1)
+        >>> batch.input_ids.tolist(), batch.predict_index[batch.edge_source].tolist(), batch.edge_label.tolist()
+        ([[300, 5, 6, 7], [300, 8, 0, 0]], [2, 3, 5], [0, 1, 2])
+    """
+    number = count()
+    targets = [[Target([*prompt, next(number)], len(prompt)) for prompt in prompts] for prompts in groups]
+    return pack(
+        targets,
+        image_token_id=image_token_id,
+        prefix_length=prefix_length,
+        images_per_group=images_per_group,
+        tokens_per_row=0,  # one trie each: a row that is longer costs more in every step
+        tokens_per_trie=TOKENS_PER_ROW,
+    )
+
+
+def _tries_of(targets: Sequence[Target], packing: Packing, budget: int | None) -> list[list[Target]]:
+    """The targets of each trie of an image."""
+    if packing == "none":
+        return [[target] for target in targets]
+    if budget is None:
+        return [list(targets)] if targets else []
+    numbers = divide([target.input_ids for target in targets], budget)
+    return [[targets[number] for number in row] for row in numbers]
+
+
 def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
     """Divide tries of these lengths into rows; return the indices of each row's tries.
 
     Args:
-        budget: at most so many tokens in a row (0: one trie each); None for the division with the lowest cost.
+        budget: largest number of tokens in a row (0: one trie each); None for the division with the lowest cost.
     """
     if budget is None:
+        # Longer rows need less padding and more attention; which division is best depends on the lengths.
         divisions = [_balance(lengths, -(-len(lengths) // share)) for share in TRIES_PER_ROW]
         return min(divisions, key=lambda rows: _cost(lengths, rows))
     # First-fit decreasing: the longest trie first, into the first row with room for it.
@@ -316,12 +367,16 @@ def _cost(lengths: list[int], rows: list[list[int]]) -> float:
 
 def _lay_out(tries: list[Trie], first_placeholder: list[int], rows: list[list[int]]) -> PackedBatch:
     """Write the tries of each row one after the other into padded tensors."""
+    # Tries that share a row do not see each other: each one's subtrees end where the next one begins. Positions start
+    # at 0 in each of them, because a position is the depth in the trie and not the place in the row.
     width = max(sum(len(tries[i]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     prefix_index, latest_index = torch.full(shape, -1), torch.full(shape, -1)
     subtree_end = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding sees itself, so that no row of it is empty
-    source_of: dict[int, int] = {}  # node, as an index into [R * T] -> its number among the K predicting nodes
+    # Only some nodes predict a token that is learned. They are numbered in order of first use, and logits are computed
+    # for these K nodes alone: node, as an index into [R * T] -> its number.
+    source_of: dict[int, int] = {}
     edge_source, edge_label, edge_weight = [], [], []
     for r, row in enumerate(rows):
         offset = 0
@@ -368,7 +423,11 @@ def ancestor_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
         >>> (ancestor_mask(torch.tensor([[3, 2, 3]]), torch.float32)[0, 0] == 0).int().tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
+    return additive_mask(visible_nodes(subtree_end), dtype)
+
+
+def visible_nodes(subtree_end: Tensor) -> Tensor:
+    """Which nodes each node sees, its ancestors and itself: int64[R, T] -> bool[R, T, T]."""
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     # query i sees key j when j <= i < end[j]
-    visible = (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])
-    return additive_mask(visible, dtype)
+    return (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])
