@@ -28,7 +28,7 @@ from benchmarks.recipes import synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.config import write_yaml
 from frozenprefix.kernels.linear import prepackable_dtypes
-from frozenprefix.models.packing.trie import build_trie
+from frozenprefix.models.packing import build_trie
 from tests.helpers import ROOT
 from tests.helpers.recipes import tiny_recipe_dict
 

@@ -15,7 +15,7 @@ from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
-from frozenprefix.models.packing.trie import Packing
+from frozenprefix.models.packing import Packing
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.models.section import Section
 
@@ -198,7 +198,7 @@ class RunSection(RecipeSection):
 
 
 class TrainingSection(RunSection):
-    """How a mapper, and whatever else a recipe trains through the language model, is trained.
+    """Training of a mapper, and of other parts, through the language model.
 
     Example:
         >>> TrainingSection(epochs=2).packing
@@ -218,6 +218,12 @@ class TrainingSection(RunSection):
                 f"got {self.tokens_per_row}, which has no effect with packing 'none'; expected null, or other packing"
             )
             problems.append(Problem(text, ("tokens_per_row", "packing")))
+        if self.images_per_step % self.gradient_accumulation_steps:
+            text = (
+                f"got {self.images_per_step}, expected a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+            problems.append(Problem(text, ("images_per_step", "gradient_accumulation_steps")))
         return problems
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "decode_image",
     "find_images",
     "image_ending",
+    "is_hidden",
     "load_image",
     "processing",
     "read_image",
@@ -55,7 +56,7 @@ def _walk(folder: Path, above: tuple[Path, ...], passed_over: dict[Path, str]) -
         return
     for entry in entries:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+        if is_hidden(entry.name):
             passed_over[path] = "hidden"
         elif entry.is_dir():
             folders.append(path)
@@ -66,6 +67,17 @@ def _walk(folder: Path, above: tuple[Path, ...], passed_over: dict[Path, str]) -
     yield from files
     for path in folders:
         yield from _walk(path, (*above, real), passed_over)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name, or a folder in it, is one that is passed over: `.DS_Store`, `._1.jpg`, `__MACOSX`.
+
+    Example:
+        >>> is_hidden("__MACOSX/1.jpg"), is_hidden("./a/1.jpg")
+        (True, False)
+    """
+    parts = name.split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path]:

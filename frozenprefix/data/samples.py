@@ -166,7 +166,7 @@ def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
             continue
         blank += len(sample.targets) - len(targets)
         complete.append(sample if len(targets) == len(sample.targets) else replace(sample, targets=targets))
-    report_left_out(where, total, {"no target": without}, what="samples")
+    report_left_out(where, total, {"no target": without}, what="samples", fix="check where the texts are")
     if blank:
         report_left_out(
             where, sum(len(sample.targets) for sample in complete) + blank, {"blank": blank}, what="targets"

@@ -28,7 +28,7 @@ from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.sampling import greedy_captions
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
-from frozenprefix.training.validation import validation_losses
+from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class Trainer(BaseTrainer):
         self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
             raise ConfigError(
-                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
-                f"{self.num_parts}, got {per_step}"
+                f"training.images_per_step: got {per_step}, expected a multiple of gradient_accumulation_steps x "
+                f"processes = {self.num_parts}"
             )
 
     # ── set-up ──
@@ -97,6 +97,8 @@ class Trainer(BaseTrainer):
 
     def prepare_data(self) -> None:
         samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
+        if "validation" in samples:
+            check_can_be_shuffled(group_by_images(samples["validation"]))
         # for training on text alone, the training images are never read
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)

@@ -45,10 +45,7 @@ def validation_losses(
         >>> sorted(validation_losses(trainer.model, trainer.collator, trainer.validation_groups, images_per_batch=4))
         ['loss', 'shuffled_loss']
     """
-    if len(groups) < 2:
-        raise TrainingError(f"data.validation: shuffled images need at least 2 images, got {len(groups)}")
-    if not all(group.images for group in groups):
-        raise TrainingError("data.validation: got samples without an image, which cannot be shuffled")
+    check_can_be_shuffled(groups)
     swapped = swap_images([group.images for group in groups])
     total = {"loss": 0.0, "shuffled_loss": 0.0}
     tokens = 0
@@ -64,6 +61,24 @@ def validation_losses(
                 prefix_embeds = model.prefix(**{key: value.to(model.device) for key, value in images.items()})
                 total[name] += float(model.packed_loss(packed, prefix_embeds)) * packed.num_tokens
     return {name: value / tokens for name, value in total.items()}
+
+
+def check_can_be_shuffled(groups: Sequence[ImageGroup]) -> None:
+    """Check that validation groups can get other images than their own.
+
+    Raises:
+        TrainingError: for fewer than two groups, or samples without an image.
+
+    Example:
+        >>> from frozenprefix.training.validation import check_can_be_shuffled
+        >>> check_can_be_shuffled([])
+        Traceback (most recent call last):
+        frozenprefix.errors.TrainingError: data.validation: shuffled images need at least 2 images, got 0
+    """
+    if len(groups) < 2:
+        raise TrainingError(f"data.validation: shuffled images need at least 2 images, got {len(groups)}")
+    if not all(group.images for group in groups):
+        raise TrainingError("data.validation: got samples without an image, which cannot be shuffled")
 
 
 def batch_bounds(count: int, size: int) -> list[tuple[int, int]]:

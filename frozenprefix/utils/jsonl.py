@@ -44,7 +44,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
                     value = parse_json(line.decode("utf-8"))
                 except ValueError as error:
                     if not skip_damaged:
-                        raise DataError(_reason(path, number, error)) from error
+                        raise DataError(_reason(path, number, line, error)) from error
                     damaged += 1
                 else:
                     yield number, value
@@ -114,7 +114,9 @@ def _line(row: Any) -> bytes:
     return encode_text(json.dumps(row, ensure_ascii=False)) + b"\n"
 
 
-def _reason(path: str | PathLike[str], number: int, error: ValueError) -> str:
+def _reason(path: str | PathLike[str], number: int, line: bytes, error: ValueError) -> str:
+    if b"\r" in line.strip():
+        return f"{path}:{number}: not JSON: the lines end in carriage returns; convert them to line feeds"
     if isinstance(error, json.JSONDecodeError):
         return f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one object a line"
     if isinstance(error, UnicodeDecodeError):

@@ -14,7 +14,7 @@ from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.language_model import end_tokens
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing.trie import Packing, Target, pack
+from frozenprefix.models.packing import Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objectives.base import Batch, Objective, image_inputs
 from frozenprefix.training.sampling import generate_ids
