@@ -137,7 +137,8 @@ class BaseTrainer(ABC):
         Raises:
             LockError: another run is writing to the output folder.
         """
-        with self._own_output_folder():
+        # the outermost bar: whatever takes long in a run, a log without a terminal says so
+        with self._own_output_folder(), progress_bar(self.recipe.name, enabled=self.accelerator.is_main_process):
             return self._run(resume)
 
     def _own_output_folder(self) -> AbstractContextManager[None]:
@@ -167,7 +168,8 @@ class BaseTrainer(ABC):
 
     def setup(self) -> None:
         """Build model, data and optimizer: everything that the first step needs."""
-        self.build_model()
+        with progress_bar("loading the models", enabled=self.accelerator.is_main_process):
+            self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -358,7 +360,8 @@ class BaseTrainer(ABC):
         if not self.validation_groups:
             self.save_best()
             return
-        values = self.measure()
+        with progress_bar("validating", enabled=self.accelerator.is_main_process):
+            values = self.measure()
         self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
         if self.progress.step == 0:
             return
