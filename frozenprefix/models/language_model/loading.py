@@ -173,7 +173,7 @@ def _attention(config: LanguageModelConfig, lm_config: Any) -> str | None:
         return config.attn_implementation
     if config.attn_implementation == "sdpa":
         raise ConfigError(
-            "model.language_model.attn_implementation: got 'sdpa', which leaves out this language model's cap on attention "
+            "model.language_model.attn_implementation: got 'sdpa', which leaves out the cap on this LM's attention "
             "(attn_logit_softcapping); remove it, or give 'eager'"
         )
     return "eager"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
