@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.language_model import DecoderOnlyLM, wrap_language_model
-from frozenprefix.models.packing.trie import Target, pack
+from frozenprefix.models.packing import Target, pack
 
 PAGE = Path(__file__).parent.parent / "docs" / "language_models.md"
 MARK = "<!-- families -->"

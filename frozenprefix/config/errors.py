@@ -1,4 +1,4 @@
-"""Pydantic's errors as one line each: dotted key, what it got, what is expected, and the nearest valid key."""
+"""Pydantic's errors as one line each: dotted key, value, expected value, and the nearest valid key."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ VisionEncoderConfig = Annotated[
     | Annotated[CustomEncoderConfig, Tag("custom")],
     Discriminator(_source_of),
 ]
-"""Which image encoder, from which library, and what is read from it: one of six sections, by `source`."""
+"""Section of the vision encoder: one of six, by `source`."""
 
 
 def vision_encoder_config(**fields: Any) -> VisionEncoderConfig:

@@ -24,7 +24,7 @@ from frozenprefix.models.language_model import embedding_rms, load_language_mode
 from frozenprefix.models.language_model.base import BeamOptions
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
@@ -162,7 +162,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             missing = "input_ids" if input_ids is None else "config.image_token_id"
             raise DataError(f"{missing}: got None; the processor gives input_ids, and knows the id of <image>")
         if attention_mask is not None and attention_mask.ndim == 2:
-            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            # the tokenizer may pad with an added token, whose id is outside the LM's vocabulary
             input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
         images = 0 if prefix_embeds is None else len(prefix_embeds)
         prefix_index = index_placeholders(input_ids, image_token_id, images * self.placeholders_per_image)
@@ -306,9 +306,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
                 "generate: packed: this model or these options need transformers' search, which reads one prompt a "
                 "row; ask searches_rows first, and give input_ids"
             )
-        rows = self.lm.layout(packed)
-        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
-        with self.fusion.seeing(context):
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.continue_rows(rows, inputs_embeds, beams)
 
     # ── images and texts in one space ──

@@ -1,4 +1,4 @@
-"""What of the user's data is left out or changed, in one form everywhere: how many of how many, and why."""
+"""Reports of data that is left out or changed, in one form: how many of how many, and why."""
 
 from __future__ import annotations
 

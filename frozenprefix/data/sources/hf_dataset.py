@@ -124,5 +124,5 @@ def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: st
 
 
 def _named(label: int | None, names: list[str]) -> str | None:
-    """The name of a label; -1 stands for one that is kept secret."""
+    """The name of a label; -1 marks a label that is not public."""
     return None if label is None or label < 0 else names[label]

@@ -1,4 +1,4 @@
-"""Checked reading of JSON and tables: every error names file, place and field, what it got and what it expected."""
+"""Checked reading of JSON and tables: every error names file, place and field, the value and the expected value."""
 
 from __future__ import annotations
 

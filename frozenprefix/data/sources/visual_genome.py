@@ -40,7 +40,7 @@ class VisualGenomeSource(SourceConfig):
         files = self._files(root)
 
         def image(image_id: str) -> Path:
-            # an image that lies in none of the folders is missed in the first one
+            # an image that is in none of the folders is reported as missing in the first one
             return files.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
 
         samples = []

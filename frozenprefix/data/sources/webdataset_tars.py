@@ -28,7 +28,7 @@ _HIDDEN = "__hidden__"  # field of a row that counts members and is no key
 
 
 class WebDatasetSource(SourceConfig):
-    """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` stand next to each other; a sample is a key.
+    """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` are next to each other; a sample is a key.
 
     Images are unpacked into the user's cache when a tar is read for the first time (which needs their size once more),
     and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by reason, with

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 
 
 class Rows(Protocol):

@@ -22,8 +22,8 @@ from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput, positions_from_mask
 from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
 from frozenprefix.models.language_model.trie_reader import Prompts
+from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import cap, next_token_loss
-from frozenprefix.models.packing.trie import PackedBatch, Target, ancestor_mask, pack
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.decoder(
-            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            # the tokenizer may pad with an added token, whose id is outside the LM's vocabulary
             input_ids=input_ids.masked_fill(attention_mask == 0, 0),
             attention_mask=attention_mask,
             position_ids=positions_from_mask(attention_mask),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 
 IGNORE_INDEX = -100
 

@@ -25,7 +25,7 @@ def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Id to pad generated texts with: the tokenizer's padding token, or its end token when the LM has no such id.
 
-    Padding that was added to the tokenizer alone lies outside the LM's vocabulary, and `generate` reads it again when
+    Padding that was added to the tokenizer alone is outside the LM's vocabulary, and `generate` reads it again when
     one text of a batch ends early.
 
     Example:

@@ -25,7 +25,7 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.language_model.base import positions_from_mask
-from frozenprefix.models.packing.trie import PackedBatch, visible_nodes
+from frozenprefix.models.packing import PackedBatch, visible_nodes
 
 LEAVE_AT = 8  # finished rows leave the batch when they are one in eight: leaving copies the cache of the others
 
