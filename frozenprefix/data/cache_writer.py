@@ -257,7 +257,7 @@ Encode = Callable[[list[Any]], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """An image ready for the encoder. `image` is None if its features exist already, or if it could not be read (`error`)."""
+    """An image for the encoder. `image` is None if its features exist, or if it could not be read (`error`)."""
 
     path: Path
     key: str = ""
