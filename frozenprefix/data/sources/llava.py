@@ -29,10 +29,10 @@ class LlavaSource(SourceConfig):
     images. Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they
     are plain text: `prompt` filled in, the answer, a new line.
 
-    The `<image>` mark of a single image is removed, and the image comes first. With several images (`image` is a list) the
-    marks stay where they are, and an answer's sample has the images shown so far. A row without `image` is a
-    conversation in text alone, which trains a language model with trained parts; where it is frozen, such rows are left out. The id is
-    ID#ROW.TURN.
+    The `<image>` mark of a single image is removed, and the image comes first. With several images (`image` is a
+    list) the marks stay where they are, and an answer's sample has the images shown so far. A row without `image` is
+    a conversation in text alone, which trains a language model with trained parts; where it is frozen, such rows are
+    left out. The id is ID#ROW.TURN.
 
     Example:
         >>> LlavaSource(path="llava", file="llava_instruct_150k.json").images
