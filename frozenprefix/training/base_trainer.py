@@ -31,6 +31,7 @@ from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
 from frozenprefix.training.guards import check_distributed, warn_of_leaks
+from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
@@ -278,7 +279,8 @@ class BaseTrainer(ABC):
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
-                values = self.step(batches)
+                with explaining_memory(settings, progress.step + 1):
+                    values = self.step(batches)
                 window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
                 window = window[-WINDOW:]
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
