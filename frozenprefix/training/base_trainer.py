@@ -25,17 +25,31 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
-from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
+from frozenprefix.training.averaging import WeightAverage
+from frozenprefix.training.checkpoints import (
+    Progress,
+    RandomStates,
+    check_state,
+    load_average,
+    load_training_state,
+    save_training_state,
+)
 from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import atomic_folder, hold_lock, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils import (
+    atomic_folder,
+    check_run_folder,
+    hold_lock,
+    progress_bar,
+    recover_folder,
+    write_text_atomic,
+)
 from frozenprefix.utils.random_state import random_state
 
 logger = logging.getLogger(__name__)
@@ -130,6 +144,7 @@ class BaseTrainer(ABC):
 
         Raises:
             LockError: another run is writing to the output folder.
+            DataError: something else than a run lies there.
         """
         # the outermost bar: whatever takes long in a run, a log without a terminal says so
         with self._own_output_folder(), progress_bar(self.recipe.name, enabled=self.accelerator.is_main_process):
@@ -139,10 +154,13 @@ class BaseTrainer(ABC):
         """While it is entered, no other run can write to the output folder."""
         if not self.accelerator.is_main_process:
             return nullcontext()
+        check_run_folder(self.output_dir)
         return hold_lock(self.output_dir / ".lock", f"output_dir '{self.output_dir}'")
 
     def _run(self, resume: str) -> TrainingResult:
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
+        if resume not in ("auto", "never"):
+            check_state(Path(resume))  # before images are encoded
         self.setup()
         self.restore(resume)
         step = self.progress.step
@@ -166,6 +184,8 @@ class BaseTrainer(ABC):
             self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.average = None if self.settings.ema is None else WeightAverage(trained, self.settings.ema)
 
     # ── to be implemented ──
 
@@ -304,6 +324,8 @@ class BaseTrainer(ABC):
         """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
+        if self.average is not None:
+            self.average.update()
         self.progress.seconds = time.monotonic() - self.started
 
     def share_done(self) -> float:
@@ -314,6 +336,13 @@ class BaseTrainer(ABC):
         """Share of the peak learning rate for the next step."""
         settings = self.settings
         return learning_rate_factor(settings.schedule, self.progress.step, settings.warmup_steps, self.share_done())
+
+    def set_learning_rate(self) -> float:
+        """Set the rates of all groups of parameters for the next step; returns `training.learning_rate`'s."""
+        factor = self.learning_rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return self.settings.learning_rate * factor
 
     def _share_of_time(self) -> float:
         """Share of `max_minutes` that is over, by the clock of the main process, so that all processes agree."""
@@ -332,7 +361,18 @@ class BaseTrainer(ABC):
     # ── validation and checkpoints ──
 
     def validate(self) -> None:
-        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best."""
+        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best.
+
+        With `training.ema` the averaged weights are measured and kept.
+        """
+        with self._averaged():
+            self._validate()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """While it is entered, the model has its averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _validate(self) -> None:
         self.progress.validated_step = self.progress.step
         if not self.validation_groups:
             self.save_best()
@@ -366,13 +406,13 @@ class BaseTrainer(ABC):
         recover_folder(self.output_dir / "best")
         if resume == "never" or (resume == "auto" and not folder.exists()):
             return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
         state = self.accelerator.state
         self.progress = load_training_state(
             folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
         )
+        if self.average is not None:
+            load_average(folder, self.average, updates=self.progress.step)
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
@@ -389,7 +429,8 @@ class BaseTrainer(ABC):
             reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
             if self.accelerator.is_main_process:
                 logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
-            self.save_best()
+            with self._averaged():
+                self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""
@@ -413,4 +454,4 @@ class BaseTrainer(ABC):
     def write_state(self, folder: Path, random_states: RandomStates) -> None:
         """Write a checkpoint with the state of the training."""
         self.write_model(folder)
-        save_training_state(folder, self.optimizer, self.progress, random_states)
+        save_training_state(folder, self.optimizer, self.progress, random_states, self.average)

@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError, DataError
+from frozenprefix.assets import check_checkpoint
+from frozenprefix.errors import CheckpointError, DataError, did_you_mean
 from frozenprefix.models.checkpoint import check_identity, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.utils import read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
+AVERAGE_FILE = "average.safetensors"
 RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 
@@ -57,16 +59,41 @@ class Progress:
 
 
 def save_training_state(
-    folder: Path, optimizer: torch.optim.Optimizer, progress: Progress, random_states: RandomStates
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    random_states: RandomStates,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write optimizer, random states of all processes, and progress, as safetensors and JSON."""
+    """Write optimizer, random states of all processes, averaged weights, and progress, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in entry.items()}
     save_file(tensors, folder / OPTIMIZER_FILE)
     states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
     save_file(states, folder / RANDOM_FILE)
+    if average is not None:
+        save_file({name: tensor.contiguous() for name, tensor in average.state.items()}, folder / AVERAGE_FILE)
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
+
+
+def check_state(folder: Path) -> None:
+    """Check that a folder holds the state of a run.
+
+    Raises:
+        CheckpointError: for a folder that is not there, or holds no state.
+
+    Example:
+        >>> from frozenprefix.training.checkpoints import check_state
+        >>> check_state(tmp_path / "last")
+        Traceback (most recent call last):
+        frozenprefix.errors.CheckpointError: --resume: no folder '...last'; expected auto, never or a run's last/
+    """
+    if not folder.is_dir():
+        hint = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*/")))
+        raise CheckpointError(f"--resume: no folder '{folder}'{hint}; expected auto, never or a run's last/")
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"--resume: '{folder}' holds no {STATE_FILE}; expected auto, never or a run's last/")
 
 
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
@@ -78,8 +105,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
         CheckpointError: for a folder without a checkpoint, or one that does not fit.
     """
     source = f"training.init_from: {folder}"
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
+    check_checkpoint(folder, field="training.init_from")
     tensors = read_checkpoint(folder)
     config = FrozenPrefixConfig.from_pretrained(folder)
     check_identity(config.identity, model.config.identity)
@@ -136,6 +162,22 @@ def load_training_state(
     set_random_state(random_states[rank if rank in random_states else 0])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def load_average(folder: Path, average: WeightAverage, *, updates: int) -> None:
+    """Restore the averaged weights of a run that has made so many updates.
+
+    Raises:
+        CheckpointError: for a folder without them, or with those of another model.
+    """
+    try:
+        tensors = load_file(folder / AVERAGE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no averaged weights that can be read ({error}); use --resume never"
+        ) from error
+    copy_into(average.state, tensors, str(folder / AVERAGE_FILE))
+    average.updates = updates
 
 
 def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
