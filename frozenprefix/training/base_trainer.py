@@ -119,6 +119,7 @@ class BaseTrainer(ABC):
     stream: ImageStream
     total_steps: int
     tracker: Tracker
+    average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
         check_distributed()
