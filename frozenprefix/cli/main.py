@@ -31,7 +31,7 @@ class _Group(TyperGroup):
             if os.environ.get("FROZENPREFIX_DEBUG") == "1":
                 raise
             typer.secho(_message(error), fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(error.exit_code) from error
 
 
 app = typer.Typer(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.utils.sums import SUMS_FILE, check_sums
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 Model = TypeVar("Model")
 LM_FOLDER = "language_model"
@@ -81,10 +82,10 @@ def save_checkpoint(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMS_FILE).unlink(missing_ok=True)  # of the checkpoint that this one replaces
     own = trainable_state(model)
     state = own if state_dict is None else {name: state_dict[name] for name in own}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(state, folder / SAFE_WEIGHTS_NAME)
     config = copy.deepcopy(model.config)
     if self_contained:
         _save_language_model(model, config, folder)
@@ -94,6 +95,8 @@ def save_checkpoint(
         # without the checks of its save_pretrained: the configs of some language models do not pass them
         model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     model.adapters.save(folder)
+    for file in folder.rglob("*.safetensors"):  # libraries write them so that only their owner can read them
+        file.chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def _save_language_model(model: Any, config: Any, folder: Path) -> None:
@@ -148,13 +151,15 @@ def load_checkpoint(
 
     Raises:
         ConfigError: naming the arguments that have no effect on such a checkpoint.
-        CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part that
-            differs from the one trained with.
+        CheckpointError: for a folder without weights or with files that have changed, missing or unexpected keys, wrong
+            shapes, or a frozen part that is not known to be the one trained with.
     """
     check_options(options, part_names)
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if Path(source).is_dir() and "subfolder" in hub:
         source = Path(source) / hub.pop("subfolder")
+    if Path(source).is_dir():
+        check_sums(source)
     config, config_class = options.get("config"), model_class.config_class  # type: ignore[attr-defined]
     if not isinstance(config, config_class):
         config = config_class.from_pretrained(source if config is None else config, **hub)
@@ -163,6 +168,7 @@ def load_checkpoint(
     if isinstance(options.get("language_model"), str | PathLike):
         path = os.fspath(options.pop("language_model"))
         config.language_model = config.language_model.model_copy(update={"path": path})
+    check_named(config.identity, [name for name in part_names if options.get(name) is None], str(source))
     apply_options(config, options)
     parts = {name: options[name] for name in part_names if options.get(name) is not None}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
@@ -201,13 +207,33 @@ def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor
     folder = Path(source)
     try:
         path = folder / SAFE_WEIGHTS_NAME if folder.is_dir() else cached_file(source, SAFE_WEIGHTS_NAME, **hub)
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{source}: {SAFE_WEIGHTS_NAME} is damaged ({error}); take another checkpoint, or download it again"
-        ) from error
     except OSError as error:
         raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
+    if not Path(str(path)).is_file():
+        raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint")
+    try:
+        return load_tensors(str(path))
+    except DataError as error:
+        raise CheckpointError(f"{error}; take another checkpoint, or download it again") from error
+
+
+def check_named(identity: Any, parts: Iterable[str], source: str) -> None:
+    """Refuse a checkpoint that does not say what its frozen parts were, so that they cannot be compared.
+
+    Raises:
+        CheckpointError: naming the part.
+
+    Example:
+        >>> from frozenprefix.models.checkpoint import check_named
+        >>> check_named({"language_model": {"path": "gpt2"}}, ["language_model"], "checkpoint")
+    """
+    for part in parts:
+        entries = identity.get(part) if isinstance(identity, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise CheckpointError(
+                f"{source}: config.json has no identity of {part}, so it cannot be checked that this is the one it was "
+                f"trained with; take another checkpoint, or give the part itself as {part}="
+            )
 
 
 def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str, str]]) -> None:

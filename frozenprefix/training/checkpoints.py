@@ -7,27 +7,30 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError, DataError
-from frozenprefix.models.checkpoint import check_identity, read_checkpoint
+from frozenprefix.errors import CheckpointError
+from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.utils import read_text, write_text_atomic
+from frozenprefix.utils import parse_json, read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
+from frozenprefix.utils.sums import check_sums
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
+_Count = Annotated[int, Ge(0)]
 RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 
@@ -38,6 +41,7 @@ class Progress:
     Attributes:
         fingerprint: keys of the recipe that a resumed run must share.
         bad_validations: validations since the best one; validated_step: the step of the latest one.
+        bad_steps: steps that were left out since the last good one.
         scaler: state of the loss scaler, with fp16.
 
     Example:
@@ -46,15 +50,21 @@ class Progress:
         True
     """
 
-    step: int = 0
-    targets_seen: int = 0
+    step: _Count = 0
+    targets_seen: _Count = 0
     seconds: float = 0.0
     best_value: float | None = None
-    best_step: int = 0
-    bad_validations: int = 0
+    best_step: _Count = 0
+    bad_validations: _Count = 0
     validated_step: int = -1
+    bad_steps: _Count = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save_training_state(
@@ -63,10 +73,10 @@ def save_training_state(
     """Write optimizer, random states of all processes, and progress, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in entry.items()}
-    save_file(tensors, folder / OPTIMIZER_FILE)
+        tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
+    save_tensors(tensors, folder / OPTIMIZER_FILE)
     states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
-    save_file(states, folder / RANDOM_FILE)
+    save_tensors(states, folder / RANDOM_FILE)
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
 
 
@@ -81,8 +91,10 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
     source = f"training.init_from: {folder}"
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
+    check_sums(folder)
     tensors = read_checkpoint(folder)
     config = FrozenPrefixConfig.from_pretrained(folder)
+    check_named(config.identity, model.config.identity, source)
     check_identity(config.identity, model.config.identity)
     own = model.trainable_state()
     heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
@@ -120,9 +132,10 @@ def load_training_state(
         CheckpointError: when the folder holds no state, or belongs to another recipe.
     """
     try:
-        progress = Progress(**json.loads(read_text(folder / STATE_FILE)))
-        state, random_states = (_by_number(load_file(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
-    except (DataError, OSError, ValueError, TypeError, SafetensorError) as error:
+        progress = _PROGRESS.validate_python(parse_json(read_text(folder / STATE_FILE)), strict=True)
+        state, random_states = (_by_number(load_tensors(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+        _check_optimizer(state, optimizer)
+    except ValueError as error:
         raise CheckpointError(
             f"{folder} holds no training state that can be read ({error}); use --resume never"
         ) from error
@@ -134,16 +147,33 @@ def load_training_state(
             len(random_states),
             processes,
         )
-    set_random_state(random_states[rank if rank in random_states else 0])
+    try:
+        set_random_state(random_states[rank if rank in random_states else 0])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {RANDOM_FILE} holds no random state ({error}); use --resume never") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def _check_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Every value is finite, and of the shape of its parameter or a single number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state.items():
+        for name, tensor in entries.items():
+            where = f"{OPTIMIZER_FILE}: {number}.{name}"
+            if not 0 <= number < len(parameters):
+                raise ValueError(f"{where}: there are {len(parameters)} trained tensors")
+            if tensor.ndim and tensor.shape != parameters[number].shape:
+                raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(parameters[number].shape)}")
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"{where} has values that are not finite, or dtype {tensor.dtype}")
 
 
 def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """Undo the names "NUMBER.KEY"."""
     numbered: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        number, key = name.split(".", 1)
+        number, _, key = name.partition(".")
         numbered.setdefault(int(number), {})[key] = tensor
     return numbered
 
