@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, MaxNewTokens, Prompt, one_line, print_skipped
+from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, MaxNewTokens, Prompt, one_line, print_left_out
 from frozenprefix.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def command(
     else:
         write_captions(captions, out)
         typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)
-    print_skipped(bad)
+    print_left_out(bad, "PATH", len(images))
     if len(bad):
         raise typer.Exit(1)
 

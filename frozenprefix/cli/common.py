@@ -68,10 +68,14 @@ def print_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], 
     Console().print(table)
 
 
-def print_skipped(bad: BadImages) -> None:
-    """Name every image that could not be read, on standard error."""
+def print_left_out(bad: BadImages, where: str, total: int) -> None:
+    """Name every image that could not be read, and count them, on standard error."""
+    from frozenprefix.utils import summary
+
     for _, error in bad:
-        typer.secho(f"skipped, {error.reason}: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(f"left out, {error.reason}: {error}", fg=typer.colors.RED, err=True)
+    if len(bad):
+        typer.secho(summary(where, total, bad.counts, what="images"), fg=typer.colors.RED, err=True)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, print_skipped
+from frozenprefix.cli.common import Checkpoint, print_left_out
 from frozenprefix.errors import DataError
 
 
@@ -36,6 +36,6 @@ def command(
     place = index or index_folder(folder, embedder.fingerprint())
     with progress_bar("indexing images") as update:
         image_index = open_index(embedder, images, place, bad=bad, progress=update)
-    print_skipped(bad)
+    print_left_out(bad, "DIR", len(images))
     for hit in image_index.search(embedder.embed_texts([query]), k, faiss=faiss)[0]:
         typer.echo(f"{hit.score:.4f}\t{hit.path}")

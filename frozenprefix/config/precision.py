@@ -8,15 +8,14 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoConfig
 
-from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.config.loading import load_checkpoint_recipe
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.kernels.precision import measure_products, native_bfloat16
-from frozenprefix.models.language_model.loading import resolve_language_model
+from frozenprefix.models.contrastive.text_tower import tower_config
+from frozenprefix.models.language_model.loading import language_model_config
 from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -58,15 +57,12 @@ def resolve_precision(recipe: R, resumed: str | Path | None = None) -> R:
 def _feed_forward_sizes(recipe: BaseRecipe) -> tuple[int, int]:
     """Hidden and inner size of the model that takes most of a step."""
     if isinstance(recipe, Recipe):
-        source = resolve_language_model(recipe.model.language_model)
-        location, revision = source.location, source.revision
+        config = language_model_config(recipe.model.language_model).get_text_config()
     elif isinstance(recipe, ContrastiveRecipe) and recipe.model.text_tower.source == "transformers":
         tower = recipe.model.text_tower
-        location = str(resolve(tower.path)) if is_pypi(tower.path) else str(Path(tower.path).expanduser())
-        revision = tower.revision
+        config = tower_config(tower).get_text_config()
     else:
         return TYPICAL_SIZES
-    config = AutoConfig.from_pretrained(location, revision=revision or "main").get_text_config()
     hidden = getattr(config, "hidden_size", TYPICAL_SIZES[0])
     named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner", "d_ff"))
     return hidden, next((size for size in named if size), 4 * hidden)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import DataError, FrozenPrefixError
 from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.utils import report
 
-logger = logging.getLogger(__name__)
 _TARGETS_AT_ONCE = 4096  # encoded in one call of the tokenizer
 
 
@@ -57,7 +56,7 @@ class Collator:
         self.tokens_per_row = tokens_per_row
         self.max_target_tokens = max_target_tokens
         self.keep_samples = keep_samples
-        self.num_truncated = 0
+        self.cut_targets: list[str] = []  # each once
         self._prompt_ids: dict[str, list[int]] = {}
         self._target_ids: dict[tuple[str, str], list[int]] = {}
 
@@ -97,16 +96,19 @@ class Collator:
         if (prompt, text) not in self._target_ids:
             ids = self.processor.encode_target(prompt, text)
             if self.max_target_tokens is not None and len(ids) > self.max_target_tokens:
-                self._count_truncated(text)
+                self.cut_targets.append(text)
                 ids = self.processor.encode_target(prompt, text, self.max_target_tokens)
             self._target_ids[prompt, text] = ids
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
 
-    def check_targets(self, groups: Iterable[ImageGroup], positions: int | None = None) -> None:
+    def check_targets(self, groups: Iterable[ImageGroup], positions: int | None = None, *, where: str = "data") -> None:
         """Encode every target, so that a text that cannot be learned is known before the first step.
 
+        Targets that are too long are counted in the log, each different one once.
+
         Args:
+            where: names the samples in messages: "data.train".
             positions: tokens that an LM with learned positions can read; None where nothing limits them.
 
         Raises:
@@ -114,8 +116,11 @@ class Collator:
         """
         prefix_length, groups = self.processor.prefix_length, list(groups)
         self._encode_ahead(groups)
+        known = len(self.cut_targets)
+        different: set[str] = set()
         for group in groups:
             for sample in group.samples:
+                different.update(sample.targets)
                 for text in sample.targets:
                     try:
                         target = self.target(sample, text)
@@ -133,6 +138,10 @@ class Collator:
                             f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
                             "for each image"
                         )
+        cut = dict.fromkeys(self.cut_targets[known:])
+        reason = f"longer than training.max_target_tokens = {self.max_target_tokens}"
+        examples = [text[:80] for text in cut]
+        report(where, len(different), {reason: len(cut)}, done="cut", what="targets", examples=examples)
 
     def _encode_ahead(self, groups: Sequence[ImageGroup]) -> None:
         """Put the ids of the targets into the cache in large batches. Texts with a problem are left to `target`."""
@@ -149,13 +158,6 @@ class Collator:
             for pair, ids in zip(block, self.processor.encode_targets(block), strict=True):
                 if self.max_target_tokens is None or len(ids) <= self.max_target_tokens:
                     self._target_ids[pair] = ids
-
-    def _count_truncated(self, text: str) -> None:
-        self.num_truncated += 1
-        if self.num_truncated == 1:
-            logger.warning(
-                "a target is longer than max_target_tokens=%d and is cut: %r", self.max_target_tokens, text[:80]
-            )
 
 
 def prompt_of(sample: Sample, processor: FrozenPrefixProcessor) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from frozenprefix.errors import BadImageError, DataError, FrozenPrefixError
-from frozenprefix.utils import write_jsonl
+from frozenprefix.utils import report, report_left_out, write_jsonl
 from frozenprefix.utils.images import decode_image, image_endings, load_image, read_image, to_image
 
 __all__ = [
@@ -23,51 +22,50 @@ __all__ = [
     "load_image",
     "processing",
     "read_image",
-    "report_left_out",
     "to_image",
     "walk_files",
 ]
 
-log = logging.getLogger(__name__)
 
-
-def walk_files(root: Path, *, hidden: list[Path] | None = None) -> Iterator[Path]:
+def walk_files(root: Path, *, passed_over: dict[Path, str] | None = None) -> Iterator[Path]:
     """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
 
-    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are skipped.
+    Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are passed over.
 
     Args:
-        hidden: collects the skipped paths.
+        passed_over: collects the paths that are passed over, and why.
 
     Example:
         >>> [path.name for path in walk_files(data_folder)][0]
         'captions.jsonl'
     """
-    yield from _walk(root, (), [] if hidden is None else hidden)
+    yield from _walk(root, (), {} if passed_over is None else passed_over)
 
 
-def _walk(folder: Path, above: tuple[Path, ...], hidden: list[Path]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[Path, ...], passed_over: dict[Path, str]) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:
-        log.warning("%s: is a link to a folder above it and is left out", folder)
+        passed_over[folder] = "link to a folder above it"
         return
     files, folders = [], []
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        log.warning("%s: cannot be read and is left out: %s", folder, error.strerror or error)
+        passed_over[folder] = f"folder that cannot be read ({error.strerror or error})"
         return
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name == "__MACOSX":
-            hidden.append(path)
+            passed_over[path] = "hidden"
         elif entry.is_dir():
             folders.append(path)
         elif entry.is_file():
             files.append(path)
+        else:
+            passed_over[path] = "broken link" if entry.is_symlink() else "no file"
     yield from files
     for path in folders:
-        yield from _walk(path, (*above, real), hidden)
+        yield from _walk(path, (*above, real), passed_over)
 
 
 def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path]:
@@ -86,15 +84,15 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
     if not root.is_dir():
         raise DataError(f"{root}: got no folder, expected a folder of images")
     wanted = frozenset(image_endings() if endings is None else endings)
-    hidden: list[Path] = []
-    files = list(walk_files(root, hidden=hidden))
+    passed_over: dict[Path, str] = {}
+    files = list(walk_files(root, passed_over=passed_over))
     images = sorted(path for path in files if path.suffix.lower() in wanted)
     if not images:
         listed = endings or (".jpg", ".png", ".webp", "…")
         raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(listed))}")
-    others = [path for path in files if path.suffix.lower() not in wanted]
-    reasons = Counter({"hidden": len(hidden), "no image by its name": len(others)})
-    report_left_out(root, len(files) + len(hidden), reasons, what="names", examples=[*hidden, *others])
+    total = len(files) + len(passed_over)
+    passed_over |= {path: "no image by its name" for path in files if path.suffix.lower() not in wanted}
+    report_left_out(root, total, Counter(passed_over.values()), what="names", examples=passed_over)
     return images
 
 
@@ -107,30 +105,6 @@ def image_ending(name: str) -> str:
     """
     ending = Path(name).suffix.lower()
     return ending if ending in image_endings() else ""
-
-
-def report_left_out(
-    where: Path | str,
-    total: int,
-    reasons: Mapping[str, int],
-    *,
-    what: str = "rows",
-    examples: Collection[Path | str] = (),
-) -> None:
-    """Log how many of `total` rows (or names, …) are left out, by reason. If all are, that is an error.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    left_out = sum(reasons.values())
-    if not left_out:
-        return
-    counts = ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common() if count)
-    if left_out == total:
-        raise DataError(f"{where}: all of its {total} {what} are left out ({counts}); check where the images are")
-    named = [str(example) for example in list(examples)[:3]]
-    listed = f" ({', '.join(named)}{', …' if len(examples) > len(named) else ''})" if named else ""
-    log.warning("%s: %d of %d %s are left out: %s%s", where, left_out, total, what, counts, listed)
 
 
 @contextmanager
@@ -185,6 +159,11 @@ class BadImages:
     def counts(self) -> dict[str, int]:
         """Number of images by reason, the commonest first."""
         return dict(Counter(error.reason for error in self._errors.values()).most_common())
+
+    def report(self, where: str | PathLike[str], total: int) -> None:
+        """Log how many of `total` images are left out, and where they are listed."""
+        listed = [] if self._written is None else [f"listed in {self._written}"]
+        report(where, total, self.counts, what="images", examples=listed or list(self._errors))
 
     def write(self, path: str | PathLike[str]) -> None:
         """Write one JSON object a line: `image`, `reason`, `message`."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.data.images import report_left_out
 from frozenprefix.errors import DataError
-from frozenprefix.utils import content_hash, replace_surrogates
-
-log = logging.getLogger(__name__)
+from frozenprefix.utils import content_hash, replace_surrogates, report, report_left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +72,40 @@ class ImageGroup:
 
     images: tuple[Path, ...]
     samples: tuple[Sample, ...]
+
+
+def with_one_name_per_image(samples: Sequence[Sample], *, where: str) -> list[Sample]:
+    """The samples with one path for each image file, the first one seen: an image is told by its path.
+
+    A file has other names by links, by `..` in a path, in folders that are given twice, and on file systems that do not
+    tell small letters from capitals. The names that give way are counted in the log.
+
+    Example:
+        >>> (tmp_path / "link.png").symlink_to(image_path)
+        >>> samples = [Sample("1", (image_path,), ()), Sample("2", (tmp_path / "link.png",), ())]
+        >>> [sample.images == (image_path,) for sample in with_one_name_per_image(samples, where="data")]
+        [True, True]
+    """
+    names: dict[tuple[int, int] | Path, Path] = {}
+    chosen: dict[Path, Path] = {}
+    for path in dict.fromkeys(image for sample in samples for image in sample.images):
+        try:
+            state = path.stat()
+        except (OSError, ValueError):  # a missing file, or no name of a file
+            chosen[path] = path
+        else:
+            chosen[path] = names.setdefault((state.st_dev, state.st_ino) if state.st_ino else path, path)
+    others = [path for path, name in chosen.items() if path != name]
+    report(
+        where, len(chosen), {"other name of the same file": len(others)}, done="joined", what="images", examples=others
+    )
+    if not others:
+        return list(samples)
+    renamed = [tuple(chosen[image] for image in sample.images) for sample in samples]
+    return [
+        sample if sample.images == images else replace(sample, images=images)
+        for sample, images in zip(samples, renamed, strict=True)
+    ]
 
 
 def group_by_images(samples: Iterable[Sample]) -> list[ImageGroup]:
@@ -187,8 +217,7 @@ def with_valid_text(samples: Iterable[Sample], *, where: str) -> list[Sample]:
             changes = {"targets": targets, "question": question, "prompt": prompt, "history": history}
             sample = replace(sample, metadata=metadata, **changes)
         valid.append(sample)
-    if replaced:
-        log.warning("%s: lone surrogates are replaced in the texts of %d of %d samples", where, replaced, len(valid))
+    report(where, len(valid), {"lone surrogates replaced": replaced}, done="changed", what="samples")
     return valid
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.bootstrap import paired_bootstrap
 from frozenprefix.evaluation.scoring import rows_of
-from frozenprefix.utils import read_jsonl
+from frozenprefix.utils import read_jsonl, report
 from frozenprefix.utils.hashing import hash_file
 
-logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 _EXPECTED = "a result of frozenprefix evaluate --out"
 
@@ -80,8 +78,9 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
     images = [tuple(a.rows[key]["images"]) for key in ids]
     metrics: dict[str, dict[str, float | None]] = {}
     shared = [name for name in a.result["metrics"] if name in b.result["metrics"]]
-    for name in sorted({*a.result["metrics"], *b.result["metrics"]} - set(shared)):
-        logger.warning("%s: left out, only one of the two evaluations has it", name)
+    every = {*a.result["metrics"], *b.result["metrics"]}
+    alone = sorted(every - set(shared))
+    report("compare", len(every), {"in one evaluation only": len(alone)}, what="metrics", examples=alone)
     for name in shared:
         (rows_a, metric, known), (rows_b, _, known_b) = (_rows(each, name, ids) for each in (a, b))
         if known and known_b:

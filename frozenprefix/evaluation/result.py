@@ -68,9 +68,14 @@ def evaluate_runs(
     predictions = predict(journal)
     result = []
     if options.processes.is_main_process:
+        scored.bad.report(f"task '{scored.task}'", len(_images(scored.samples)) + len(scored.bad))
         result = [result_of(scored, predictions, options.predictions)]
         journal.remove()
     return gather_object(result)[0]
+
+
+def _images(samples: Sequence[Sample]) -> set[Path]:
+    return {image for sample in samples for image in sample.images}
 
 
 def predict_missing(

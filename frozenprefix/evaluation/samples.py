@@ -14,6 +14,7 @@ from frozenprefix.data.samples import Sample, check_unique_ids, with_images, wit
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError
+from frozenprefix.utils import report
 
 #: (type of source, task) → fields without which the source gives no sample of that task.
 _TASK_FIELDS: dict[tuple[str, str], dict[str, Any]] = {
@@ -86,7 +87,7 @@ def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:
     return with_targets(samples, where=f"task '{task}'")
 
 
-def join_captions(samples: Sequence[Sample]) -> list[Sample]:
+def join_captions(samples: Sequence[Sample], *, where: str = "data") -> list[Sample]:
     """One sample per image and prompt, with the captions of all samples of that image as references.
 
     Data with one caption a row would otherwise be scored against one reference each.
@@ -101,6 +102,7 @@ def join_captions(samples: Sequence[Sample]) -> list[Sample]:
     for sample in samples:
         references.setdefault(sample.images, []).extend(sample.targets)
         first.setdefault((sample.images, sample.prompt), sample)
+    report(where, len(samples), {"same image and prompt": len(samples) - len(first)}, done="joined", what="samples")
     return [replace(sample, targets=tuple(references[sample.images])) for sample in first.values()]
 
 

@@ -173,7 +173,7 @@ def _taxonomy() -> WordNet | None:
     try:
         return WordNet()
     except AssetError as error:
-        logger.info("left out: %s", error)
+        logger.info("WUPS is not computed: %s", error)
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.data.cache import FeatureCache, ImageKeys
@@ -22,7 +22,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.models.fusion import FUSIONS
-from frozenprefix.models.language_model.loading import load_tokenizer, resolve_language_model
+from frozenprefix.models.language_model.loading import language_model_config, load_tokenizer
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.planning import costs
@@ -177,8 +177,7 @@ def language_model_shape(config: LanguageModelConfig) -> LanguageModelShape:
         >>> language_model_shape(LanguageModelConfig(path=str(lm_folder))).layers
         2
     """
-    source = resolve_language_model(config)
-    lm_config = AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
+    lm_config = language_model_config(config)
     if lm_config.is_encoder_decoder:
         raise ConfigError(
             f"model.language_model: the cost of an encoder-decoder model ({lm_config.model_type}) is not known to "

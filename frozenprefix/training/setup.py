@@ -21,8 +21,8 @@ from frozenprefix.data.check import Leak, find_leaks
 from frozenprefix.data.features import fill_feature_cache, share_bad_images
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
-from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_images, with_targets
-from frozenprefix.data.sources import load_source
+from frozenprefix.data.samples import ImageGroup, Sample, group_by_images, with_images, with_targets
+from frozenprefix.data.sources import load_sources
 from frozenprefix.errors import BadImageError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
@@ -116,9 +116,7 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
         >>> len(load_samples([{"type": "captions", "path": str(data_folder)}], "train"))
         12
     """
-    samples = [sample for source in sources for sample in load_source(source, images=images)]
-    check_unique_ids(samples)
-    return with_targets(samples, where=f"data.{part}")
+    return with_targets(load_sources(sources, images=images), where=f"data.{part}")
 
 
 def load_parts(data: DataSection, *, without_images: bool = False) -> dict[str, list[Sample]]:
@@ -212,7 +210,7 @@ def prepare_images(
             bad_list.unlink(missing_ok=True)
             if len(bad):
                 bad.write(bad_list)
-                logger.warning("%d of %d images cannot be used; %s lists them", len(bad), len(paths), bad_list)
+                bad.report("data", len(paths))
     bad.check(len(paths), data.max_bad_share)
     kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
     return PreparedImages(kept, features, bad, len(paths), sum(gather_object([encoded])))

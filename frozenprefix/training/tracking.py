@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 
 from frozenprefix.config.sections import TrackingSection
 from frozenprefix.errors import DataError, TrainingError
-from frozenprefix.utils import append_jsonl, read_jsonl, write_jsonl, write_text_atomic
+from frozenprefix.utils import append_jsonl, read_jsonl, report, write_jsonl, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         lines_before_last = path.read_bytes().rstrip(b"\n").count(b"\n")
         if len(rows) < lines_before_last:
             raise TrainingError(f"{error}; repair or move the file to go on") from error
-        logger.warning("%s:%d: the last line was cut off in writing and is skipped", path, len(rows) + 1)
+        report(path, len(rows) + 1, {"cut off in writing": 1}, what="lines")
     return rows
 
 

@@ -113,8 +113,8 @@ class Trainer(BaseTrainer):
         self.collator = Collator(self.processor, features, **self._collation())
         self.train_collator = self._training_collator(features)
         positions = self.model.lm.learned_positions
-        self.train_collator.check_targets(self.train_groups, positions)
-        self.collator.check_targets(self.validation_groups, positions)
+        self.train_collator.check_targets(self.train_groups, positions, where="data.train")
+        self.collator.check_targets(self.validation_groups, positions, where="data.validation")
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")

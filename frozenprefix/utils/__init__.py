@@ -16,6 +16,7 @@ from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write
 from frozenprefix.utils.locks import hold_lock
 from frozenprefix.utils.outputs import check_output
 from frozenprefix.utils.progress import progress_bar
+from frozenprefix.utils.reports import report, report_left_out, summary
 from frozenprefix.utils.text import replace_surrogates
 from frozenprefix.utils.user_cache import build_once, user_cache
 
@@ -36,7 +37,10 @@ __all__ = [
     "read_text",
     "recover_folder",
     "replace_surrogates",
+    "report",
+    "report_left_out",
     "safe_file_name",
+    "summary",
     "tree_sha256",
     "user_cache",
     "write_bytes_atomic",

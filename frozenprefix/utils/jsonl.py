@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -12,8 +11,7 @@ from typing import Any
 
 from frozenprefix.errors import DataError
 from frozenprefix.utils.files import atomic_file, encode_text
-
-logger = logging.getLogger(__name__)
+from frozenprefix.utils.reports import report
 
 
 def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
@@ -22,8 +20,8 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
     Lines end at a line feed only; a text may contain U+2028 and other line separators.
 
     Args:
-        skip_damaged: for files that a killed process may have left unfinished: lines that are not JSON are skipped
-            and counted in the log.
+        skip_damaged: for files that a killed process may have left unfinished: lines that are not JSON are left
+            out, and counted in the log.
 
     Raises:
         DataError: the file cannot be read; or, naming file and line, a line is not UTF-8 or not JSON.
@@ -33,7 +31,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
         >>> list(read_jsonl(tmp_path / "rows.jsonl"))
         [(1, {'id': 1}), (2, {'id': 2})]
     """
-    damaged = 0
+    total = damaged = 0
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -41,6 +39,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
                     line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
                 if not line.strip():
                     continue
+                total += 1
                 try:
                     value = parse_json(line.decode("utf-8"))
                 except ValueError as error:
@@ -51,8 +50,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
                     yield number, value
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; expected a file of JSON lines there") from error
-    if damaged:
-        logger.info("%s: %d unfinished lines are skipped", path, damaged)
+    report(path, total, {"unfinished": damaged}, what="lines")
 
 
 def parse_json(text: str) -> Any:

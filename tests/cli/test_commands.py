@@ -222,7 +222,7 @@ def test_a_broken_image_is_skipped_and_said(images, tiny_checkpoint):
     result = call("caption", tiny_checkpoint, images, code=1)
     names = [line.split("\t")[0] for line in result.stdout.splitlines()]
     assert names == [str(images / "a.jpg"), str(images / "deep/c.png")]
-    assert result.stderr.startswith("skipped, not_an_image: ")
+    assert result.stderr.startswith("left out, not_an_image: ")
     assert "b.png" in result.stderr
 
 

@@ -86,15 +86,16 @@ def test_a_prompt_with_too_few_places_for_its_images_is_an_error(processor, grou
 
 def test_long_targets_are_cut_closed_counted_and_said_once(processor, caplog):
     collator = Collator(processor, max_target_tokens=4)
-    sample = Sample("1", (Path("x"),), ())
+    texts = ("a red dog runs on", "the man sits on grass", "a")
+    sample = Sample("1", (Path("x"),), (*texts, texts[0]))
     with caplog.at_level(logging.WARNING):
-        cut = [collator.target(sample, text) for text in ("a red dog runs on", "the man sits on grass", "a")]
-        collator.target(sample, "a red dog runs on")
+        collator.check_targets([ImageGroup(sample.images, (sample,))], where="data.train")
+        cut = [collator.target(sample, text) for text in texts]
     assert [len(target.input_ids) - target.num_context for target in cut] == [4, 4, 2]
     assert all(target.input_ids[-1] == 2 for target in cut)
-    assert collator.num_truncated == 2
-    assert [record.message for record in caplog.records] == [
-        "a target is longer than max_target_tokens=4 and is cut: 'a red dog runs on'"
+    assert caplog.messages == [
+        "data.train: 2 of 3 targets are cut: longer than training.max_target_tokens = 4 2 "
+        "(a red dog runs on, the man sits on grass)"
     ]
 
 

@@ -283,7 +283,7 @@ def test_easy_vqa(tmp_path, caplog):
         ("test/1#0", "vqa", ("no",)),
     ]
     assert [sample.metadata.get("question_type") for sample in samples] == [None, "shape", "yes-no"]
-    assert "easy_vqa test: 1 images get no caption" in caplog.text
+    assert "easy_vqa test: 1 of 2 images are left out: no caption" in caplog.text
     (tmp_path / "train/questions.json").write_text('[["q", "maybe", 0]]')
     with pytest.raises(DataError, match=r"questions.json: \[0\]: got \['q', 'maybe', 0\], expected \[question"):
         load_source(config)

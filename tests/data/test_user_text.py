@@ -88,7 +88,7 @@ def test_lone_surrogates_in_data_are_replaced_and_counted(tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = load_source({"type": "captions", "path": str(tmp_path)})
     assert samples[0].targets == ("a \ufffd dog", "a \U0001f600 cat")
-    assert "lone surrogates are replaced in the texts of 2 of 3 samples" in caplog.text
+    assert "2 of 3 samples are changed: lone surrogates replaced 2" in caplog.text
 
 
 # ── before the first step ──

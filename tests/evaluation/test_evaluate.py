@@ -113,7 +113,7 @@ def test_wups_is_scored_where_wordnet_is(monkeypatch, caplog):
     monkeypatch.setattr(scoring, "WordNet", missing)
     with caplog.at_level("INFO", logger="frozenprefix"):
         assert set(vqa_scorer(samples)({"1": "dog", "2": "cat"}).metrics) == {"accuracy", "exact_match"}
-    assert caplog.messages == ["left out: WUPS needs WordNet: nltk is not installed; pip install nltk"]
+    assert caplog.messages == ["WUPS is not computed: WUPS needs WordNet: nltk is not installed; pip install nltk"]
 
 
 def test_vqa_scorer_by_hand():

@@ -28,7 +28,7 @@ def test_a_damaged_line_is_named_or_skipped(tmp_path, caplog, line, reason):
         list(read_jsonl(path))
     with caplog.at_level("INFO"):
         assert list(read_jsonl(path, skip_damaged=True)) == [(1, 1), (3, 3)]
-    assert "1 unfinished lines" in caplog.text
+    assert "1 of 3 lines are left out: unfinished 1" in caplog.text
 
 
 def test_a_missing_file_is_a_data_error(tmp_path):

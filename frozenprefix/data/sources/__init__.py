@@ -33,7 +33,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from frozenprefix.assets import resolve
-from frozenprefix.data.samples import Sample, check_unique_ids, with_valid_text
+from frozenprefix.data.samples import Sample, check_unique_ids, with_one_name_per_image, with_valid_text
 from frozenprefix.data.sources.base import Holdout, SourceConfig
 from frozenprefix.data.sources.detection import detect_sources
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
@@ -112,7 +112,8 @@ def load_source(
     """
     source = parse_source(config)
     root = resolve(source.path, base=base)
-    samples = of_split(source.read(root), source.split, where=source.path)
+    samples = with_one_name_per_image(source.read(root), where=source.path) if images else source.read(root)
+    samples = of_split(samples, source.split, where=source.path)
     if source.holdout is not None:
         samples = hold_out(samples, source.holdout, root)
     samples = first_images(samples, source.limit)
@@ -124,8 +125,13 @@ def load_source(
     return samples
 
 
-def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path | None = None) -> list[Sample]:
-    """Read several sources, one after the other, into one list with unique ids.
+def load_sources(
+    configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path | None = None, images: bool = True
+) -> list[Sample]:
+    """Read several sources, one after the other, into one list with unique ids, and one path for each image.
+
+    Args:
+        base, images: as for `load_source`.
 
     Example:
         >>> len(load_sources(detect_sources(data_folder))) > 12
@@ -133,9 +139,9 @@ def load_sources(configs: Iterable[dict[str, Any] | SourceConfig], *, base: Path
     """
     samples: list[Sample] = []
     for config in configs:
-        samples += load_source(config, base=base)
+        samples += load_source(config, base=base, images=images)
     check_unique_ids(samples)
-    return samples
+    return with_one_name_per_image(samples, where="sources") if images else samples
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:

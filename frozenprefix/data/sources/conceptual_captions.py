@@ -12,12 +12,13 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from frozenprefix.data.images import image_ending, report_left_out, walk_files
+from frozenprefix.data.images import image_ending, walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import read_table
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
+from frozenprefix.utils import report_left_out
 
 
 class ConceptualCaptionsSource(SourceConfig):

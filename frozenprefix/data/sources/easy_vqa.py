@@ -17,8 +17,7 @@ from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import read_json
 from frozenprefix.data.sources.selection import in_validation
 from frozenprefix.errors import DataError
-
-log = logging.getLogger(__name__)
+from frozenprefix.utils import report
 
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -55,7 +54,8 @@ class EasyVqaSource(SourceConfig):
     def _read_folder(self, root: Path, folder: str) -> list[Sample]:
         samples: list[Sample] = []
         without = 0
-        for number, questions in _by_image(root / "questions.json").items():
+        by_image = _by_image(root / "questions.json")
+        for number, questions in by_image.items():
             held_out = folder == "train" and in_validation(str(number), self.val_fraction, self.val_seed)
             split = "val" if held_out else folder
             name, image = f"{folder}/{number}", root / "images" / f"{number}.png"
@@ -66,8 +66,8 @@ class EasyVqaSource(SourceConfig):
                     samples += self._whole_image_samples(caption, name, image, split)
             if self.questions:
                 samples.extend(_question_samples(questions, name, image, split))
-        if without:
-            log.info("easy_vqa %s: %d images get no caption: their questions do not tell both words", folder, without)
+        reasons = {"no caption, as its questions do not tell both words": without}
+        report(f"easy_vqa {folder}", len(by_image), reasons, what="images", level=logging.INFO)
         return samples
 
     def _whole_image_samples(self, caption: str, name: str, image: Path, split: str) -> list[Sample]:

@@ -12,12 +12,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import read_table
 from frozenprefix.errors import DataError
-from frozenprefix.utils import read_text
+from frozenprefix.utils import read_text, report_left_out
 
 
 class FlickrTokensSource(SourceConfig):

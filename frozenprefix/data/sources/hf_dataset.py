@@ -10,7 +10,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.hf_tables import Table, tables_of, take_images
@@ -19,6 +18,7 @@ from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
 from frozenprefix.errors import DataError, did_you_mean
+from frozenprefix.utils import report_left_out
 
 # what a column is for, tried in this order when no column is named
 _USUAL = (

@@ -8,13 +8,13 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from frozenprefix.data.images import report_left_out
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import Row, read_rows
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 from frozenprefix.models.processing import IMAGE_TOKEN
+from frozenprefix.utils import report_left_out
 
 _QUESTION = "{question}"
 

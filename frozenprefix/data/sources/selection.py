@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from frozenprefix.data.images import report_left_out, walk_files
+from frozenprefix.data.images import walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import Holdout
 from frozenprefix.errors import DataError, did_you_mean
-from frozenprefix.utils import content_hash
+from frozenprefix.utils import content_hash, report, report_left_out
 
 T = TypeVar("T")
 
@@ -28,7 +29,10 @@ def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> 
         {'captions.jsonl': None, 'qa.jsonl': None}
     """
     if pattern.startswith("**/"):
-        files = [path for path in walk_files(root) if path.match(pattern.removeprefix("**/"))]
+        passed_over: dict[Path, str] = {}
+        walked = list(walk_files(root, passed_over=passed_over))
+        files = [path for path in walked if path.match(pattern.removeprefix("**/"))]
+        report(root, len(walked) + len(passed_over), Counter(passed_over.values()), what="names", examples=passed_over)
     else:
         files = [path for path in root.glob(pattern) if path.is_file()]
     if not files:

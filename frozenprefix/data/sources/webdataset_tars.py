@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from frozenprefix.data.images import image_ending, report_left_out
+from frozenprefix.data.images import image_ending
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.image_files import unpack_once, write_image
@@ -20,7 +20,7 @@ from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
-from frozenprefix.utils import parse_json
+from frozenprefix.utils import parse_json, report_left_out
 
 _TEXTS = ("txt", "text", "caption", "cls")
 

@@ -65,7 +65,7 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
     """
     check_options("caption", options.extra, ("metrics", "clip_score"))
     _check_metrics(options)
-    samples = join_captions(check_samples_of(samples, "caption"))
+    samples = join_captions(check_samples_of(samples, "caption"), where="task 'caption'")
     generate = generate_settings(options, num_beams=5, max_new_tokens=30)
     settings = {**generate, **lm_settings(captioner)}
     images = options.open_features(captioner, samples)
@@ -124,7 +124,7 @@ def consensus(
     is_main = options.processes.is_main_process
     if not options.train_samples or (options.features.feature_cache == "off" and not is_main):
         return {}
-    train = join_captions(options.train_samples)
+    train = join_captions(options.train_samples, where="training samples")
     train_images = options.open_features(captioner, train)
     if not is_main:
         return {}

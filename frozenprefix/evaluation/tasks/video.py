@@ -51,7 +51,7 @@ def evaluate_video(captioner: Captioner, samples: Sequence[Sample], options: Eva
         2
     """
     check_options("video", options.extra, ("frames", "pooling"))
-    samples = join_captions(check_samples_of(samples, "caption"))
+    samples = join_captions(check_samples_of(samples, "caption"), where="task 'video'")
     several = [sample.id for sample in samples if len(sample.images) != 1]
     if several:
         raise ConfigError(f"task 'video' takes one video a sample; {len(several)} samples differ, first {several[0]}")

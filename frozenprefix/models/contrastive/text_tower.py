@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from frozenprefix.assets import is_pypi, resolve
-from frozenprefix.errors import AssetError, ConfigError
+from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
-from frozenprefix.models.language_model.loading import quiet_transformers
+from frozenprefix.models.pretrained import (
+    check_folder,
+    check_loaded,
+    quiet_transformers,
+    read_config,
+    reading,
+    report_unused,
+)
 from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
 from frozenprefix.utils import tree_sha256
 
+_FIELD = "text_tower.path"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json")
 
 
@@ -93,16 +101,21 @@ def text_tower_from_architecture(config: TextTowerConfig, text_config: dict[str,
 
 
 def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
-    place = str(resolve(config.path)) if is_pypi(config.path) else str(Path(config.path).expanduser())
-    try:
-        with quiet_transformers():
-            model = AutoModel.from_pretrained(place, revision=config.revision, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise AssetError(
-            f"text_tower.path: '{config.path}' is neither a local folder nor an encoder that the Hub gives "
-            f"({str(error).splitlines()[0]}); give a Hub id, a folder or a pypi:// reference"
-        ) from error
+    place = _place(config)
+    with quiet_transformers(), reading(place, _FIELD, "a text encoder"):
+        model, info = AutoModel.from_pretrained(
+            place,
+            revision=config.revision,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=config.revision, trust_remote_code=False)
+    # the pooler is not used, and often has no trained weights
+    lost = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
+    check_loaded({**info, "missing_keys": lost}, place, _FIELD)
+    report_unused(info, model, place, expected=True)
     hidden = getattr(model.config, "hidden_size", None)
     if hidden is None:
         raise ConfigError(f"text_tower.path: '{config.path}' ({model.config.model_type}) is no plain text encoder")
@@ -114,6 +127,23 @@ def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
     _limit_length(tokenizer, model, config)
     tower = TextTower(_encoder(model), config, int(hidden))
     return BuiltTextTower(tower, tokenizer, identity, model.config.to_diff_dict())
+
+
+def tower_config(config: TextTowerConfig) -> Any:
+    """The transformers config of a text tower, without its weights.
+
+    Raises:
+        AssetError: it cannot be read.
+    """
+    return read_config(_place(config), _FIELD, config.revision)
+
+
+def _place(config: TextTowerConfig) -> str:
+    """The folder of a tower, checked, or its Hub id."""
+    place = str(resolve(config.path)) if is_pypi(config.path) else str(Path(config.path).expanduser())
+    if Path(place).is_dir():
+        check_folder(Path(place), _FIELD)
+    return place
 
 
 def _encoder(model: Any) -> Any:

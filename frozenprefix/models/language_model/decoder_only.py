@@ -85,6 +85,8 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         try:
             inputs_embeds = self.embed(torch.arange(3, device=self.model.device)[None])
             whole = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits.float()
+            if not torch.isfinite(whole).all():
+                raise ConfigError("its logits are not finite; its weights are damaged, or too large for its dtype")
             start = self.model(inputs_embeds=inputs_embeds[:, :2], use_cache=False).logits.float()
             if self._difference(start, whole[:, :2]):
                 raise ConfigError("it is not causal: its tokens see those after them")

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from frozenprefix.errors import AssetError
+from frozenprefix.models.pretrained import is_lfs_pointer
 from frozenprefix.utils import build_once, file_sha256, user_cache
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,30 @@ def _convert(gguf_path: Path, target: Path) -> None:
         model, tokenizer = _load(gguf_path)
     except Exception as error:
         # a damaged file can raise any error in the reader
-        raise AssetError(
-            f"GGUF file '{gguf_path}' ({gguf_path.stat().st_size} bytes) cannot be read: {type(error).__name__}: "
-            f"{error}. It is damaged, cut short, or of an architecture that transformers {transformers.__version__} "
-            "does not read; fetch it again, or give a folder in the format of transformers"
-        ) from error
+        raise AssetError(f"GGUF file '{gguf_path}' {_why_unread(gguf_path, error)}") from error
     model.to(_narrowest_exact_dtype(model))  # type: ignore[arg-type]
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _why_unread(gguf_path: Path, error: Exception) -> str:
+    from gguf import GGUFReader
+
+    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if is_lfs_pointer(gguf_path):
+        return "is a Git LFS pointer in place of the file itself; run `git lfs pull` in its folder"
+    try:
+        field = GGUFReader(gguf_path).fields["general.architecture"]
+        architecture = bytes(field.parts[field.data[0]]).decode()
+    except Exception:
+        size = gguf_path.stat().st_size
+        return f"({size} bytes) is damaged, cut short or no GGUF file ({reason}); fetch it again"
+    if architecture == "clip":
+        return "holds the vision part of a model (mmproj); give the GGUF file of its language model"
+    return (
+        f"holds a model of architecture '{architecture}', which transformers {transformers.__version__} could not load "
+        f"({reason}); give a folder in the format of transformers"
+    )
 
 
 def _load(gguf_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

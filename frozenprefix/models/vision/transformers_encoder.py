@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.encoder_configuration import TransformersEncoderConfig
+from frozenprefix.models.pretrained import (
+    check_folder,
+    check_loaded,
+    quiet_transformers,
+    read_config,
+    reading,
+    report_unused,
+)
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -27,7 +34,7 @@ from frozenprefix.models.vision.base import (
 from frozenprefix.models.vision.weights import state_sha256
 from frozenprefix.utils import tree_sha256
 
-logger = logging.getLogger(__name__)
+_FIELD = "model.vision_encoder.name"
 
 _POOLER = "pooler."
 _TOWER = "vision_model"
@@ -134,34 +141,32 @@ def build(config: TransformersEncoderConfig) -> BuiltEncoder:
 
 def _load(place: str, config: TransformersEncoderConfig) -> Any:
     """Return the vision model, without a pooler if the checkpoint has no weights for it."""
-    try:
-        settings = AutoConfig.from_pretrained(place, revision=config.revision)
-        if settings.model_type.startswith("siglip2"):
-            raise ConfigError(
-                f"'{config.name}' takes images of any shape as lists of patches, which is not supported; use a "
-                "SigLIP 2 checkpoint of fixed size, such as google/siglip2-base-patch16-224"
-            )
-        model, info = AutoModel.from_pretrained(
-            place, config=settings, revision=config.revision, dtype=torch.float32, output_loading_info=True
+    if Path(place).is_dir():
+        check_folder(Path(place), _FIELD)
+    settings = read_config(place, _FIELD, config.revision)
+    if settings.model_type.startswith("siglip2"):
+        raise ConfigError(
+            f"'{config.name}' takes images of any shape as lists of patches, which is not supported; use a "
+            "SigLIP 2 checkpoint of fixed size, such as google/siglip2-base-patch16-224"
         )
-    except ConfigError:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise AssetError(
-            f"transformers could not load '{config.name}': {error}. name must be a Hub id, or the folder of a model "
-            "saved with save_pretrained"
-        ) from error
+    with quiet_transformers(), reading(place, _FIELD, "an image encoder"):
+        model, info = AutoModel.from_pretrained(
+            place,
+            config=settings,
+            revision=config.revision,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
     missing = set(info["missing_keys"])
     if hasattr(settings, "vision_config"):
         if not hasattr(model, _TOWER):
             raise ConfigError(f"'{config.name}' ({settings.model_type}) has no {_TOWER}; use another encoder")
         model = getattr(model, _TOWER)
         missing = {key.removeprefix(_TOWER + ".") for key in missing if key.startswith(_TOWER + ".")}
-    lost = sorted(key for key in missing if not key.startswith(_POOLER))
-    if lost:
-        raise AssetError(f"the checkpoint '{config.name}' lacks weights of its vision model: {', '.join(lost[:8])}")
-    if info["unexpected_keys"]:
-        logger.info("'%s' holds %d tensors that its encoder does not use", config.name, len(info["unexpected_keys"]))
+    check_loaded({**info, "missing_keys": {key for key in missing if not key.startswith(_POOLER)}}, place, _FIELD)
+    report_unused(info, model, place, expected=True)
     if missing:
         model.pooler = None  # its weights are random
     return model

@@ -191,13 +191,13 @@ class TestCache:
         path = write_gguf(tmp_path / "toy.gguf", llama)
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * keep)])
-        with pytest.raises(AssetError, match=r"toy\.gguf' \(\d+ bytes\) cannot be read: .* damaged, cut short"):
+        with pytest.raises(AssetError, match=r"toy\.gguf' \(\d+ bytes\) is damaged, cut short or no GGUF file"):
             gguf_to_pretrained(path)
         assert list((home / "gguf").iterdir()) == []
 
     def test_not_a_gguf_file(self, tmp_path: Path):
         (tmp_path / "toy.gguf").write_bytes(b"<html>" * 1000)
-        with pytest.raises(AssetError, match="cannot be read"):
+        with pytest.raises(AssetError, match="damaged, cut short"):
             gguf_to_pretrained(tmp_path / "toy.gguf")
 
     def test_no_such_file(self, tmp_path: Path):
