@@ -178,7 +178,7 @@ class RunSection(RecipeSection):
     max_bad_steps: int = Field(
         3,
         ge=0,
-        description="steps in a row that are left out because loss or gradient is not finite; one more is an error",
+        description="steps in a row that may be left out because loss or gradient is not finite",
     )
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
 

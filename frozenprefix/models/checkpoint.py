@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.language_model.loading import language_model_identity
@@ -168,7 +169,10 @@ def load_checkpoint(
     if isinstance(options.get("language_model"), str | PathLike):
         path = os.fspath(options.pop("language_model"))
         config.language_model = config.language_model.model_copy(update={"path": path})
-    check_named(config.identity, [name for name in part_names if options.get(name) is None], str(source))
+    loaded = [name for name in part_names if options.get(name) is None]
+    check_named(config.identity, loaded, str(source))
+    for part in loaded:
+        check_references(getattr(config, part), f"{source}: {part}")
     apply_options(config, options)
     parts = {name: options[name] for name in part_names if options.get(name) is not None}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
@@ -233,6 +237,29 @@ def check_named(identity: Any, parts: Iterable[str], source: str) -> None:
             raise CheckpointError(
                 f"{source}: config.json has no identity of {part}, so it cannot be checked that this is the one it was "
                 f"trained with; take another checkpoint, or give the part itself as {part}="
+            )
+
+
+def check_references(section: Any, name: str) -> None:
+    """Refuse to download what a checkpoint names and the user never asked for.
+
+    Raises:
+        CheckpointError: naming the `pypi://` reference, and how to follow it.
+
+    Example:
+        >>> from frozenprefix.models.checkpoint import check_references
+        >>> check_references(model.config.language_model, "language_model")
+    """
+    values = [section.model_dump(mode="json")] if hasattr(section, "model_dump") else []
+    while values:
+        value = values.pop()
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and needs_trust(value):
+            raise CheckpointError(
+                f"{name} is '{value}', which is not on this machine; a checkpoint does not make this package download "
+                'what it does not know. If you trust it, fetch it first: python -c "from frozenprefix.assets import '
+                f"resolve; resolve('{value}')\""
             )
 
 

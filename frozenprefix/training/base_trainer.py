@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -387,7 +388,7 @@ class BaseTrainer(ABC):
             return
         self.best_by, value = self.best_of(values)
         best = self.progress.best_value
-        if best is None or (value < best if self.lower_is_better else value > best):
+        if math.isfinite(value) and (best is None or (value < best if self.lower_is_better else value > best)):
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
             self.save_best()

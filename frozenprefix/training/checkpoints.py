@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
@@ -21,7 +21,7 @@ from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.utils import parse_json, read_text, write_text_atomic
+from frozenprefix.utils import read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
 from frozenprefix.utils.sums import check_sums
 from frozenprefix.utils.tensors import load_tensors, save_tensors
@@ -132,7 +132,7 @@ def load_training_state(
         CheckpointError: when the folder holds no state, or belongs to another recipe.
     """
     try:
-        progress = _PROGRESS.validate_python(parse_json(read_text(folder / STATE_FILE)), strict=True)
+        progress = _read_progress(folder)
         state, random_states = (_by_number(load_tensors(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
         _check_optimizer(state, optimizer)
     except ValueError as error:
@@ -153,6 +153,15 @@ def load_training_state(
         raise CheckpointError(f"{folder}: {RANDOM_FILE} holds no random state ({error}); use --resume never") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def _read_progress(folder: Path) -> Progress:
+    try:
+        return _PROGRESS.validate_json(read_text(folder / STATE_FILE), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{STATE_FILE}: {where or 'the file'}: {first['msg']}") from error
 
 
 def _check_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:

@@ -62,7 +62,7 @@ class RunFolder:
         return [*([last] if last.exists() else []), *earlier]
 
     def find_state(self) -> Path | None:
-        """The newest whole state; None where there is no state at all. Newer ones that are damaged are named in the log.
+        """The newest whole state, or None without any state. The log names newer ones, and why they are not whole.
 
         Raises:
             CheckpointError: there are states, and none is whole.

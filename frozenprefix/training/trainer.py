@@ -47,7 +47,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         The result, with the best checkpoint in `output_dir/best`.
 
     Raises:
-        FrozenPrefixError: for bad data, a checkpoint of another recipe, losses that are not finite, or a signal to stop.
+        FrozenPrefixError: for bad data, a checkpoint of another recipe, losses that are not finite, a signal to stop.
 
     Example:
         >>> from frozenprefix.training import train

@@ -1,4 +1,4 @@
-"""Files of tensors: one writer and one reader. Not imported with the package's other helpers, as torch is slow to import."""
+"""Files of tensors: one writer and one reader. The package `utils` leaves them out, as torch is slow to import."""
 
 from __future__ import annotations
 
