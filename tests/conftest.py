@@ -135,7 +135,7 @@ def captioner(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def questions(shapes):
-    """8 questions about 4 images, two different ones: model, blind LM and shuffled are asked 18 in all."""
+    """8 questions about 4 images, two different ones: model, blind LM and shuffled give 24 answers."""
     from frozenprefix.data.sources import load_source
 
     return load_source({"type": "qa", "path": str(shapes), "split": "val"})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, LanguageModel, check_files
+from frozenprefix.cli.common import Arithmetic, Checkpoint, LanguageModel, Precision, check_files
 
 
 def command(
@@ -15,6 +15,7 @@ def command(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.", show_default=False)],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.", show_default=False)],
     language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
 ) -> None:
     """Answer a question about an image."""
     from frozenprefix.assets import check_checkpoint
@@ -23,5 +24,5 @@ def command(
     check_files([image], "IMAGE")
     from frozenprefix.inference import Captioner
 
-    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
     typer.echo(captioner.answer(image, question))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, MaxNewTokens, Prompt, one_line, print_left_out
+from frozenprefix.cli.common import (
+    Arithmetic,
+    Checkpoint,
+    Force,
+    LanguageModel,
+    MaxNewTokens,
+    Precision,
+    Prompt,
+    one_line,
+    print_left_out,
+)
 from frozenprefix.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +34,7 @@ def command(
     max_new_tokens: MaxNewTokens = 30,
     prompt: Prompt = None,
     language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
     force: Force = False,
 ) -> None:
@@ -41,7 +52,7 @@ def command(
     from frozenprefix.inference import Captioner
 
     bad = BadImages()
-    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
     captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:

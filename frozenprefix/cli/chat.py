@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, LanguageModel, MaxNewTokens, check_files
+from frozenprefix.cli.common import Arithmetic, Checkpoint, LanguageModel, MaxNewTokens, Precision, check_files
 from frozenprefix.errors import DataError, FrozenPrefixError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
     language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
 ) -> None:
     """Talk about images. Lines are messages; /image PATH, /reset and /quit are commands."""
     from frozenprefix.assets import check_checkpoint
@@ -45,7 +46,7 @@ def command(
 
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     chat = _Chat(
-        Dialog.from_pretrained(checkpoint, system=system, language_model=language_model),
+        Dialog.from_pretrained(checkpoint, system=system, language_model=language_model, precision=precision.value),
         Console(highlight=False),
         list(images or []),
         {"max_new_tokens": max_new_tokens, **sampling},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,18 @@ LanguageModel = Annotated[
         metavar="PATH", help="Where the language model of the checkpoint lies now; the place in it when not given."
     ),
 ]
+
+
+class Arithmetic(str, Enum):
+    """What frozen parts compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Precision = Annotated[Arithmetic, typer.Option(help="What frozen parts compute in; auto: the faster of fp32 and bf16.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output file that this command did not write.")]
 
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, is_main_process, print_table, write_json
+from frozenprefix.cli.common import (
+    Arithmetic,
+    Checkpoint,
+    Force,
+    LanguageModel,
+    Precision,
+    is_main_process,
+    print_table,
+    write_json,
+)
 from frozenprefix.errors import ConfigError
 
 
@@ -34,6 +43,8 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the task: shots=4, metrics=[meteor]."),
     ] = None,
+    language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole result to.")] = None,
     force: Force = False,
 ) -> None:
@@ -62,6 +73,8 @@ def command(
             restart=restart,
             force=force,
             progress=update,
+            language_model=language_model,
+            precision=precision.value,
             **options,
         )
     if is_main_process():

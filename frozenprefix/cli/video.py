@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, Force, LanguageModel, Prompt, write_json
+from frozenprefix.cli.common import Arithmetic, Checkpoint, Force, LanguageModel, Precision, Prompt, write_json
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def command(
     ] = None,
     prompt: Prompt = None,
     language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="JSON file to write to.")] = None,
     force: Force = False,
 ) -> None:
@@ -63,7 +64,7 @@ def command(
         raise DataError(f"FILE: got '{source}', expected a video file that exists")
     from frozenprefix.inference import Captioner
 
-    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model)
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
     options: dict[str, Any] = {"prompt": prompt, "num_beams": beams or (1 if follow else 5)}
     if follow:
         result = _follow(captioner, source, options)

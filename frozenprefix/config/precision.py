@@ -1,18 +1,18 @@
-"""`precision: auto`: the arithmetic that a run computes in, chosen where it runs."""
+"""`precision: auto`: the arithmetic that a run, a caption or an evaluation computes in, chosen where it runs."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 
-from frozenprefix.config.base_recipe import BaseRecipe
-from frozenprefix.config.contrastive import ContrastiveRecipe
+from frozenprefix.config.base_recipe import DTYPES, BaseRecipe
 from frozenprefix.config.loading import load_checkpoint_recipe
-from frozenprefix.config.recipe import Recipe
+from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.precision import measure_products, native_bfloat16
 from frozenprefix.models.contrastive.text_tower import tower_config
 from frozenprefix.models.language_model.loading import language_model_config
@@ -41,25 +41,58 @@ def resolve_precision(recipe: R, resumed: str | Path | None = None) -> R:
     earlier = None if resumed is None else load_checkpoint_recipe(resumed)
     if earlier is not None:
         return recipe.with_precision(earlier.training.precision)
-    if torch.accelerator.is_available():
+    current_processes()  # forms the group
+    on_cpu = not torch.accelerator.is_available()
+    return recipe.with_precision(gather_object([_faster_precision(recipe.model, on_cpu=on_cpu)])[0])
+
+
+def inference_precision(config: Any, precision: str = "auto", *, device: str | torch.device = "cpu") -> str:
+    """What the frozen parts of a checkpoint compute in on this machine; it need not be that of the training.
+
+    Args:
+        config: of the checkpoint, with the place of its language model here; see `checkpoint_config`.
+        precision: "fp32", "bf16", "fp16", or "auto", which decides as `resolve_precision` does, in this process alone.
+        device: where the model will be.
+
+    Returns:
+        A key of `DTYPES`.
+
+    Raises:
+        ConfigError: for another precision.
+
+    Example:
+        >>> inference_precision(model.config, "bf16")
+        'bf16'
+    """
+    if precision == "auto":
+        precision = _faster_precision(config, on_cpu=torch.device(device).type == "cpu")
+    if precision not in DTYPES:
+        raise ConfigError(f"precision: got {precision!r}, expected auto, {', '.join(DTYPES)}")
+    return precision
+
+
+def _faster_precision(sections: Any, *, on_cpu: bool) -> str:
+    """ "bf16" or "fp32", with one line in the log that says why; `sections` names the language model or text tower."""
+    if not on_cpu:
         precision = "bf16" if native_bfloat16() else "fp32"
         logger.info("precision: %s, which this device computes in natively", precision)
-        return recipe.with_precision(precision)
-    hidden, inner = _feed_forward_sizes(recipe)
+        return precision
+    hidden, inner = _feed_forward_sizes(sections)
     rates = measure_products(hidden, inner)
-    current_processes()  # forms the group
-    precision = gather_object(["bf16" if rates.faster == torch.bfloat16 else "fp32"])[0]
+    precision = "bf16" if rates.faster == torch.bfloat16 else "fp32"
     message = "precision: %s; products of %d x %d run at %.0f GFLOP/s in fp32 and %.0f in bf16"
     logger.info(message, precision, hidden, inner, rates.float32 / 1e9, rates.bfloat16 / 1e9)
-    return recipe.with_precision(precision)
+    return precision
 
 
-def _feed_forward_sizes(recipe: BaseRecipe) -> tuple[int, int]:
-    """Hidden and inner size of the model that takes most of a step."""
-    if isinstance(recipe, Recipe):
-        config = language_model_config(recipe.model.language_model).get_text_config()
-    elif isinstance(recipe, ContrastiveRecipe) and recipe.model.text_tower.source == "transformers":
-        tower = recipe.model.text_tower
+def _feed_forward_sizes(sections: Any) -> tuple[int, int]:
+    """Hidden and inner size of the model that takes most of the time."""
+    language_model, tower = (getattr(sections, name, None) for name in ("language_model", "text_tower"))
+    if getattr(sections, "text_config", None) is not None:  # a checkpoint that holds the whole tower
+        config: Any = SimpleNamespace(**sections.text_config)
+    elif language_model is not None:
+        config = language_model_config(language_model).get_text_config()
+    elif tower is not None and tower.source == "transformers":
         config = tower_config(tower).get_text_config()
     else:
         return TYPICAL_SIZES

@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import AutoConfig
 
-from frozenprefix.assets import check_checkpoint
+from frozenprefix.assets import check_checkpoint, opening_checkpoint
+from frozenprefix.config import inference_precision
 from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import Sample
@@ -23,6 +27,8 @@ from frozenprefix.evaluation.samples import (
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.models import auto  # noqa: F401 # makes its classes known to AutoConfig
+from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.utils import check_output, content_hash, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
@@ -42,6 +48,8 @@ def evaluate_checkpoint(
     restart: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    language_model: str | Path | None = None,
+    precision: str = "auto",
     **extra: Any,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a folder with captions.jsonl, qa.jsonl or another known format, or on its recipe's data.
@@ -60,10 +68,11 @@ def evaluate_checkpoint(
         feature_cache: "auto", "off" or a folder; the recipe's value when None.
         restart: discard the predictions of a killed evaluation.
         force: let `predictions` replace a file that no evaluation wrote.
+        language_model, precision: as of `Captioner.from_pretrained`; all processes take the choice of the first.
         extra: options of this task only.
 
     Returns:
-        The task's result (see `EvaluationTask.run`), with `source`: checkpoint, data, limit and version.
+        The task's result (see `EvaluationTask.run`), with `source`: checkpoint, data, limit, precision and version.
 
     Raises:
         ConfigError: for an unknown task, beams for a task without beam search, a checkpoint without a recipe and no
@@ -78,7 +87,7 @@ def evaluate_checkpoint(
     """
     check_checkpoint(checkpoint)
     chosen, processes = TASKS.get(task), current_processes()
-    device = str(processes.device) if processes.num_processes > 1 else None
+    device = str(processes.device) if processes.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu"
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
@@ -86,10 +95,15 @@ def evaluate_checkpoint(
     if num_beams is None and chosen.takes_beams:
         num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
-    storage = recipe_storage(checkpoint)
     default = Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl"
+    file = _predictions_file(predictions or default, force)
+    with opening_checkpoint(checkpoint):
+        config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
+    precision = gather_object([inference_precision(config, precision, device=device)])[0]
+    model = chosen.load(checkpoint, device=device, language_model=language_model, precision=precision)
+    storage = recipe_storage(checkpoint, model.encoder.fingerprint)
     options = EvaluationOptions(
-        predictions=_predictions_file(predictions or default, force),
+        predictions=file,
         num_beams=num_beams,
         max_new_tokens=defaults.max_new_tokens,
         train_samples=train,
@@ -100,9 +114,9 @@ def evaluate_checkpoint(
         progress=progress,
         extra=extra,
     )
-    result = chosen.run(chosen.load(checkpoint, device=device), samples, options)
+    result = chosen.run(model, samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
-    return {**result, "source": {**source, "limit": limit, "frozenprefix": __version__}}
+    return {**result, "source": {**source, "limit": limit, "precision": precision, "frozenprefix": __version__}}
 
 
 def _samples(

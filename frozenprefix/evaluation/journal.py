@@ -42,7 +42,7 @@ class Journal:
 
     Example:
         >>> journal = Journal(tmp_path / "p.jsonl", {"num_beams": 1})
-        >>> journal.add("model", {"image 1": "a dog"})
+        >>> journal.add({("model", "image 1"): "a dog"})
         >>> Journal(tmp_path / "p.jsonl", {"num_beams": 1}).known
         {('model', 'image 1'): 'a dog'}
     """
@@ -71,11 +71,11 @@ class Journal:
         if self.known:
             logger.info("%s: resuming after %d predictions of an earlier start", predictions, len(self.known))
 
-    def add(self, run: str, predictions: Mapping[str, Any]) -> None:
-        """Write the predictions of a batch: sample id → text, or another JSON value."""
+    def add(self, predictions: Mapping[tuple[str, str], Any]) -> None:
+        """Write the predictions of a batch: (run, sample id) → text, or another JSON value."""
         rows: list[Any] = [] if self._has_header else [{"header": self._header}]
         self._has_header = True
-        for key, value in predictions.items():
+        for (run, key), value in predictions.items():
             self.known[run, key] = value
             rows.append([run, key, value])
         append_jsonl(self._own_file, rows)
@@ -117,12 +117,13 @@ class Journal:
 
 
 def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What predictions depend on: settings, the model's weights, its prompts, and the samples."""
+    """What predictions depend on: settings, the model's weights and their dtype, its prompts, and the samples."""
     model = captioner.model
     rows = [[s.id, [str(path) for path in s.images], s.prompt, s.question, s.history] for s in samples]
     return {
         **settings,
         "version": __version__,
+        "precision": str(model.language_model.dtype).removeprefix("torch."),
         "model": digest([hash_tensors(model.trainable_state()), model.config.identity]),
         "prompts": dict(captioner.processor.prompts),
         "number of samples": len(samples),

@@ -94,16 +94,39 @@ def predict_missing(
         answer: predictions by id for a batch of a run.
         key: the id of an item.
     """
-    share = slice(options.processes.process_index, None, options.processes.num_processes)
     batches = []
     for run, items in todo.items():
         left = [item for item in items if (run, key(item)) not in journal.known]
-        batches += [(run, batch) for batch in list(batched(left, batch_size))[share]]
+        batches += [(run, batch) for batch in batched(left, batch_size)]
+
+    def answer_batch(batch: tuple[str, list[T]]) -> dict[tuple[str, str], Any]:
+        run, items = batch
+        return {(run, name): value for name, value in answer(run, items).items()}
+
+    return predict_batches(journal, batches, answer_batch, options, count=lambda batch: len(batch[1]))
+
+
+def predict_batches(
+    journal: Journal,
+    batches: Sequence[T],
+    answer: Callable[[T], Mapping[tuple[str, str], Any]],
+    options: EvaluationOptions,
+    *,
+    count: Callable[[T], int],
+) -> Predictions:
+    """Predict batches that the journal lacks, each process its share, and gather the predictions of all.
+
+    Args:
+        answer: (run, id) → prediction for a batch.
+        count: how many predictions a batch gives.
+    """
+    share = list(batches)[options.processes.process_index :: options.processes.num_processes]
     done = len(journal.known)
-    total = done + sum(len(batch) for _, batch in batches)
-    for run, batch in batches:
-        journal.add(run, answer(run, batch))
-        done += len(batch)
+    total = done + sum(map(count, share))
+    for batch in share:
+        predictions = answer(batch)
+        journal.add(predictions)
+        done += len(predictions)
         if options.progress is not None:
             options.progress(done, total)
     return journal.gather()

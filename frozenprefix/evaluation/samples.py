@@ -9,6 +9,7 @@ from typing import Any
 
 from frozenprefix.config import Recipe, load_checkpoint_recipe
 from frozenprefix.config.sections import EvaluationSection
+from frozenprefix.data.cache_format import MANIFEST, Fingerprint, load_manifest, plain_fingerprint
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample, check_unique_ids, with_images, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
@@ -106,8 +107,13 @@ def join_captions(samples: Sequence[Sample], *, where: str = "data") -> list[Sam
     return [replace(sample, targets=tuple(references[sample.images])) for sample in first.values()]
 
 
-def recipe_storage(checkpoint: str | Path) -> FeatureStorage:
-    """Where the checkpoint's recipe keeps image features. A folder that is not on this machine counts as "auto".
+def recipe_storage(checkpoint: str | Path, fingerprint: Fingerprint) -> FeatureStorage:
+    """Where the checkpoint's recipe keeps image features.
+
+    A folder that is not on this machine, or holds features computed in another dtype, counts as "auto".
+
+    Args:
+        fingerprint: of the encoder's features.
 
     Raises:
         ConfigError: for a recipe.yaml that cannot be read.
@@ -115,8 +121,14 @@ def recipe_storage(checkpoint: str | Path) -> FeatureStorage:
     recipe = load_checkpoint_recipe(checkpoint)
     if recipe is None:
         return FeatureStorage()
-    place = recipe.data.feature_cache
-    return FeatureStorage(place if place == "off" or Path(place).is_dir() else "auto", recipe.data.feature_dtype)
+    place = Path(recipe.data.feature_cache)
+    storage = recipe.data.feature_storage
+    if storage.feature_cache == "off" or (place.is_dir() and not (place / MANIFEST).is_file()):
+        return storage
+    key = "encoder.dtype"
+    if place.is_dir() and load_manifest(place).fingerprint.get(key) == plain_fingerprint(fingerprint).get(key):
+        return storage
+    return replace(storage, feature_cache="auto")
 
 
 def recipe_defaults(checkpoint: str | Path) -> EvaluationSection:

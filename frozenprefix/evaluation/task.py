@@ -87,7 +87,7 @@ class EvaluationTask:
         sample_task: `Sample.task` of the samples that it takes.
         uses_train: from the task's own options, whether `options.train_samples` is used.
         takes_beams: whether it generates by beam search, so that `options.num_beams` has an effect.
-        load: `load(checkpoint, device=…)` → the model that `run` takes.
+        load: `load(checkpoint, device=…, language_model=…, precision=…)` → the model that `run` takes.
 
     Example:
         >>> EvaluationTask(lambda model, samples, options: {"n": len(samples)}, sample_task="caption").takes_beams

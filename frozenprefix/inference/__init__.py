@@ -6,7 +6,7 @@ from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
 from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, open_index
-from frozenprefix.inference.likelihood import likeliest, log_likelihoods
+from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods
 from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
 from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
 from frozenprefix.inference.zero_shot import LabelledImage, ZeroShotClassifier
@@ -35,6 +35,7 @@ __all__ = [
     "choose_answers",
     "index_folder",
     "likeliest",
+    "likeliest_of_groups",
     "log_likelihoods",
     "open_index",
     "write_answers",

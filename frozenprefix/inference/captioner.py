@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from frozenprefix.assets import opening_checkpoint
+from frozenprefix.config import inference_precision
+from frozenprefix.config.base_recipe import DTYPES
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.checkpoint import checkpoint_config
+from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing import pack_prompts
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
 
 T = TypeVar("T")
@@ -99,16 +104,21 @@ class Captioner:
         device: str | None = None,
         batch_size: int = 32,
         language_model: str | Path | None = None,
+        precision: str = "auto",
     ) -> Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one).
 
         Args:
             language_model: where the checkpoint's language model lies, if it has moved; it must be the same one.
+            precision: of the frozen parts, as of `inference_precision`: "auto" is the faster of fp32 and bf16 here,
+                whatever the checkpoint was trained in.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
+            config = checkpoint_config(FrozenPrefixConfig, checkpoint, language_model=language_model)
+            dtype = DTYPES[inference_precision(config, precision, device=device)]
             model = FrozenPrefixForConditionalGeneration.from_pretrained(
-                checkpoint, device_map=device, language_model=language_model
+                checkpoint, config=config, dtype=dtype, device_map=device
             )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
@@ -166,30 +176,81 @@ class Captioner:
         Raises:
             ConfigError: for an option that a captioner does not take; see `check_generate`.
         """
+        return [text for (text,) in self.generate_groups([[prompt] for prompt in prompts], images, **generate)]
+
+    def generate_groups(
+        self,
+        groups: Sequence[Sequence[str]],
+        images: Sequence[ImageInput] | Tensor | None = None,
+        **generate: Any,
+    ) -> list[list[Generation]]:
+        """Continue one batch of prompts, several behind the same images, which the LM then reads once for all of them.
+
+        Args:
+            groups: the prompts of each group of images, with an `<image>` for every image in each prompt.
+            images: as of `generate`, in reading order over the groups.
+
+        Example:
+            >>> questions = [processor.prompt_for("vqa", text) for text in ("what color is it?", "what shape is it?")]
+            >>> [len(answers) for answers in captioner.generate_groups([questions], [image], max_new_tokens=2)]
+            [2]
+        """
         check_generate(generate, CAPTIONER_REFUSES)
         if images is None:
-            prompts = [self.blind_prompt(prompt) for prompt in prompts]
-        inputs = self.processor(text=list(prompts), return_tensors="pt")
-        if images is not None:
-            inputs["image_features"] = self.encoder(images)
+            groups = [[self.blind_prompt(prompt) for prompt in prompts] for prompts in groups]
+        features = None if images is None else self.encoder(images).to(self.model.device)
         tokenizer = self.processor.tokenizer
         settings = {
             "do_sample": False,
             "eos_token_id": end_tokens(self.model, tokenizer),
             "pad_token_id": padding_token(self.model, tokenizer),
+            "return_dict_in_generate": True,
             **generate,
         }
-        output = self.model.generate(
-            **{name: torch.as_tensor(value).to(self.model.device) for name, value in inputs.items()},
-            return_dict_in_generate=True,
+        encoded = [[self.processor.encode_prompt(prompt) for prompt in prompts] for prompts in groups]
+        counts = [prompts[0].count(IMAGE_TOKEN) if prompts else 0 for prompts in groups]
+        longest = max(len(ids) for prompts in encoded for ids in prompts)
+        if self.model.searches_rows(longest, sees_images=images is not None, **settings):
+            output = self._search_rows(encoded, counts, features, settings)
+        else:
+            output = self._search_each(encoded, counts, features, settings)
+        scores = [None] * len(output.sequences) if settings["do_sample"] else self._scores(output)
+        texts = map(Generation, self.processor.batch_decode(output.sequences), scores)
+        return [list(islice(texts, len(prompts))) for prompts in groups]
+
+    def _search_rows(
+        self, groups: list[list[list[int]]], counts: list[int], features: Tensor | None, settings: dict[str, Any]
+    ) -> Any:
+        packed = pack_prompts(
+            groups,
+            image_token_id=self.processor.image_token_id,
+            prefix_length=self.model.placeholders_per_image,
+            images_per_group=counts,
+        )
+        return self.model.generate(packed=packed.to(self.model.device), image_features=features, **settings)
+
+    def _search_each(
+        self, groups: list[list[list[int]]], counts: list[int], features: Tensor | None, settings: dict[str, Any]
+    ) -> Any:
+        """The images of a group are repeated for each of its prompts."""
+        prompts = [ids for group in groups for ids in group]
+        inputs = self.processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        if features is not None:
+            firsts = accumulate(counts, initial=0)
+            numbers = [
+                first + i
+                for group, count, first in zip(groups, counts, firsts, strict=False)
+                for _ in group
+                for i in range(count)
+            ]
+            features = features[numbers]
+        return self.model.generate(
+            input_ids=inputs["input_ids"].to(self.model.device),
+            attention_mask=inputs["attention_mask"].to(self.model.device),
+            image_features=features,
             output_scores=True,
             **settings,
         )
-        scores = [None] * len(output.sequences) if settings["do_sample"] else self._scores(output)
-        return [
-            Generation(text, score)
-            for text, score in zip(self.processor.batch_decode(output.sequences), scores, strict=True)
-        ]
 
     def blind_prompt(self, prompt: str) -> str:
         """The prompt without its images; an empty one starts with the LM's first token."""

@@ -81,9 +81,12 @@ class Dialog:
         device: str | None = None,
         system: str | None = None,
         language_model: str | Path | None = None,
+        precision: str = "auto",
     ) -> Dialog:
-        """Load a checkpoint; `device` and `language_model` as of `Captioner.from_pretrained`."""
-        captioner = Captioner.from_pretrained(checkpoint, device=device, language_model=language_model)
+        """Load a checkpoint; `device`, `language_model` and `precision` as of `Captioner.from_pretrained`."""
+        captioner = Captioner.from_pretrained(
+            checkpoint, device=device, language_model=language_model, precision=precision
+        )
         return cls(captioner.model, captioner.processor, system=system)
 
     def reset(self) -> None:

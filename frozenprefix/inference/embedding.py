@@ -10,13 +10,17 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig
 
 from frozenprefix.assets import opening_checkpoint
+from frozenprefix.config import inference_precision
+from frozenprefix.config.base_recipe import DTYPES
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import batched
+from frozenprefix.models import auto  # noqa: F401 # makes its classes known to AutoConfig
+from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.registry import Registry
 from frozenprefix.utils import content_hash
@@ -54,18 +58,18 @@ class EmbeddingProcessor(Protocol):
         """Texts -> the keyword arguments of `encode_text`."""
 
 
-def _load_locked(checkpoint: str, device: str) -> tuple[EmbeddingModel, EmbeddingProcessor]:
+def _load_locked(checkpoint: str, **options: Any) -> tuple[EmbeddingModel, EmbeddingProcessor]:
     from frozenprefix.models.contrastive import LockedImageTextModel, load_processor
 
-    model = LockedImageTextModel.from_pretrained(checkpoint, device_map=device)
+    model = LockedImageTextModel.from_pretrained(checkpoint, **options)
     return model, load_processor(checkpoint, model.config)
 
 
-def _load_prefix(checkpoint: str, device: str) -> tuple[EmbeddingModel, EmbeddingProcessor]:
+def _load_prefix(checkpoint: str, **options: Any) -> tuple[EmbeddingModel, EmbeddingProcessor]:
     from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
     from frozenprefix.models.processing import FrozenPrefixProcessor
 
-    model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, device_map=device)
+    model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, **options)
     return model, FrozenPrefixProcessor.from_pretrained(checkpoint)
 
 
@@ -96,12 +100,27 @@ class Embedder:
         self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, *, device: str | None = None, batch_size: int = 32) -> Embedder:
-        """Load a checkpoint folder or Hub id of any model in `LOADERS` onto `device` (a GPU when there is one)."""
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        batch_size: int = 32,
+        language_model: str | Path | None = None,
+        precision: str | None = None,
+    ) -> Embedder:
+        """Load a checkpoint folder or Hub id of any model in `LOADERS` onto `device` (a GPU when there is one).
+
+        Args:
+            language_model: where the checkpoint's language model lies, if it has moved.
+            precision: of the frozen parts; by default that of the training, so that all vectors of an index are alike.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening_checkpoint(checkpoint):
-            kind = PreTrainedConfig.get_config_dict(str(checkpoint))[0].get("model_type", "")
-            return cls(*LOADERS.get(kind)(str(checkpoint), device), batch_size=batch_size)
+            config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
+            dtype = None if precision is None else DTYPES[inference_precision(config, precision, device=device)]
+            loaded = LOADERS.get(config.model_type)(str(checkpoint), config=config, dtype=dtype, device_map=device)
+            return cls(*loaded, batch_size=batch_size)
 
     def fingerprint(self) -> str:
         """SHA-256 over the trained tensors, the identity of the frozen parts, and the preprocessing of images."""

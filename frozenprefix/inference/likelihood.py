@@ -12,10 +12,10 @@ from torch import Tensor
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing.division import TOKENS_PER_ROW, divide
 from frozenprefix.models.packing.trie import PackedBatch, Target, pack
 from frozenprefix.models.processing import IMAGE_TOKEN
 
-TOKENS_PER_ROW = 512  # beyond that attention costs more than reading the prefix once more
 LOGIT_ROWS = 256  # places whose logits are in memory at once
 
 
@@ -55,16 +55,44 @@ def likeliest(
         >>> likeliest(captioner, ["A photo of a"], [["dog", "cat"]])[0] in ("dog", "cat")
         True
     """
-    if prefix_embeds is None:
-        prompts = [captioner.blind_prompt(prompt) for prompt in prompts]
-    groups = []
-    for prompt, texts in zip(prompts, choices, strict=True):
-        context = captioner.processor.encode_prompt(prompt)
-        ids = [captioner.processor.encode_target(prompt, text) for text in texts]
-        groups.append([Target([*context, *(each if end_token else each[:-1])], len(context)) for each in ids])
-    counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
-    scores = log_likelihoods(captioner.model, groups, prefix_embeds, images_per_group=counts)
-    return [texts[int(values.argmax())] for texts, values in zip(choices, scores, strict=True)]
+    groups = [[(prompt, texts)] for prompt, texts in zip(prompts, choices, strict=True)]
+    return [text for (text,) in likeliest_of_groups(captioner, groups, prefix_embeds, end_token=end_token)]
+
+
+def likeliest_of_groups(
+    captioner: Captioner,
+    groups: Sequence[Sequence[tuple[str, Sequence[str]]]],
+    prefix_embeds: Tensor | None = None,
+    *,
+    end_token: bool = False,
+) -> list[list[str]]:
+    """As `likeliest`, for several prompts behind the same images, which are read once for all of them.
+
+    Args:
+        groups: the prompts of each group of images, with their choices.
+        prefix_embeds: float[images, P, D_lm] of all groups in order.
+
+    Example:
+        >>> from frozenprefix.inference import likeliest_of_groups
+        >>> likeliest_of_groups(captioner, [[("Is it", ["red"]), ("It is", ["blue"])]])
+        [['red', 'blue']]
+    """
+    targets: list[list[Target]] = []
+    counts: list[int] = []
+    for group in groups:
+        counts.append(0 if prefix_embeds is None else group[0][0].count(IMAGE_TOKEN))
+        targets.append([])
+        for prompt, texts in group:
+            prompt = captioner.blind_prompt(prompt) if prefix_embeds is None else prompt
+            context = captioner.processor.encode_prompt(prompt)
+            ids = [captioner.processor.encode_target(prompt, text) for text in texts]
+            targets[-1] += [Target([*context, *(each if end_token else each[:-1])], len(context)) for each in ids]
+    scores = log_likelihoods(captioner.model, targets, prefix_embeds, images_per_group=counts)
+    chosen: list[list[str]] = []
+    for group, values in zip(groups, scores, strict=True):
+        parts = values.split([len(texts) for _, texts in group])
+        chosen.append([texts[int(part.argmax())] for (_, texts), part in zip(group, parts, strict=True)])
+    return chosen
 
 
 @torch.inference_mode()
@@ -129,7 +157,7 @@ def _rows_of(
     image_token_id = model.config.image_token_id
     if image_token_id is None:
         raise DataError("config.image_token_id: got None; the processor knows the id of <image>")
-    for numbers in _divide(group, budget):
+    for numbers in divide([target.input_ids for target in group], budget):
         targets = [group[number] for number in numbers]
         packed = pack(
             [targets],
@@ -139,30 +167,6 @@ def _rows_of(
         )
         rows.append(_Row(packed, numbers, *_steps(packed, targets)))
     return rows
-
-
-def _divide(group: Sequence[Target], budget: int) -> list[list[int]]:
-    """Numbers of targets that share a row: those with the longest common starts, up to `budget` tokens in the trie."""
-    rows: list[list[int]] = []
-    size, before = 0, Target([], 0)
-    for number in sorted(range(len(group)), key=lambda i: list(group[i].input_ids)):
-        target = group[number]
-        added = len(target.input_ids) - _common(before.input_ids, target.input_ids)
-        if rows and size + added <= budget:
-            rows[-1].append(number)
-            size += added
-        else:
-            rows.append([number])
-            size = len(target.input_ids)
-        before = target
-    return rows
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))
 
 
 def _steps(packed: PackedBatch, targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:

@@ -133,6 +133,41 @@ def _locate(config: Any, source: str | PathLike[Any]) -> None:
     config.language_model = config.language_model.model_copy(update={"path": path})
 
 
+def checkpoint_config(
+    config_class: Any,
+    source: str | PathLike[Any],
+    *,
+    config: Any = None,
+    language_model: str | PathLike[str] | None = None,
+    **hub: Any,
+) -> Any:
+    """The config of a checkpoint folder or Hub id, with the place of its language model on this machine.
+
+    Args:
+        config_class: of the model.
+        config: a config of that class, or the place of another one, in place of the checkpoint's own.
+        language_model: where the language model lies, if it has moved.
+
+    Raises:
+        ConfigError: for the place of a language model where the checkpoint names none.
+
+    Example:
+        >>> from frozenprefix import FrozenPrefixConfig
+        >>> from frozenprefix.models.checkpoint import checkpoint_config
+        >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
+        'elsewhere'
+    """
+    if not isinstance(config, config_class):
+        config = config_class.from_pretrained(source if config is None else config, **hub)
+    _locate(config, source)
+    if language_model is not None:
+        section = getattr(config, "language_model", None)
+        if section is None:
+            raise ConfigError(f"language_model: got '{language_model}', but {source} names no language model by path")
+        config.language_model = section.model_copy(update={"path": os.fspath(language_model)})
+    return config
+
+
 def load_checkpoint(
     model_class: type[Model], source: str | PathLike[Any], part_names: tuple[str, ...], **options: Any
 ) -> Model:
@@ -161,14 +196,10 @@ def load_checkpoint(
         source = Path(source) / hub.pop("subfolder")
     if Path(source).is_dir():
         check_sums(source)
-    config, config_class = options.get("config"), model_class.config_class  # type: ignore[attr-defined]
-    if not isinstance(config, config_class):
-        config = config_class.from_pretrained(source if config is None else config, **hub)
+    moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
+    config_class = model_class.config_class  # type: ignore[attr-defined]
+    config = checkpoint_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
-    _locate(config, source)
-    if isinstance(options.get("language_model"), str | PathLike):
-        path = os.fspath(options.pop("language_model"))
-        config.language_model = config.language_model.model_copy(update={"path": path})
     loaded = [name for name in part_names if options.get(name) is None]
     check_named(config.identity, loaded, str(source))
     for part in loaded:

@@ -21,6 +21,7 @@ from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import ImageContext, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
+from frozenprefix.models.language_model.base import BeamOptions
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing.trie import PackedBatch
@@ -266,19 +267,22 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        packed: PackedBatch | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue texts with images in them. Pad `input_ids` on the left.
 
         Args:
             input_ids: int64[B, T], also as first argument; attention_mask: int64[B, T]; as the processor gives them.
+            packed: in place of both, prompts that share rows, from `pack_prompts`; see `searches_rows`.
             pixel_values or image_features: the images, in reading order; encoded and mapped once each, not per beam.
             args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, do_sample, top_p, …
 
         Returns:
-            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`. Plain beam search is
-            this package's own (`beam_search`), with the same texts and `sequences_scores` but no `scores` of every
-            step; ask for `output_logits` to have transformers' search, which also serves all other options.
+            int64[B, new tokens]: the continuation only, as transformers does for `inputs_embeds`. Plain greedy and beam
+            search are this package's own (`beam_search`), with the same texts, `sequences_scores` also for greedy ones,
+            and no `scores` of every step; ask for `output_logits` to have transformers' search, which also serves all
+            other options.
         """
         if "max_length" in kwargs:
             raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
@@ -289,14 +293,40 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
+        if packed is not None:
+            return self._continue_rows(packed, prefix_embeds, kwargs)
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         inputs_embeds, context = self.fuse(input_ids, prefix_embeds, attention_mask)
-        beams = None
-        if not args and (context is None or not self.fusion.every_step):
-            beams = self.lm.beam_options(inputs_embeds.shape[1], kwargs)
+        beams = None if args else self._beam_options(inputs_embeds.shape[1], kwargs, sees_images=context is not None)
         with self.fusion.seeing(context):
             return self.lm.generate(inputs_embeds, attention_mask, *args, beams=beams, **kwargs)
+
+    def searches_rows(self, longest: int, *, sees_images: bool = True, **options: Any) -> bool:
+        """Whether `generate` takes packed prompts with these options: prompts of up to `longest` tokens.
+
+        Example:
+            >>> model.searches_rows(20, max_new_tokens=5), model.searches_rows(20, max_new_tokens=5, do_sample=True)
+            (True, False)
+        """
+        return self._beam_options(longest, options, sees_images=sees_images) is not None
+
+    def _beam_options(self, longest: int, options: dict[str, Any], *, sees_images: bool) -> BeamOptions | None:
+        """Options of this package's search; None where transformers has to search."""
+        return None if sees_images and self.fusion.every_step else self.lm.beam_options(longest, options)
+
+    def _continue_rows(self, packed: PackedBatch, prefix_embeds: Tensor | None, options: dict[str, Any]) -> Any:
+        longest = int(packed.position_ids.max()) + 1
+        beams = self._beam_options(longest, options, sees_images=prefix_embeds is not None)
+        if beams is None:
+            raise ConfigError(
+                "generate: packed: this model or these options need transformers' search, which reads one prompt a "
+                "row; ask searches_rows first, and give input_ids"
+            )
+        rows = self.lm.layout(packed)
+        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
+        with self.fusion.seeing(context):
+            return self.lm.continue_rows(rows, inputs_embeds, beams)
 
     # ── images and texts in one space ──
 

@@ -344,6 +344,7 @@ class BaseTrainer(ABC):
         if self.progress.validated_step != self.progress.step:
             self.validate()
         self.save_last()
+        self.ensure_best()
 
     def count_step(self, targets: int) -> None:
         """Record that a step with so many targets, over all processes, is done."""
@@ -388,7 +389,12 @@ class BaseTrainer(ABC):
             return
         self.best_by, value = self.best_of(values)
         best = self.progress.best_value
-        if math.isfinite(value) and (best is None or (value < best if self.lower_is_better else value > best)):
+        if not math.isfinite(value):
+            logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
+            better = False
+        else:
+            better = best is None or (value < best if self.lower_is_better else value > best)
+        if better:
             self.progress.best_value, self.progress.best_step = value, self.progress.step
             self.progress.bad_validations = 0
             self.save_best()
@@ -430,6 +436,15 @@ class BaseTrainer(ABC):
     def save_best(self) -> None:
         if self.accelerator.is_main_process:
             self.folder.save_best(self.write_model)
+
+    def ensure_best(self) -> None:
+        """Save the last checkpoint as the best one too if no validation of this run has chosen one."""
+        unchosen = bool(self.validation_groups) and self.progress.best_value is None
+        if unchosen or not (self.output_dir / "best").is_dir():
+            reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
+            if self.accelerator.is_main_process:
+                logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
+            self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""

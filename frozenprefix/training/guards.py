@@ -61,7 +61,7 @@ def report_bad_step(problem: str, samples: Sequence[str], *, in_a_row: int, allo
         raise TrainingError(
             f"{problem}, and so it was in {in_a_row} steps in a row, expected at most training.max_bad_steps = "
             f"{allowed} (samples: {named}); lower training.learning_rate or training.max_grad_norm, train in fp32, or "
-            "look at these samples. The last checkpoint is unharmed."
+            "look at these samples. Checkpoints saved before are not affected."
         )
     logger.warning(
         "%s: the step is left out, %d of at most %d in a row; samples: %s", problem, in_a_row, allowed, named

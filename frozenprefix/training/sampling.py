@@ -52,8 +52,10 @@ def generate_ids(
     padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     with evaluating(model):
         generated = model.generate(
-            **{name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")},
-            **images,
+            input_ids=padded["input_ids"].to(model.device),
+            attention_mask=padded["attention_mask"].to(model.device),
+            pixel_values=images.get("pixel_values"),
+            image_features=images.get("image_features"),
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=padding_token(model, processor.tokenizer),

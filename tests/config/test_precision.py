@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
 
 from frozenprefix.config import load_checkpoint_recipe, precision, resolve_precision
+from frozenprefix.errors import ConfigError
+from frozenprefix.evaluation import evaluate_checkpoint
+from frozenprefix.evaluation.journal import Journal, header_of
+from frozenprefix.evaluation.samples import recipe_storage
+from frozenprefix.inference import Captioner
 from frozenprefix.kernels.precision import ProductRates, measure_products
+from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.planning import plan
 from frozenprefix.training import train
 from frozenprefix.training.caching import fill_cache
@@ -91,6 +98,52 @@ def test_cache_and_plan_choose_as_training_does(tiny_recipe, tmp_path, rates):
     half = plan(recipe, ["h100"], calibrate=0).memory["language model (frozen)"]
     rates(2.0, 1.0)
     assert plan(tiny_recipe(tmp_path, AUTO), ["h100"], calibrate=0).memory["language model (frozen)"] == 2 * half
+
+
+@pytest.mark.parametrize(("half", "dtype"), [(2.0, torch.bfloat16), (0.5, torch.float32)])
+def test_captions_compute_in_what_is_faster_here(tiny_checkpoint, tmp_path, rates, caplog, half, dtype):
+    trained_in = torch.float32 if half > 1 else torch.bfloat16  # on another kind of machine
+    model = FrozenPrefixForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=trained_in)
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "checkpoint")
+    sizes = rates(1e11, half * 1e11)
+    with caplog.at_level(logging.INFO):
+        model = Captioner.from_pretrained(tmp_path / "checkpoint", device="cpu").model
+    assert (model.language_model.dtype, next(model.vision_encoder.parameters()).dtype) == (dtype, dtype)
+    assert {p.dtype for p in model.mapper.parameters()} == {torch.float32}
+    assert sizes == [(32, 64)], "those of the language model"
+    assert f"run at 100 GFLOP/s in fp32 and {100 * half:.0f} in bf16" in caplog.text
+    own = Captioner.from_pretrained(tmp_path / "checkpoint", device="cpu", precision="fp16").model
+    assert own.language_model.dtype == torch.float16
+
+
+def test_evaluation_names_what_it_computed_in_and_resumes_in_nothing_else(tiny_checkpoint, shapes, tmp_path, rates):
+    rates(1.0, 2.0)
+    options = {"task": "vqa", "data": shapes, "limit": 2, "predictions": tmp_path / "p.jsonl"}
+    assert evaluate_checkpoint(tiny_checkpoint, **options)["source"]["precision"] == "bf16"
+    assert evaluate_checkpoint(tiny_checkpoint, precision="fp32", **options)["source"]["precision"] == "fp32"
+    captioners = [Captioner.from_pretrained(tiny_checkpoint, device="cpu", precision=name) for name in ("bf16", "fp32")]
+    headers = [header_of(captioner, [], {}) for captioner in captioners]
+    Journal(tmp_path / "q.jsonl", headers[0]).add("model", {"1": "a"})
+    with pytest.raises(ConfigError, match="precision: an evaluation was begun with 'bfloat16' and not finished"):
+        Journal(tmp_path / "q.jsonl", headers[1])
+
+
+def test_features_in_another_dtype_are_computed_anew(tiny_recipe, shapes, tmp_path, rates):
+    recipe = tiny_recipe(tmp_path / "run", f"data.feature_cache={tmp_path / 'features'}", "training.max_steps=1")
+    best = train(recipe).best
+    manifest = (tmp_path / "features" / "manifest.json").read_text()
+    rates(1.0, 2.0)
+    result = evaluate_checkpoint(best, task="caption", limit=2, num_beams=1)
+    assert (result["n"], result["source"]["precision"]) == (2, "bf16")
+    assert (tmp_path / "features" / "manifest.json").read_text() == manifest
+    assert recipe_storage(best, {"encoder.dtype": '"float32"'}).feature_cache == str(tmp_path / "features")
+    assert recipe_storage(best, {"encoder.dtype": '"bfloat16"'}).feature_cache == "auto"
+
+
+def test_an_unknown_precision_is_refused(tiny_checkpoint):
+    with pytest.raises(ConfigError, match="precision: got 'half', expected auto, fp32, bf16, fp16"):
+        Captioner.from_pretrained(tiny_checkpoint, precision="half")
 
 
 def test_rates_are_measured_in_little_time_and_once():

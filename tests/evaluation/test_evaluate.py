@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from frozenprefix import __version__
+from frozenprefix.cli.main import app
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
@@ -22,6 +25,7 @@ from frozenprefix.evaluation.metrics.captions import bleu_of_sums
 from frozenprefix.evaluation.scoring import Scores, caption_scorer, intervals, vqa_scorer
 from frozenprefix.evaluation.tasks import captioning, runs, vqa
 from frozenprefix.inference import Captioner
+from tests.helpers.answers import saying
 from tests.helpers.data import rows_of
 from tests.helpers.drawings import write_shapes
 
@@ -59,7 +63,7 @@ def test_captions(captioner, captions, tmp_path):
     assert result["settings"] == {"num_beams": 2, "max_new_tokens": 5}
     assert result["baselines"].keys() == {"blind", "shuffled"}
     assert result["baselines"]["blind"].keys() == result["baselines"]["shuffled"].keys() == result["metrics"].keys()
-    assert steps[-1] == (4 + 1 + 4, 4 + 1 + 4), "blind, the one prompt is asked once"
+    assert steps[-1] == (12, 12)
     rows = rows_of(path)
     assert [row["id"] for row in rows] == [sample.id for sample in captions]
     assert all(row["references"] == list(s.targets) for row, s in zip(rows, captions, strict=True))
@@ -88,7 +92,7 @@ def test_questions(captioner, questions, tmp_path):
 
 def test_scores_are_of_the_predictions(captioner, questions, tmp_path, monkeypatch):
     """A model that always says "red", whatever it is shown."""
-    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "Red." for sample, _ in batch})
+    monkeypatch.setattr(runs, "predict", saying("Red."))
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
     answers = [sample.targets[0] for sample in questions]
     share = answers.count("red") / len(answers)
@@ -157,8 +161,9 @@ def test_every_sample_has_its_scores(captioner, captions, tmp_path):
 
 def test_intervals_draw_whole_images(captioner, questions, tmp_path, monkeypatch):
     """One of the two questions of each image is answered rightly: half of the samples, half of every image."""
-    right = {s.id: s.targets[0] for s in questions if s.question == "what color is this?"}
-    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {s.id: right.get(s.id, "no") for s, _ in batch})
+    right = {s.images: s.targets[0] for s in questions if s.question == "what color is this?"}
+    answer = saying(lambda asked, prompt: right[asked.images] if asked.images and "color" in prompt else "no")
+    monkeypatch.setattr(runs, "predict", answer)
     result = evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl")
     assert result["metrics"]["accuracy"] == 0.5
     assert result["intervals"]["accuracy"] == [0.5, 0.5]
@@ -250,22 +255,41 @@ def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
         return predict(captioner, batch, images, settings)
 
     given = []
-    generate = Captioner.generate
+    generate = Captioner.generate_groups
     monkeypatch.setattr(runs, "predict", spy)
 
-    def record(self, prompts, images=None, **options):
-        given.append(images)
-        return generate(self, prompts, images, **options)
+    def record(self, groups, images=None, **options):
+        given.append((groups, images))
+        return generate(self, groups, images, **options)
 
-    monkeypatch.setattr(Captioner, "generate", record)
+    monkeypatch.setattr(Captioner, "generate_groups", record)
     evaluate_samples(captioner, captions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=2)
-    shown = [part for part in given if part is not None]
-    assert [part is None for part in given] == [False, False, True, False, False], "model, blind, shuffled"
-    right, wrong = torch.cat(shown[:2]), torch.cat(shown[2:])
-    expected = torch.stack([own[sample.id] for sample, _ in seen[:4]])
-    assert torch.equal(right, expected)
-    for (sample, _), image in zip(seen[5:], wrong, strict=True):
-        assert not torch.equal(image, own[sample.id])
+    assert [images is None for _, images in given] == [False, False, True], "batches with images, and the blind one"
+    assert [prompts for groups, _ in given for prompts in groups] == [["<image>"]] * 5, "each image is asked once"
+    shown = torch.cat([images for _, images in given if images is not None])
+    for asked, image in zip(seen, shown, strict=False):
+        runs_of = {run: sample_id for askers in asked.askers.values() for run, sample_id in askers}
+        assert runs_of.keys() == {"model", "shuffled"}
+        assert torch.equal(image, own[runs_of["model"]])
+        assert not torch.equal(image, own[runs_of["shuffled"]])
+    assert len(seen[-1].askers["<image>"]) == 4, "without an image, one prompt is asked once"
+
+
+def test_all_questions_about_an_image_are_asked_together(captioner, questions, tmp_path, monkeypatch):
+    asked = []
+    predict = runs.predict
+    spy = lambda model, batch, *rest: asked.extend(batch) or predict(model, batch, *rest)  # noqa: E731
+    monkeypatch.setattr(runs, "predict", spy)
+    evaluate_samples(captioner, questions, predictions=tmp_path / "p.jsonl", num_beams=1, max_new_tokens=3)
+    images = {sample.images for sample in questions}
+    assert [each.images for each in asked if each.images] == list(dict.fromkeys(each.images for each in asked))[:-1]
+    assert {each.images for each in asked} == images | {()}
+    assert all(len(each.prompts) == 2 for each in asked), "both questions, once for the own and the shuffled samples"
+    for row in rows_of(tmp_path / "p.jsonl"):
+        (sample,) = [sample for sample in questions if sample.id == row["id"]]
+        (other,) = [other for own, other in zip(questions, runs.shuffled(questions), strict=True) if own is sample]
+        assert row["model"] == captioner.answer(sample.images[0], sample.question, max_new_tokens=3)
+        assert row["shuffled"] == captioner.answer(other.images[0], sample.question, max_new_tokens=3)
 
 
 def test_a_wrong_image_changes_the_captions(captioner, shapes, tmp_path):
@@ -323,7 +347,7 @@ def test_a_checkpoint_on_a_folder(tiny_checkpoint, shapes, tmp_path, task, n):
 
 
 def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
+    monkeypatch.setattr(runs, "predict", saying("a"))
     monkeypatch.setattr(vqa, "vqa_scorer", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
     result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
     path = Path(result["predictions"])
@@ -345,7 +369,22 @@ def test_a_checkpoint_says_what_was_evaluated(tiny_checkpoint, shapes, tmp_path)
         tiny_checkpoint, task="vqa", data=shapes, split="val", limit=2, predictions=tmp_path / "p.jsonl"
     )
     source = {"checkpoint": str(tiny_checkpoint), "data": str(shapes), "split": "val", "limit": 2}
-    assert result["source"] == {**source, "frozenprefix": __version__}
+    assert result["source"] == {**source, "precision": "fp32", "frozenprefix": __version__}
+
+
+def test_a_language_model_that_has_moved(tiny_checkpoint, sharp_lm, lm_of, shapes, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["language_model"]["path"] = config["language_model_location"] = str(tmp_path / "gone")
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["evaluate", folder, "--task", "vqa", "--data", shapes, "--limit", 2]
+    missing = CliRunner().invoke(app, list(map(str, command)))
+    assert (missing.exit_code, "language_model.path" in missing.output) == (2, True)
+    found = CliRunner().invoke(app, [*map(str, command), "--language-model", str(sharp_lm)])
+    assert (found.exit_code, "n = 4" in found.output) == (0, True)
+    other = CliRunner().invoke(app, [*map(str, command), "--language-model", str(lm_of("qwen2"))])
+    assert (other.exit_code, "this checkpoint was trained with" in other.output) == (2, True)
 
 
 def test_unknown_tasks_and_options_are_refused(tiny_checkpoint, shapes, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
 from frozenprefix.evaluation.tasks import evaluate_vqa, runs
+from tests.helpers.answers import ids_of
 from tests.helpers.data import rows_of
 from tests.helpers.processes import run_in_threads
 
@@ -27,14 +28,14 @@ def killed_after(monkeypatch):
     """`killed_after(2)`: the third batch never comes. Returns the list of the samples asked for."""
     predict = runs.predict
 
-    def install(batches: int = 10**6) -> list[str]:
-        asked: list[str] = []
+    def install(batches: int = 10**6) -> list[tuple[str, str]]:
+        asked: list[tuple[str, str]] = []
         left = iter(range(batches))
 
         def guarded(captioner, batch, images, settings):
             if next(left, None) is None:
                 raise Killed
-            asked.extend(sample.id for sample, _ in batch)
+            asked.extend(ids_of(batch))
             return predict(captioner, batch, images, settings)
 
         monkeypatch.setattr(runs, "predict", guarded)
@@ -49,17 +50,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(captioner, questions, tmp_path
     before = killed_after(2)
     with pytest.raises(Killed):
         evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
-    assert len(before) == 6
+    assert len(before) == 16, "four images with two questions each, for the model and for shuffled images"
     assert not path.exists()
     steps: list[tuple[int, int]] = []
     after = killed_after()
     result = evaluate_samples(
         captioner, questions, predictions=path, progress=lambda *step: steps.append(step), **SETTINGS
     )
-    assert len(after) == 18 - 6
-    assert not set(before) & set(after[:2]), "the model's run goes on with what is missing"
-    assert steps[0][0] > 6
-    assert steps[-1] == (18, 18)
+    assert sorted(before + after) == sorted(set(before + after))
+    assert {run for run, _ in after} == {"blind"}
+    assert steps == [(24, 24)]
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {**result, "predictions": ""} == {**expected, "predictions": ""}
 
@@ -76,7 +76,7 @@ def test_a_line_that_was_cut_is_predicted_again(captioner, questions, tmp_path, 
         evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
     rest = killed_after()
     evaluate_samples(captioner, questions, predictions=path, **SETTINGS)
-    assert len(again) + len(rest) == 18 - 2
+    assert len(again) + len(rest) == 24 - 11, "of twelve predictions the last one was cut"
     assert len(rows_of(path)) == 8
 
 
@@ -92,7 +92,7 @@ def test_other_settings_are_refused_until_restarted(captioner, questions, tmp_pa
         evaluate_samples(captioner, questions[:6], predictions=path, **SETTINGS)
     asked = killed_after()
     evaluate_samples(captioner, questions, predictions=path, restart=True, **SETTINGS)
-    assert len(asked) == 18
+    assert len(asked) == 24
 
 
 def test_other_weights_are_refused(captioner, questions, tmp_path, killed_after):
@@ -114,14 +114,14 @@ def test_other_weights_are_refused(captioner, questions, tmp_path, killed_after)
 
 
 def test_processes_share_the_samples_and_count_none_twice(captioner, questions, tmp_path, monkeypatch):
-    """8 questions in batches of 3 for 2 processes: uneven shares."""
+    """Four images in batches of 3 for 2 processes: uneven shares."""
     alone = evaluate_samples(captioner, questions, predictions=tmp_path / "alone.jsonl", **SETTINGS)
     lock, asked, predict = threading.Lock(), [], runs.predict
 
     def one_at_a_time(captioner, batch, images, settings):
         with lock:  # the threads share the model
             who = threading.current_thread().name
-            asked.extend((sample.id, other and other.id, who) for sample, other in batch)
+            asked.extend((*asker, who) for asker in ids_of(batch))
             return predict(captioner, batch, images, settings)
 
     monkeypatch.setattr(runs, "predict", one_at_a_time)
@@ -133,7 +133,7 @@ def test_processes_share_the_samples_and_count_none_twice(captioner, questions, 
         ),
         monkeypatch,
     )
-    assert len(asked) == len({pair[:2] for pair in asked}) == 18
+    assert len(asked) == len({pair[:2] for pair in asked}) == 24
     assert len({who for *_, who in asked}) == 2
     assert {**results[0], "predictions": ""} == {**alone, "predictions": ""}
     assert results[1] == results[0]

@@ -12,6 +12,7 @@ from frozenprefix.evaluation.metrics import java
 from frozenprefix.evaluation.metrics.java import JavaScores
 from frozenprefix.evaluation.tasks import captioning, evaluate_captions, runs
 from frozenprefix.inference import Embedder
+from tests.helpers.answers import saying
 from tests.helpers.data import rows_of
 
 
@@ -28,12 +29,9 @@ def never_predicts(monkeypatch):
 
 @pytest.fixture
 def says_the_name(monkeypatch):
-    """Captions that are right for the sample's own image."""
-
-    def predict(captioner, batch, *_):
-        return {sample.id: f"a {sample.id} square" if image is sample else "a thing" for sample, image in batch}
-
-    monkeypatch.setattr(runs, "predict", predict)
+    """Captions that are right for the image that is shown."""
+    answer = saying(lambda asked, _: f"a {asked.images[0].stem} square" if asked.images else "a thing")
+    monkeypatch.setattr(runs, "predict", answer)
 
 
 @pytest.mark.parametrize("name", ["METEOR", "SPICE"])

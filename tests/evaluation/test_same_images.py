@@ -14,6 +14,7 @@ from frozenprefix.evaluation import EvaluationOptions, evaluate_samples
 from frozenprefix.evaluation.samples import join_captions
 from frozenprefix.evaluation.tasks import evaluate_classification, evaluate_retrieval, evaluate_video, runs
 from frozenprefix.training.objectives.self_critical import reward_references
+from tests.helpers.answers import saying
 from tests.helpers.data import rows_of
 from tests.helpers.video import write_clip
 
@@ -131,7 +132,7 @@ def test_two_data_sets_have_two_predictions_files(tiny_checkpoint, shapes, tmp_p
 
     from frozenprefix.evaluation import evaluate_checkpoint
 
-    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {sample.id: "a" for sample, _ in batch})
+    monkeypatch.setattr(runs, "predict", saying("a"))
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
     files = set()
@@ -157,7 +158,7 @@ def test_predictions_never_replace_data(captioner, questions, shapes, tmp_path):
 def test_texts_with_unicode_line_ends_can_be_compared(captioner, questions, tmp_path, monkeypatch):
     from frozenprefix.evaluation import Evaluation, compare
 
-    monkeypatch.setattr(runs, "predict", lambda captioner, batch, *_: {s.id: "a\u2028b\x85c\x1ed" for s, _ in batch})
+    monkeypatch.setattr(runs, "predict", saying("a\u2028b\x85c\x1ed"))
     results = []
     for name in ("a", "b"):
         result = evaluate_samples(captioner, questions, predictions=tmp_path / f"{name}.jsonl", **SETTINGS)

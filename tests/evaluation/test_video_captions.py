@@ -224,7 +224,7 @@ def test_evaluation_takes_captions_of_one_clip(captioner, clips, tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, captioner, tiny_checkpoint):
-    monkeypatch.setattr(Captioner, "from_pretrained", lambda checkpoint, language_model=None: captioner)
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda checkpoint, **options: captioner)
     app = typer.Typer()
     app.command()(command.command)
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.tasks.runs import Pairs, images_of
+from frozenprefix.evaluation.tasks.runs import Asked, features_of
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.inference.likelihood import likeliest
+from frozenprefix.inference.likelihood import likeliest_of_groups
 
 CANDIDATES = 100
 
@@ -62,15 +61,14 @@ def _checked(answers: list[Any]) -> list[str]:
 @torch.inference_mode()
 def choose(
     captioner: Captioner,
-    batch: Pairs,
+    batch: Sequence[Asked],
     images: ImageFeatures,
     candidates: Sequence[str],
-) -> dict[str, str]:
-    """The likeliest candidate of each sample of a batch, by sample id."""
-    paths = images_of(batch)
-    prompts = [prompt_of(sample, captioner.processor) for sample, _ in batch]
+) -> list[list[str]]:
+    """The likeliest candidate for each prompt of a batch."""
+    features = features_of(batch, images)
     model = captioner.model
-    prefix_embeds = model.map_features(images(paths).to(model.device)) if paths else None
+    prefix_embeds = None if features is None else model.map_features(features.to(model.device))
+    groups = [[(prompt, candidates) for prompt in asked.prompts] for asked in batch]
     # training closes answers: without their end "black" is always likelier than "black, white"
-    chosen = likeliest(captioner, prompts, [candidates] * len(batch), prefix_embeds, end_token=True)
-    return {sample.id: text for (sample, _), text in zip(batch, chosen, strict=True)}
+    return likeliest_of_groups(captioner, groups, prefix_embeds, end_token=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from math import lgamma
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,11 +72,7 @@ def _run(embedder: Embedder, samples: Sequence[Sample], options: EvaluationOptio
     return evaluate_retrieval(embedder, samples, options, **options.extra)
 
 
-def _load_embedder(checkpoint: str | Path, device: str | None) -> Embedder:
-    return Embedder.from_pretrained(checkpoint, device=device)
-
-
-RETRIEVAL = EvaluationTask(_run, sample_task="caption", load=_load_embedder)
+RETRIEVAL = EvaluationTask(_run, sample_task="caption", load=Embedder.from_pretrained)
 
 
 def _as_sample(group: ImageGroup) -> Sample:

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.features import ImageFeatures
 from frozenprefix.data.samples import Sample, swap_images
 from frozenprefix.evaluation.journal import Journal
-from frozenprefix.evaluation.result import Predictions, predict_missing
+from frozenprefix.evaluation.result import Predictions, predict_batches
 from frozenprefix.evaluation.task import EvaluationOptions
-from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFECT
 
-#: A batch: each sample with the one whose images it gets, or None for no image.
-Pairs = Sequence[tuple[Sample, Sample | None]]
-Answer = Callable[[Pairs], dict[str, str]]
+PROMPTS_AT_ONCE = 32  # behind the same images
 # settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
+
+
+@dataclass
+class Asked:
+    """Prompts behind the same images, which the model reads once for all of them.
+
+    Attributes:
+        images: files in reading order; none for the blind LM.
+        askers: prompt → (run, sample id) of all predictions that it gives.
+
+    Example:
+        >>> Asked((image_path,), {"<image>": [("model", "1"), ("shuffled", "2")]}).prompts
+        ['<image>']
+    """
+
+    images: tuple[Path, ...]
+    askers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[str]:
+        return list(self.askers)
+
+
+#: Predicts the texts of each prompt in a batch.
+Answer = Callable[[Sequence[Asked]], Sequence[Sequence[str]]]
 
 
 def predict_runs(
@@ -34,55 +61,73 @@ def predict_runs(
     """Run → sample id → text, of all processes. Each process predicts its share of what the journal lacks.
 
     Runs: "model"; "blind", the LM with the prompt alone; "shuffled", the model with the image of a sample half the
-    list away, never its own.
+    list away, never its own. What is asked about the same images, in whichever run, is asked together, and the same
+    prompt about them once.
 
     Args:
-        answer: predicts the texts of a batch by sample id, such as `predict`.
+        answer: predicts the texts of a batch, such as `generating`.
         plain_samples: the same samples without retrieved captions in their prompts. "blind" is then asked with
             these, "shuffled" gets the captions of the other image, and a fourth run "retrieval_only" gets the sample's
             own captions with the other image.
     """
     plain = samples if plain_samples is None else plain_samples
-    prompts = {sample.id: prompt_of(sample, captioner.processor) for sample in plain}
-    # without an image, equal prompts get equal texts: each is asked once
-    first = {prompts[sample.id]: sample for sample in reversed(plain)}
     others = shuffled(samples)
     runs: dict[str, tuple[Sequence[Sample], Sequence[Sample | None]]] = {
         "model": (samples, samples),
-        "blind": (list(first.values()), [None] * len(first)),
+        "blind": (plain, [None] * len(plain)),
         "shuffled": (samples, others),
     }
     if samples != plain:
         swapped = [replace(sample, prompt=other.prompt) for sample, other in zip(samples, others, strict=True)]
         runs |= {"shuffled": (swapped, others), "retrieval_only": (samples, others)}
-    todo = {}
-    for name, (asked, images_of) in runs.items():
-        # prompts of similar length in one batch need less padding
-        pairs = zip(asked, images_of, strict=True)
-        todo[name] = sorted(pairs, key=lambda pair: len(prompts[pair[0].id]))
-    predictions = predict_missing(
-        journal,
-        todo,
-        lambda _, batch: answer(batch),
-        options,
-        key=lambda pair: pair[0].id,
-        batch_size=captioner.batch_size,
-    )
-    blind = predictions["blind"]
-    predictions["blind"] = {sample.id: blind[first[prompts[sample.id]].id] for sample in samples}
-    return {name: {sample.id: predictions[name][sample.id] for sample in samples} for name in runs}
+    asked: dict[tuple[Path, ...], Asked] = {}
+    for run, (asking, images_of) in runs.items():
+        for sample, other in zip(asking, images_of, strict=True):
+            if (run, sample.id) not in journal.known:
+                images = () if other is None else other.images
+                prompts = asked.setdefault(images, Asked(images)).askers
+                prompts.setdefault(prompt_of(sample, captioner.processor), []).append((run, sample.id))
+    batches = _batches(asked.values(), captioner.batch_size)
+    predictions = predict_batches(journal, batches, partial(_predictions, answer), options, count=_num_askers)
+    return {run: {sample.id: predictions[run][sample.id] for sample in samples} for run in runs}
 
 
-def predict(captioner: Captioner, batch: Pairs, images: ImageFeatures, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Generated texts for a batch, by sample id.
+def _batches(asked: Iterable[Asked], size: int) -> list[list[Asked]]:
+    """Batches of up to `size` rows of similar length; no batch mixes prompts with images and prompts without."""
+    parts = []
+    for each in asked:
+        # neighbours in the alphabet share their first words, which are read once
+        prompts = batched(sorted(each.prompts), PROMPTS_AT_ONCE)
+        parts += [Asked(each.images, {prompt: each.askers[prompt] for prompt in some}) for some in prompts]
+    parts.sort(key=lambda part: (len(part.images), sum(map(len, part.prompts))))
+    seeing, blind = [part for part in parts if part.images], [part for part in parts if not part.images]
+    return [*batched(seeing, size), *batched(blind, size)]
+
+
+def _num_askers(batch: Sequence[Asked]) -> int:
+    return sum(len(askers) for asked in batch for askers in asked.askers.values())
+
+
+def _predictions(answer: Answer, batch: Sequence[Asked]) -> dict[tuple[str, str], str]:
+    """The text of everyone who asks in a batch: (run, sample id) → text."""
+    return {
+        asker: text
+        for asked, texts in zip(batch, answer(batch), strict=True)
+        for askers, text in zip(asked.askers.values(), texts, strict=True)
+        for asker in askers
+    }
+
+
+def predict(
+    captioner: Captioner, batch: Sequence[Asked], images: ImageFeatures, settings: Mapping[str, Any]
+) -> list[list[str]]:
+    """Generated texts for the prompts of a batch.
 
     Args:
         settings: options of transformers' `generate`.
     """
-    paths = images_of(batch)
-    prompts = [prompt_of(sample, captioner.processor) for sample, _ in batch]
-    texts = captioner.generate(prompts, images(paths) if paths else None, **settings)
-    return {sample.id: generation.text for (sample, _), generation in zip(batch, texts, strict=True)}
+    groups = captioner.generate_groups([asked.prompts for asked in batch], features_of(batch, images), **settings)
+    return [[generation.text for generation in group] for group in groups]
 
 
 def generating(captioner: Captioner, images: ImageFeatures, settings: Mapping[str, Any]) -> Answer:
@@ -90,9 +135,10 @@ def generating(captioner: Captioner, images: ImageFeatures, settings: Mapping[st
     return lambda batch: predict(captioner, batch, images, settings)
 
 
-def images_of(batch: Pairs) -> list[Any]:
-    """Image files of a batch, in reading order."""
-    return [path for _, other in batch if other is not None for path in other.images]
+def features_of(batch: Sequence[Asked], images: ImageFeatures) -> Tensor | None:
+    """Image features float[n, N, D_enc] of a batch, in reading order; None without images."""
+    paths = [path for asked in batch for path in asked.images]
+    return images(paths) if paths else None
 
 
 def lm_settings(captioner: Captioner) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from frozenprefix.evaluation.samples import check_samples_of
 from frozenprefix.evaluation.scoring import vqa_scorer
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
 from frozenprefix.evaluation.tasks.candidates import CANDIDATES, candidate_answers, choose
-from frozenprefix.evaluation.tasks.runs import Pairs, generate_settings, generating, lm_settings, predict_runs
+from frozenprefix.evaluation.tasks.runs import Asked, generate_settings, generating, lm_settings, predict_runs
 from frozenprefix.inference.captioner import Captioner
 
 
@@ -48,7 +48,7 @@ def evaluate_vqa(captioner: Captioner, samples: Sequence[Sample], options: Evalu
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
 
-    def choose_answer(batch: Pairs) -> dict[str, str]:
+    def choose_answer(batch: Sequence[Asked]) -> list[list[str]]:
         return choose(captioner, batch, images, answers or [])
 
     def predict_all(journal: Journal) -> Predictions:

@@ -49,7 +49,7 @@ class LMOutput:
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """Options of a search, with the meaning they have in transformers' `GenerationConfig`."""
+    """Options of a search, with the meaning of transformers' `GenerationConfig`; one beam is greedy search."""
 
     num_beams: int
     max_new_tokens: int
@@ -63,7 +63,7 @@ class BeamOptions:
     @property
     def candidates(self) -> int:
         """Enough that `num_beams` continue even if every end token is among the best words of every beam."""
-        return max(2, 1 + len(self.end_tokens)) * self.num_beams
+        return 1 if self.num_beams == 1 else max(2, 1 + len(self.end_tokens)) * self.num_beams
 
 
 class FrozenLM(nn.Module, ABC, Generic[RowsT]):
@@ -234,6 +234,18 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         Args:
             beams: search with this package's beam search, from `beam_options`.
         """
+
+    def continue_rows(self, rows: RowsT, inputs_embeds: Tensor, beams: BeamOptions) -> Any:
+        """Continue the prompts of packed rows (see `pack_prompts`) by this package's search, in their order.
+
+        Args:
+            inputs_embeds: float[R, T, D_lm]; beams: from `beam_options`.
+
+        Returns:
+            As `generate`. A text's score is the mean log-probability of its tokens, or what `length_penalty` makes of
+            their sum.
+        """
+        raise ConfigError(f"{self.name} does not continue packed rows; continue texts one by one")
 
 
 def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:

@@ -1,18 +1,11 @@
-"""Beam search with the results of transformers' `generate(num_beams=k)`, without copying keys and values.
+"""Beam search with the results of transformers' `generate`, without copying keys and values.
 
 transformers gives every beam a batch row of its own: the prompt is read k times, and in every step the whole cache is
-copied into the new order of beams. Here all beams of an image share one row. The cache grows by k tokens a step, one
-per beam, and is never reordered; what changes is who sees whom:
+copied into the new order of beams. Here all beams of a prompt share one row, and so do prompts behind the same images
+(`trie_reader`). Prompts whose beams are finished leave the batch. With one beam this is greedy search. Scores, stopping
+and ties follow transformers, whose rules the comments name where they surprise.
 
-    step          0     1     2            the cache of one image with k = 2 after three steps
-    beam 0      p p p   a0    a1    a2     ancestors of beam 0 at step 2, if it descends from beam 1:
-    beam 1              b0    b1    b2         p p p, b0, b1, a2
-
-So a beam is a path in a trie of written tokens, its mask (`_Beams.ancestors`) says which tokens lie on the path, and
-its position is prompt length + step, as it would be in a row of its own. Images whose beams are finished leave the
-batch. Scores, stopping and ties follow transformers, whose rules the comments name where they surprise.
-
-Shape letters: B images, P prompt length, k beams, C candidates, V vocabulary.
+Shape letters: N prompts, k beams, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,16 +17,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
-from frozenprefix.kernels.compat import CACHE, attention_implementation
-from frozenprefix.models.language_model.base import BeamOptions, positions_from_mask
+from frozenprefix.kernels.compat import attention_implementation
+from frozenprefix.models.language_model.base import BeamOptions
+from frozenprefix.models.language_model.trie_reader import Prompts, TrieReader
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
 LOGIT_ROWS = 32  # rows of logits that are in float32 at a time
-LEAVE_AT = 8  # finished images leave when they are one in so many
+HEAD_ROWS = 256  # hidden states whose logits are in memory at a time
 
 # Options of `generate` that this search follows; those that only matter for sampling or the form of the output; and
 # the values at which the others change nothing.
@@ -71,15 +64,18 @@ def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> Be
     others = values.keys() - FOLLOWED - WITHOUT_EFFECT
     if unknown or any(name not in NEUTRAL or values[name] != NEUTRAL[name] for name in others):
         return None
-    if values.get("num_beams", 1) < 2 or "max_new_tokens" not in values:
+    greedy = values.get("num_beams", 1) == 1
+    if "max_new_tokens" not in values or (greedy and values.get("output_scores")):
         return None
     text = language_model.config.get_text_config()
     if attention_implementation(text) not in ("sdpa", "eager"):
         return None
     ends = values.get("eos_token_id", ())
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
+    if greedy:  # the first text that ends is the one; its score is the mean log-probability
+        values |= {"length_penalty": 1.0, "early_stopping": True}
     beams = BeamOptions(
-        values["num_beams"],
+        values.get("num_beams", 1),
         values["max_new_tokens"],
         ends,
         values.get("pad_token_id", ends[0] if ends else 0),
@@ -91,53 +87,25 @@ def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> Be
     return beams if beams.candidates <= text.vocab_size else None
 
 
-class _Layer(DynamicLayer):
-    """Keys and values of one layer, float[B, heads, room, D], in memory that is allocated once."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room = room
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.stores = [
-                states.new_empty((*states.shape[:2], self.room, states.shape[3]))
-                for states in (key_states, value_states)
-            ]
-            self.filled = 0
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, self.filled : self.filled + new] = states
-        self.filled += new
-        self.keys, self.values = (store[:, :, : self.filled] for store in self.stores)
-        return self.keys, self.values
-
-    def keep(self, images: Tensor) -> None:
-        self.stores = [store.index_select(0, images) for store in self.stores]
-        self.keys, self.values = (store[:, :, : self.filled] for store in self.stores)
-
-
 @dataclass
 class _Beams:
-    """Running and finished beams of the images in the batch; the first dimension of all tensors is the image."""
+    """Running and finished beams of the prompts in the batch; the first dimension of all tensors is the prompt."""
 
-    image: Tensor  # int64[B]: number of the image in the whole batch
-    words: Tensor  # int64[B, k, max_new_tokens]
-    score: Tensor  # float32[B, k], best first
-    ancestors: Tensor  # bool[B, k, k * max_new_tokens]: which written tokens a beam sees
+    prompt: Tensor  # int64[N]: number of the prompt in the whole batch
+    words: Tensor  # int64[N, k, max_new_tokens]
+    score: Tensor  # float32[N, k], best first
     done_words: Tensor
-    done_score: Tensor  # float32[B, k], best first, with the length penalty
-    done: Tensor  # bool[B, k]: whether a finished text takes that place
-    hopeful: Tensor  # bool[B, 1]: whether a running beam may still become one of the best
+    done_score: Tensor  # float32[N, k], best first, with the length penalty
+    done: Tensor  # bool[N, k]: whether a finished text takes that place
+    hopeful: Tensor  # bool[N, 1]: whether a running beam may still become one of the best
 
-    def keep(self, images: Tensor) -> None:
+    def keep(self, prompts: Tensor) -> None:
         for name, value in vars(self).items():
-            setattr(self, name, value.index_select(0, images))
+            setattr(self, name, value.index_select(0, prompts))
 
 
 class BeamSearch:
-    """One search over a batch of images.
+    """One search over a batch of prompts.
 
     Args:
         decoder: the LM without its head.
@@ -155,104 +123,74 @@ class BeamSearch:
     ):
         self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
         self.decoder, self.logits = decoder, logits
-        self.config = language_model.config.get_text_config()
 
     @torch.no_grad()
-    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Continue float[B, P, D] with int64[B, P] (0 on padding, which is on the left).
+    def __call__(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Continue prompts.
 
         Returns:
-            int64[B * num_return_sequences, new tokens] padded with `pad_token`, and their scores float32.
+            int64[N * num_return_sequences, new tokens] padded with `pad_token`, and their scores float32.
         """
         options = self.options
-        images, prompt = attention_mask.shape
-        room = self.virtual_tokens + prompt + options.num_beams * options.max_new_tokens
-        self.layers = [_Layer(room) for _ in range(self.config.num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
-        self.prompt_seen, self.prompt_length = attention_mask.bool(), attention_mask.sum(-1)
-        self.beams = self._start(images, inputs_embeds.device)
+        reader = TrieReader(
+            self.language_model,
+            self.decoder,
+            prompts,
+            num_beams=options.num_beams,
+            new_tokens=options.max_new_tokens,
+            virtual_tokens=self.virtual_tokens,
+        )
+        self.beams = self._start(len(prompts.row), prompts.row.device)
         words = torch.full_like(self.beams.words, options.pad_token)
         score = torch.zeros_like(self.beams.done_score)
-        logits = self._read_prompt(inputs_embeds)
+        hidden = reader.read_prompts()
         for step in range(options.max_new_tokens):
-            chosen = self._advance(logits, step)
+            chosen, parents = self._advance(hidden, step)
             open_ = self._is_open(step)
             last = step + 1 == options.max_new_tokens or not bool(open_.any())
-            closed = int((~open_).sum())
-            if last or closed * LEAVE_AT >= len(open_):
-                words[self.beams.image], score[self.beams.image] = self.beams.done_words, self.beams.done_score
+            if last or not bool(open_.all()):
+                words[self.beams.prompt], score[self.beams.prompt] = self.beams.done_words, self.beams.done_score
             if last:
                 break
-            if closed * LEAVE_AT >= len(open_) and closed:
-                chosen = self._leave(open_, chosen)
-            logits = self._read_words(chosen, step)
+            if not bool(open_.all()):
+                kept = open_.nonzero()[:, 0]
+                self.beams.keep(kept)
+                reader.keep(kept)
+                chosen, parents = chosen[kept], parents[kept]
+            hidden = reader.read_words(chosen, parents)
         count = options.num_return_sequences
         return self._crop(words[:, :count].flatten(0, 1)), score[:, :count].flatten()
 
-    def _start(self, images: int, device: torch.device) -> _Beams:
+    def _start(self, prompts: int, device: torch.device) -> _Beams:
         k, new = self.options.num_beams, self.options.max_new_tokens
-        words = torch.full((images, k, new), self.options.pad_token, device=device)
-        nothing = torch.full((images, k), IMPOSSIBLE, device=device)
+        words = torch.full((prompts, k, new), self.options.pad_token, device=device)
+        nothing = torch.full((prompts, k), IMPOSSIBLE, device=device)
         return _Beams(
-            image=torch.arange(images, device=device),
+            prompt=torch.arange(prompts, device=device),
             words=words,
-            score=torch.zeros(images, 1, device=device),
-            ancestors=torch.zeros(images, 1, k * new, dtype=torch.bool, device=device),
+            score=torch.zeros(prompts, 1, device=device),
             done_words=words.clone(),
             done_score=nothing,
             done=torch.zeros_like(nothing, dtype=torch.bool),
-            hopeful=torch.ones(images, 1, dtype=torch.bool, device=device),
+            hopeful=torch.ones(prompts, 1, dtype=torch.bool, device=device),
         )
-
-    # ── the language model ──
-
-    def _read_prompt(self, inputs_embeds: Tensor) -> Tensor:
-        """float[B, P, D] -> logits of the first word, float[B, V]."""
-        prompt = inputs_embeds.shape[1]
-        causal = torch.ones(prompt, prompt, dtype=torch.bool, device=inputs_embeds.device).tril()
-        # a row of the mask with nothing to see would give NaN: padding sees itself
-        itself = torch.eye(prompt, dtype=torch.bool, device=inputs_embeds.device)
-        seen = (causal & self.prompt_seen[:, None, :]) | itself
-        return self._forward(inputs_embeds, seen, positions_from_mask(self.prompt_seen))[:, -1]
-
-    def _read_words(self, chosen: Tensor, step: int) -> Tensor:
-        """The words that the beams chose, int64[B, k] -> logits of the next ones, float[B * k, V]."""
-        k = chosen.shape[1]
-        embeds = self.language_model.get_input_embeddings()(chosen)
-        written = self.beams.ancestors[:, :, : (step + 1) * k]
-        seen = torch.cat([self.prompt_seen[:, None, :].expand(-1, k, -1), written], dim=-1)
-        positions = (self.prompt_length[:, None] + step).expand(-1, k)
-        return self._forward(embeds, seen, positions).flatten(0, 1)
-
-    def _forward(self, inputs_embeds: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
-        """Logits where a word is predicted: at the last token of a prompt, at every written word."""
-        mask = additive_mask(seen, inputs_embeds.dtype)
-        with attention_for_rows(self.language_model):
-            hidden = self.decoder(
-                inputs_embeds=inputs_embeds,
-                attention_mask=mask_per_kind(self.config, mask),
-                position_ids=positions,
-                use_cache=True,
-                **{CACHE: self.cache},
-            ).last_hidden_state
-        if self.beams.score.shape[1] == 1:
-            hidden = hidden[:, -1:]
-        return self.logits(hidden)
 
     # ── the beams ──
 
-    def _advance(self, logits: Tensor, step: int) -> Tensor:
-        """Choose among the next words of all beams; returns the words that continue, int64[B, k].
+    def _advance(self, hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Choose among the next words of all beams, whose last hidden states are float[N * width, D_lm].
 
         `width` is 1 in the first step, where all beams are still the same, and k afterwards.
+
+        Returns:
+            The words that continue, int64[N, k], and the beams that they continue, int64[N, k].
         """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
-        images, width = beams.score.shape
-        value, word = top_tokens(logits, count)
-        value = value - log_normaliser(logits)[:, None]
-        # [B, width * C] -> the best C of them
-        score, at = (beams.score[:, :, None] + value.view(images, width, count)).flatten(1).topk(count)
-        word, parent = word.view(images, width * count).gather(1, at), at // count
+        prompts, width = beams.score.shape
+        value, word = self._likeliest_words(hidden, count)
+        # [N, width * C] -> the best C of them
+        score, at = (beams.score[:, :, None] + value.view(prompts, width, count)).flatten(1).topk(count)
+        word, parent = word.view(prompts, width * count).gather(1, at), at // count
         ended = torch.zeros_like(word, dtype=torch.bool) if step + 1 < self.options.max_new_tokens else word >= 0
         for token in self.options.end_tokens:
             ended = ended | (word == token)
@@ -263,11 +201,17 @@ class BeamSearch:
         beams.score = score
         beams.words = _take(beams.words, parent)
         beams.words[:, :, step] = word
-        # a new beam sees what its parent saw, and its own word, which will be token `step * k + place` of the cache
-        beams.ancestors = _take(beams.ancestors, parent)
-        place = torch.arange(k, device=word.device)
-        beams.ancestors[:, place, step * k + place] = True
-        return word
+        return word, parent
+
+    def _likeliest_words(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """float[M, D_lm] -> log-probabilities float32[M, C] and words int64[M, C]; few rows of logits at a time."""
+        values, words = [], []
+        for part in hidden.split(HEAD_ROWS):
+            logits = self.logits(part)
+            value, word = top_tokens(logits, count)
+            values.append(value - log_normaliser(logits)[:, None])
+            words.append(word)
+        return torch.cat(values), torch.cat(words)
 
     def _finish(self, score: Tensor, word: Tensor, parent: Tensor, ended: Tensor, step: int) -> None:
         """Let texts that ended among the best k candidates replace worse finished ones."""
@@ -284,7 +228,7 @@ class BeamSearch:
         beams.done = torch.cat([beams.done, ended], dim=1).gather(1, order)
 
     def _is_open(self, step: int) -> Tensor:
-        """bool[B]: images of which a running beam may still win, by transformers' rule."""
+        """bool[N]: prompts of which a running beam may still win, by transformers' rule."""
         beams, options = self.beams, self.options
         # the best score a running beam can end with: at its present length, or with "never" at the greatest length
         longest = options.early_stopping == "never" and options.length_penalty > 0
@@ -296,15 +240,6 @@ class BeamSearch:
         beams.hopeful = beams.hopeful & (best > worst)
         full = beams.done.all(-1) & (options.early_stopping is True)
         return beams.hopeful[:, 0] & ~full
-
-    def _leave(self, open_: Tensor, chosen: Tensor) -> Tensor:
-        """Take finished images out of the batch."""
-        kept = open_.nonzero()[:, 0]
-        self.beams.keep(kept)
-        self.prompt_seen, self.prompt_length = self.prompt_seen[kept], self.prompt_length[kept]
-        for layer in self.layers:
-            layer.keep(kept)
-        return chosen[kept]
 
     def _crop(self, words: Tensor) -> Tensor:
         """Cut off the columns after the last end token; what follows an end token is padding already."""
@@ -328,6 +263,9 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         >>> top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 2)[1].tolist()
         [[1, 2]]
     """
+    if count == 1:  # of equal logits the first one, as in transformers' greedy search
+        value, word = logits.max(dim=1, keepdim=True)
+        return value.float(), word
     vocabulary = logits.shape[1]
     blocks = vocabulary // BLOCK
     if blocks <= count:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from frozenprefix.errors import TrainingError
 from frozenprefix.kernels.attention import additive_mask
+from frozenprefix.models.packing.division import TOKENS_PER_ROW, divide
 
 TRIES_PER_ROW = (1, 2, 3, 4, 6, 8)  # divisions that are tried if no row length is given
 ATTENTION_LENGTH = 1024  # tokens in a row at which attention costs as much as the rest of a layer; an estimate
@@ -227,6 +229,7 @@ def pack(
     images_per_group: Sequence[int] | None = None,
     packing: Packing = "trie",
     tokens_per_row: int | None = None,
+    tokens_per_trie: int | None = None,
 ) -> PackedBatch:
     """Pack the targets of several images into rows.
 
@@ -237,6 +240,7 @@ def pack(
         packing: "trie" shares the prefix and all common first tokens, "flat" the prefix and the prompt. "none"
             repeats everything for every target: one target per row, the plain batch.
         tokens_per_row: fill rows up to this many tokens; by default the row length with the lowest estimated cost.
+        tokens_per_trie: divide the targets of an image among several tries where one would have more tokens.
 
     Raises:
         TrainingError: if there is nothing to learn, or a target does not hold its images' placeholders.
@@ -247,21 +251,19 @@ def pack(
         >>> batch.input_ids.tolist(), batch.num_tokens
         ([[300, 5, 6, 7, 300, 5, 6]], 9)
     """
-    counts = list(images_per_group or [1] * len(images))
+    counts = [1] * len(images) if images_per_group is None else list(images_per_group)
     tries: list[Trie] = []
     first_placeholder: list[int] = []  # of each trie, among the placeholders of all images
     start = 0
-    for targets, count in zip(images, counts, strict=True):
+    for targets, shown in zip(images, counts, strict=True):
         for target in targets:
             held = sum(token_id == image_token_id for token_id in target.input_ids)
-            if held != count * prefix_length:
-                raise TrainingError(f"a target holds {held} image placeholders, expected {count * prefix_length}")
-        groups = [[target] for target in targets] if packing == "none" else [list(targets)]
-        for group in groups:
-            if group:
-                tries.append(build_trie(group, image_token_id, share=packing == "trie"))
-                first_placeholder.append(start)
-        start += count * prefix_length
+            if held != shown * prefix_length:
+                raise TrainingError(f"a target holds {held} image placeholders, expected {shown * prefix_length}")
+        for group in _tries_of(targets, packing, tokens_per_trie):
+            tries.append(build_trie(group, image_token_id, share=packing == "trie"))
+            first_placeholder.append(start)
+        start += shown * prefix_length
     if not tries:
         raise TrainingError("a batch without any target to learn")
     rows = _fill_rows([len(trie) for trie in tries], tokens_per_row if packing != "none" else 0)
@@ -271,6 +273,49 @@ def pack(
     batch.num_targets = sum(len(targets) for targets in images)
     batch.num_tokens = sum(len(target.input_ids) - target.num_context for targets in images for target in targets)
     return batch
+
+
+def pack_prompts(
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    image_token_id: int,
+    prefix_length: int,
+    images_per_group: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Pack prompts that are to be continued: those of a group of images in one row, as a trie.
+
+    Args:
+        groups: token ids of the prompts of each group. All prompts of a group show the same images.
+        prefix_length, images_per_group: as of `pack`.
+
+    Returns:
+        Each prompt has one edge, whose label is its number among all prompts.
+
+    Example:
+        >>> batch = pack_prompts([[[300, 5, 6], [300, 5, 7]], [[300, 8]]], image_token_id=300, prefix_length=1)
+        >>> batch.input_ids.tolist(), batch.predict_index[batch.edge_source].tolist(), batch.edge_label.tolist()
+        ([[300, 5, 6, 7], [300, 8, 0, 0]], [2, 3, 5], [0, 1, 2])
+    """
+    number = count()
+    targets = [[Target([*prompt, next(number)], len(prompt)) for prompt in prompts] for prompts in groups]
+    return pack(
+        targets,
+        image_token_id=image_token_id,
+        prefix_length=prefix_length,
+        images_per_group=images_per_group,
+        tokens_per_row=0,  # one trie each: a row that is longer costs more in every step
+        tokens_per_trie=TOKENS_PER_ROW,
+    )
+
+
+def _tries_of(targets: Sequence[Target], packing: Packing, budget: int | None) -> list[list[Target]]:
+    """The targets of each trie of an image."""
+    if packing == "none":
+        return [[target] for target in targets]
+    if budget is None:
+        return [list(targets)] if targets else []
+    numbers = divide([target.input_ids for target in targets], budget)
+    return [[targets[number] for number in row] for row in numbers]
 
 
 def _fill_rows(lengths: list[int], budget: int | None) -> list[list[int]]:
@@ -368,7 +413,11 @@ def ancestor_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
         >>> (ancestor_mask(torch.tensor([[3, 2, 3]]), torch.float32)[0, 0] == 0).int().tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
+    return additive_mask(visible_nodes(subtree_end), dtype)
+
+
+def visible_nodes(subtree_end: Tensor) -> Tensor:
+    """Which nodes each node sees, its ancestors and itself: int64[R, T] -> bool[R, T, T]."""
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     # query i sees key j when j <= i < end[j]
-    visible = (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])
-    return additive_mask(visible, dtype)
+    return (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[:, None, :])

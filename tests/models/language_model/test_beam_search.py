@@ -14,6 +14,8 @@ from frozenprefix.models.language_model.beam_search import (
     log_normaliser,
     top_tokens,
 )
+from frozenprefix.models.language_model.trie_reader import Prompts, TrieReader
+from frozenprefix.models.packing import pack_prompts
 from tests.helpers.lm import tiny_lm_config
 
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3"]
@@ -56,7 +58,7 @@ def prompts(lm):
 def search(lm, embeds, mask, **options):
     found = beam_options(lm, BASE | options)
     assert found is not None
-    return BeamSearch(lm, lm.base_model, DecoderOnlyLM(lm).logits, found)(embeds, mask)
+    return BeamSearch(lm, lm.base_model, DecoderOnlyLM(lm).logits, found)(Prompts.from_mask(embeds, mask))
 
 
 @pytest.mark.parity
@@ -74,13 +76,83 @@ def test_equals_transformers(random_lm, family, case):
     torch.testing.assert_close(scores, expected.sequences_scores, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["no end", "many ends", "short"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_beam_equals_transformers_greedy_search(random_lm, family, case):
+    lm = random_lm(family)
+    embeds, mask = prompts(lm)
+    options = BASE | CASES[case] | {"num_beams": 1}
+    words, scores = search(lm, embeds, mask, **CASES[case], num_beams=1)
+    expected = [greedy_of_transformers(lm, embeds[i : i + 1], mask[i : i + 1], options) for i in range(len(embeds))]
+    check_texts(words, scores, expected)
+
+
+def greedy_of_transformers(lm, embeds, mask, options) -> tuple[list[int], float]:
+    """Words of one prompt, and the mean of their log-probabilities."""
+    found = lm.generate(
+        inputs_embeds=embeds, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **options
+    )
+    steps = lm.compute_transition_scores(found.sequences, found.scores, normalize_logits=True)
+    return found.sequences[0].tolist(), steps.mean().item()
+
+
+def check_texts(words, scores, expected):
+    for found, score, (ids, value) in zip(words.tolist(), scores.tolist(), expected, strict=True):
+        assert found[: len(ids)] == ids
+        assert set(found[len(ids) :]) <= {BASE["pad_token_id"]}
+        assert score == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+# two images with a prefix of three embeddings: five questions about the first one, of which the third begins the
+# fourth and the last is the first again, and one about the second
+QUESTIONS = [[[20, 21, 22], [20, 21, 23, 24], [25], [25, 26, 27], [20, 21, 22]], [[30, 31]]]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_share_a_row_equal_those_alone(random_lm, family, beams):
+    lm = random_lm(family)
+    images = lm.get_input_embeddings()(torch.arange(100, 106)).detach().view(2, 3, -1)
+    options = BASE | {"num_beams": beams, "eos_token_id": MANY_ENDS}
+    expected = []
+    for image, questions in zip(images, QUESTIONS, strict=True):
+        for question in questions:
+            embeds = torch.cat([image, lm.get_input_embeddings()(torch.tensor(question))])[None]
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+            if beams == 1:
+                expected.append(greedy_of_transformers(lm, embeds, mask, options))
+                continue
+            found = lm.generate(
+                inputs_embeds=embeds, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **options
+            )
+            expected.append((found.sequences[0].tolist(), found.sequences_scores.item()))
+    wrapped = DecoderOnlyLM(lm)
+    groups = [[[299, 299, 299, *question] for question in questions] for questions in QUESTIONS]
+    packed = pack_prompts(groups, image_token_id=299, prefix_length=3)
+    assert packed.input_ids.shape[0] == 2
+    embeds = lm.get_input_embeddings()(packed.input_ids).detach()
+    embeds[packed.prefix_index >= 0] = images.flatten(0, 1)
+    settings = wrapped.beam_options(7, options | {"return_dict_in_generate": True})
+    found = wrapped.continue_rows(packed, embeds, settings)
+    check_texts(found.sequences, found.sequences_scores, expected)
+
+
+def test_of_equal_logits_the_first_word_is_taken():
+    logits = torch.zeros(3, 64 * 30)
+    logits[0, [700, 5, 1900]] = 1
+    logits[1, [64, 63]] = 2
+    assert top_tokens(logits, 1)[1].tolist() == [[5], [63], [0]]
+
+
 def test_finished_images_leave_and_change_nothing(random_lm, monkeypatch):
     lm = random_lm("llama")
     embeds, mask = prompts(lm)
     options = {"eos_token_id": list(range(40, 120)), "max_new_tokens": 12, "early_stopping": True}
     sizes = []
-    forward = BeamSearch._forward
-    monkeypatch.setattr(BeamSearch, "_forward", lambda self, e, *rest: sizes.append(len(e)) or forward(self, e, *rest))
+    forward = TrieReader._forward
+    monkeypatch.setattr(TrieReader, "_forward", lambda self, e, *rest: sizes.append(len(e)) or forward(self, e, *rest))
     together, scores = search(lm, embeds, mask, **options)
     assert sizes[0] == 5
     assert sizes[-1] < 5, "no image was finished before the others: the test shows nothing"
@@ -103,7 +175,7 @@ def test_scores_are_the_mean_log_probability(random_lm):
     "options",
     [
         {"do_sample": True},
-        {"num_beams": 1},
+        {"num_beams": 1, "output_scores": True},
         {"repetition_penalty": 1.2},
         {"no_repeat_ngram_size": 2},
         {"output_logits": True},
