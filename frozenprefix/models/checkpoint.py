@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,6 +139,7 @@ def checkpoint_config(
     *,
     config: Any = None,
     language_model: str | PathLike[str] | None = None,
+    ready: Collection[str] = (),
     **hub: Any,
 ) -> Any:
     """The config of a checkpoint folder or Hub id, with the place of its language model on this machine.
@@ -147,9 +148,11 @@ def checkpoint_config(
         config_class: of the model.
         config: a config of that class, or the place of another one, in place of the checkpoint's own.
         language_model: where the language model lies, if it has moved.
+        ready: names of the parts that need not be loaded.
 
     Raises:
         ConfigError: for the place of a language model where the checkpoint names none.
+        CheckpointError: the checkpoint names a part that would be downloaded, and that nobody asked for.
 
     Example:
         >>> from frozenprefix import FrozenPrefixConfig
@@ -159,6 +162,9 @@ def checkpoint_config(
     """
     if not isinstance(config, config_class):
         config = config_class.from_pretrained(source if config is None else config, **hub)
+        given = (*ready, *(["language_model"] if language_model is not None else []))
+        for part in {"vision_encoder", "language_model", "text_tower"}.difference(given):
+            check_references(getattr(config, part, None), f"{source}: {part}")
     _locate(config, source)
     if language_model is not None:
         section = getattr(config, "language_model", None)
@@ -198,14 +204,13 @@ def load_checkpoint(
         check_sums(source)
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
-    config = checkpoint_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
+    ready = [name for name in part_names if options.get(name) is not None]
+    own_config = options.get("config")
+    config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
-    loaded = [name for name in part_names if options.get(name) is None]
-    check_named(config.identity, loaded, str(source))
-    for part in loaded:
-        check_references(getattr(config, part), f"{source}: {part}")
+    check_named(config.identity, [name for name in part_names if name not in ready], str(source))
     apply_options(config, options)
-    parts = {name: options[name] for name in part_names if options.get(name) is not None}
+    parts = {name: options[name] for name in ready}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)

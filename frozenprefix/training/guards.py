@@ -64,7 +64,7 @@ def report_bad_step(problem: str, samples: Sequence[str], *, in_a_row: int, allo
             "look at these samples. Checkpoints saved before are not affected."
         )
     logger.warning(
-        "%s: the step is left out, %d of at most %d in a row; samples: %s", problem, in_a_row, allowed, named
+        "%s: the step changes nothing (%d in a row, limit %d); samples: %s", problem, in_a_row, allowed, named
     )
 
 

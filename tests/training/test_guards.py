@@ -133,7 +133,7 @@ def test_a_bad_step_changes_nothing_and_names_its_samples(recipe_of, tmp_path, m
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     state = json.loads((tmp_path / "run/last/training_state.json").read_text())
     assert (state["step"], state["bad_steps"]) == (6, 0)
-    assert "the step is left out, 1 of at most 3 in a row; samples: " in caplog.text
+    assert "the step changes nothing (1 in a row, limit 3); samples: " in caplog.text
     images = {sample.rpartition("/")[2].partition(".")[0] for sample in row["bad_samples"]}
     assert len(images) == (2 if where == "loss" else 4), "of the micro-batch, or of the step"
 
