@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.language_model import DecoderOnlyLM, wrap_language_model
-from frozenprefix.models.packing.trie import Target, pack
+from frozenprefix.models.packing import Target, pack
 
 PAGE = Path(__file__).parent.parent / "docs" / "language_models.md"
 MARK = "<!-- families -->"
@@ -152,13 +152,13 @@ def _wrong_texts(lm: DecoderOnlyLM) -> str:
     """Greedy words after embeddings, against words chosen by one whole forward pass each."""
     prompt = torch.tensor([[5, 6, 7]])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **NO_RULES}
-    found = lm.generate(lm.embed(prompt), torch.ones_like(prompt), **options)[0].tolist()
+    generated = lm.generate(lm.embed(prompt), torch.ones_like(prompt), **options)[0].tolist()
     ids = prompt
     for _ in range(4):
         logits = lm.model(inputs_embeds=lm.embed(ids), use_cache=False).logits[:, -1]
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     expected = ids[0, 3:].tolist()
-    return "" if found == expected else f"greedy text {found}, expected {expected}"
+    return "" if generated == expected else f"greedy text {generated}, expected {expected}"
 
 
 def examine_all() -> list[Family]:

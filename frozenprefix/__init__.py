@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from frozenprefix.registry import allow_code
+from frozenprefix.registry import allow_code, lazy_exports
 from frozenprefix.version import __version__
 
 if TYPE_CHECKING:
@@ -31,23 +30,18 @@ __all__ = [
     "train",
 ]
 
-# Imported when first used: Recipe loads pydantic, train loads accelerate.
-_EXPORTS = {
-    "Captioner": "frozenprefix.inference",
-    "FrozenPrefixConfig": "frozenprefix.models.configuration",
-    "FrozenPrefixForConditionalGeneration": "frozenprefix.models.modeling",
-    "FrozenPrefixProcessor": "frozenprefix.models.processing",
-    "Recipe": "frozenprefix.config.recipe",
-    "build_mapper": "frozenprefix.models.mappers",
-    "train": "frozenprefix.training.trainer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'frozenprefix' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
-    return value
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "config.recipe": ("Recipe",),
+        "inference": ("Captioner",),
+        "models.configuration": ("FrozenPrefixConfig",),
+        "models.mappers": ("build_mapper",),
+        "models.modeling": ("FrozenPrefixForConditionalGeneration",),
+        "models.processing": ("FrozenPrefixProcessor",),
+        "training.trainer": ("train",),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,7 @@ class ConfigError(FrozenPrefixError, ValueError):
 
 
 class Problem(NamedTuple):
-    """One problem of a config section: its text, and the keys that it is about, the first of which the text follows."""
+    """One problem of a config section: a text, and the keys that it is about; messages start with the first one."""
 
     text: str
     keys: tuple[str, ...] = ("",)
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 class SectionError(ValueError):
     """Raised by the validators of config sections, with all problems at once.
 
-    Keys are relative to where the validator stands: the names of a section's fields in a model validator, and the
+    Keys are relative to the place of the validator: the names of a section's fields in a model validator, and the
     field itself, or names below it, in a field validator. `ConfigError` of the whole recipe has the full keys.
 
     Example:
@@ -57,7 +57,7 @@ class SectionError(ValueError):
 
 
 class AssetError(FrozenPrefixError):
-    """A model or data reference that cannot be turned into a local file."""
+    """A model or data reference that cannot be resolved to a local file."""
 
 
 class DataError(FrozenPrefixError, ValueError):
@@ -73,7 +73,7 @@ class BadImageError(DataError):
 
 
 class CacheError(FrozenPrefixError):
-    """A feature cache that is damaged, or has another fingerprint."""
+    """A feature cache that is damaged, or has a different fingerprint."""
 
 
 class LockError(FrozenPrefixError):
@@ -81,11 +81,11 @@ class LockError(FrozenPrefixError):
 
 
 class CheckpointError(FrozenPrefixError):
-    """A checkpoint with other keys, shapes or frozen parts than expected."""
+    """A checkpoint whose keys, shapes or frozen parts differ from those expected."""
 
 
 class TrainingError(FrozenPrefixError):
-    """Training that cannot continue: no label left, a loss that is not finite, and the like."""
+    """Training that cannot continue, for instance because the loss is not finite."""
 
 
 class StoppedError(FrozenPrefixError):

@@ -1,4 +1,4 @@
-"""A typed registry for everything that a recipe names, and the permission to run code from outside of this package."""
+"""Objects by name, imported when first used: a typed registry for what recipes name, and exports of packages."""
 
 from __future__ import annotations
 
@@ -89,13 +89,34 @@ class Registry(Generic[T]):
             raise ConfigError(f"unknown {what}{did_you_mean(name, self.names())}; known: {known}")
         if reference is name and os.environ.get(_PERMISSION) != "1":
             raise ConfigError(
-                f"{what} is code from outside of this package, which runs with your rights; if you trust it, allow it "
+                f"{what} is code from outside this package, which runs with your rights; if you trust it, allow it "
                 f"with --allow-code, {_PERMISSION}=1 or frozenprefix.allow_code()"
             )
         entry = _import(reference, what)
         if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
             raise ConfigError(f"{what}: got {entry!r}, expected a subclass of {self.base.__name__}")
         return entry
+
+
+def lazy_exports(package: str, modules: dict[str, tuple[str, ...]]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package, which imports a public name when it is first used: torch is slow to import.
+
+    Args:
+        modules: module below the package → its public names.
+
+    Example:
+        >>> get = lazy_exports("frozenprefix", {"errors": ("DataError",)})
+        >>> get("DataError").__name__
+        'DataError'
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
+
+    return get
 
 
 def is_external(name: str, group: str) -> bool:

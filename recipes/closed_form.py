@@ -1,4 +1,4 @@
-"""A mapper without training: the classes of an ImageNet classifier, told to a frozen language model by their names.
+"""A mapper without training: the classes of an ImageNet classifier, passed to a frozen language model by their names.
 
     python recipes/closed_form.py PHOTO [PHOTO ...] [--output runs/closed_form] [--mapper mlp|linear]
 

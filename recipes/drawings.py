@@ -134,10 +134,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("folder", type=Path, help="what is made goes here")
     parser.add_argument("--data", default=EASY_VQA, help="easy-VQA's folder, or a reference to it")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     for split in ("train", "val"):
-        source = {"type": "easy_vqa", "path": given.data, "split": split, "questions": False, "classes": "color shape"}
-        TASKS[given.task](load_source(source), given.folder, split)
+        source = {
+            "type": "easy_vqa",
+            "path": options.data,
+            "split": split,
+            "questions": False,
+            "classes": "color shape",
+        }
+        TASKS[options.task](load_source(source), options.folder, split)
 
 
 if __name__ == "__main__":

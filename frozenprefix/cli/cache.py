@@ -23,7 +23,7 @@ def command(
     loaded = load_recipe(recipe, overrides or [])  # first: the rest takes seconds to import
     from frozenprefix.training.caching import fill_cache
 
-    with progress_bar("encoding images", shown=is_main_process()) as update:
+    with progress_bar("encoding images", enabled=is_main_process()) as update:
         filled = fill_cache(loaded, repair=repair, progress=update)
     if not filled.is_main:
         return

@@ -35,7 +35,7 @@ def command(
     prompt: Prompt = None,
     language_model: LanguageModel = None,
     precision: Precision = Arithmetic.auto,
-    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, in place of the screen.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
     force: Force = False,
 ) -> None:
     """Write a caption for every image. Exit code 1 if some cannot be read."""

@@ -31,7 +31,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.
 LanguageModel = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH", help="Where the language model of the checkpoint lies now; the place in it when not given."
+        metavar="PATH", help="Present path of the checkpoint's language model; by default the one in the checkpoint."
     ),
 ]
 

@@ -23,13 +23,16 @@ def check(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole report to.")] = None,
     force: Force = False,
 ) -> None:
-    """Read every image once; report broken images and images in two splits. Exit code 1 if there are any."""
+    """Read every image once; report broken images and images in two splits. Exit code 1 if there are any.
+
+    The exit code is also 1 for a folder without targets that holds tables which no source reads.
+    """
     from frozenprefix.utils import check_output, progress_bar
 
     if out is not None:
         check_output(out, {"samples", "images", "bad_images", "leaks"}, force=force)
     from frozenprefix.data.check import check_samples
-    from frozenprefix.data.sources import detect_sources, load_sources
+    from frozenprefix.data.sources import detect_sources, load_sources, unread_tables
 
     samples = load_sources(detect_sources(folder))
     with progress_bar("reading images") as update:
@@ -39,7 +42,10 @@ def check(
     for name, value in result.items():
         for line in _lines(name, value):
             typer.echo(line)
-    if report.bad_images or report.leaks:
+    tables = [] if report.targets else unread_tables(folder)
+    for table in tables:
+        typer.echo(f"texts that may be in it are not read: {table}")
+    if report.bad_images or report.leaks or tables:
         raise typer.Exit(1)
 
 

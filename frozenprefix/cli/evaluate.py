@@ -61,7 +61,7 @@ def command(
         check_output(out, {"task", "metrics", "predictions_sha256"}, force=force)
     from frozenprefix.evaluation import evaluate_checkpoint
 
-    with progress_bar("predicting", shown=is_main_process()) as update:
+    with progress_bar("predicting", enabled=is_main_process()) as update:
         result = evaluate_checkpoint(
             checkpoint,
             task=task,

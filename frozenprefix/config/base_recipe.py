@@ -1,4 +1,4 @@
-"""What recipes of all kinds share, how one is written, and how it is compared with that of an earlier run."""
+"""Keys and methods of recipes of all kinds: precision, YAML, and comparison with the recipe of an earlier run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from frozenprefix.config.yaml import write_yaml
 from frozenprefix.errors import Problem
 from frozenprefix.models.section import DType
 
-# They set how fast the learning rate falls, so a constant one does not depend on them.
+# They determine how fast the learning rate falls; a constant learning rate does not depend on them.
 _LENGTH = ("max_steps", "epochs", "max_minutes")
-# What a resumed run of any kind has to share with the run that it continues.
+# Keys whose values a resumed run has to share with the run that it continues.
 SAME_TRAINING = (
     "images_per_step",
     "targets_per_image",
@@ -31,7 +31,7 @@ DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "floa
 
 
 class BaseRecipe(RecipeSection):
-    """One experiment, made by `load_recipe` or `recipe_from_dict`, which report all problems at once.
+    """One experiment. `load_recipe` and `recipe_from_dict` create it, and report all problems at once.
 
     Attributes:
         same_on_resume: section → keys that a resumed run has to share with the run that it continues; other keys may
@@ -105,7 +105,7 @@ class BaseRecipe(RecipeSection):
         return self.training.schedule != "constant"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What has to be equal for a run to be resumed: dotted key → JSON value.
+        """Values that have to be equal for a run to be resumed: dotted key → JSON value.
 
         Names, outputs, logging, validation, evaluation and tracking may change in between. So may the length of the
         run if no step depends on it.

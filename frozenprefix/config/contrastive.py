@@ -33,7 +33,7 @@ class ContrastiveTrainingSection(RunSection):
     weight_decay: float = Field(0.01, ge=0, description="of matrices; not of biases, norms and the logit scale")
     betas: tuple[float, float] = (0.9, 0.98)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: the faster of fp32 and bf16")
-    texts_per_chunk: int = Field(64, ge=1, description="texts of like length that go through the tower together")
+    texts_per_chunk: int = Field(64, ge=1, description="texts of similar length that are encoded together")
     gradient_cache: bool = Field(False, description="keep the activations of one chunk at a time; costs a forward pass")
 
 

@@ -1,4 +1,4 @@
-"""Pydantic's errors as one line each: dotted key, what it got, what is expected, and the nearest valid key."""
+"""Pydantic's errors as one line each: dotted key, value, expected value, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def collect_problems(errors: list[ErrorDetails], data: Any, schema: Section, pre
     """Turn pydantic's errors on `data` into problems, in their order. The branches of a union become one problem.
 
     Args:
-        prefix: stands before every key, with its dot.
+        prefix: put before every key; includes its dot.
 
     Example:
         >>> class Training(BaseModel):
@@ -69,7 +69,7 @@ def collect_problems(errors: list[ErrorDetails], data: Any, schema: Section, pre
                 Problem(text, tuple(f"{dotted}.{key}".strip(".") for key in keys)) for text, keys in clash.problems
             ]
         elif error["type"] == "default_factory_not_called":
-            continue  # it follows from another wrong value of its section
+            continue  # a consequence of another wrong value in its section
         elif error["type"] == "extra_forbidden":
             problems.append(Problem(_unknown_key(place, error["input"], schema), (dotted,)))
         elif error["type"] == "missing":
@@ -111,9 +111,9 @@ def shorten(value: Any, limit: int = 60) -> str:
 
 
 def _locate(error: ErrorDetails, data: Any, schema: Section) -> Location:
-    """Follow the error's location through data and schema; what pydantic adds for branches of unions is left out."""
+    """Follow the error's location through data and schema; pydantic's entries for branches of unions are left out."""
     path: list[str | int] = []
-    here: list[Section] = [schema]  # sections that may stand at `path`: several until the tag of a union is met
+    here: list[Section] = [schema]  # sections that are possible at `path`: several until the tag of a union is met
     union: list[Section] = []  # that `here` was chosen from
     place = Location((), None, [])
     for part in error["loc"]:
@@ -135,7 +135,7 @@ def _locate(error: ErrorDetails, data: Any, schema: Section) -> Location:
 
 
 def sections_in(field: FieldInfo | None) -> list[Section]:
-    """The sections that may stand in a field."""
+    """The sections that a field can hold."""
     return [] if field is None else list(_sections_of(field.annotation))
 
 
@@ -184,7 +184,7 @@ def _description(place: Location) -> str:
 
 
 def _unknown_key(place: Location, value: Any, schema: Section) -> str:
-    """What is wrong with a key that its section does not have."""
+    """The message for a key that its section does not have."""
     key = str(place.path[-1])
     if place.section is None:
         return "unknown key"

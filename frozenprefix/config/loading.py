@@ -46,7 +46,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | Con
 
 
 def recipe_from_dict(data: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe | ContrastiveRecipe:
-    """Check plain data, as they stand in a recipe file.
+    """Check plain data with the blocks of a recipe file.
 
     Args:
         data: the blocks of a recipe; `output_dir` is `runs/NAME` when missing.
@@ -122,7 +122,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(schema: type[R], data: dict[str, Any]) -> tuple[R | None, list[Problem]]:
-    """Check, and on errors check again without the wrong values: they hide values that do not go together."""
+    """Check; on errors check again without the wrong values, which hide conflicts between other values."""
     recipe, problems = _validate_once(schema, data)
     if recipe is not None:
         return recipe, []

@@ -1,4 +1,4 @@
-"""The `objectives` block of a recipe: what is learned besides the next token, and how much each part counts."""
+"""The `objectives` block of a recipe: the terms of the loss and their weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ObjectivesSection(RecipeSection):
 
 
 def is_used(weight: Weight) -> bool:
-    """Whether a weight is ever above 0.
+    """Whether a weight is above 0 at any time of the run.
 
     Example:
         >>> is_used((0.0, 0.5)), is_used(0.0)

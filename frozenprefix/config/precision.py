@@ -1,4 +1,4 @@
-"""`precision: auto`: the arithmetic that a run, a caption or an evaluation computes in, chosen where it runs."""
+"""`precision: auto`: the arithmetic of a run, a caption or an evaluation, chosen on the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resolve_precision(recipe: R, resumed: str | Path | None = None) -> R:
 
 
 def inference_precision(config: Any, precision: str = "auto", *, device: str | torch.device = "cpu") -> str:
-    """What the frozen parts of a checkpoint compute in on this machine; it need not be that of the training.
+    """Precision of a checkpoint's frozen parts on this machine, which may differ from that of the training.
 
     Args:
         config: of the checkpoint, with the place of its language model here; see `checkpoint_config`.

@@ -12,7 +12,7 @@ from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig
 
 
 class Recipe(BaseRecipe):
-    """Training of a mapper, and of whatever else in an image-reading model a recipe names.
+    """Training of a mapper, and of the other trained parts that a recipe names.
 
     Example:
         >>> recipe.model.mapper.type, recipe.training.max_steps

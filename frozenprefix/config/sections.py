@@ -15,19 +15,19 @@ from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
-from frozenprefix.models.packing.trie import Packing
+from frozenprefix.models.packing import Packing
 from frozenprefix.models.processing import DEFAULT_PROMPTS
 from frozenprefix.models.section import Section
 
 
 class RecipeSection(Section):
-    """A block of a recipe, which does not change once it is read."""
+    """A block of a recipe; immutable."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class ImageModelSection(RecipeSection):
-    """What models of all kinds share."""
+    """Sections that models of all kinds have."""
 
     vision_encoder: VisionEncoderConfig
 
@@ -192,9 +192,7 @@ class RunSection(RecipeSection):
     def problems(self) -> list[Problem]:
         problems = []
         if self.epochs is not None and self.max_steps is not None:
-            text = (
-                f"got {self.epochs} beside max_steps {self.max_steps}, expected one of the two; set the other to null"
-            )
+            text = f"got {self.epochs} with max_steps {self.max_steps}, expected one of the two; set the other to null"
             problems.append(Problem(text, ("epochs", "max_steps")))
         if self.epochs is None and self.max_steps is None:
             text = "missing, expected a number, or a number for max_steps"
@@ -206,7 +204,7 @@ class RunSection(RecipeSection):
 
 
 class TrainingSection(RunSection):
-    """How a mapper, and whatever else a recipe trains through the language model, is trained.
+    """Training of a mapper, and of other parts, through the language model.
 
     Example:
         >>> TrainingSection(epochs=2).packing
@@ -226,6 +224,12 @@ class TrainingSection(RunSection):
                 f"got {self.tokens_per_row}, which has no effect with packing 'none'; expected null, or other packing"
             )
             problems.append(Problem(text, ("tokens_per_row", "packing")))
+        if self.images_per_step % self.gradient_accumulation_steps:
+            text = (
+                f"got {self.images_per_step}, expected a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+            problems.append(Problem(text, ("images_per_step", "gradient_accumulation_steps")))
         return problems
 
 

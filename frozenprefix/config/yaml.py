@@ -1,4 +1,4 @@
-"""YAML 1.2 as recipes, overrides and options of commands have it, and `a.b.0.c=value` overrides."""
+"""YAML 1.2 for recipes, overrides and options of commands, and overrides of the form `a.b.0.c=value`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_yaml(text: str, name: str) -> Any:
     """Parse YAML 1.2: `1e-4` is a number, `off` and `1:30` are text, a repeated key is an error.
 
     Args:
-        name: what errors call the text, such as its file.
+        name: name of the text in errors, such as its file.
 
     Raises:
         ConfigError: for text that is not YAML, with line and column, or whose aliases grow beyond `MAX_VALUES` values.

@@ -6,8 +6,9 @@ Example:
     12
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from frozenprefix.registry import lazy_exports
 
 if TYPE_CHECKING:
     from frozenprefix.data.cache import FeatureCache
@@ -42,22 +43,17 @@ __all__ = [
     "load_sources",
     "to_image",
 ]
-_MODULES = {
-    "cache": ("FeatureCache",),
-    "cache_writer": ("FeatureCacheWriter", "encode_images"),
-    "caption_retriever": ("CaptionRetriever", "RetrievalOptions"),
-    "check": ("check_samples",),
-    "collation": ("Collator", "StepDataset"),
-    "images": ("BadImages", "find_images", "load_image", "to_image"),
-    "samplers": ("ImageStream",),
-    "samples": ("ImageGroup", "Sample", "group_by_images"),
-    "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch is slow to import."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "cache": ("FeatureCache",),
+        "cache_writer": ("FeatureCacheWriter", "encode_images"),
+        "caption_retriever": ("CaptionRetriever", "RetrievalOptions"),
+        "check": ("check_samples",),
+        "collation": ("Collator", "StepDataset"),
+        "images": ("BadImages", "find_images", "load_image", "to_image"),
+        "samplers": ("ImageStream",),
+        "samples": ("ImageGroup", "Sample", "group_by_images"),
+        "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources"),
+    },
+)

@@ -46,7 +46,7 @@ Places = Sequence[str | PathLike[str]]
 
 
 class RetrievalOptions(Section):
-    """What is retrieved, and how the prompt shows it.
+    """Options of retrieval: number of images and captions, and their place in the prompt.
 
     Of all captions of the nearest images, those are taken that agree best with the others, at most one per image.
     With captions of more images to choose from they fit better, but are more alike: on Flickr8k's validation images
@@ -213,14 +213,14 @@ class CaptionRetriever:
         """Those captions of some images that agree best, at most one of each image, and no text twice."""
         spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in rows]
         candidates, owners = np.concatenate(spans), np.repeat(rows, [len(span) for span in spans])
-        chosen: dict[str, int] = {}
+        owner_of: dict[str, int] = {}  # of each caption to show
         for place in np.argsort(-self._vectors.agreement(candidates), kind="stable"):
             text, owner = self._texts[candidates[place]], int(owners[place])
-            if text not in chosen and owner not in chosen.values():
-                chosen[text] = owner
-            if len(chosen) == self.options.captions:
+            if text not in owner_of and owner not in owner_of.values():
+                owner_of[text] = owner
+            if len(owner_of) == self.options.captions:
                 break
-        return list(chosen)
+        return list(owner_of)
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""

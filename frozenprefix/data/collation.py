@@ -16,7 +16,7 @@ from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream, choose_targets
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import DataError, FrozenPrefixError
-from frozenprefix.models.packing.trie import PackedBatch, Packing, Target, pack
+from frozenprefix.models.packing import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.utils import report
 

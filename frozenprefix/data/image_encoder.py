@@ -109,7 +109,7 @@ class ImageEncoder:
         table = feature_table(self.module)
         if table is not None:
             return table.features(_files(images))
-        return self.encode(self.pixel_values([open_image(image) for image in images]))
+        return self.encode(self.pixel_values([to_image(image) for image in images]))
 
     def batches(
         self, images: Iterable[ImageInput], size: int, bad: BadImages | None = None
@@ -143,7 +143,7 @@ class ImageEncoder:
         Raises:
             BadImageError: for a file that cannot be read, and an image that the image processor fails on.
         """
-        opened = open_image(image)
+        opened = to_image(image)
         with processing(image):
             return self.pixel_values([opened])
 
@@ -152,16 +152,6 @@ class ImageEncoder:
         if feature_table(self.module) is not None:
             return images, self(images)
         return images, self.encode(torch.cat([pixel_values for _, pixel_values in batch]))
-
-
-def open_image(image: ImageInput) -> Image:
-    """The upright RGB image of a file, a PIL image, an array or a tensor.
-
-    Example:
-        >>> open_image(image_path).mode
-        'RGB'
-    """
-    return to_image(image)
 
 
 def _files(images: Sequence[ImageInput]) -> list[str | PathLike[str]]:

@@ -19,6 +19,7 @@ __all__ = [
     "decode_image",
     "find_images",
     "image_ending",
+    "is_hidden",
     "load_image",
     "processing",
     "read_image",
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def walk_files(root: Path, *, passed_over: dict[Path, str] | None = None) -> Iterator[Path]:
-    """Yield all files under a folder, sorted, however deep. The one way to walk a folder.
+    """Yield all files under a folder, sorted, however deep. All code walks folders with this function.
 
     Links to folders are followed, but not in circles. Hidden names and macOS's `__MACOSX` are passed over.
 
@@ -55,7 +56,7 @@ def _walk(folder: Path, above: tuple[Path, ...], passed_over: dict[Path, str]) -
         return
     for entry in entries:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+        if is_hidden(entry.name):
             passed_over[path] = "hidden"
         elif entry.is_dir():
             folders.append(path)
@@ -66,6 +67,17 @@ def _walk(folder: Path, above: tuple[Path, ...], passed_over: dict[Path, str]) -
     yield from files
     for path in folders:
         yield from _walk(path, (*above, real), passed_over)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name, or a folder in it, is one that is passed over: `.DS_Store`, `._1.jpg`, `__MACOSX`.
+
+    Example:
+        >>> is_hidden("__MACOSX/1.jpg"), is_hidden("./a/1.jpg")
+        (True, False)
+    """
+    parts = name.split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path]:
@@ -83,15 +95,15 @@ def find_images(root: Path, endings: Collection[str] | None = None) -> list[Path
     """
     if not root.is_dir():
         raise DataError(f"{root}: got no folder, expected a folder of images")
-    wanted = frozenset(image_endings() if endings is None else endings)
+    suffixes = frozenset(image_endings() if endings is None else endings)
     passed_over: dict[Path, str] = {}
     files = list(walk_files(root, passed_over=passed_over))
-    images = sorted(path for path in files if path.suffix.lower() in wanted)
+    images = sorted(path for path in files if path.suffix.lower() in suffixes)
     if not images:
         listed = endings or (".jpg", ".png", ".webp", "…")
         raise DataError(f"{root}: got no image, expected files ending in {', '.join(sorted(listed))}")
     total = len(files) + len(passed_over)
-    passed_over |= {path: "no image by its name" for path in files if path.suffix.lower() not in wanted}
+    passed_over |= {path: "no image by its name" for path in files if path.suffix.lower() not in suffixes}
     report_left_out(root, total, Counter(passed_over.values()), what="names", examples=passed_over)
     return images
 

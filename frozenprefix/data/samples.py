@@ -1,4 +1,4 @@
-"""One training or evaluation example, whatever file format it came from."""
+"""One training or evaluation example, independent of its file format."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sample:
 
     @property
     def group(self) -> tuple[Path | str, ...]:
-        """What samples are grouped by: their images or, for text alone, the conversation that the sample is a turn of.
+        """Key to group samples by: their images or, without images, the conversation that the sample is a turn of.
 
         Example:
             >>> Sample("chat.0", (), ("yes",)).group, Sample("1", (Path("1.jpg"),), ()).group == (Path("1.jpg"),)
@@ -57,7 +57,7 @@ class Sample:
 
     @property
     def label(self) -> str:
-        """How messages call the sample: its id, and where it was read."""
+        """Name of the sample in messages: its id, and where it was read."""
         return f"sample '{self.id}'" + (f" ({self.where})" if self.where else "")
 
 
@@ -157,7 +157,7 @@ def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
         >>> [(sample.id, sample.targets) for sample in with_targets(samples, where="data.train")]
         [('1', ('a dog',))]
     """
-    kept, without, total, blank = [], 0, 0, 0
+    complete, without, total, blank = [], 0, 0, 0
     for sample in samples:
         total += 1
         targets = tuple(text for text in sample.targets if text.strip())
@@ -165,15 +165,17 @@ def with_targets(samples: Iterable[Sample], *, where: str) -> list[Sample]:
             without += 1
             continue
         blank += len(sample.targets) - len(targets)
-        kept.append(sample if len(targets) == len(sample.targets) else replace(sample, targets=targets))
-    report_left_out(where, total, {"no target": without}, what="samples")
+        complete.append(sample if len(targets) == len(sample.targets) else replace(sample, targets=targets))
+    report_left_out(where, total, {"no target": without}, what="samples", fix="check where the texts are")
     if blank:
-        report_left_out(where, sum(len(sample.targets) for sample in kept) + blank, {"blank": blank}, what="targets")
-    return kept
+        report_left_out(
+            where, sum(len(sample.targets) for sample in complete) + blank, {"blank": blank}, what="targets"
+        )
+    return complete
 
 
 def digest_samples(samples: Sequence[Sample], image_key: Callable[[Path], str] | None = None) -> dict[str, str | int]:
-    """What a run depends on of its samples: their number, and hashes of their ids, images and texts.
+    """Digest of the samples that a run depends on: their number, and hashes of their ids, images and texts.
 
     Args:
         image_key: image file → text that changes with its content; default: its name and size.

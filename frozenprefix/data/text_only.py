@@ -80,13 +80,13 @@ class TextVectors:
         return self._vectors.shape[1]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Vectors in place of image features: unit float32[n, 1, D]."""
+        """Vectors to use as image features: unit float32[n, 1, D]."""
         places = [self._place[text] for text in texts]
         return F.normalize(self._vectors[places].float(), dim=-1)[:, None]
 
 
 class TextOnlyCollator(Collator):
-    """Takes the vector of every target's own text in place of its image, which is never read.
+    """Uses the vector of every target's own text instead of its image, which is never read.
 
     Nukrai et al. 2022, section 3. The noise is added in every step by the objective.
 

@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     if num_beams is None and chosen.takes_beams:
         num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
-    default = Path(checkpoint) / f"predictions_{_name(task, data, split, extra)}.jsonl"
+    default = Path(checkpoint) / f"predictions_{_name(task, data, split, limit, extra)}.jsonl"
     file = _predictions_file(predictions or default, force)
     with opening_checkpoint(checkpoint):
         config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
@@ -138,14 +138,16 @@ def _samples(
     return samples, train
 
 
-def _name(task: str, data: str | Path | None, split: str | None, extra: Mapping[str, Any]) -> str:
-    """Name of an evaluation in the predictions' file name: task, way of answering, data and split."""
+def _name(task: str, data: str | Path | None, split: str | None, limit: int | None, extra: Mapping[str, Any]) -> str:
+    """Name of an evaluation in the predictions' file name: task, way of answering, data, split and limit."""
     if data is None:
         parts = ["recipe_validation"]
     else:
         folder = Path(data).resolve()
         # two data sets may lie in folders with the same name
         parts = [f"{safe_file_name(folder.name, 40)}-{content_hash(str(folder))[:6]}", split or "all"]
+    if limit is not None:
+        parts.append(f"first{limit}")
     return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), *parts])
 
 

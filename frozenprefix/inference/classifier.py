@@ -14,7 +14,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.likelihood import log_likelihoods
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing.trie import Target
+from frozenprefix.models.packing import Target
 from frozenprefix.models.processing import FrozenPrefixProcessor
 
 LABEL_MARK = "{label}"

@@ -17,8 +17,9 @@ from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
 from frozenprefix.kernels.compat import CACHE
+from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
 
 Images = Sequence[ImageInput] | Tensor
 _ONE_CACHE = "not an option of a dialog, which continues one text in one cache"

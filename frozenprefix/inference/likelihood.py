@@ -12,8 +12,8 @@ from torch import Tensor
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.models.packing import PackedBatch, Target, pack
 from frozenprefix.models.packing.division import TOKENS_PER_ROW, divide
-from frozenprefix.models.packing.trie import PackedBatch, Target, pack
 from frozenprefix.models.processing import IMAGE_TOKEN
 
 LOGIT_ROWS = 256  # places whose logits are in memory at once

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -68,16 +68,8 @@ def write_report(
         raise DataError(f"max_images must be ≥ 1, got {max_images}")
     images = _rows_by_images(predictions)
     count = min(max_images, len(images))
-    chosen = [list(images)[i * len(images) // count] for i in range(count)]
-    environment = Environment(
-        loader=PackageLoader("frozenprefix.interpret", ""),
-        autoescape=True,
-        finalize=_without_forbidden,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    page = environment.get_template("report.html").render(
+    keys = [list(images)[i * len(images) // count] for i in range(count)]
+    page = _template().render(
         title=title,
         version=__version__,
         tables=[_score_table(task, result) for task, result in _results_by_task(results).items()],
@@ -87,14 +79,24 @@ def write_report(
         validation_rows=[
             (row["step"], [row.get(name) for name in _VALIDATION]) for row in log if any(n in row for n in _VALIDATION)
         ],
-        cards=[_card(key, images[key]) for key in chosen],
+        cards=[_card(key, images[key]) for key in keys],
         total=len(images),
         recipe=recipe_yaml,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, page)
-    return path
+    return Path(path)
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("frozenprefix.interpret", ""),
+        autoescape=True,
+        finalize=_without_forbidden,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template("report.html")
 
 
 def _without_forbidden(value: Any) -> Any:

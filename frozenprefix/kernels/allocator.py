@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory instead of returning it to the system; return whether it does.
 
     A step on the CPU allocates and frees the same megabytes again and again. By default every large block is mapped
-    anew, and the system fills it with zeros, page by page, before the first write. Without glibc nothing is done. The
+    again, and the system fills it with zeros, page by page, before the first write. Without glibc nothing is done. The
     memory in use stays the same, but what is free cannot be used by other processes.
 
     Example:

@@ -109,7 +109,7 @@ class PrepackedForward(PrepackedWeight):
     """Replacement for the `forward` of one frozen layer.
 
     Under autocast and for inputs of another dtype the layer's own `forward` runs. So it does while `copied_elsewhere`
-    is set: then the weight is part of another prepacked copy, and a second one is not made.
+    is set: then the weight is part of another prepacked copy, and needs no second one.
     """
 
     def __init__(self, layer: Layer):

@@ -62,12 +62,14 @@ class FrozenLayer:
     """
 
     def __init__(self, layer: Any):
+        # the method of the class, which an instance of `FrozenLayer` will replace
         self.own, self.layer = layer.forward, layer
         attention = layer.self_attn
         self.dim, self.scaling = attention.head_dim, attention.scaling
         self.queries = attention.q_proj.out_features // self.dim
         self.keys = attention.k_proj.out_features // self.dim
         self.out, self.down = attention.o_proj.forward, layer.mlp.down_proj.forward
+        # q, k and v are multiplied as one matrix, and so are gate and up: two copies of them would be needless
         self.keep_copies(True)
 
     def keep_copies(self, here: bool) -> None:
@@ -94,13 +96,18 @@ class FrozenLayer:
         **kwargs: Any,
     ) -> Tensor:
         if (
+            # not called as transformers' model calls it for packed rows
             args
             or attention_mask is None
             or position_embeddings is None
+            # generation, which would have to write keys and values into the cache
             or kwargs.get(CACHE) is not None
+            # another attention than the one that `_attend` computes
             or compat.attention_implementation(self.layer.self_attn.config) != MATMUL
+            # the weights were prepacked for one dtype
             or hidden_states.dtype != self.out.dtype
             or torch.is_autocast_enabled("cpu")
+            # a hook reads or changes values inside the layer
             or any(map(compat.has_hooks, self._parts))
         ):
             return self.own(
@@ -196,7 +203,9 @@ class _LayerFunction(torch.autograd.Function):
         # [N, D] -> [R, T, H + 2 G, d]: query, key and value heads side by side
         heads = frozen.query_key_value.forward(normed).view(*shape, -1, frozen.dim)
         half = frozen.dim // 2
+        # the minus of the rotation is put into the sine once, so that both halves are one multiply-add
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        # queries and keys are rotated where they are; values, the last heads, stay as they are
         _rotate(heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin)
         mixed, *attention = _attend(heads, frozen, mask)
         # [N, H d] -> [N, D]
@@ -207,6 +216,7 @@ class _LayerFunction(torch.autograd.Function):
         gate, up = inner.chunk(2, dim=-1)
         output = frozen.down.forward(F.silu(gate).mul_(up)).add_(middle)
         ctx.frozen, ctx.shape = frozen, shape
+        # None of these may be overwritten above: `inner`, unlike its activation, is read again in the backward pass.
         ctx.save_for_backward(x, variance, middle, middle_variance, inner, cos, signed_sin, *attention)
         return output
 
@@ -224,8 +234,9 @@ class _LayerFunction(torch.autograd.Function):
         torch.mul(F.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
         grad = frozen.gate_up.backward(grad_inner)
+        # `middle` went two ways, through this part and around it: both gradients add up
         grad = _norm_backward(grad, middle, middle_variance, layer.post_attention_layernorm).add_(grad_output)
-        # Attention
+        # Attention. A rotation is undone by the opposite rotation, so the gradient of queries and keys is turned back.
         grad_mixed = frozen.out.backward(grad)
         grad_heads = _attend_backward(grad_mixed.view(*ctx.shape, -1, frozen.dim), frozen, *attention)
         _rotate(grad_heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin, inverse=True)
@@ -289,6 +300,7 @@ def _attend(heads: Tensor, frozen: FrozenLayer, mask: Tensor) -> tuple[Tensor, .
     queries, keys, values = heads.split((frozen.queries, frozen.keys, frozen.keys), dim=2)
     query = _grouped(queries, frozen.keys, frozen.scaling)
     key, value = (part.transpose(1, 2).reshape(-1, length, dim) for part in (keys, values))
+    # The queries were scaled while they were copied, which is cheaper than scaling T * T scores.
     # [R G, H/G T, d] @ [R G, d, T]
     scores = torch.bmm(query, key.transpose(1, 2))
     scores.view(rows, frozen.queries, length, length).add_(mask)
@@ -306,6 +318,7 @@ def _attend_backward(
     dV = A^T dO,  dA = dO V^T,  dS = softmax'(dA),  dQ = dS K,  dK = dS^T Q.
     """
     rows, length, _, dim = grad.shape
+    # The sum over the query heads that share a key head comes with the product: they are rows of one matrix.
     grad = _grouped(grad, frozen.keys, 1.0)
     grad_heads = grad.new_empty(rows, length, frozen.queries + 2 * frozen.keys, dim)
     queries, keys, values = grad_heads.split((frozen.queries, frozen.keys, frozen.keys), dim=2)

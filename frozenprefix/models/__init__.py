@@ -1,7 +1,8 @@
 """The model, its config and its processor, with their parts: encoders, mappers, fusions, language models, adapters."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from frozenprefix.registry import lazy_exports
 
 if TYPE_CHECKING:
     from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, MapperConfig
@@ -22,18 +23,13 @@ __all__ = [
     "evaluating",
     "freeze",
 ]
-_MODULES = {
-    "configuration": ("FrozenPrefixConfig", "LanguageModelConfig", "MapperConfig"),
-    "encoder_configuration": ("TimmEncoderConfig",),
-    "freezing": ("count_parameters", "evaluating", "freeze"),
-    "modeling": ("FrozenPrefixForConditionalGeneration",),
-    "processing": ("IMAGE_TOKEN", "FrozenPrefixProcessor"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the processor alone needs no language model."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "configuration": ("FrozenPrefixConfig", "LanguageModelConfig", "MapperConfig"),
+        "encoder_configuration": ("TimmEncoderConfig",),
+        "freezing": ("count_parameters", "evaluating", "freeze"),
+        "modeling": ("FrozenPrefixForConditionalGeneration",),
+        "processing": ("IMAGE_TOKEN", "FrozenPrefixProcessor"),
+    },
+)

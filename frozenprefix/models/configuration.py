@@ -80,7 +80,7 @@ class SectionedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; ready-made parts, which bear the names of sections, are left to the model."""
+        """As in transformers; ready-made parts, which have the names of sections, are left to the model."""
         parts = {name: value for name, value in kwargs.items() if name in cls.sections and hasattr(value, "forward")}
         others = {name: value for name, value in kwargs.items() if name not in parts}
         result: Any = super().from_dict(config_dict, **others)
@@ -101,7 +101,7 @@ class FrozenPrefixConfig(SectionedConfig):
         vision_encoder, mapper, language_model, fusion: sections, as typed objects or dicts of their fields.
         identity: exact identity of every frozen part, written by the builder and checked on loading:
             `{"vision_encoder": {...}, "language_model": {...}}`.
-        image_token_id: the id of `<image>` in the processor's tokenizer; it lies behind the LM's vocabulary.
+        image_token_id: the id of `<image>` in the processor's tokenizer; it is beyond the LM's vocabulary.
         contrastive: heads for `encode_image` and `encode_text`, as `{"dim": 256, "loss": "infonce"}`; None for none.
         unit_features: scale image features to unit length before they are mapped, for encoders that share their space
             with texts.

@@ -22,7 +22,7 @@ _FORMER_DEFAULTS: dict[str, Any] = {
 
 
 class EncoderSection(Section):
-    """What the sections of all sources share."""
+    """Fields of the encoders of all sources."""
 
     dtype: DType = "float32"
 
@@ -48,14 +48,14 @@ class EncoderSection(Section):
 
 
 class PixelEncoderSection(EncoderSection):
-    """What the sections of encoders that read pixels share."""
+    """Fields of the encoders that read pixels."""
 
     output: Literal["patch", "pooled"] = "patch"
     grid: int | None = Field(None, ge=1, description="average the patch grid down to grid x grid tokens")
     image_size: int | None = Field(None, ge=8, description="pixels; the encoder's own size when not given")
     resize: Literal["squash"] | None = Field(
         None,
-        description="'squash' shows the whole image, its sides made equal; the encoder's own crop when not given",
+        description="'squash' resizes the whole image to a square; the encoder's own crop when not given",
     )
     trainable: Literal["none", "all"] | Annotated[int, Field(ge=1)] = Field(
         "none", description="'none', 'all', or how many of the last blocks are trained through the language model"
@@ -83,7 +83,7 @@ class PixelEncoderSection(EncoderSection):
 
 
 class NetworkSection(PixelEncoderSection):
-    """What the sections of single encoders share."""
+    """Fields of single encoders."""
 
     layer: int | list[int] = Field(-1, description="hidden layer(s) to read; several are concatenated")
     peft: PeftMethodConfig | None = Field(None, description="trained layers inside the frozen encoder, with a `type`")
@@ -94,7 +94,7 @@ class NetworkSection(PixelEncoderSection):
     def problems(self) -> list[Problem]:
         problems = super().problems()
         if self.peft is not None and self.trainable != "none":
-            text = "trains layers of its own around frozen ones; expected 'none' for trainable beside it"
+            text = "trains layers of its own around frozen ones; expected 'none' for trainable together with it"
             problems.append(Problem(text, ("peft", "trainable")))
         return problems
 
@@ -139,7 +139,7 @@ class TransformersEncoderConfig(NetworkSection):
 
 
 class EncoderPart(Section):
-    """One of several fused encoders. What concerns images and tokens stands beside the list."""
+    """One of several fused encoders. Options about images and tokens are set once for all, next to the list."""
 
     source: Literal["timm", "open_clip", "transformers"]
     name: str = Field(description="as for a single encoder; so are `weights`, `revision` and `layer`")
@@ -193,7 +193,7 @@ class FusedEncoderConfig(PixelEncoderSection):
 
 
 class PrecomputedFeaturesConfig(EncoderSection):
-    """Image features from a file in place of an encoder.
+    """Image features from a file instead of an encoder.
 
     Example:
         >>> PrecomputedFeaturesConfig(path="features.safetensors").source
@@ -212,7 +212,7 @@ class PrecomputedFeaturesConfig(EncoderSection):
 
 
 class CustomEncoderConfig(PixelEncoderSection):
-    """An encoder from outside of this package. Keys beside the declared ones are its own options.
+    """An encoder from outside this package. Undeclared keys are its own options.
 
     Example:
         >>> section = vision_encoder_config(source="mine.encoders:build", width=8)
@@ -225,7 +225,7 @@ class CustomEncoderConfig(PixelEncoderSection):
     peft: ClassVar[None] = None
 
     source: str = Field(description="`package.module:function`, or an entry point of frozenprefix.vision_encoders")
-    name: str = Field("custom", description="as error messages show it")
+    name: str = Field("custom", description="its name in error messages")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -250,7 +250,7 @@ VisionEncoderConfig = Annotated[
     | Annotated[CustomEncoderConfig, Tag("custom")],
     Discriminator(_source_of),
 ]
-"""Which image encoder, from which library, and what is read from it: one of six sections, by `source`."""
+"""Section of the vision encoder: one of six, by `source`."""
 
 
 def vision_encoder_config(**fields: Any) -> VisionEncoderConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,8 +18,6 @@ def freeze(module: Module) -> Module:
     """Switch off gradients and set evaluation mode, so that dropout is off and batch-norm statistics do not move.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import freeze
         >>> freeze(nn.Linear(2, 2)).weight.requires_grad
         False
     """
@@ -32,8 +30,6 @@ def evaluating(model: Module) -> Iterator[Module]:
     """Evaluation mode and no gradients inside the block; afterwards every submodule has the mode it had before.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import evaluating
         >>> model = nn.Dropout()
         >>> with evaluating(model):
         ...     print(model.training, torch.is_grad_enabled())
@@ -51,36 +47,18 @@ def evaluating(model: Module) -> Iterator[Module]:
             module.training = mode
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of parameters and buffers.
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of tensors.
 
     Example:
-        >>> from frozenprefix.models.freezing import hash_tensors
         >>> hash_tensors({"weight": torch.zeros(2)})[:8]
-        'b7bc6528'
+        '0b15b00b'
     """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters without a gradient, and all buffers of modules without a trained parameter.
-
-    Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import freeze, frozen_tensors
-        >>> sorted(frozen_tensors(freeze(nn.BatchNorm1d(2))))
-        ['.num_batches_tracked', '.running_mean', '.running_var', 'bias', 'weight']
-    """
-    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for prefix, module in model.named_modules():
-        if not any(p.requires_grad for p in module.parameters()):
-            tensors |= {f"{prefix}.{name}": b for name, b in module.named_buffers(recurse=False)}
-    return tensors
 
 
 @dataclass(frozen=True)
@@ -99,8 +77,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a model.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.freezing import count_parameters
         >>> print(count_parameters(nn.Linear(3, 4)))
         trainable parameters: 16 (100.00%), frozen: 0
     """

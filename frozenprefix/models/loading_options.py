@@ -33,7 +33,6 @@ def check_options(options: Mapping[str, Any], part_names: Collection[str]) -> No
         ConfigError: for an argument that is unknown, or that this package does not honour.
 
     Example:
-        >>> from frozenprefix.models.loading_options import check_options
         >>> check_options({"devicemap": "cpu"}, ["language_model"])
         Traceback (most recent call last):
         frozenprefix.errors.ConfigError: from_pretrained: devicemap: unknown argument (did you mean 'device_map'?)
@@ -77,10 +76,10 @@ def _language_model_changes(options: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if options.get("attn_implementation") is not None:
         changes["attn_implementation"] = options["attn_implementation"]
-    wanted = options.get("quantization_config")
-    values = wanted if isinstance(wanted, dict) else {} if wanted is None else wanted.to_dict()
+    config = options.get("quantization_config")
+    values = config if isinstance(config, dict) else {} if config is None else config.to_dict()
     four, eight = (bool(options.get(name) or values.get(name)) for name in ("load_in_4bit", "load_in_8bit"))
-    if wanted is not None and not (eight or (four and values.get("bnb_4bit_quant_type", "nf4") == "nf4")):
+    if config is not None and not (eight or (four and values.get("bnb_4bit_quant_type", "nf4") == "nf4")):
         raise ConfigError(
             "from_pretrained: quantization_config: expected bitsandbytes in 8 bits or in 4 bits of type nf4; pass "
             "another quantized model as language_model="
@@ -97,7 +96,6 @@ def device_of(device_map: Any) -> torch.device | None:
         ConfigError: for a map over several devices.
 
     Example:
-        >>> from frozenprefix.models.loading_options import device_of
         >>> device_of({"": "cpu"})
         device(type='cpu')
     """

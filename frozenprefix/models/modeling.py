@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.models.checkpoint import check_identity, load_checkpoint, save_checkpoint, trainable_state
+from frozenprefix.models.base import ImageModel
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
@@ -24,15 +24,11 @@ from frozenprefix.models.language_model import embedding_rms, load_language_mode
 from frozenprefix.models.language_model.base import BeamOptions
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
-
-PARTS = ("vision_encoder", "language_model")
-# arguments of `generate` that read the prompt's token ids, or would replace its embeddings
-NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
 
 
 @dataclass
@@ -52,13 +48,13 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
-class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 
     Args:
-        config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, language_model: ready-made parts instead: a `VisionEncoder`; any causal or encoder-decoder LM
-            of transformers, or a peft model around one, whose adapter stays as trainable or frozen as it is.
+        config: the parts. Frozen ones are loaded from the places that it names.
+        vision_encoder, language_model: ready-made parts, used instead: a `VisionEncoder`; any causal or
+            encoder-decoder LM of transformers, or a peft model around one, whose adapter stays trainable or frozen.
 
     The mapper's weights stay float32; the LM and the encoder run in the dtype that their config sections name.
 
@@ -78,10 +74,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = FrozenPrefixConfig
     config: FrozenPrefixConfig
-    main_input_name = "pixel_values"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
-    # transformers' checkpointing does nothing in evaluation mode, in which the frozen LM always is
-    supports_gradient_checkpointing = False
+    part_names = ("vision_encoder", "language_model")
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -100,10 +93,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             language_model, identity["language_model"] = load_language_model(config.language_model)
         language_model, peft_model = split_peft_model(language_model)
         identity.setdefault("language_model", language_model_identity(language_model))
-        check_identity(config.identity, identity)
-        config.identity = {part: {**config.identity.get(part, {}), **entries} for part, entries in identity.items()} | {
-            part: entries for part, entries in config.identity.items() if part not in identity
-        }
+        self.use_identity(identity)
 
         self.vision_encoder = self._freeze_encoder(vision_encoder)
         self.lm = wrap_language_model(freeze_around(language_model, peft_model))
@@ -143,12 +133,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The mapper's float32 weights are used in the LM's dtype, through autocast.
         """
-        expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
-        if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
-            raise ConfigError(
-                f"image_features: got shape {tuple(image_features.shape)}, "
-                f"expected (images, {expected[0]}, {expected[1]})"
-            )
+        self.check_features(image_features)
         image_features = image_features.float()
         if self.config.unit_features:
             image_features = F.normalize(image_features, dim=-1)
@@ -177,7 +162,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             missing = "input_ids" if input_ids is None else "config.image_token_id"
             raise DataError(f"{missing}: got None; the processor gives input_ids, and knows the id of <image>")
         if attention_mask is not None and attention_mask.ndim == 2:
-            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            # the tokenizer may pad with an added token, whose id is outside the LM's vocabulary
             input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, 0)
         images = 0 if prefix_embeds is None else len(prefix_embeds)
         prefix_index = index_placeholders(input_ids, image_token_id, images * self.placeholders_per_image)
@@ -242,9 +227,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss over the trained tokens of packed rows: a float32 scalar."""
-        rows = self.lm.layout(packed)
-        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
-        with self.fusion.seeing(context):
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.loss(rows, inputs_embeds) / packed.num_tokens
 
     def packed_hidden(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
@@ -253,10 +236,16 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: when several texts share a row that this LM cannot read.
         """
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
+            return self.lm.hidden(rows, inputs_embeds)
+
+    @contextmanager
+    def _reading(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
+        """The LM's layout of packed rows and their embeddings; inside the block the LM's hooks see the images."""
         rows = self.lm.layout(packed)
         inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
         with self.fusion.seeing(context):
-            return self.lm.hidden(rows, inputs_embeds)
+            yield rows, inputs_embeds
 
     @torch.no_grad()
     def generate(
@@ -284,13 +273,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             and no `scores` of every step; ask for `output_logits` to have transformers' search, which also serves all
             other options.
         """
-        if "max_length" in kwargs:
-            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
-        refused = [name for name in NEED_TOKENS if kwargs.get(name) is not None]
-        if refused:
-            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
-        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
+        self.lm.check_generate(attention_mask, kwargs)
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
@@ -323,9 +306,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "generate: packed: this model or these options need transformers' search, which reads one prompt a "
                 "row; ask searches_rows first, and give input_ids"
             )
-        rows = self.lm.layout(packed)
-        inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
-        with self.fusion.seeing(context):
+        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.continue_rows(rows, inputs_embeds, beams)
 
     # ── images and texts in one space ──
@@ -363,12 +344,12 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def trains_text(self) -> bool:
-        """Whether training changes what the LM computes on text alone."""
+        """Whether training changes the LM's output for text without images."""
         return self.fusion.changes_text or any(p.requires_grad for p in self.lm.parameters())
 
     @contextmanager
     def bare_language_model(self) -> Iterator[None]:
-        """Inside the block the LM computes what it computes without adapters and without the fusion."""
+        """Switch adapters and fusion off inside the block: the LM's output is that of the bare LM."""
         with self.adapters.disabled(), self.fusion.disabled():
             yield
 
@@ -389,9 +370,6 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The transformers model inside `lm`."""
         return self.lm.model
 
-    def init_weights(self) -> None:
-        """Nothing: parts arrive with their weights, which transformers' initialisation must not touch."""
-
     def train(self, mode: bool = True) -> FrozenPrefixForConditionalGeneration:
         """Set the mode of the trained parts; frozen parts stay in evaluation mode, around their adapters."""
         super().train(mode)
@@ -405,24 +383,6 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes, by name; adapters are saved in files of their own."""
-        return trainable_state(self)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Write config.json (with the identity of frozen parts), trained tensors, adapters; see `save_checkpoint`."""
-        if is_main_process:
-            save_checkpoint(self, save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> FrozenPrefixForConditionalGeneration:
-        """Load a checkpoint folder or Hub id; frozen parts come from where the config says; see `load_checkpoint`."""
-        if args:
-            raise ConfigError(f"from_pretrained: got {len(args)} more arguments by position; give them by name")
-        return load_checkpoint(cls, pretrained_model_name_or_path, PARTS, **kwargs)
 
     def unload_adapters(self) -> None:
         """Merge the language model's adapter into its weights for good, which leaves a plain transformers model.

@@ -27,7 +27,7 @@ def option_problems(
         field: dotted key of the part in a recipe, such as "model.mapper".
         name: name of the part, such as "mlp".
         options: values by name.
-        structural: arguments of the constructor that are no options, because the model supplies them.
+        structural: arguments of the constructor that the model supplies, which are not options.
 
     Example:
         >>> from frozenprefix.models.mappers import MAPPERS, STRUCTURAL

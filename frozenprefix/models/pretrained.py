@@ -1,4 +1,4 @@
-"""Folders and Hub ids of transformers' models: what is wrong with one is a single line that names it."""
+"""Folders and Hub ids of transformers' models: errors are one line that names the problem."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _check_config(folder: Path, field: str) -> None:
 
 
 def _without_config(folder: Path) -> str:
-    """What a folder without config.json holds in its place, and what to give."""
+    """Content of a folder without config.json, and the folder or file to give instead."""
     if not any(folder.iterdir()):
         return f"is an empty folder; expected {CONFIG_NAME}, weights and tokenizer of a model of transformers"
     ggufs = sorted(folder.glob("*.gguf"))
@@ -145,15 +145,15 @@ def _shards(index: Path, field: str) -> list[Path]:
 
 @contextmanager
 def reading(place: str, field: str, what: str) -> Iterator[None]:
-    """Read a model, its config or its tokenizer inside the block; whatever goes wrong is one line.
+    """Read a model, its config or its tokenizer inside the block; every error becomes one line.
 
     Args:
         place: folder or Hub id.
         field: the recipe key that names it.
-        what: what is read, such as "a causal language model".
+        what: kind of model for messages, such as "a causal language model".
 
     Raises:
-        AssetError: in place of all errors but the package's own: a damaged file can raise any error in its reader.
+        AssetError: instead of all errors except the package's own: a damaged file can raise any error in its reader.
 
     Example:
         >>> with reading("gpt2", "model.language_model.path", "a language model"):
@@ -174,7 +174,7 @@ def reading(place: str, field: str, what: str) -> Iterator[None]:
 
 
 def not_found(place: str, field: str, what: str, reason: str = "") -> AssetError:
-    """The error for a name that is neither a local folder nor given by the Hub."""
+    """The error for a name that is neither a local folder nor on the Hub."""
     parent = Path(place).expanduser().parent
     siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     hint = did_you_mean(Path(place).name, siblings)
@@ -231,7 +231,7 @@ def check_loaded(info: dict[str, Any], place: str, field: str) -> None:
 
 
 def report_unused(info: dict[str, Any], model: nn.Module, place: str, *, expected: bool = False) -> None:
-    """Count weights that the model has no place for in the log.
+    """Log the number of weights that the model does not have.
 
     Args:
         expected: heads that an encoder does not use are no reason for a warning.
@@ -243,7 +243,7 @@ def report_unused(info: dict[str, Any], model: nn.Module, place: str, *, expecte
 
 
 class quiet_transformers:
-    """Context manager that hides transformers' loading bars and reports, which would run through the trainer's bar."""
+    """Context manager that hides transformers' loading bars and reports, which would disturb the trainer's bar."""
 
     def __enter__(self) -> None:
         self.was_enabled = transformers_logging.is_progress_bar_enabled()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,55 +11,14 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.models.chat_template import image_template
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
 IMAGE_TOKEN = "<image>"
-# Stands inside the special tokens of a user's text, so that they are read as text. No one writes it by hand.
+# Stands inside the special tokens of a user's text, so that they are read as text. It does not occur in ordinary text.
 _JOINER = "\u2060"
 DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
-
-# Prepended to a template: it turns messages whose content is a list of parts into text with `<image>` marks, the form
-# that templates of language models read. The empty expression at the end keeps the template's own first newline.
-_PARTS_TO_TEXT = """
-{%- set turns = namespace(all=[]) -%}
-{%- for message in messages -%}
-    {%- set turn = namespace(text='') -%}
-    {%- if message.content is string or message.content is none or message.content is undefined -%}
-        {%- set turns.all = turns.all + [message] -%}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type not in ('image', 'text') -%}
-                {{- raise_exception("content part: got type '" ~ part.type ~ "', expected 'image' or 'text'") -}}
-            {%- endif -%}
-            {%- set turn.text = turn.text ~ (MARK if part.type == 'image' else part.text) -%}
-        {%- endfor -%}
-        {%- set turns.all = turns.all + [dict(message, content=turn.text)] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = turns.all -%}
-{{- '' }}"""
-
-# For tokenizers without a template: the prompt that questions were trained with, with the images in front.
-_QUESTIONS_AND_ANSWERS = """
-{%- for message in messages -%}
-    {%- if message.role == 'user' -%}
-        {%- set turn = namespace(images='', text='') -%}
-        {%- for part in message.content.split(MARK) -%}
-            {%- if not loop.first and turn.text | trim -%}
-                {%- set turn.text = turn.text ~ MARK -%}
-            {%- elif not loop.first -%}
-                {%- set turn.images = turn.images ~ MARK -%}
-            {%- endif -%}
-            {%- set turn.text = turn.text ~ part -%}
-        {%- endfor -%}
-        {{- turn.images ~ BEFORE ~ (turn.text | trim) ~ AFTER -}}
-    {%- elif message.role == 'assistant' -%}
-        {{- GLUE ~ message.content ~ '\n' -}}
-    {%- else -%}
-        {{- message.content ~ '\n' -}}
-    {%- endif -%}
-{%- endfor -%}"""
 
 
 class FrozenPrefixProcessor(ProcessorMixin):
@@ -68,7 +26,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     Args:
         image_processor: a transformers image processor.
-        tokenizer: the LM's tokenizer; `<image>` is added to it, with an id behind the LM's vocabulary.
+        tokenizer: the LM's tokenizer; `<image>` is added to it, with an id beyond the LM's vocabulary.
         prefix_length: placeholders per image.
         prompts: prompt template per task; "{question}" is filled in.
 
@@ -110,7 +68,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """The prompt of a task, with the question filled in; without an `<image>` it gets one in front per image.
 
         Args:
-            template: the prompt's template, in place of the task's own.
+            template: the prompt's template, instead of the task's own.
 
         Raises:
             ConfigError: for a task without a prompt, or a question that the prompt has no place for.
@@ -139,13 +97,13 @@ class FrozenPrefixProcessor(ProcessorMixin):
             >>> processor.chat_prompt([("what shape is this?", "a cross")], "what color is it?")
             '<image>Question: what shape is this? Answer: a cross\\nQuestion: what color is it? Answer:'
         """
-        asked = [text for text, _ in history] + [question]
-        marked = sum(text.count(IMAGE_TOKEN) for text in asked) == images
-        asked = [self.escape(text, keep_images=marked) for text in asked]
-        if not any(IMAGE_TOKEN in text for text in asked):
-            asked[0] = IMAGE_TOKEN * images + asked[0]
-        messages = [{"role": "user", "content": asked[0]}]
-        for (_, reply), text in zip(history, asked[1:], strict=True):
+        questions = [text for text, _ in history] + [question]
+        marked = sum(text.count(IMAGE_TOKEN) for text in questions) == images
+        questions = [self.escape(text, keep_images=marked) for text in questions]
+        if not any(IMAGE_TOKEN in text for text in questions):
+            questions[0] = IMAGE_TOKEN * images + questions[0]
+        messages = [{"role": "user", "content": questions[0]}]
+        for (_, reply), text in zip(history, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": self.escape(reply)}, {"role": "user", "content": text}]
         return str(self.apply_chat_template(messages, add_generation_prompt=True))
 
@@ -165,25 +123,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 the prompt of task "vqa", one after the other, when not given.
             args, kwargs: of transformers' `apply_chat_template`: `add_generation_prompt`, `tokenize`, `return_dict`, …
         """
-        template = _with_values(_PARTS_TO_TEXT, MARK=IMAGE_TOKEN) + self._template(chat_template)
-        return super().apply_chat_template(conversation, template, *args, **kwargs)
-
-    def _template(self, chosen: str | None) -> str:
         known = self.chat_template or self.tokenizer.chat_template
-        if isinstance(known, dict):
-            name = chosen or "default"
-            if name in known:
-                return known[name]
-            if "{" not in name:
-                names = ", ".join(sorted(known))
-                raise ConfigError(f"chat_template: got {name!r}, expected one of {names}, or a template")
-        elif not chosen and known:
-            return str(known)
-        if chosen:
-            return chosen
-        before, _, after = self.prompts["vqa"].replace(IMAGE_TOKEN, "").partition("{question}")
-        glue = "" if after.endswith((" ", "\n")) else " "
-        return _with_values(_QUESTIONS_AND_ANSWERS, MARK=IMAGE_TOKEN, BEFORE=before, AFTER=after, GLUE=glue)
+        template = image_template(chat_template, known, self.prompts["vqa"], IMAGE_TOKEN)
+        return super().apply_chat_template(conversation, template, *args, **kwargs)
 
     def escape(self, text: str, *, keep_images: bool = False) -> str:
         """A user's text in which special tokens are text: `encode_prompt` does not read `</s>` in it as an end token.
@@ -373,38 +315,6 @@ def _check_arguments(options: dict[str, Any], padding: bool | str | None, max_le
             raise ConfigError(f"processor: {name}={value!r} has no effect here{did_you_mean(name, known)}; remove it")
 
 
-def end_tokens(source: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of all tokens at which a text ends: the tokenizer's own, and those of the model's generation config.
-
-    Args:
-        source: a model with a `generation_config`, or a config with an `eos_token_id` (an id, a list of ids, or None).
-
-    Example:
-        >>> from frozenprefix.models.processing import end_tokens
-        >>> end_tokens(model, processor.tokenizer)
-        [2]
-    """
-    own = getattr(source, "generation_config", source).eos_token_id
-    own = [] if own is None else [own] if isinstance(own, int) else own
-    return sorted({tokenizer.eos_token_id, *own})
-
-
-def padding_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id to pad generated texts with: the tokenizer's padding token, or its end token when the LM has no such id.
-
-    Padding that was added to the tokenizer alone lies outside the LM's vocabulary, and `generate` reads it again when
-    one text of a batch ends early.
-
-    Example:
-        >>> from frozenprefix.models.processing import padding_token
-        >>> padding_token(model, processor.tokenizer) in range(300)
-        True
-    """
-    padding = tokenizer.pad_token_id
-    inside = padding is not None and padding < model.get_input_embeddings().num_embeddings
-    return padding if inside else end_tokens(model, tokenizer)[0]
-
-
 def _glued(prompt: str, target: str) -> str:
     """The target as it follows the prompt: with a space in front of it, except after an image or white space."""
     return ("" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " ") + target.strip()
@@ -424,9 +334,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts that the tokenizer reads as one special token, longest first."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-
-
-def _with_values(template: str, **values: str) -> str:
-    """Define variables at the start of a Jinja template. JSON strings are Jinja strings too."""
-    names = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())
-    return names + template

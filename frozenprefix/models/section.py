@@ -1,4 +1,4 @@
-"""What all typed sections share. The same sections serve a checkpoint's config.json and a recipe's `model` block."""
+"""Base classes of typed sections, which serve both a checkpoint's config.json and a recipe's `model` block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
     def problems(self) -> list[Problem]:
-        """Values that are right by themselves and wrong together."""
+        """Conflicts between values that are valid on their own."""
         return []
 
     @model_validator(mode="after")
@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class PartConfig(BaseModel):
-    """A part of the model that is chosen by its `type`. Keys beside the declared ones are the part's own options."""
+    """A part of the model that is chosen by its `type`. Undeclared keys are the part's own options."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 

@@ -18,7 +18,6 @@ def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
             has values that are not finite.
 
     Example:
-        >>> from frozenprefix.models.state_dict import check_fit
         >>> check_fit({"weight": torch.zeros(2)}, {"bias": torch.zeros(2)}, "checkpoint")
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: checkpoint does not fit this model: missing weight; unexpected bias
@@ -46,7 +45,6 @@ def copy_into(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
     """Copy a checkpoint's tensors into a model's after `check_fit`.
 
     Example:
-        >>> from frozenprefix.models.state_dict import copy_into
         >>> own = {"weight": torch.zeros(2)}
         >>> copy_into(own, {"weight": torch.ones(2)}, "checkpoint")
         >>> own["weight"].tolist()

@@ -21,8 +21,8 @@ from frozenprefix.data.cache_format import Manifest, StorageDType
 from frozenprefix.kernels.linear import TILE
 from frozenprefix.kernels.prepack import MAX_BYTES
 from frozenprefix.models.language_model.base import word_embeddings
+from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.packing.loss import ROWS
-from frozenprefix.models.packing.trie import PackedBatch
 
 INDEX_BYTES = 85  # an image's line in the index of its shard
 KEY_BYTES = 90  # and in the list of keys, its path not counted

@@ -1,7 +1,8 @@
 """Training: `train` for mappers, `train_contrastive` for locked-image tuning."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from frozenprefix.registry import lazy_exports
 
 if TYPE_CHECKING:
     from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
@@ -30,22 +31,17 @@ __all__ = [
     "train_recipe",
     "validation_losses",
 ]
-_MODULES = {
-    "base_trainer": ("BaseTrainer", "TrainingResult"),
-    "caching": ("fill_cache",),
-    "contrastive": ("ContrastiveTrainer", "train_contrastive"),
-    "objectives": ("Objective",),
-    "registry": ("train_recipe",),
-    "setup": ("build_locked_model", "build_model", "load_samples"),
-    "tracking": ("read_log",),
-    "trainer": ("Trainer", "train"),
-    "validation": ("validation_losses",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers are slow to import."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "base_trainer": ("BaseTrainer", "TrainingResult"),
+        "caching": ("fill_cache",),
+        "contrastive": ("ContrastiveTrainer", "train_contrastive"),
+        "objectives": ("Objective",),
+        "registry": ("train_recipe",),
+        "setup": ("build_locked_model", "build_model", "load_samples"),
+        "tracking": ("read_log",),
+        "trainer": ("Trainer", "train"),
+        "validation": ("validation_losses",),
+    },
+)

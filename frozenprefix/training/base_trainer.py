@@ -54,8 +54,6 @@ class TrainingResult:
         targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
 
     Example:
-        >>> from pathlib import Path
-        >>> from frozenprefix.training import TrainingResult
         >>> run = Path("runs/mlp")
         >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
         'loss'
@@ -77,7 +75,6 @@ def with_run_precision(recipe: R, resume: str) -> R:
         resume: as for `BaseTrainer.run`.
 
     Example:
-        >>> from frozenprefix.training.base_trainer import with_run_precision
         >>> with_run_precision(recipe, "auto").training.precision
         'fp32'
     """
@@ -94,7 +91,7 @@ class BaseTrainer(ABC):
     `measure` and `best_of`.
 
     Args:
-        recipe: what to train.
+        recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
 
     Example:
@@ -142,7 +139,9 @@ class BaseTrainer(ABC):
             TrainingError: the output folder cannot be written to, or the training failed.
         """
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
-        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext():
+        # the outermost bar: whatever takes long in a run, a log without a terminal says so
+        bar = progress_bar(self.recipe.name, enabled=main)
+        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar:
             self.setup()
             self.restore(resume)
             step = self.progress.step
@@ -162,7 +161,8 @@ class BaseTrainer(ABC):
 
     def setup(self) -> None:
         """Build model, data and optimizer: everything that the first step needs."""
-        self.build_model()
+        with progress_bar("loading the models", enabled=self.accelerator.is_main_process):
+            self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
 
@@ -190,7 +190,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
-        """Metrics on the validation images, and whatever else to log of them."""
+        """Metrics on the validation images, and other values to log."""
 
     @abstractmethod
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
@@ -201,7 +201,7 @@ class BaseTrainer(ABC):
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
-        with progress_bar("encoding images", shown=main) as update:
+        with progress_bar("encoding images", enabled=main) as update:
             prepared = prepare_images(
                 ImageEncoder.from_model(self.model, self.processor),
                 samples,
@@ -246,7 +246,7 @@ class BaseTrainer(ABC):
         remaining = range(self.progress.step * len(parts), len(dataset))
         self.steps = dataset
         workers = 0 if in_memory else self.recipe.data.workers
-        # A generator of its own: the loader would draw from the global one, and a resumed run would draw other numbers.
+        # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
         return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
 
@@ -276,7 +276,7 @@ class BaseTrainer(ABC):
         batches = self.batches()
         window: list[tuple[float, int, float]] = []
         self.model.train()
-        with progress_bar("training", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
                 values = self.step(batches)
@@ -347,7 +347,7 @@ class BaseTrainer(ABC):
         self.ensure_best()
 
     def count_step(self, targets: int) -> None:
-        """Record that a step with so many targets, over all processes, is done."""
+        """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
         self.progress.seconds = time.monotonic() - self.started
@@ -383,7 +383,8 @@ class BaseTrainer(ABC):
         if not self.validation_groups:
             self.save_best()
             return
-        values = self.measure()
+        with progress_bar("validating", enabled=self.accelerator.is_main_process):
+            values = self.measure()
         self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
         if self.progress.step == 0:
             return

@@ -60,7 +60,6 @@ def fill_cache(
         DataError, CacheError: see `prepare_images`.
 
     Example:
-        >>> from frozenprefix.training import fill_cache
         >>> fill_cache(recipe).features
         12
     """

@@ -36,7 +36,7 @@ RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 @dataclass
 class Progress:
-    """State of a run beside weights and optimizer.
+    """State of a run besides weights and optimizer.
 
     Attributes:
         fingerprint: keys of the recipe that a resumed run must share.
@@ -45,7 +45,6 @@ class Progress:
         scaler: state of the loss scaler, with fp16.
 
     Example:
-        >>> from frozenprefix.training.checkpoints import Progress
         >>> Progress(step=3, targets_seen=48).best_value is None
         True
     """
@@ -111,7 +110,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
         )
     new = [part for part in model.adapters if part not in trained]
     if new:
-        logger.info("%s has no adapters in: %s; they start anew", source, ", ".join(new))
+        logger.info("%s has no adapters in: %s; they start from their initial values", source, ", ".join(new))
     model.adapters.load(folder, new=new)
 
 
@@ -179,7 +178,7 @@ def _check_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim
 
 
 def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Undo the names "NUMBER.KEY"."""
+    """Group tensors named "NUMBER.KEY" by number."""
     numbered: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")

@@ -12,7 +12,7 @@ from torch import Tensor
 from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
-from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
@@ -38,7 +38,6 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import train_contrastive
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
     return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
@@ -49,12 +48,19 @@ class ContrastiveTrainer(BaseTrainer):
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import ContrastiveTrainer
         >>> trainer = ContrastiveTrainer(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
         >>> trainer.run()  # doctest: +SKIP
     """
 
     lower_is_better = False
+
+    def __init__(self, recipe: ContrastiveRecipe):
+        super().__init__(recipe)
+        per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
+        if per_step % processes:
+            raise ConfigError(
+                f"training.images_per_step: got {per_step}, expected a multiple of the {processes} processes"
+            )
 
     # ── set-up ──
 
@@ -64,24 +70,25 @@ class ContrastiveTrainer(BaseTrainer):
         logger.info("%s", count_parameters(self.model))
 
     def prepare_data(self) -> None:
-        prepared = self.encode_images(load_parts(self.recipe.data))
+        samples = load_parts(self.recipe.data)
+        self._check_groups({part: group_by_images(listed) for part, listed in samples.items()})
+        prepared = self.encode_images(samples)
         self.use_data(prepared.groups, prepared.features)
 
     def use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
+        self._check_groups(groups)
+        self.use_groups(groups, features)
+        self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
+
+    def _check_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
         if any(len(group.images) != 1 for listed in groups.values() for group in listed):
             raise DataError("data: got samples with several images or none; contrastive training needs one each")
-        per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
-        if per_step % processes:
-            raise ConfigError(
-                f"training.images_per_step: got {per_step}, expected a multiple of the {processes} processes"
-            )
+        per_step = self.settings.images_per_step
         if len(groups["train"]) < per_step:
             raise DataError(
                 f"data.train: got {len(groups['train'])} images that can be read, expected at least "
                 f"training.images_per_step = {per_step}"
             )
-        self.use_groups(groups, features)
-        self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
 
     def prepare_optimizer(self) -> None:
         settings = self.settings
@@ -197,7 +204,7 @@ class ContrastiveCollator:
 
     Args:
         features: the feature cache; None decodes images.
-        texts_per_chunk: texts are sorted by length and encoded so many at a time: less padding, less memory.
+        texts_per_chunk: texts that are encoded at a time, sorted by length to save padding and memory.
     """
 
     def __init__(self, processor: Any, features: FeatureCache | None, texts_per_chunk: int):

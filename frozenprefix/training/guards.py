@@ -29,7 +29,6 @@ def find_not_finite(loss: float, gradient_norm: float) -> str | None:
     Both are over all processes, so that all of them leave out the same steps.
 
     Example:
-        >>> from frozenprefix.training.guards import find_not_finite
         >>> find_not_finite(loss=2.0, gradient_norm=float("inf"))
         'gradient norm is inf'
     """
@@ -51,7 +50,6 @@ def report_bad_step(problem: str, samples: Sequence[str], *, in_a_row: int, allo
         TrainingError: `in_a_row` is more than `allowed`.
 
     Example:
-        >>> from frozenprefix.training.guards import report_bad_step
         >>> report_bad_step("step 7: loss is nan", ["red_circle.png"], in_a_row=4, allowed=3)
         Traceback (most recent call last):
         frozenprefix.errors.TrainingError: step 7: loss is nan, and so it was in 4 steps in a row, ...
@@ -72,7 +70,6 @@ def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float =
     """Whether the loss with wrong images is as low as with the right ones.
 
     Example:
-        >>> from frozenprefix.training.guards import looks_blind
         >>> looks_blind(3.0, shuffled_loss=3.005), looks_blind(3.0, shuffled_loss=3.2)
         (True, False)
     """

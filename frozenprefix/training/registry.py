@@ -26,7 +26,6 @@ def train_recipe(recipe: Any, *, resume: str = "auto") -> Any:
         The trainer's `TrainingResult`.
 
     Example:
-        >>> from frozenprefix.training import train_recipe
         >>> train_recipe(recipe, resume="never").best_by
         'loss'
     """

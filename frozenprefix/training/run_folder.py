@@ -35,7 +35,6 @@ class RunFolder:
     """`best/`, `last/`, and up to `keep_last - 1` earlier states `step-000300/`. Every one of them is whole.
 
     Example:
-        >>> from frozenprefix.training.run_folder import RunFolder
         >>> folder = RunFolder(tmp_path / "run", keep_last=2)
         >>> for step in (3, 6, 9):
         ...     folder.save_state(step, lambda draft: (draft / "weights").touch())
@@ -130,7 +129,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         TrainingError: a disk that is full or read-only, and the like.
 
     Example:
-        >>> from frozenprefix.training.run_folder import disk_errors
         >>> with disk_errors(tmp_path):
         ...     raise OSError(28, "No space left on device")
         Traceback (most recent call last):

@@ -11,9 +11,9 @@ from torch import Tensor
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.models.freezing import evaluating
-from frozenprefix.models.language_model import embedding_rms
+from frozenprefix.models.language_model import embedding_rms, end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens, padding_token
+from frozenprefix.models.processing import FrozenPrefixProcessor
 
 
 def generate_ids(
@@ -38,7 +38,6 @@ def generate_ids(
         Token ids of each text with its end token, which is absent from a text that was cut at `max_new_tokens`.
 
     Example:
-        >>> from frozenprefix.training.sampling import generate_ids
         >>> images, prompts = {"pixel_values": torch.zeros(1, 3, 32, 32)}, [processor.encode_prompt("<image>")]
         >>> len(generate_ids(model, processor, prompts, images, max_new_tokens=3, samples=2))
         2
@@ -96,7 +95,6 @@ def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """The ids up to and including the first end token.
 
     Example:
-        >>> from frozenprefix.training.sampling import cut_after_end
         >>> cut_after_end([5, 2, 7, 2], {2})
         [5, 2]
     """

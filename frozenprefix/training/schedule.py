@@ -16,7 +16,6 @@ def learning_rate_factor(schedule: Schedule, step: int, warmup_steps: int, progr
         progress: share of the run that is over, 0 to 1.
 
     Example:
-        >>> from frozenprefix.training.schedule import learning_rate_factor
         >>> learning_rate_factor("linear", step=75, warmup_steps=10, progress=0.75)
         0.25
     """

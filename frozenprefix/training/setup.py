@@ -45,7 +45,6 @@ def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, F
     """Build the model of a recipe, and its processor.
 
     Example:
-        >>> from frozenprefix.training import build_model
         >>> model, processor = build_model(recipe)
         >>> processor.prefix_length
         2
@@ -79,7 +78,6 @@ def build_locked_model(
 
     Example:
         >>> from frozenprefix.config import load_recipe
-        >>> from frozenprefix.training import build_locked_model
         >>> model, processor = build_locked_model(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
     sections = resolve_precision(recipe).model
@@ -112,7 +110,6 @@ def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> l
         DataError: when no sample is left, or two sources share sample ids.
 
     Example:
-        >>> from frozenprefix.training import load_samples
         >>> len(load_samples([{"type": "captions", "path": str(data_folder)}], "train"))
         12
     """
@@ -212,17 +209,17 @@ def prepare_images(
                 bad.write(bad_list)
                 bad.report("data", len(paths))
     bad.check(len(paths), data.max_bad_share)
-    kept = {part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()}
-    return PreparedImages(kept, features, bad, len(paths), sum(gather_object([encoded])))
+    readable = {
+        part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()
+    }
+    return PreparedImages(readable, features, bad, len(paths), sum(gather_object([encoded])))
 
 
 def find_shared_images(prepared: PreparedImages) -> list[Leak]:
     """Images that are in both parts, by path or by content.
 
     Example:
-        >>> from frozenprefix.data.sources import load_source
-        >>> from frozenprefix.training.setup import find_shared_images, prepare_images
-        >>> samples = load_source({"type": "captions", "path": str(data_folder)})
+        >>> samples = load_samples([{"type": "captions", "path": str(data_folder)}], "train")
         >>> encoder = ImageEncoder.from_model(model, processor)
         >>> prepared = prepare_images(encoder, {"train": samples, "validation": samples[:2]}, recipe.data)
         >>> len(find_shared_images(prepared))

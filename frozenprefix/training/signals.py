@@ -18,7 +18,6 @@ class StopSignals:
 
     Example:
         >>> import os, signal
-        >>> from frozenprefix.training.signals import StopSignals
         >>> with StopSignals() as stop:
         ...     os.kill(os.getpid(), signal.SIGTERM)
         ...     stop.received

@@ -33,9 +33,9 @@ class Tracker:
 
     Args:
         output_dir: the run's folder; created if it does not exist.
-        tracking: which trackers to use beside `log.jsonl`.
+        tracking: which trackers to use in addition to `log.jsonl`.
         resume_step: the step that a resumed run continues from: later lines of the log are removed, because the run
-            will write them again. 0 starts a new log.
+            writes them again. 0 starts a new log.
         config: plain data that describes the run, for trackers that show it.
         enabled: False on every process but the main one, where nothing is written.
 
@@ -43,7 +43,6 @@ class Tracker:
         TrainingError: when the library of a tracker is not installed, or the log of a resumed run is damaged.
 
     Example:
-        >>> from frozenprefix.training.tracking import Tracker, read_log
         >>> with Tracker(tmp_path) as tracker:
         ...     tracker.log(1, {"loss": 0.5})
         >>> read_log(tmp_path)
@@ -97,7 +96,6 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
         TrainingError: when there is no log, or another line of it is damaged.
 
     Example:
-        >>> from frozenprefix.training import read_log
         >>> _ = (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}')
         >>> [row["loss"] for row in read_log(tmp_path)]
         [2.5]
@@ -158,7 +156,7 @@ def _start_tracker(name: str, output_dir: Path, resume_step: int, config: dict[s
         resume = "allow" if resume_step else "never"
         tracker = TrackioTracker(PROJECT, name=output_dir.name, resume=resume, config=config)
     else:
-        # The run's id lies beside the log, so that a resumed run continues the same curves.
+        # The run's id is stored next to the log, so that a resumed run continues the same curves.
         id_file = output_dir / "wandb_run_id"
         if not resume_step or not id_file.is_file():
             write_text_atomic(id_file, uuid.uuid4().hex[:8])

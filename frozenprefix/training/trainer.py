@@ -28,7 +28,7 @@ from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.sampling import greedy_captions
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
-from frozenprefix.training.validation import validation_losses
+from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         FrozenPrefixError: for bad data, a checkpoint of another recipe, losses that are not finite, a signal to stop.
 
     Example:
-        >>> from frozenprefix.training import train
         >>> result = train(recipe, resume="never")
         >>> result.best.name
         'best'
@@ -59,10 +58,9 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
 
 
 class Trainer(BaseTrainer):
-    """Trains the mapper, and what else a recipe trains, through the frozen language model.
+    """Trains the mapper, and all other trained parts of a recipe, through the frozen language model.
 
     Example:
-        >>> from frozenprefix.training import Trainer
         >>> trainer = Trainer(recipe)
         >>> trainer.setup()
         >>> trainer.step(trainer.batches())["loss"] > 0
@@ -78,8 +76,8 @@ class Trainer(BaseTrainer):
         self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
             raise ConfigError(
-                f"training.images_per_step must be a multiple of gradient_accumulation_steps x processes = "
-                f"{self.num_parts}, got {per_step}"
+                f"training.images_per_step: got {per_step}, expected a multiple of gradient_accumulation_steps x "
+                f"processes = {self.num_parts}"
             )
 
     # ── set-up ──
@@ -99,6 +97,8 @@ class Trainer(BaseTrainer):
 
     def prepare_data(self) -> None:
         samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
+        if "validation" in samples:
+            check_can_be_shuffled(group_by_images(samples["validation"]))
         # for training on text alone, the training images are never read
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)
@@ -126,7 +126,7 @@ class Trainer(BaseTrainer):
         options = self._collation() | {"keep_samples": any(section is not None for section in others)}
         if self.recipe.data.text_only is None:
             return Collator(self.processor, features, **options)
-        with progress_bar("encoding texts", shown=self.accelerator.is_main_process) as update:
+        with progress_bar("encoding texts", enabled=self.accelerator.is_main_process) as update:
             vectors = TextVectors.from_texts(
                 self.recipe.model.vision_encoder,
                 [text for group in self.train_groups for sample in group.samples for text in sample.targets],
@@ -181,7 +181,7 @@ class Trainer(BaseTrainer):
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
         )
         loss = sum(weights[name] * value for name, value in values.items())
-        # with loss scaling an infinite gradient is how the scale is found: the scaler skips that step by itself
+        # with loss scaling, an infinite gradient only lowers the scale: the scaler skips such a step
         checked = norm if self.accelerator.scaler is None else 0.0
         problem = find_not_finite(loss, checked)
         ranks: dict[str, Any] = {}

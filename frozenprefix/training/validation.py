@@ -17,6 +17,7 @@ from frozenprefix.models.contrastive.losses import LOSSES
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
 from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.utils import progress_bar
 
 BEST_BY = ("text_to_image_recall@10", "image_to_text_recall@10")
 
@@ -44,15 +45,13 @@ def validation_losses(
         >>> sorted(validation_losses(trainer.model, trainer.collator, trainer.validation_groups, images_per_batch=4))
         ['loss', 'shuffled_loss']
     """
-    if len(groups) < 2:
-        raise TrainingError(f"data.validation: shuffled images need at least 2 images, got {len(groups)}")
-    if not all(group.images for group in groups):
-        raise TrainingError("data.validation: got samples without an image, which cannot be shuffled")
+    check_can_be_shuffled(groups)
     swapped = swap_images([group.images for group in groups])
     total = {"loss": 0.0, "shuffled_loss": 0.0}
     tokens = 0
-    with evaluating(model):
+    with evaluating(model), progress_bar("loss of the validation images") as update:
         for start in range(0, len(groups), images_per_batch):
+            update(start, len(groups))
             part = groups[start : start + images_per_batch]
             batch = collator(part, [[(s, text) for s in group.samples for text in s.targets] for group in part])
             packed = batch.pop("packed").to(model.device)
@@ -64,11 +63,28 @@ def validation_losses(
     return {name: value / tokens for name, value in total.items()}
 
 
+def check_can_be_shuffled(groups: Sequence[ImageGroup]) -> None:
+    """Check that validation groups can get other images than their own.
+
+    Raises:
+        TrainingError: for fewer than two groups, or samples without an image.
+
+    Example:
+        >>> from frozenprefix.training.validation import check_can_be_shuffled
+        >>> check_can_be_shuffled([])
+        Traceback (most recent call last):
+        frozenprefix.errors.TrainingError: data.validation: shuffled images need at least 2 images, got 0
+    """
+    if len(groups) < 2:
+        raise TrainingError(f"data.validation: shuffled images need at least 2 images, got {len(groups)}")
+    if not all(group.images for group in groups):
+        raise TrainingError("data.validation: got samples without an image, which cannot be shuffled")
+
+
 def batch_bounds(count: int, size: int) -> list[tuple[int, int]]:
     """Bounds of batches of `size`; a last item that would be alone joins the batch before it.
 
     Example:
-        >>> from frozenprefix.training.validation import batch_bounds
         >>> batch_bounds(9, 4)
         [(0, 4), (4, 9)]
     """
@@ -82,7 +98,6 @@ def embed_by_length(texts: Sequence[str], size: int, embed: Callable[[list[str]]
     """Embed `size` texts of similar length at a time: float[T, D] in the order of `texts`.
 
     Example:
-        >>> from frozenprefix.training.validation import embed_by_length
         >>> embed_by_length(["ccc", "a"], 1, lambda texts: torch.tensor([[len(text)] for text in texts])).tolist()
         [[3], [1]]
     """

@@ -22,7 +22,7 @@ _hashes: dict[tuple[str, int, int, int], str] = {}
 
 
 def content_hash(*parts: bytes | str) -> str:
-    """SHA-256 in hex of bytes or texts (as UTF-8). Of several parts also their borders count.
+    """SHA-256 in hex of bytes or texts (as UTF-8). With several parts, their boundaries count too.
 
     Example:
         >>> content_hash("a")[:8], content_hash(b"a")[:8]

@@ -214,17 +214,17 @@ def _without_texts(data: bytes) -> bytes:
     """A PNG file without its texts and colour profile: Pillow refuses a file when these take megabytes."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
-    kept, place = [data[:8]], 8
+    chunks, place = [data[:8]], 8
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, type, content, checksum
         if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(data[place:end])
+            chunks.append(data[place:end])
         place = end
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 def _is_wide_planar(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether Pillow would read 16-bit channels, which lie one after the other, as 8-bit ones."""
+    """Whether Pillow would read 16-bit channels, which are stored one after the other, as 8-bit ones."""
     planes, packed = image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1), image.tag_v2.get(259, 1)
     return planes == 2 and packed == 1 and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
 
@@ -288,7 +288,7 @@ def _loaded(image: Image.Image, name: str | PathLike[str]) -> Image.Image:
     try:
         image.load()
     except _DECODE_ERRORS as error:
-        # a PNG file may have its long texts behind the pixels
+        # a PNG file may have its long texts after the pixels
         stream = getattr(image, "fp", None)
         if image.format == "PNG" and isinstance(stream, io.BytesIO):
             bare = _without_texts(stream.getvalue())

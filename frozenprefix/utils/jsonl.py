@@ -44,7 +44,7 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
                     value = parse_json(line.decode("utf-8"))
                 except ValueError as error:
                     if not skip_damaged:
-                        raise DataError(_reason(path, number, error)) from error
+                        raise DataError(_reason(path, number, line, error)) from error
                     damaged += 1
                 else:
                     yield number, value
@@ -57,12 +57,12 @@ def parse_json(text: str) -> Any:
     """Parse JSON text in which no object has a field twice: Python's parser would drop the first one silently.
 
     Raises:
-        ValueError: as `json.loads`, and for a field that stands twice.
+        ValueError: as `json.loads`, and for a field that occurs twice.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
         Traceback (most recent call last):
-        ValueError: field 'a' stands twice in an object
+        ValueError: field 'a' occurs twice in an object
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -75,7 +75,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field '{repeated}' stands twice in an object")
+        raise ValueError(f"field '{repeated}' occurs twice in an object")
     return fields
 
 
@@ -114,7 +114,9 @@ def _line(row: Any) -> bytes:
     return encode_text(json.dumps(row, ensure_ascii=False)) + b"\n"
 
 
-def _reason(path: str | PathLike[str], number: int, error: ValueError) -> str:
+def _reason(path: str | PathLike[str], number: int, line: bytes, error: ValueError) -> str:
+    if b"\r" in line.strip():
+        return f"{path}:{number}: not JSON: the lines end in carriage returns; convert them to line feeds"
     if isinstance(error, json.JSONDecodeError):
         return f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one object a line"
     if isinstance(error, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Output files that a user names: never in the place of a file that somebody else wrote."""
+"""Output files that a user names, which never replace a file from elsewhere."""
 
 from __future__ import annotations
 

@@ -7,10 +7,9 @@ from accelerate import PartialState
 
 
 def current_processes() -> PartialState:
-    """State of all processes: rank, number, barrier. A process that was started by itself is alone.
+    """State of all processes: rank, number, barrier. A process that was started without them is the only one.
 
     Example:
-        >>> from frozenprefix.utils.processes import current_processes
         >>> current_processes().num_processes
         1
     """

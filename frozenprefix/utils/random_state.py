@@ -14,7 +14,6 @@ def random_state() -> dict[str, Tensor]:
     """State of all random number generators of this process, as tensors that safetensors can store.
 
     Example:
-        >>> from frozenprefix.utils.random_state import random_state, set_random_state
         >>> state = random_state()
         >>> first = torch.rand(2)
         >>> set_random_state(state)

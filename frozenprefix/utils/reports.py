@@ -1,4 +1,4 @@
-"""What of the user's data is left out or changed, in one form everywhere: how many of how many, and why."""
+"""Reports of data that is left out or changed, in one form: how many of how many, and why."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ def report_left_out(
     *,
     what: str = "rows",
     examples: Collection[object] = (),
+    fix: str = "check where the images are",
 ) -> None:
     """Log how many of `total` rows (or names, …) are left out, by reason. If all are, that is an error.
+
+    Args:
+        fix: what to do when nothing is left.
 
     Raises:
         DataError: nothing is left.
@@ -35,9 +39,7 @@ def report_left_out(
         frozenprefix.errors.DataError: data.train: all of its 1 samples are left out (no target 1); ...
     """
     if total and sum(reasons.values()) == total:
-        raise DataError(
-            f"{where}: all of its {total} {what} are left out ({_counts(reasons)}); check where the images are"
-        )
+        raise DataError(f"{where}: all of its {total} {what} are left out ({_counts(reasons)}); {fix}")
     report(where, total, reasons, what=what, examples=examples)
 
 

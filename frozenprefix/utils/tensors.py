@@ -16,7 +16,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> No
     """Write a safetensors file, with the permissions that every other new file gets.
 
     Example:
-        >>> from frozenprefix.utils.tensors import save_tensors
         >>> save_tensors({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
     """
     path = Path(path)
@@ -34,7 +33,6 @@ def load_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
         DataError: the file is missing, damaged, or has a dtype that torch does not know.
 
     Example:
-        >>> from frozenprefix.utils.tensors import load_tensors
         >>> _ = (tmp_path / "a.safetensors").write_bytes(b"half a fi")
         >>> load_tensors(tmp_path / "a.safetensors")
         Traceback (most recent call last):

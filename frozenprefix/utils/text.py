@@ -1,4 +1,4 @@
-"""Texts of users and files, made safe for tokenizers."""
+"""Texts of users and files, cleaned for tokenizers."""
 
 from __future__ import annotations
 

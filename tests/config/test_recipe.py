@@ -223,7 +223,7 @@ tracking: {tensorboard: "False"}
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.max_steps=10", "training.epochs: got 2 beside max_steps 10, expected one of the two"),
+        ("training.max_steps=10", "training.epochs: got 2 with max_steps 10, expected one of the two"),
         ("training.epochs=null", "training.epochs: missing, expected a number, or a number for max_steps"),
         ("training.epochs=true", "training.epochs: got True, expected a whole number"),
         ("training.epochs=0", "training.epochs: got 0, expected at least 1"),

@@ -241,7 +241,7 @@ def test_image_folder(tmp_path):
     labelled = load_source({**config, "labels": True, "split_folders": True, "split": "train"})
     assert [(sample.targets, sample.metadata) for sample in labelled] == [(("cat",), {"label": "cat"})] * 2
     write_images(tmp_path, "train/4.png")
-    with pytest.raises(DataError, match=r"4.png: lies too high in the folder, expected .*/SPLIT/LABEL/IMAGE"):
+    with pytest.raises(DataError, match=r"4.png: is too high in the folder, expected .*/SPLIT/LABEL/IMAGE"):
         load_source({**config, "labels": True, "split_folders": True})
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="got no image"):

@@ -81,7 +81,7 @@ def test_two_annotations_of_one_question_are_an_error_that_names_both(tmp_path):
 def test_a_json_field_that_stands_twice_is_an_error(tmp_path, name, text):
     draw(tmp_path / "images" / "1.jpg")
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         load_source({"type": name.split("_")[0].removesuffix(".jsonl"), "path": str(tmp_path)})
 
 

@@ -24,7 +24,7 @@ from frozenprefix.evaluation.tasks.classification import CLASSIFICATION, evaluat
 from frozenprefix.inference import Captioner, likelihood
 from frozenprefix.inference.classifier import Classifier
 from frozenprefix.inference.likelihood import log_likelihoods
-from frozenprefix.models.packing.trie import Target
+from frozenprefix.models.packing import Target
 from frozenprefix.training.setup import build_model
 from tests.helpers import ROOT
 from tests.helpers.drawings import COLOURS, SHAPES, draw_shape, write_shapes

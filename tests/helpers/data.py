@@ -14,7 +14,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def pack_samples(collator: Any, samples: list[Any], packing: str = "trie") -> Any:
     """A `PackedBatch` of samples that share one image each."""
-    from frozenprefix.models.packing.trie import pack
+    from frozenprefix.models.packing import pack
 
     return pack(
         [[collator.target(sample, text) for text in sample.targets] for sample in samples],

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from frozenprefix.models.freezing import frozen_tensors, hash_tensors
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
 from frozenprefix.training.tracking import read_log
 from tests.helpers import ROOT
+from tests.helpers.freezing import frozen_tensors
 
 # Trains a recipe by plain gradient descent, as the fixture `plain_descent` does in the process of the tests.
 PLAIN_DESCENT = """

@@ -7,7 +7,7 @@ import torch
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference import Captioner, Classifier, Dialog
-from frozenprefix.models.processing import padding_token
+from frozenprefix.models.language_model import padding_token
 from frozenprefix.training import train
 from frozenprefix.training.setup import build_model
 from tests.helpers.lm import TINY
@@ -60,7 +60,7 @@ def test_learned_positions_run_out_with_a_message(tiny_recipe, tiny_lm, tmp_path
     )
     for beams in (1, 2):
         captioner.generate(["<image>"], [path], num_beams=beams, max_new_tokens=most, min_new_tokens=most)
-        with pytest.raises(ConfigError, match=message + f"there is room for {most} behind it"):
+        with pytest.raises(ConfigError, match=message + f"there is room for {most} after it"):
             captioner.generate(["<image>"], [path], num_beams=beams, max_new_tokens=most + 1)
     with pytest.raises(ConfigError, match=r"more than the 128 learned positions of .*; shorten it"):
         captioner.answer(path, "what? " * 100)

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from frozenprefix.kernels import attention_for_rows, llama_layer, prepackable_dtypes, prepacked_frozen_weights
+from frozenprefix.models.packing import Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import next_token_loss
-from frozenprefix.models.packing.trie import Target, ancestor_mask, pack
 from tests.helpers.lm import tiny_lm_config
 from tests.kernels.test_prepack import BF16
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from frozenprefix.models.freezing import count_parameters, evaluating, freeze, frozen_tensors, hash_tensors
+from frozenprefix.models.freezing import count_parameters, evaluating, freeze, hash_tensors
 from frozenprefix.training.setup import build_model
+from tests.helpers.freezing import frozen_tensors
 
 CNN = ["model.vision_encoder.name=test_byobnet", "model.vision_encoder.image_size=64"]
 

@@ -204,7 +204,7 @@ def test_the_kind_picks_the_recipe(recipe_of, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.epochs=2", "training.epochs: got 2 beside max_steps 6"),
+        ("training.epochs=2", "training.epochs: got 2 with max_steps 6"),
         ("training.images_per_step=1", "training.images_per_step: got 1, expected at least 2"),
         ("training.packing=trie", "training.packing: unknown key"),
         ("model.objective=clip", "model.objective: got 'clip', expected 'infonce' or 'sigmoid'"),

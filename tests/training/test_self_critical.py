@@ -12,7 +12,7 @@ from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
-from frozenprefix.models.packing.trie import Target, build_trie, pack
+from frozenprefix.models.packing import Target, build_trie, pack
 from frozenprefix.training.objectives.self_critical import END_WORD, SelfCritical, image_key, reward_references
 from frozenprefix.training.sampling import cut_after_end
 from frozenprefix.training.tracking import read_log

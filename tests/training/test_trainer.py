@@ -265,7 +265,9 @@ def test_without_the_feature_cache(plain, recipe_of, tmp_path, workers):
 
 
 def test_a_step_is_divided_evenly(recipe_of, tmp_path):
-    with pytest.raises(ConfigError, match="must be a multiple of gradient_accumulation_steps x processes = 3, got 4"):
+    with pytest.raises(
+        ConfigError, match=r"images_per_step: got 4, expected a multiple of gradient_accumulation_steps 3"
+    ):
         train(recipe_of(tmp_path, "training.gradient_accumulation_steps=3"))
 
 

@@ -35,12 +35,21 @@ from pydantic import ValidationError
 from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids, with_one_name_per_image, with_valid_text
 from frozenprefix.data.sources.base import Holdout, SourceConfig
-from frozenprefix.data.sources.detection import detect_sources
+from frozenprefix.data.sources.detection import detect_sources, unread_tables
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.registry import Registry
 
-__all__ = ["SOURCES", "Holdout", "SourceConfig", "detect_sources", "load_source", "load_sources", "parse_source"]
+__all__ = [
+    "SOURCES",
+    "Holdout",
+    "SourceConfig",
+    "detect_sources",
+    "load_source",
+    "load_sources",
+    "parse_source",
+    "unread_tables",
+]
 
 log = logging.getLogger(__name__)
 

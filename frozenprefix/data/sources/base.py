@@ -27,7 +27,7 @@ class Holdout(BaseModel):
 
 
 class SourceConfig(BaseModel, ABC):
-    """Where data of one format lies, and which samples of it to return.
+    """Place of data in one format, and which samples of it to return.
 
     Example:
         >>> class NamesSource(SourceConfig):

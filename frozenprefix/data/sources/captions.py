@@ -40,7 +40,7 @@ class CaptionsSource(SourceConfig):
 
 def _sample(number: int, row: Row, root: Path, seen: set[str]) -> Sample:
     images = row.names("image")
-    labelled = "label" in row
+    labelled = row.either("label", "captions") == "label"
     metadata: dict[str, Any] = {field: row.text(field) for field in ("name", "label") if field in row}
     return Sample(
         id=row.identifier("id") if "id" in row else (f"{images[0]}#{number}" if images[0] in seen else images[0]),

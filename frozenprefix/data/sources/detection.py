@@ -1,17 +1,19 @@
-"""Which source reads a folder, told by the files in it."""
+"""The sources of a folder, detected by its files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from frozenprefix.assets import resolve
-from frozenprefix.data.images import image_ending
+from frozenprefix.data.images import image_ending, walk_files
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
 
 Fields = dict[str, Any]
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".zip", ".xlsx")
 
 
 def _coco(root: Path, file: Path) -> Fields:
@@ -64,7 +66,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
     "state.json": {"type": "hf_dataset"},
     "*-of-*.parquet": {"type": "hf_dataset"},
     "data/*-of-*.parquet": {"type": "hf_dataset"},
-    # tars with a number: an archive of images that lies beside them is not meant
+    # tars with a number, so that an archive of images in the same folder does not count
     "0*.tar": {"type": "webdataset"},
     "*-0*.tar": {"type": "webdataset"},
     "train/*0.tar": {"type": "webdataset"},
@@ -81,7 +83,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
 
 
 def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
-    """Source configs for a folder, or a reference to one: by the files that lie in it, else as a folder of images.
+    """Source configs for a folder, or a reference to one: by the files in it, else as a folder of images.
 
     Args:
         split: leave out files that are another split by their names, such as captions_train2017.json for "val".
@@ -107,9 +109,39 @@ def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
                 fields = source
             if fields not in sources:
                 sources.append(fields)
-    sources = sources or [{"type": "image_folder"}]
+    sources = sources or _coco_by_content(root, split) or [{"type": "image_folder"}]
     several = len({fields["type"] for fields in sources}) > 1
     return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in sources]
+
+
+def unread_tables(path: str | Path) -> list[Path]:
+    """Tables and archives in a folder that is read as a folder of images: texts may be in them that nothing reads.
+
+    Example:
+        >>> unread_tables(images_folder)
+        []
+    """
+    if [source["type"] for source in detect_sources(path)] != ["image_folder"]:
+        return []
+    return [file for file in walk_files(resolve(str(path))) if file.suffix.lower() in _TABLES]
+
+
+def _coco_by_content(root: Path, split: str | None) -> list[Fields]:
+    """Files of COCO's form under names of their own, such as captions.json or valid/_annotations.coco.json."""
+    sources: list[Fields] = []
+    for file in [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))]:
+        if split is not None and split_in_name(file.name) not in (None, split):
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+            name, _ = content["images"][0]["file_name"], content["annotations"][0]["caption"]
+            places = [file.parent, root / "images", root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
+            images = next((place for place in places if (place / name).is_file()), root / "images")
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue
+        place = images.relative_to(root).as_posix()
+        sources.append({"type": "coco", "annotations": file.relative_to(root).as_posix(), "images": place})
+    return sources
 
 
 def _image_folder(root: Path, name: str) -> str:

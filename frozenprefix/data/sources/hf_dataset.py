@@ -20,7 +20,7 @@ from frozenprefix.data.sources.selection import of_wanted
 from frozenprefix.errors import DataError, did_you_mean
 from frozenprefix.utils import report_left_out
 
-# what a column is for, tried in this order when no column is named
+# roles of columns, tried in this order when no column is named
 _USUAL = (
     {"question": "question", "answers": "answers"},
     {"question": "question", "answers": "answer"},
@@ -87,7 +87,7 @@ class HfDatasetSource(SourceConfig):
             yield _sample(row, columns, f"{table.name}/{number}", image, table.split)
 
     def _columns(self, table: Table) -> dict[str, str]:
-        """What a column is for → its name."""
+        """Role of a column → its name."""
         roles = ("captions", "question", "answers", "label")
         columns = {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
         if not columns:
@@ -124,5 +124,5 @@ def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: st
 
 
 def _named(label: int | None, names: list[str]) -> str | None:
-    """The name of a label; -1 stands for one that is kept secret."""
+    """The name of a label; -1 marks a label that is not public."""
     return None if label is None or label < 0 else names[label]

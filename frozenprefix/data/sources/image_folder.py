@@ -17,7 +17,7 @@ from frozenprefix.errors import DataError
 class ImageFolderSource(SourceConfig):
     """All images under `path`, however deep, sorted by name; the id is the path under `path`.
 
-    With `labels`, an image is a sample of task "classification" whose target is the name of the folder it lies in;
+    With `labels`, an image is a sample of task "classification" whose target is the name of the folder it is in;
     `label_file` gives folders other names: `{"n02084071": "dog"}`. With `split_folders`, the first folder below `path`
     is the split: `train/cat/1.jpg`.
 
@@ -43,7 +43,7 @@ class ImageFolderSource(SourceConfig):
         folders = path.relative_to(root).parts[:-1]
         if len(folders) < int(self.labels) + int(self.split_folders):
             form = "/".join(["SPLIT"] * self.split_folders + ["LABEL"] * self.labels + ["IMAGE"])
-            raise DataError(f"{path}: lies too high in the folder, expected {root}/{form}")
+            raise DataError(f"{path}: is too high in the folder, expected {root}/{form}")
         label = folders[-1] if self.labels else None
         if label is not None and names is not None:
             label = names.text(label)

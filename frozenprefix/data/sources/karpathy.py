@@ -48,6 +48,6 @@ def _sample(row: Row, split: str, folder: Path) -> Sample:
         images=(folder / (row.text_or_none("filepath") or ".") / name,),
         targets=tuple(text.strip() for sentence in sentences for text in sentence.texts("raw")),
         split=split,
-        metadata={"image_id": row.identifier("cocoid" if "cocoid" in row else "imgid")},
+        metadata={"image_id": row.identifier(row.either("cocoid", "imgid"))},
         where=row.where,
     )

@@ -23,7 +23,7 @@ class LlavaSource(SourceConfig):
     """`{"id", "image", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`.
 
     Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
-    turns of a conversation share their beginnings, so packing "trie" reads them once for all answers behind the same
+    turns of a conversation share their beginnings, so packing "trie" reads them once for all answers after the same
     images. Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they
     are plain text: `prompt` filled in, the answer, a new line.
 

@@ -43,7 +43,7 @@ class QaSource(SourceConfig):
 
     def _sample(self, number: int, row: Row, root: Path) -> Sample:
         images, question = row.names("image"), row.text("question")
-        answers = row.texts("answers" if "answers" in row else "answer")
+        answers = row.texts(row.either("answers", "answer"))
         if self.underscores == "space":
             question, answers = question.replace("_", " "), tuple(answer.replace("_", " ") for answer in answers)
         metadata: dict[str, object] = {"answers": answers}

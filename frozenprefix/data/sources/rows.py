@@ -1,4 +1,4 @@
-"""Checked reading of JSON and tables: every error names file, place and field, what it got and what it expected."""
+"""Checked reading of JSON and tables: every error names file, place and field, the value and the expected value."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class Row:
 
     def __contains__(self, field: object) -> bool:
         return self._values.get(field) is not None  # type: ignore[call-overload]
+
+    def either(self, *fields: str) -> str:
+        """The first of several fields that has a value; where none has, the first that is there, or the last one."""
+        there = [field for field in fields if field in self._values]
+        return next((field for field in there if field in self), [*there, fields[-1]][0])
 
     def text(self, field: str) -> str:
         """A text with at least one character."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> dict[Path, str | None]:
-    """The files that a name or a glob pattern under `root` stands for, sorted → the split that their names tell.
+    """The files that match a name or a glob pattern under `root`, sorted → the split in their names.
 
     Files of other splits are left out, so that they need not be read. The file's own name goes before those of its
     folders.
@@ -40,8 +40,7 @@ def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> 
     splits = {}
     for file in sorted(files):
         splits[file] = split_in_name(file.name) or split_in_name(file.relative_to(root).parent.as_posix())
-    wanted = of_wanted(splits, split, where=str(root / pattern))
-    return {file: splits[file] for file in wanted}
+    return {file: splits[file] for file in of_wanted(splits, split, where=str(root / pattern))}
 
 
 def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *, where: str) -> list[T]:
@@ -85,14 +84,14 @@ def of_split(samples: list[Sample], split: str | list[str] | None, *, where: str
     """
     if split is None:
         return samples
-    wanted = [split] if isinstance(split, str) else split
-    _check_splits(wanted, (sample.split for sample in samples), where)
-    return [sample for sample in samples if sample.split in wanted]
+    names = [split] if isinstance(split, str) else split
+    _check_splits(names, (sample.split for sample in samples), where)
+    return [sample for sample in samples if sample.split in names]
 
 
-def _check_splits(wanted: list[str], splits: Iterable[str | None], where: str) -> None:
+def _check_splits(names: list[str], splits: Iterable[str | None], where: str) -> None:
     known = sorted({split for split in splits if split is not None})
-    for name in wanted:
+    for name in names:
         if name not in known:
             there = ", ".join(known) or "none"
             raise DataError(f"{where}: split '{name}' is not there{did_you_mean(name, known)}; splits: {there}")
@@ -118,7 +117,7 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         >>> len(hold_out(samples, Holdout(part="train"), Path()))
         92
     """
-    kept, mixed, total = [], 0, 0
+    members, mixed, total = [], 0, 0
     for sample in samples:
         total += 1
         names = [part if isinstance(part, str) else _name(part, root) for part in sample.group]
@@ -126,9 +125,9 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         if len(sides) > 1:
             mixed += 1
         elif sides == {holdout.part == "val"}:
-            kept.append(replace(sample, split=holdout.part))
+            members.append(replace(sample, split=holdout.part))
     report_left_out("holdout", total, {"images of both parts": mixed}, what="samples")
-    return kept
+    return members
 
 
 def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -140,12 +139,12 @@ def first_images(samples: list[Sample], limit: int | None) -> list[Sample]:
     """
     if limit is None:
         return samples
-    wanted: dict[tuple[Path | str, ...], None] = {}
+    groups: dict[tuple[Path | str, ...], None] = {}
     for sample in samples:
-        wanted[sample.group] = None
-        if len(wanted) == limit:
+        groups[sample.group] = None
+        if len(groups) == limit:
             break
-    return [sample for sample in samples if sample.group in wanted]
+    return [sample for sample in samples if sample.group in groups]
 
 
 def check_images_exist(samples: list[Sample], *, where: str) -> None:

@@ -40,7 +40,7 @@ class VisualGenomeSource(SourceConfig):
         files = self._files(root)
 
         def image(image_id: str) -> Path:
-            # an image that lies in none of the folders is missed in the first one
+            # an image that is in none of the folders is reported as missing in the first one
             return files.get(f"{image_id}.jpg", root / self.images[0] / f"{image_id}.jpg")
 
         samples = []
@@ -73,7 +73,7 @@ class VisualGenomeSource(SourceConfig):
 def _images(root: Path, file: str | None) -> Iterator[tuple[str, Row]]:
     """Rows of a file, one an image. Early releases call the image's id `image_id`, later ones `id`."""
     for _, row in read_rows(root / file) if file is not None else []:
-        yield row.identifier("image_id" if "image_id" in row else "id"), row
+        yield row.identifier(row.either("image_id", "id")), row
 
 
 def _question(row: Row, image_id: str, image: Path) -> Sample:

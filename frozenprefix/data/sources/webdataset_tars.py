@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from frozenprefix.data.images import image_ending
+from frozenprefix.data.images import image_ending, is_hidden
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.image_files import unpack_once, write_image
@@ -23,10 +24,11 @@ from frozenprefix.errors import DataError
 from frozenprefix.utils import parse_json, report_left_out
 
 _TEXTS = ("txt", "text", "caption", "cls")
+_HIDDEN = "__hidden__"  # field of a row that counts members and is no key
 
 
 class WebDatasetSource(SourceConfig):
-    """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` stand next to each other; a sample is a key.
+    """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` are next to each other; a sample is a key.
 
     Images are unpacked into the user's cache when a tar is read for the first time (which needs their size once more),
     and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by reason, with
@@ -58,9 +60,12 @@ class WebDatasetSource(SourceConfig):
         samples: list[Sample] = []
         without: Counter[str] = Counter()
         for shard, split in files_of(root, self.shards, self.split).items():
-            folder, rows = unpack_once([shard], partial(_unpack, shard), what="keys by dots")
+            folder, rows = unpack_once([shard], partial(_unpack, shard), what="keys by dots, without hidden names")
             name = shard.relative_to(root).with_suffix("").as_posix()
             for values in rows:
+                if _HIDDEN in values:
+                    without["hidden"] += values[_HIDDEN]
+                    continue
                 row = Row(str(shard), values, f"key {values['__key__']}")
                 image = self._image(row, values["__images__"])
                 if image is None:
@@ -103,7 +108,8 @@ def _texts(row: Row, place: str) -> tuple[str, ...]:
 
 def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Write the images of a tar; yield each key's other members, its images' names and the key."""
-    for sample in _members_by_key(shard):
+    hidden: list[str] = []
+    for sample in _members_by_key(shard, hidden):
         key = sample["__key__"]
         row: dict[str, Any] = {"__key__": key, "__images__": {}}
         for member, data in sample.items():
@@ -118,21 +124,39 @@ def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
                 except ValueError as error:
                     raise DataError(f"{shard}: key {key}: member '{member}' is not UTF-8 or JSON: {error}") from error
         yield row
+    if hidden:
+        yield {_HIDDEN: len(hidden)}
 
 
-def _members_by_key(shard: Path) -> Iterator[dict[str, Any]]:
+def _members_by_key(shard: Path, hidden: list[str]) -> Iterator[dict[str, Any]]:
+    """The members of each key; names that `walk_files` passes over are collected in `hidden`."""
+
+    def seen(members: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for member in members:
+            if is_hidden(member.get("fname", "")):
+                hidden.append(member["fname"])
+            else:
+                yield member
+
     try:
         split_name = _key_rule(shard)
         with shard.open("rb") as stream:
-            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]), keys=split_name)
+            yield from group_by_keys(seen(tar_file_expander([{"url": str(shard), "stream": stream}])), keys=split_name)
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        raise DataError(f"{shard}: cannot be read as a WebDataset tar: {error.args[0]}; create it again") from error
+        reason = str(error.args[0]).splitlines()[0].rstrip(":")
+        raise DataError(f"{shard}: cannot be read as a WebDataset tar: {reason}; create it again") from error
 
 
 def _key_rule(shard: Path) -> Callable[[str], tuple[str | None, str | None]]:
     """How the names of a tar are split into key and member: at the first dot, or at the last one."""
     with tarfile.open(shard) as tar:
-        members = [base_plus_ext(name)[1] or "" for name in tar.getnames()]
+        infos = tar.getmembers()
+        if infos and isinstance(tar.fileobj, io.BufferedReader):  # compressed files have checks of their own
+            # tarfile takes half a header for the end, which is a block of zeros
+            tar.fileobj.seek(infos[-1].offset_data + -(-infos[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"it is cut short behind '{infos[-1].name}'")
+    members = [base_plus_ext(info.name)[1] or "" for info in infos if not is_hidden(info.name)]
     dotted = any(member.rpartition(".")[2] in (*_TEXTS, "json") for member in members if "." in member)
     return _at_last_dot if dotted else base_plus_ext
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from frozenprefix.registry import lazy_exports
 
 if TYPE_CHECKING:
     from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig, TextTowerConfig
@@ -20,17 +21,11 @@ __all__ = [
     "TextTowerConfig",
     "load_processor",
 ]
-
-# Imported at first use: recipes need the configuration alone, and the prefix model the losses.
-_EXPORTS = {
-    "configuration": ("LockedImageTextConfig", "ProjectionConfig", "TextTowerConfig"),
-    "modeling": ("LockedImageTextModel", "LockedImageTextOutput"),
-    "processing": ("LockedImageTextProcessor", "OpenClipProcessor", "load_processor"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _EXPORTS.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "configuration": ("LockedImageTextConfig", "ProjectionConfig", "TextTowerConfig"),
+        "modeling": ("LockedImageTextModel", "LockedImageTextOutput"),
+        "processing": ("LockedImageTextProcessor", "OpenClipProcessor", "load_processor"),
+    },
+)

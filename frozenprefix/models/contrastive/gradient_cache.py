@@ -35,7 +35,6 @@ def cached_contrastive_step(
 
     Example:
         >>> from torch import nn
-        >>> from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
         >>> images, texts = nn.Linear(3, 2), nn.Linear(4, 2)
         >>> chunks = torch.randn(2, 5, 3), torch.randn(2, 5, 4)  # 2 chunks of 5
         >>> loss = cached_contrastive_step(images, chunks[0], texts, chunks[1], lambda i, t: (i @ t.T).mean())

@@ -19,7 +19,6 @@ class ContrastiveHeads(nn.Module):
         loss: "infonce" or "sigmoid", which start with different scales.
 
     Example:
-        >>> from frozenprefix.models.contrastive.heads import ContrastiveHeads
         >>> heads = ContrastiveHeads(lm_dim=32, dim=8, loss="infonce")
         >>> heads.embed_prefix(torch.randn(2, 10, 32)).shape
         torch.Size([2, 8])

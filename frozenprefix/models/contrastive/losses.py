@@ -27,7 +27,6 @@ class LogitScale(nn.Module):
     They start as in CLIP (scale 1 / 0.07, no bias) and SigLIP (scale 10, bias -10).
 
     Example:
-        >>> from frozenprefix.models.contrastive.losses import LogitScale
         >>> round(LogitScale("sigmoid").scale.item(), 3)
         10.0
     """
@@ -61,7 +60,6 @@ def infonce_loss(logits: Tensor, positive: Tensor) -> Tensor:
         DataError: when a row or a column has no positive, or no negative.
 
     Example:
-        >>> from frozenprefix.models.contrastive.losses import infonce_loss
         >>> round(float(infonce_loss(torch.zeros(2, 2), torch.eye(2).bool())), 4)  # log 2: nothing is told apart
         0.6931
     """
@@ -83,7 +81,6 @@ def sigmoid_loss(logits: Tensor, positive: Tensor) -> Tensor:
         logits: float[P, T]; positive: bool[P, T].
 
     Example:
-        >>> from frozenprefix.models.contrastive.losses import sigmoid_loss
         >>> round(float(sigmoid_loss(torch.zeros(2, 2), torch.eye(2).bool())), 4)  # 2 log 2
         1.3863
     """

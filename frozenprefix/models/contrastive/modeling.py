@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from typing_extensions import Self
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.checkpoint import (
-    check_identity,
-    load_checkpoint,
-    save_checkpoint,
-    trainable_state,
-)
+from frozenprefix.models.base import ImageModel
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
 from frozenprefix.models.contrastive.text_tower import TextTower, build_text_tower, text_tower_from_architecture
@@ -36,7 +31,6 @@ class LockedImageTextOutput(ModelOutput):
         image_embeds, text_embeds: unit vectors, float32[P, D] and float32[T, D].
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextOutput
         >>> LockedImageTextOutput(image_embeds=torch.ones(1, 4)).to_tuple()  # without what is None
         (tensor([[1., 1., 1., 1.]]),)
     """
@@ -46,19 +40,17 @@ class LockedImageTextOutput(ModelOutput):
     text_embeds: Tensor | None = None
 
 
-class LockedImageTextModel(PreTrainedModel):
+class LockedImageTextModel(ImageModel):
     """A locked vision encoder, a text tower, and projections of both into one space.
 
     Args:
-        config: what to build. Frozen parts are loaded from where the config says.
-        vision_encoder, text_tower: ready-made parts instead.
+        config: the parts. Frozen ones are loaded from the places that it names.
+        vision_encoder, text_tower: ready-made parts, which are used instead.
 
     Trained weights stay float32; run the model under autocast for speed. The encoder runs in its section's dtype.
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextConfig, LockedImageTextModel
         >>> from frozenprefix.models.contrastive.configuration import TextTowerConfig
-        >>> from frozenprefix.models.contrastive.text_tower import text_tower_from_architecture
         >>> section = TextTowerConfig(path="bert")
         >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
         >>> tower = text_tower_from_architecture(section, {"model_type": "bert", "vocab_size": 50, **sizes})
@@ -70,9 +62,7 @@ class LockedImageTextModel(PreTrainedModel):
 
     config_class = LockedImageTextConfig
     config: LockedImageTextConfig
-    main_input_name = "pixel_values"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers reads it from the class
-    supports_gradient_checkpointing = False
+    part_names = ("vision_encoder", "text_tower")
 
     def __init__(
         self,
@@ -88,8 +78,7 @@ class LockedImageTextModel(PreTrainedModel):
         if text_tower is None:
             text = build_text_tower(config.text_tower)
             text_tower, identity["text_tower"] = text.module, text.identity
-        check_identity(config.identity, identity)
-        config.identity = {**config.identity, **identity}
+        self.use_identity(identity)
 
         self.vision_encoder = freeze(vision_encoder)
         self.text_tower = text_tower
@@ -101,9 +90,6 @@ class LockedImageTextModel(PreTrainedModel):
         self.logit_scale = LogitScale(config.objective)
         self.adapters = AdapterSet()  # none: the whole tower may be trained
         self.post_init()
-
-    def init_weights(self) -> None:
-        """Parts arrive with their weights; transformers' own initialisation must not touch them."""
 
     def train(self, mode: bool = True) -> LockedImageTextModel:
         """Set the mode of trained parts; frozen ones, including frozen text layers, stay in evaluation mode."""
@@ -126,12 +112,7 @@ class LockedImageTextModel(PreTrainedModel):
         if pixel_values is not None:
             image_features = self.encode(pixel_values)
         assert image_features is not None
-        expected = (self.vision_encoder.num_tokens, self.vision_encoder.encoder_dim)
-        if image_features.ndim != 3 or tuple(image_features.shape[1:]) != expected:
-            raise ConfigError(
-                f"image_features: got shape {tuple(image_features.shape)}, expected (images, {expected[0]}, "
-                f"{expected[1]})"
-            )
+        self.check_features(image_features)
         # [P, N, D_enc] -> [P, D]
         return F.normalize(self.image_projection(image_features.float().mean(dim=1)).float(), dim=-1)
 
@@ -151,7 +132,7 @@ class LockedImageTextModel(PreTrainedModel):
 
         Args:
             text_image: int64[T], the place in the batch of the image that each text describes; text i describes
-                image i when not given and there are as many of both.
+                image i when not given; then there must be as many texts as images.
         """
         images = self.encode_image(pixel_values, image_features)
         texts = self.encode_text(input_ids, attention_mask)
@@ -165,19 +146,8 @@ class LockedImageTextModel(PreTrainedModel):
         """Contrastive loss over unit vectors of all processes; see `contrastive_loss`."""
         return contrastive_loss(self.config.objective, self.logit_scale, images, texts, image_ids, text_ids)
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes, by name."""
-        return trainable_state(self)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Write config.json (with the identity of frozen parts) and the trained tensors; see `save_checkpoint`."""
-        if is_main_process:
-            save_checkpoint(self, save_directory, *args, **kwargs)
-
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> LockedImageTextModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Self:
         """Load a checkpoint folder or Hub id; see `load_checkpoint`."""
         if not isinstance(config, cls.config_class):
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -186,8 +156,7 @@ class LockedImageTextModel(PreTrainedModel):
         # a text tower that was trained as a whole is in the checkpoint; the weights it started from are not needed
         if "text_tower" not in kwargs and section.trained_layers == "all" and config.text_config is not None:
             kwargs["text_tower"] = text_tower_from_architecture(section, config.text_config)
-        parts = ("vision_encoder", "text_tower")
-        return load_checkpoint(cls, pretrained_model_name_or_path, parts, config=config, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
 
 def build_projection(config: ProjectionConfig, input_dim: int, output_dim: int, name: str) -> nn.Module:

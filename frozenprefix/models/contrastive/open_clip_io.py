@@ -127,7 +127,7 @@ def _own_towers(
     native = not config.get("custom_text", False) and "hf_model_name" not in config["text_cfg"]
     towers = {"visual": encoder.visual, "text": model.text_tower.model}
     state = {f"{part}.{key}": value for part, tower in towers.items() for key, value in tower.state_dict().items()}
-    if native:  # the text tower's tensors lie at the top
+    if native:  # the text tower's tensors are at the top level
         state = {key.removeprefix("text.") if key[5:].startswith(_NATIVE_TEXT) else key: v for key, v in state.items()}
     return config, state
 

@@ -47,7 +47,6 @@ class LockedImageTextProcessor(_ImageTextProcessor):
     """Image processor, and the tokenizer of a transformers text tower, which cuts texts at its `model_max_length`.
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextProcessor
         >>> own = LockedImageTextProcessor(processor.image_processor, processor.tokenizer)
         >>> own(images=[image]).keys()
         KeysView({'pixel_values': ...
@@ -79,7 +78,6 @@ class OpenClipProcessor(_ImageTextProcessor):
         open_clip_name: the model's name, as `open_clip.get_tokenizer` takes it.
 
     Example:
-        >>> from frozenprefix.models.contrastive import OpenClipProcessor
         >>> own = OpenClipProcessor(processor.image_processor, "ViT-B-32")
         >>> own(text="a dog")["input_ids"].shape
         torch.Size([1, 77])
@@ -114,7 +112,6 @@ def load_processor(
     """The processor that a checkpoint of `config` was saved with.
 
     Example:
-        >>> from frozenprefix.models.contrastive import LockedImageTextConfig, LockedImageTextProcessor, load_processor
         >>> own = LockedImageTextProcessor(processor.image_processor, processor.tokenizer)
         >>> _ = own.save_pretrained(tmp_path)
         >>> type(load_processor(str(tmp_path), LockedImageTextConfig())).__name__

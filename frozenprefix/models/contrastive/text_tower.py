@@ -15,6 +15,7 @@ from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
@@ -23,7 +24,7 @@ from frozenprefix.models.pretrained import (
     reading,
     report_unused,
 )
-from frozenprefix.models.vision.weights import network_error, seeded, state_sha256
+from frozenprefix.models.vision.weights import network_error, seeded
 from frozenprefix.utils import tree_sha256
 
 _FIELD = "text_tower.path"
@@ -178,7 +179,7 @@ def _build_open_clip(config: TextTowerConfig) -> BuiltTextTower:
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise network_error("open_clip", config.path, error) from error
     model: Any = whole
-    identity.setdefault("sha256", state_sha256(model.text))
+    identity.setdefault("sha256", hash_tensors(model.text.state_dict()))
     model.text.output_tokens = False
     tower = TextTower(model.text, config, int(model.text.output_dim))
     identity = {"source": "open_clip", "path": portable_name(config.path), **identity}

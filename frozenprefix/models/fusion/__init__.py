@@ -47,7 +47,6 @@ def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: 
         ConfigError: for an unknown fusion, wrong options, or an LM that does not fit.
 
     Example:
-        >>> from frozenprefix.models.configuration import FusionConfig
         >>> build_fusion(FusionConfig(type="prefix"), model.language_model, lm_dim=32).is_prefix
         True
     """
@@ -69,7 +68,6 @@ def validate_fusion(config: FusionConfig) -> list[str]:
     """Check the fusion's name and options against its constructor; return one line per problem.
 
     Example:
-        >>> from frozenprefix.models.configuration import FusionConfig
         >>> validate_fusion(FusionConfig(type="cross_attention", every=2))
         []
     """

@@ -1,4 +1,4 @@
-"""What fusions share: which image each token may see, and hooks in the layers of a frozen LM."""
+"""Base class of fusions: which image each token may see, and hooks in the layers of a frozen LM."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Fusion(nn.Module):
             place marks where the image is, and holds the LM's start token.
         every_step: every new token reads the images again, as in cross-attention, so that generation has to use
             transformers' search.
-        changes_text: the LM computes something else than without the fusion even if there is no image.
+        changes_text: the fusion changes the LM's output even without an image.
 
     Example:
         >>> Fusion.placeholders(prefix_length=10)
@@ -98,7 +98,7 @@ class Fusion(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the LM computes what it computes without this fusion."""
+        """Switch the fusion off inside the block: the LM computes the same as without it."""
         before, self.enabled = self.enabled, False
         try:
             yield

@@ -65,7 +65,7 @@ class GatedBlock(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, prefix_embeds: Tensor, image: Tensor) -> Tensor:
-        """What is added to `hidden`: float[B, T, D], float[images, P, D], int64[B, T] -> float[B, T, D]."""
+        """The update of `hidden`: float[B, T, D], float[images, P, D], int64[B, T] -> float[B, T, D]."""
         attended = self.attention_gate.tanh() * self.attention(hidden, prefix_embeds, image)
         has_image = (image >= 0)[..., None]
         return attended + self.feed_forward_gate.tanh() * self.feed_forward(hidden + attended) * has_image
@@ -74,7 +74,7 @@ class GatedBlock(nn.Module):
 class CrossAttentionFusion(Fusion):
     """Before every `every`-th layer, tokens attend to the latest image before them.
 
-    The gates start closed, so at first the LM computes bit for bit what it computes without the fusion.
+    The gates start closed, so that the LM's first output equals that without the fusion, bit for bit.
 
     Args:
         lm_dim, num_layers: width and number of the LM's layers.
@@ -113,7 +113,7 @@ class CrossAttentionFusion(Fusion):
         self.hook_inputs(layers, self.numbers, self.update)
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
-        """float[B, T, D]: what is added before `layer`."""
+        """float[B, T, D]: the update of the hidden states before `layer`."""
         assert self.context is not None
         block = self.blocks[self.numbers.index(layer)]
         return block(hidden, self.context.prefix_embeds, self.context.image_of(hidden))

@@ -14,14 +14,14 @@ from frozenprefix.models.options import Count
 
 
 class DeepPrefixFusion(Fusion):
-    """Prefix embeddings in place of words; before every further layer a learned function of them is added there.
+    """Prefix embeddings in place of words; before every later layer a learned function of them is added there.
 
     The layer's own frozen projections turn it into keys and values. The added parts start at zero, so the first step is
     that of the plain prefix.
 
     Args:
         lm_dim, num_layers: width and number of the LM's layers.
-        rank: width of the bottleneck between the prefix embeddings and what is added.
+        rank: width of the bottleneck between the prefix embeddings and the update.
 
     Example:
         >>> fusion = DeepPrefixFusion(lm_dim=8, num_layers=3, rank=2)
@@ -42,7 +42,7 @@ class DeepPrefixFusion(Fusion):
         self.hook_inputs(layers, range(1, len(layers)), self.update)
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
-        """float[B, T, D]: what is added at the placeholders before `layer`, 0 elsewhere."""
+        """float[B, T, D]: the update at the placeholders before `layer`, 0 elsewhere."""
         assert self.context is not None
         added = torch.zeros_like(hidden)
         if not self.context.is_first(layer):

@@ -22,8 +22,8 @@ class ResidualFusion(Fusion):
     Args:
         lm_dim, num_layers: width and number of the LM's layers.
         mode: "sum": the change is `image - e`, with the mean of the prefix embeddings as `image`, so that the result is
-            a weighted sum. "product": `image * e`, with that mean normalized. "attention": what the token reads from
-            the prefix embeddings by cross-attention.
+            a weighted sum. "product": `image * e`, with that mean normalized. "attention": cross-attention of
+            the token to the prefix embeddings.
         num_heads: of mode "attention"; 8 by default.
 
     Raises:
@@ -59,7 +59,7 @@ class ResidualFusion(Fusion):
         self.hook_inputs(layers, [0], self.update)
 
     def update(self, layer: int, hidden: Tensor) -> Tensor:
-        """float[B, T, D]: what is added to the embeddings before the first layer."""
+        """float[B, T, D]: the update of the embeddings before the first layer."""
         assert self.context is not None
         image = self.context.image_of(hidden)
         if self.attention is not None:

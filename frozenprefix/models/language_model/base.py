@@ -1,4 +1,4 @@
-"""What this package needs of a frozen language model, as one interface.
+"""The interface of frozen language models.
 
 Shape letters: R rows, T row length, B texts, L target length, K predicting nodes, D_lm width of the LM, V vocabulary.
 """
@@ -6,6 +6,7 @@ Shape letters: R rows, T row length, B texts, L target length, K predicting node
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 
 
 class Rows(Protocol):
@@ -36,6 +37,8 @@ class Rows(Protocol):
 
 
 RowsT = TypeVar("RowsT", bound=Rows)
+# arguments of `generate` that read the prompt's token ids, or would replace its embeddings
+NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
 
 
 @dataclass
@@ -131,7 +134,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         return size - self.num_virtual_tokens
 
     def check_length(self, tokens: int, new: int = 1, *, what: str = "max_new_tokens: the prompt") -> None:
-        """Raise `ConfigError` when `tokens`, and `new` generated ones behind them, need more positions than there are.
+        """Raise `ConfigError` when `tokens`, and `new` generated ones after them, need more positions than there are.
 
         Example:
             >>> model.lm.check_length(1000, 1000)
@@ -140,7 +143,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         if positions is None or tokens + new - 1 <= positions:  # the last new token is not read again
             return
         left = positions - tokens + 1
-        room = f"there is room for {left} behind it" if left > 0 else "shorten it"
+        room = f"there is room for {left} after it" if left > 0 else "shorten it"
         raise ConfigError(
             f"{what} of {tokens} tokens and {new} new ones are more than the {positions} learned "
             f"positions of {self.name}; {room}"
@@ -171,7 +174,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
 
     @abstractmethod
     def layout(self, packed: PackedBatch) -> RowsT:
-        """What of a packed batch is read as input.
+        """The part of a packed batch that is the LM's input.
 
         Raises:
             ConfigError: when texts share a row and this LM cannot read such rows.
@@ -212,6 +215,21 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
             labels: int64, -100 where nothing is learned.
             kwargs: further arguments of the transformers model.
         """
+
+    @staticmethod
+    def check_generate(attention_mask: Tensor | None, arguments: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` for arguments of transformers' `generate` that do not go with images in the prompt.
+
+        Args:
+            attention_mask: int64[B, T], 0 on padding, which has to be on the left.
+        """
+        if "max_length" in arguments:
+            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
+        refused = [name for name in NEED_TOKENS if arguments.get(name) is not None]
+        if refused:
+            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
 
     def beam_options(self, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
         """Options of this package's beam search for `generate`; None where transformers has to search.
@@ -258,7 +276,6 @@ def embedding_rms(language_model: PreTrainedModel) -> float:
     """Root mean square of the word embeddings, with the scale that the embedding layer itself applies.
 
     Example:
-        >>> from frozenprefix.models.language_model import embedding_rms
         >>> 0 < embedding_rms(model.language_model) < 1
         True
     """
@@ -272,7 +289,6 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """int64[B, T]: 0, 1, 2, … over the real tokens of each row, 0 on padding.
 
     Example:
-        >>> from frozenprefix.models.language_model.base import positions_from_mask
         >>> positions_from_mask(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
         [[0, 0, 0, 1, 2]]
     """

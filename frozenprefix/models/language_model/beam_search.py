@@ -1,7 +1,7 @@
 """Beam search with the results of transformers' `generate`, without copying keys and values.
 
 transformers gives every beam a batch row of its own: the prompt is read k times, and in every step the whole cache is
-copied into the new order of beams. Here all beams of a prompt share one row, and so do prompts behind the same images
+copied into the new order of beams. Here all beams of a prompt share one row, and so do prompts about the same images
 (`trie_reader`). Prompts whose beams are finished leave the batch. With one beam this is greedy search. Scores, stopping
 and ties follow transformers, whose rules the comments name where they surprise.
 
@@ -52,7 +52,6 @@ def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> Be
     """Options of transformers' `generate` as `BeamOptions`; None if this search does not support all of them.
 
     Example:
-        >>> from frozenprefix.models.language_model.beam_search import beam_options
         >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8}).candidates
         8
         >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
@@ -143,9 +142,10 @@ class BeamSearch:
         self.beams = self._start(len(prompts.row), prompts.row.device)
         words = torch.full_like(self.beams.words, options.pad_token)
         score = torch.zeros_like(self.beams.done_score)
+        # `words` and `score` are in the order of the whole batch; `self.beams` holds the prompts that are still open.
         hidden = reader.read_prompts()
         for step in range(options.max_new_tokens):
-            chosen, parents = self._advance(hidden, step)
+            next_words, parents = self._advance(hidden, step)
             open_ = self._is_open(step)
             last = step + 1 == options.max_new_tokens or not bool(open_.any())
             if last or not bool(open_.all()):
@@ -153,11 +153,11 @@ class BeamSearch:
             if last:
                 break
             if not bool(open_.all()):
-                kept = open_.nonzero()[:, 0]
-                self.beams.keep(kept)
-                reader.keep(kept)
-                chosen, parents = chosen[kept], parents[kept]
-            hidden = reader.read_words(chosen, parents)
+                prompt = open_.nonzero()[:, 0]
+                self.beams.keep(prompt)
+                reader.keep(prompt)
+                next_words, parents = next_words[prompt], parents[prompt]
+            hidden = reader.read_words(next_words, parents)
         count = options.num_return_sequences
         return self._crop(words[:, :count].flatten(0, 1)), score[:, :count].flatten()
 
@@ -165,6 +165,7 @@ class BeamSearch:
         k, new = self.options.num_beams, self.options.max_new_tokens
         words = torch.full((prompts, k, new), self.options.pad_token, device=device)
         nothing = torch.full((prompts, k), IMPOSSIBLE, device=device)
+        # One beam at first: k equal ones would choose the same best word k times.
         return _Beams(
             prompt=torch.arange(prompts, device=device),
             words=words,
@@ -187,10 +188,12 @@ class BeamSearch:
         """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
         prompts, width = beams.score.shape
+        # The best C of a prompt are among the best C of each beam, so the rest of the vocabulary is dropped here.
         value, word = self._likeliest_words(hidden, count)
         # [N, width * C] -> the best C of them
         score, at = (beams.score[:, :, None] + value.view(prompts, width, count)).flatten(1).topk(count)
         word, parent = word.view(prompts, width * count).gather(1, at), at // count
+        # in the last step every candidate counts as ended, whatever its word
         ended = torch.zeros_like(word, dtype=torch.bool) if step + 1 < self.options.max_new_tokens else word >= 0
         for token in self.options.end_tokens:
             ended = ended | (word == token)
@@ -216,9 +219,10 @@ class BeamSearch:
     def _finish(self, score: Tensor, word: Tensor, parent: Tensor, ended: Tensor, step: int) -> None:
         """Let texts that ended among the best k candidates replace worse finished ones."""
         beams, k = self.beams, self.options.num_beams
-        # an end token behind the best k candidates is ignored, a rule that transformers took over from fairseq
+        # an end token below the best k candidates is ignored, a rule that transformers took over from fairseq
         ended = ended & (torch.arange(score.shape[1], device=score.device) < k)
         score = score / (step + 1) ** self.options.length_penalty
+        # what must not be chosen stays in the list, with a hopeless score: shapes are the same in every step
         full = beams.done.all(-1, keepdim=True) & (self.options.early_stopping is True)
         score = score + (full | ~beams.hopeful) * IMPOSSIBLE + ~ended * IMPOSSIBLE
         words = _take(beams.words, parent)
@@ -256,10 +260,9 @@ def _take(tensor: Tensor, beams: Tensor) -> Tensor:
 def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of every row: float[N, V] -> float32[N, count], int64[N, count].
 
-    The `count` largest lie in the `count` blocks with the largest maxima: only those are sorted.
+    The `count` largest are in the `count` blocks with the largest maxima: only those are sorted.
 
     Example:
-        >>> from frozenprefix.models.language_model.beam_search import top_tokens
         >>> top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 2)[1].tolist()
         [[1, 2]]
     """

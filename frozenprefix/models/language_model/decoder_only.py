@@ -22,8 +22,8 @@ from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput, positions_from_mask
 from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
 from frozenprefix.models.language_model.trie_reader import Prompts
+from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import cap, next_token_loss
-from frozenprefix.models.packing.trie import PackedBatch, Target, ancestor_mask, pack
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.2}
 class DecoderOnlyLM(FrozenLM[PackedBatch]):
     """A causal LM, split into its decoder (embeddings to last hidden states) and its head (to logits).
 
-    With the split, logits are computed only where something is predicted. What an LM can do is not looked up in a list
-    of names but tried out on a few tokens: the split when it is wrapped, packed rows and beam search before their
+    With the split, logits are computed only where something is predicted. The abilities of an LM are not looked up in a
+    list of names but tested on a few tokens: the split when it is wrapped, packed rows and beam search before their
     first use.
 
     Attributes:
@@ -53,7 +53,6 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         ConfigError: when decoder and head do not give the LM's own logits.
 
     Example:
-        >>> from frozenprefix.models.language_model import DecoderOnlyLM
         >>> lm = DecoderOnlyLM(model.language_model)
         >>> lm.packing_problem() is None, lm.logit_scale
         (True, 1.0)
@@ -101,7 +100,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
                     return
         except ConfigError as error:
             problem = str(error)
-        except Exception as error:  # whatever the code of a model raises that does not read embeddings
+        except Exception as error:  # any error that the code of a model raises if it does not read embeddings
             problem = _one_line(error)
         raise ConfigError(f"model.language_model: {self.name} cannot be used with images: {problem}")
 
@@ -142,7 +141,9 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
                     # no dropout, and gradients also where the caller has switched them off
                     with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
                         problem = trial()
-                except Exception as error:  # whatever the code of a model raises for a mask or cache it cannot use
+                except (
+                    Exception
+                ) as error:  # any error that the code of a model raises for a mask or cache it cannot use
                     problem = _one_line(error)
                 _TRIALS[key] = None if problem is None else f"{self.name} cannot be used with {ability}: {problem}"
             self._trials[ability] = _TRIALS[key]
@@ -241,7 +242,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.decoder(
-            # the tokenizer may pad with an added token, whose id lies outside the LM's vocabulary
+            # the tokenizer may pad with an added token, whose id is outside the LM's vocabulary
             input_ids=input_ids.masked_fill(attention_mask == 0, 0),
             attention_mask=attention_mask,
             position_ids=positions_from_mask(attention_mask),
@@ -317,6 +318,6 @@ def _logit_scales(config: Any) -> list[float]:
 
 
 def _one_line(error: Exception) -> str:
-    """An error of somebody else's code as part of a line."""
+    """An error of third-party code as part of a line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput
-from frozenprefix.models.packing.trie import PackedBatch
+from frozenprefix.models.packing import PackedBatch
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class SourcesAndTargets:
-    """A packed batch with one target per row, divided into what the encoder reads and what the decoder writes.
+    """A packed batch with one target per row, divided into the encoder's inputs and the decoder's targets.
 
     Attributes:
         input_ids, attention_mask, prefix_index, latest_index: int64[B, S], with the end token, padded on the right.
@@ -47,7 +47,6 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
 
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
-        >>> from frozenprefix.models.language_model import EncoderDecoderLM
         >>> config = T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
         >>> lm = EncoderDecoderLM(T5ForConditionalGeneration(config).eval())
         >>> lm.end_token, lm.keeps_history
@@ -157,7 +156,6 @@ def close_source(input_ids: Tensor, attention_mask: Tensor, end_token: int) -> t
         Ids and mask int64[B, S + 1].
 
     Example:
-        >>> from frozenprefix.models.language_model.encoder_decoder import close_source
         >>> ids, mask = close_source(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]]), end_token=2)
         >>> ids.tolist(), mask.tolist()
         ([[5, 6, 2, 0]], [[1, 1, 1, 0]])

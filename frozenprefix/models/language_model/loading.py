@@ -63,8 +63,6 @@ def resolve_language_model(config: LanguageModelConfig) -> ResolvedLanguageModel
         AssetError: for a folder without a whole language model, and a path that does not exist.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model.loading import resolve_language_model
         >>> resolve_language_model(LanguageModelConfig(path="gpt2", revision="main")).identity
         {'path': 'gpt2'}
     """
@@ -136,8 +134,6 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         ConfigError: for a quantisation that this machine does not support.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model import load_language_model
         >>> lm, identity = load_language_model(LanguageModelConfig(path=str(lm_folder)))
         >>> type(lm).__name__, sorted(identity)
         ('LlamaForCausalLM', ['architecture', 'path', 'sha256'])
@@ -166,16 +162,15 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """A language model's class and size, which tell models apart whose weights are not at hand as files."""
+    """A language model's class and size, which distinguish models whose weights are not files."""
     config = model.config.get_text_config()
     return f"{type(model).__name__}, {config.num_hidden_layers} layers, {config.vocab_size} words"
 
 
 def language_model_identity(model: PreTrainedModel, folder: Path | None = None) -> dict[str, str]:
-    """The identity of a ready-made language model, as far as it can be told: its architecture, and a folder's hash.
+    """The identity of a ready-made language model, as far as it is known: its architecture, and a folder's hash.
 
     Example:
-        >>> from frozenprefix.models.language_model.loading import language_model_identity
         >>> language_model_identity(model.language_model)
         {'architecture': 'LlamaForCausalLM, 2 layers, 300 words'}
     """
@@ -216,8 +211,6 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
         ConfigError: for a tokenizer without an end token.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model import load_tokenizer
         >>> load_tokenizer(LanguageModelConfig(path=str(lm_folder))).eos_token
         '</s>'
     """

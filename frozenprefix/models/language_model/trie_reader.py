@@ -1,4 +1,4 @@
-"""Rows of prompts, and the words written behind them, as one growing trie in each row.
+"""Rows of prompts, and the words written after them, as one growing trie in each row.
 
 Several prompts share a row, as the questions about one image do, and several beams continue each of them. The cache of
 a row grows by one token for each of its beams in a step, and is never reordered; what changes is who sees whom:
@@ -7,8 +7,8 @@ a row grows by one token for each of its beams in a step, and is never reordered
     after two steps      p p p q0 q1  a0 b0  a1 b1
     the second one sees  p p p q0 q1     b0     b1
 
-So a beam is a path in a trie. What it sees (`TrieReader.seen`) says which tokens lie on the path, and its position is
-the length of its prompt and the words so far, as it would be in a row of its own.
+So a beam is a path in a trie. What it sees (`TrieReader.seen`) says which tokens are on the path, and its position is
+the length of its prompt plus the words so far, as it would be in a row of its own.
 
 Shape letters: R rows, T row length, N prompts, k beams, S tokens in the cache, W new tokens in a row, V vocabulary.
 """
@@ -25,9 +25,9 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.language_model.base import positions_from_mask
-from frozenprefix.models.packing.trie import PackedBatch, visible_nodes
+from frozenprefix.models.packing import PackedBatch, visible_nodes
 
-LEAVE_AT = 8  # finished rows leave the batch when they are one in so many
+LEAVE_AT = 8  # finished rows leave the batch when they are one in eight: leaving copies the cache of the others
 
 
 @dataclass
@@ -41,7 +41,6 @@ class Prompts:
         row: int64[N], in ascending order; last: int64[N], where in its row a text ends; length: int64[N], its tokens.
 
     Example:
-        >>> from frozenprefix.models.language_model.trie_reader import Prompts
         >>> prompts = Prompts.from_mask(torch.zeros(2, 3, 8), torch.tensor([[1, 1, 1], [0, 1, 1]]))
         >>> prompts.row.tolist(), prompts.last.tolist(), prompts.length.tolist()
         ([0, 1], [2, 2], [3, 2])
@@ -94,6 +93,8 @@ class CacheLayer(DynamicLayer):
         self.room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # transformers' own layer concatenates, which copies the whole cache in every step; here new tokens are written
+        # after the others, and attention reads a view of the filled part.
         new = key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -192,7 +193,7 @@ class TrieReader:
                 layer.keep(rows)
 
     def _places(self, beams: int) -> tuple[Tensor, int]:
-        """Where among the new tokens of its row each beam stands, int64[N, k], and how many a row has: W."""
+        """The place of each beam among the new tokens of its row, int64[N, k], and their number in a row: W."""
         counts = torch.bincount(self.row, minlength=self.rows)
         first = counts.cumsum(0) - counts
         number = torch.arange(len(self.row), device=self.row.device) - first[self.row]

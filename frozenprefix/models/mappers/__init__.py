@@ -8,7 +8,9 @@ as `package.module:Class` if `allow_code` was called.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections import OrderedDict
+
+from torch import nn
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
@@ -36,7 +38,7 @@ MAPPERS: Registry[type[nn.Module]] = Registry(
 STRUCTURAL = {"encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
 
 
-class PrefixMapper(nn.Module):
+class PrefixMapper(nn.Sequential):
     """A mapper, followed by the layer norm that brings its output to the size of the LM's word embeddings.
 
     Args:
@@ -49,14 +51,11 @@ class PrefixMapper(nn.Module):
         torch.Size([2, 3, 8])
     """
 
-    def __init__(self, body: nn.Module, scale: PrefixScale):
-        super().__init__()
-        self.body = body
-        self.scale = scale
+    body: nn.Module
+    scale: PrefixScale
 
-    def forward(self, image_features: Tensor) -> Tensor:
-        # [B, N, D_enc] -> [B, P, D_lm]
-        return self.scale(self.body(image_features))
+    def __init__(self, body: nn.Module, scale: PrefixScale):
+        super().__init__(OrderedDict(body=body, scale=scale))
 
 
 def build_mapper(
@@ -74,7 +73,6 @@ def build_mapper(
         ConfigError: for an unknown mapper or wrong options, with all problems at once.
 
     Example:
-        >>> from frozenprefix.models.configuration import MapperConfig
         >>> config = MapperConfig(type="mlp", prefix_length=5)
         >>> mapper = build_mapper(config, encoder_dim=16, num_tokens=1, lm_dim=8, embedding_rms=0.1)
         >>> mapper(torch.randn(2, 1, 16)).shape
@@ -97,7 +95,6 @@ def validate_mapper(config: MapperConfig) -> list[str]:
     """Check the mapper's name and options against its constructor; return one line per problem.
 
     Example:
-        >>> from frozenprefix.models.configuration import MapperConfig
         >>> validate_mapper(MapperConfig(type="linear", input_norm=True))
         []
     """

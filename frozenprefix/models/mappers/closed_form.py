@@ -115,9 +115,9 @@ def fit_linear(sources: Tensor, targets: Tensor, ridge: float = RIDGE) -> tuple[
     penalty = ridge * centred.square().sum(dim=1).mean()
     # by singular values, which also works with ridge 0 and with fewer sources than dimensions
     left, values, right = torch.linalg.svd(centred, full_matrices=False)
-    kept = values > 1e-9 * values.max()
-    shrunk = values[kept] / (values[kept].square() + penalty)
-    weight = (targets - mean_target).T @ (left[:, kept] * shrunk) @ right[kept]
+    significant = values > 1e-9 * values.max()
+    shrunk = values[significant] / (values[significant].square() + penalty)
+    weight = (targets - mean_target).T @ (left[:, significant] * shrunk) @ right[significant]
     return weight.float(), (mean_target - weight @ mean_source).float()
 
 
@@ -223,10 +223,10 @@ def nearest_names(prefix_embeds: Tensor, targets: Tensor, count: int = 1) -> Ten
     names = targets.mean(dim=1).double()
     centre = names.mean(dim=0)
     _, spread, directions = torch.linalg.svd(names - centre, full_matrices=False)
-    kept = spread > 1e-6 * spread[0]
+    significant = spread > 1e-6 * spread[0]
 
     def whiten(points: Tensor) -> Tensor:
-        return nn.functional.normalize((points - centre) @ directions[kept].T / spread[kept], dim=-1)
+        return nn.functional.normalize((points - centre) @ directions[significant].T / spread[significant], dim=-1)
 
     return (whiten(prefix_embeds.mean(dim=1).double()) @ whiten(names).T).topk(count, dim=-1).indices
 

@@ -134,7 +134,6 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
     """Gemma 2's cap on logits, `softcap * tanh(logits / softcap)`; without one the logits themselves.
 
     Example:
-        >>> from frozenprefix.models.packing.loss import cap
         >>> round(float(cap(torch.tensor(100.0), 30.0)), 2)
         29.92
     """

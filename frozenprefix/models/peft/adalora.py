@@ -62,7 +62,7 @@ class AdaLoraAdapter(Adapter):
         """Rank of every matrix: the number of singular values that are not pruned."""
         if self.config.rank_pattern is None:
             return [len(values) for values in self._singular_values().values()]
-        return [sum(kept) for kept in self.config.rank_pattern.values()]
+        return [sum(mask) for mask in self.config.rank_pattern.values()]
 
     def _singular_values(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.tuner.model.named_parameters() if f".lora_E.{NAME}" in name}
@@ -92,8 +92,8 @@ class AdaLoraAdapter(Adapter):
     def _is_exact(self, pattern: dict[str, list[bool]]) -> bool:
         """Whether all singular values that `pattern` prunes are zero."""
         for name, values in self._singular_values().items():
-            kept = torch.tensor(pattern[name], device=values.device)
-            if bool((values.detach().flatten()[~kept] != 0).any()):
+            mask = torch.tensor(pattern[name], device=values.device)
+            if bool((values.detach().flatten()[~mask] != 0).any()):
                 return False
         return True
 
@@ -115,7 +115,7 @@ class AdaLoraAdapter(Adapter):
         state |= {f"importance.{name}": tensor for name, tensor in allocator.exp_avg_ipt.items()}
         state |= {f"uncertainty.{name}": tensor for name, tensor in allocator.exp_avg_unc.items()}
         pattern = self.config.rank_pattern or {}
-        return state | {f"kept.{name}": torch.tensor(kept) for name, kept in pattern.items()}
+        return state | {f"kept.{name}": torch.tensor(mask) for name, mask in pattern.items()}
 
     def load_training_state(self, state: dict[str, Tensor], source: str) -> None:
         super().load_training_state(state, source)
@@ -127,4 +127,4 @@ class AdaLoraAdapter(Adapter):
         allocator.exp_avg_ipt, allocator.exp_avg_unc = under("importance."), under("uncertainty.")
         # update_ipt resets all three for a name that is missing in the first of them
         allocator.ipt = {name: torch.zeros_like(tensor) for name, tensor in allocator.exp_avg_ipt.items()}
-        self.config.rank_pattern = {name: kept.tolist() for name, kept in under("kept.").items()} or None
+        self.config.rank_pattern = {name: mask.tolist() for name, mask in under("kept.").items()} or None

@@ -22,14 +22,14 @@ from frozenprefix.models.fusion.base import autocast_to
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
 from frozenprefix.models.state_dict import check_fit
 
-NAME = "default"  # peft's name for the adapter; its files then lie in the folder itself
+NAME = "default"  # peft's name for the adapter; its files are then in the folder itself
 
 
 class Adapter:
-    """An adapter that peft injected into a frozen part in place, so that everybody else sees the plain part.
+    """An adapter that peft injected into a frozen part in place, so that all other code sees the plain part.
 
     Attributes:
-        peft_model: peft's wrapper of the part. It is no submodule of anything, or its parameters would count twice.
+        peft_model: peft's wrapper of the part. It is not a submodule, or its parameters would count twice.
         virtual_tokens: the tokens of prompt tuning and prefix tuning; None for methods that change layers.
     """
 
@@ -71,7 +71,7 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the part computes what it computes without the adapter."""
+        """Switch the adapter off inside the block: the part computes the same as without it."""
         layers, tokens = self.layers(), self.virtual_tokens
         trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         for layer in layers:
@@ -119,7 +119,7 @@ class Adapter:
         self._merged = []
 
     def unload(self) -> None:
-        """Merge for good, and put plain layers back in the place of peft's."""
+        """Merge for good, and replace peft's layers by plain ones."""
         self.merge()  # refuses what cannot be merged
         self.unmerge()
         self.peft_model.base_model.merge_and_unload(progressbar=False)

@@ -52,7 +52,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
         Call it before a fusion is built, so that the fusion's hooks run outside of peft's layers.
 
         Args:
-            peft_model: a user's own peft model around the language model, in place of a method in the config.
+            peft_model: a user's own peft model around the language model, instead of a method in the config.
         """
         methods = {part: getattr(getattr(config, part), "peft", None) for part in FOLDERS}
         if peft_model is not None and methods["language_model"] is not None:
@@ -93,7 +93,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
         return 0 if self.virtual_tokens is None else self.virtual_tokens.count
 
     def follow(self, fusion: Fusion) -> None:
-        """Shift the image positions of `fusion` when virtual tokens stand before the text."""
+        """Shift the image positions of `fusion` when virtual tokens precede the text."""
         if self.virtual_tokens is not None:
             self.virtual_tokens.follow(fusion)
 
@@ -103,7 +103,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the frozen parts compute what they compute without adapters."""
+        """Switch adapters off inside the block: frozen parts compute the same as without them."""
         with ExitStack() as stack:
             for adapter in self.values():
                 stack.enter_context(adapter.disabled())
@@ -148,7 +148,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
             adapter.set_total_steps(steps)
 
     def penalty(self) -> Tensor | float:
-        """What the methods add to a loss: AdaLoRA's regularisation, otherwise 0."""
+        """Regularisation that the methods add to a loss: AdaLoRA's, otherwise 0."""
         penalties = [adapter.penalty() for adapter in self.values()]
         return sum((p for p in penalties if p is not None), 0.0)
 
@@ -194,7 +194,7 @@ class AdapterSet(Mapping[str, "Adapter"]):
                 )
 
     def save_state(self, folder: Path) -> None:
-        """Write what a resumed run needs of trained adapters; without any, no file is written."""
+        """Write the training state of adapters for a resumed run; without trained adapters no file is written."""
         state = {
             f"{part}:{name}": tensor
             for part, adapter in self.items()

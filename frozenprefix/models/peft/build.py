@@ -27,9 +27,6 @@ def make_adapter(module: nn.Module, config: PeftMethodConfig, part: str) -> Adap
         ConfigError: for wrong options, target modules that do not exist, or a method that does not fit this module.
 
     Example:
-        >>> from torch import nn
-        >>> from frozenprefix.models.section import PeftMethodConfig
-        >>> from frozenprefix.models.peft.build import make_adapter
         >>> block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         >>> adapter = make_adapter(block, PeftMethodConfig(type="lora", r=2, target_modules=["0"]), "vision_encoder")
         >>> {name: tuple(p.shape) for name, p in adapter.named_parameters().items()}

@@ -31,8 +31,6 @@ def validate_peft(config: PeftMethodConfig, part: str) -> list[str]:
         part: "language_model" or "vision_encoder".
 
     Example:
-        >>> from frozenprefix.models.section import PeftMethodConfig
-        >>> from frozenprefix.models.peft import validate_peft
         >>> validate_peft(PeftMethodConfig(type="prompt_tuning"), "vision_encoder")
         ["model.vision_encoder.peft.type: got 'prompt_tuning', which puts tokens before a text; expected one of: \
 adalora, dora, ia3, lora"]

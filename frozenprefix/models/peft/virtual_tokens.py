@@ -10,7 +10,7 @@ For its callers, a language model with virtual tokens looks like one without. Tw
 
 The last line is needed because callers use the cache's length: `generate` derives from it which tokens are new. While
 the decoder runs, the cache has to count all of its tokens, so the hooks switch between the two. Packed rows,
-transformers' `generate` and this package's beam search need to know nothing of all this. A packed row has the virtual
+transformers' `generate` and this package's beam search need no changes. A packed row has the virtual
 tokens once, and all its texts see them.
 
 Shape letters: B rows, T tokens, S tokens including those in the cache, V virtual tokens.
@@ -53,7 +53,7 @@ class VirtualTokens(nn.Module):
         self._prompt = prompt
         self._context: ImageContext | None = None
         self._is_first = False
-        # behind a function, or the fusion would become a submodule of the language model
+        # wrapped in a function, or the fusion would become a submodule of the language model
         self._fusion: Callable[[], Fusion | None] = lambda: None
 
     def attach(self, language_model: PreTrainedModel) -> None:
@@ -62,10 +62,12 @@ class VirtualTokens(nn.Module):
         Raises:
             ConfigError: for a language model that cannot hold virtual tokens.
         """
+        # a method, not the layer: peft may replace the layer later
         self._embeddings = language_model.get_input_embeddings
         self._window = getattr(language_model.config.get_text_config(), "sliding_window", None)
         decoder = language_model.get_decoder()
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        # also after an error, or the fusion would keep the shifted context
         decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._probe(language_model)
 
@@ -89,7 +91,7 @@ class VirtualTokens(nn.Module):
                 "use lora, or another language model"
             )
 
-    # ── before and behind the decoder ──
+    # ── before and after the decoder ──
 
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
@@ -97,11 +99,13 @@ class VirtualTokens(nn.Module):
         # callers pass arguments by position or by name; from here on all have names
         names = list(inspect.signature(decoder.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        # The decoder derives masks and positions from the length of the cache, so it has to see the whole length.
         cache = kwargs.get(CACHE)
         if cache is not None:
             self._check_is_ours(cache)
             show_length(cache)
         self._is_first = cache is None or cache.get_seq_length() == 0
+        # Keys and values in the cache add columns to the mask only; embeddings in the input add rows to everything.
         rows = self._is_first and not self.in_layers
         positions = kwargs.get("position_ids")
         if positions is not None:
@@ -119,9 +123,11 @@ class VirtualTokens(nn.Module):
         if self.in_layers:
             kwargs[CACHE] = self._fill(kwargs.get(CACHE), embeds)
             return
+        # computed once and expanded: all rows have the same virtual tokens
         prompt = self._prompt(1).to(embeds.dtype).expand(len(embeds), -1, -1)
         # [B, T, D_lm] -> [B, V + T, D_lm]
         kwargs["inputs_embeds"], kwargs["input_ids"] = torch.cat([prompt, embeds], dim=1), None
+        # A fusion looks up by place which image a token sees: while the decoder runs, these places are V further right.
         fusion = self._fusion()
         self._context = None if fusion is None else fusion.context
         if fusion is not None and self._context is not None:
@@ -158,7 +164,7 @@ class VirtualTokens(nn.Module):
 
     def _check_is_ours(self, cache: Cache) -> None:
         if cache.get_seq_length() > 0 and not hides_length(cache):
-            raise ConfigError(f"{CACHE}: got a cache that was made without the virtual tokens; start a new one")
+            raise ConfigError(f"{CACHE}: got a cache that was filled without the virtual tokens; start a new one")
 
     def _shift(self, positions: Tensor, rows: bool) -> Tensor:
         """int64[B, T] -> int64[B, T], or int64[B, V + T] when the virtual tokens are in the input."""
@@ -184,6 +190,7 @@ class VirtualTokens(nn.Module):
                 f"model.language_model.peft.num_virtual_tokens: with them a text is longer than the LM's sliding "
                 f"window ({self._window}); shorten max_target_tokens, or take fewer of them"
             )
+        # a 4-D mask is either bool, or added to the scores: 0 where a token is seen, the lowest number elsewhere
         seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
         wide = F.pad(mask, (self.count, 0), value=seen)
         if not rows:

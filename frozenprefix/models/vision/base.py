@@ -1,4 +1,4 @@
-"""What all vision encoders share: their interface, and the conversion of feature maps to tokens.
+"""Interface of all vision encoders, and the conversion of feature maps to tokens.
 
 Shape letters: B images, H and W of the image or of the feature map, N tokens, D_enc width of the features.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from frozenprefix.errors import ConfigError
 
 FINAL = -1
-"""The layer that stands for the library's final tokens, after the final norm or head convolution."""
+"""Layer number of the library's final tokens, after the final norm or head convolution."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class VisionEncoder(nn.Module, ABC):
 
 
 def reading_options(config: Any) -> dict[str, Any]:
-    """Constructor arguments of a `VisionEncoder` that say what to read: name, layers, pooled and grid."""
+    """Constructor arguments of a `VisionEncoder` for its output: name, layers, pooled and grid."""
     layer = config.layer
     return {
         "name": config.name,
@@ -219,7 +219,7 @@ def tokens_to_map(tokens: Tensor, name: str) -> Tensor:
     """Arrange the patch tokens of a square image: float[B, N, D] in raster order -> float[B, D, √N, √N].
 
     Raises:
-        ConfigError: if N is no square.
+        ConfigError: if N is not a square.
 
     Example:
         >>> tokens_to_map(torch.zeros(1, 9, 4), "vit").shape

@@ -1,4 +1,4 @@
-"""Builds the vision encoder that a config describes."""
+"""From a config section to a vision encoder."""
 
 from __future__ import annotations
 

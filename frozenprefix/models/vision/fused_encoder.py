@@ -13,7 +13,7 @@ from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 
 
 class PixelScale(NamedTuple):
-    """What an image processor does to a pixel from 0 to 255, `pixel * gain + shift`, for each of the three channels.
+    """Scaling of pixels from 0 to 255 by an image processor: `pixel * gain + shift` for each of the three channels.
 
     Example:
         >>> raw, unit = PixelScale([1.0] * 3, [0.0] * 3), PixelScale([1 / 255] * 3, [-0.5] * 3)
@@ -44,7 +44,7 @@ class FusedEncoder(VisionEncoder):
 
     Args:
         encoders: the parts, for images of one size.
-        scales: what the image processor of each part does to pixels. Images arrive in the scale of the first part; for
+        scales: pixel scaling of each part's image processor. Images arrive in the scale of the first part; for
             the others that scale is undone and theirs applied. Resizing and cropping are therefore the first part's for
             all, so that tokens of the same place in the image are concatenated.
         pooled, grid: as in `VisionEncoder`, for all parts.
@@ -61,7 +61,7 @@ class FusedEncoder(VisionEncoder):
             grid=grid,
         )
         self.encoders = nn.ModuleList(encoders)
-        # From the first part's pixels to each part's. These are no buffers: a cast of the weights must not round them.
+        # From the first part's pixels to each part's. These are not buffers: a cast of the weights must not round them.
         self.changes = [scales[0].change_to(scale) for scale in scales]
         self.measure()
 

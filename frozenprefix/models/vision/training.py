@@ -50,10 +50,10 @@ def _parameters_to_train(encoder: VisionEncoder, trainable: Literal["all"] | int
     used = _used_parameters(encoder)
     if trainable == "all":
         return [parameter for parameter in encoder.parameters() if id(parameter) in used]
-    chosen: list[nn.Parameter] = []
+    parameters: list[nn.Parameter] = []
     for part in encoder.parts():
-        chosen += [parameter for parameter in _last_blocks(part, trainable) if id(parameter) in used]
-    return chosen
+        parameters += [parameter for parameter in _last_blocks(part, trainable) if id(parameter) in used]
+    return parameters
 
 
 def _last_blocks(part: VisionEncoder, count: int) -> list[nn.Parameter]:

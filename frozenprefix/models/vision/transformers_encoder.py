@@ -15,6 +15,7 @@ from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.encoder_configuration import TransformersEncoderConfig
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
@@ -31,7 +32,6 @@ from frozenprefix.models.vision.base import (
     reading_options,
     resolve_layers,
 )
-from frozenprefix.models.vision.weights import state_sha256
 from frozenprefix.utils import tree_sha256
 
 _FIELD = "model.vision_encoder.name"
@@ -224,4 +224,4 @@ def _identity(name: str, place: Path, model: Any) -> dict[str, str]:
             identity["name"] = place.resolve().name
         return {**identity, "sha256": tree_sha256(place, _WEIGHT_FILES)}
     commit = commit_hash(model.config)
-    return {**identity, "revision": commit} if commit else {**identity, "sha256": state_sha256(model)}
+    return {**identity, "revision": commit} if commit else {**identity, "sha256": hash_tensors(model.state_dict())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,23 +108,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unus
         listed = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
         raise AssetError(f"the weights do not fit {what}: {listed}; give the weights of this very architecture")
     model.load_state_dict({key: value for key, value in state.items() if key in own})
-
-
-def state_sha256(model: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and values of all parameters and buffers: the identity of weights without a
-    file.
-
-    Example:
-        >>> with seeded():
-        ...     layer = torch.nn.Linear(2, 2)
-        >>> len(state_sha256(layer))
-        64
-    """
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is learned: one file per objective, one contract (`Objective`), and their weighted sum."""
+"""Training objectives: one file each, one contract (`Objective`), and their weighted sum."""
 
 from frozenprefix.training.objectives.base import Objective
 from frozenprefix.training.objectives.contrastive import Contrastive

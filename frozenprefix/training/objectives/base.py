@@ -28,7 +28,6 @@ class Objective:
         figures: further numbers to log for the latest batch.
 
     Example:
-        >>> from frozenprefix.training import Objective
         >>> class PrefixNorm(Objective):
         ...     name = "prefix_norm"
         ...     def count(self, batch):

@@ -45,7 +45,6 @@ class Contrastive(Objective):
     then with gradient (Gao et al. 2021, arXiv 2101.06983).
 
     Example:
-        >>> from frozenprefix.training.objectives import Contrastive
         >>> Contrastive.name
         'contrastive'
     """

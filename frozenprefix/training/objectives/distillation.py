@@ -30,7 +30,6 @@ class Distillation(Objective):
         images: images per micro-batch; as many pieces are taken.
 
     Example:
-        >>> from frozenprefix.training.objectives import Distillation
         >>> Distillation(model, weight=0.5, pieces=[[5, 6, 7]], images=2).weight
         0.5
     """
@@ -54,9 +53,9 @@ class Distillation(Objective):
         if self.pieces is None or self.stream is None:
             batch["kept"] = batch["texts"]
             return
-        taken = [torch.tensor(self.pieces[piece]) for _, piece in self.stream.step(number)]
-        ids = nn.utils.rnn.pad_sequence(taken, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in taken], batch_first=True)
+        texts = [torch.tensor(self.pieces[piece]) for _, piece in self.stream.step(number)]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in texts], batch_first=True)
         batch["kept"] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def count(self, batch: Batch) -> int:
@@ -85,7 +84,6 @@ def distillation_pieces(processor: FrozenPrefixProcessor, texts: str) -> list[li
     """Token ids of a text file in pieces, or None for 'targets'.
 
     Example:
-        >>> from frozenprefix.training.objectives.distillation import distillation_pieces
         >>> file = tmp_path / "text.txt"
         >>> _ = file.write_text("the dog runs in the grass")
         >>> len(distillation_pieces(processor, str(file)))

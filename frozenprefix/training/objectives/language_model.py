@@ -13,7 +13,6 @@ class NextToken(Objective):
     """Cross-entropy of the target tokens given image and prompt, plus the penalty of AdaLoRA where it is used.
 
     Example:
-        >>> from frozenprefix.training.objectives import NextToken
         >>> NextToken(model, weight=(1.0, 0.5)).weight
         (1.0, 0.5)
     """

@@ -12,14 +12,15 @@ from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
+from frozenprefix.models.language_model import end_tokens
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing.trie import Packing, Target, pack
-from frozenprefix.models.processing import FrozenPrefixProcessor, end_tokens
+from frozenprefix.models.packing import Packing, Target, pack
+from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objectives.base import Batch, Objective, image_inputs
 from frozenprefix.training.sampling import generate_ids
 from frozenprefix.training.validation import batch_bounds
 
-# A word in the place of the end token. A reward that does not see where a caption ends teaches endings such as "on a"
+# Stands for the end token. A reward that does not see where a caption ends teaches endings such as "on a"
 # (Hu, Cavicchioli & Capotondi 2023, arXiv 2305.12254).
 END_WORD = "endofcaption"
 
@@ -35,7 +36,6 @@ class SelfCritical(Objective):
         references: captions of the training images, each closed by `END_WORD`; see `reward_references`.
 
     Example:
-        >>> from frozenprefix.training.objectives import SelfCritical
         >>> SelfCritical.name
         'self_critical'
     """
@@ -126,7 +126,6 @@ def reward_references(groups: Iterable[ImageGroup]) -> CaptionReferences:
     Example:
         >>> from pathlib import Path
         >>> from frozenprefix.data.samples import ImageGroup, Sample
-        >>> from frozenprefix.training.objectives.self_critical import reward_references
         >>> sample = Sample(id="1", images=(Path("a.png"),), task="caption", targets=("a red circle",))
         >>> len(reward_references([ImageGroup(sample.images, (sample,))]))
         1

@@ -26,15 +26,14 @@ from frozenprefix.utils.random_state import set_random_state
 
 
 class WeightedSum(nn.Module):
-    """A model and its objectives. For several processes this is wrapped in place of the model.
+    """A model and its objectives. With several processes, DDP wraps this module instead of the model.
 
     Args:
-        terms: the objectives; those whose weight is 0 throughout are left out of `forward`.
+        terms: the objectives; those whose weight is always 0 are left out of `forward`.
         noise: variance of Gaussian noise on the image features, for training on text alone.
         max_target_tokens: longer texts are cut.
 
     Example:
-        >>> from frozenprefix.training.objectives import NextToken, WeightedSum
         >>> loss = WeightedSum(model, processor, [NextToken(model, weight=(1.0, 0.0))])
         >>> loss.names, loss.weights(0.25)
         (['lm'], {'lm': 0.75})
@@ -131,7 +130,7 @@ class WeightedSum(nn.Module):
             term.prepare_step(batches)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Number of items behind the loss of each term."""
+        """Number of items that the loss of each term is a mean over."""
         return {term.name: term.count(batch) for term in self.used}
 
     def forward(self, batch: Batch, factors: dict[str, float]) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import FusionConfig
-from frozenprefix.models.freezing import frozen_tensors, hash_tensors
+from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.fusion import FUSIONS, validate_fusion
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.models.packing.trie import pack
+from frozenprefix.models.packing import pack
 from frozenprefix.training.setup import build_model
+from tests.helpers.freezing import frozen_tensors
 from tests.helpers.lm import save_tiny_lm
 
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "gemma3"]

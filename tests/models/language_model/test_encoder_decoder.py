@@ -13,7 +13,7 @@ from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models.configuration import FusionConfig
 from frozenprefix.models.fusion import build_fusion
 from frozenprefix.models.language_model.encoder_decoder import EncoderDecoderLM, close_source, divide
-from frozenprefix.models.packing.trie import Target, pack
+from frozenprefix.models.packing import Target, pack
 from frozenprefix.planning.plan import plan
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.trainer import train

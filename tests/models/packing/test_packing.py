@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from frozenprefix.errors import TrainingError
 from frozenprefix.models.fusion import fuse_prefix
 from frozenprefix.models.language_model import DecoderOnlyLM
-from frozenprefix.models.packing.trie import Target, ancestor_mask, build_trie, pack
+from frozenprefix.models.packing import Target, ancestor_mask, build_trie, pack
 from tests.helpers.lm import TINY
 
 IMAGE = 999
