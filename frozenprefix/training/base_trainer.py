@@ -29,7 +29,14 @@ from frozenprefix.errors import CheckpointError, StoppedError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
+from frozenprefix.training.averaging import WeightAverage
+from frozenprefix.training.checkpoints import (
+    Progress,
+    RandomStates,
+    load_average,
+    load_training_state,
+    save_training_state,
+)
 from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import learning_rate_factor
@@ -165,6 +172,8 @@ class BaseTrainer(ABC):
             self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.average = None if self.settings.ema is None else WeightAverage(trained, self.settings.ema)
 
     # ── to be implemented ──
 
@@ -350,6 +359,8 @@ class BaseTrainer(ABC):
         """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
+        if self.average is not None:
+            self.average.update()
         self.progress.seconds = time.monotonic() - self.started
 
     def share_done(self) -> float:
@@ -360,6 +371,13 @@ class BaseTrainer(ABC):
         """Share of the peak learning rate for the next step."""
         settings = self.settings
         return learning_rate_factor(settings.schedule, self.progress.step, settings.warmup_steps, self.share_done())
+
+    def set_learning_rate(self) -> float:
+        """Set the rates of all groups of parameters for the next step; returns `training.learning_rate`'s."""
+        factor = self.learning_rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return self.settings.learning_rate * factor
 
     def _share_of_time(self) -> float:
         """Share of `max_minutes` that is over, by the clock of the main process, so that all processes agree."""
@@ -378,7 +396,14 @@ class BaseTrainer(ABC):
     # ── validation and checkpoints ──
 
     def validate(self) -> None:
-        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best."""
+        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best.
+
+        With `training.ema` the averaged weights are measured and kept.
+        """
+        with nullcontext() if self.average is None else self.average.applied():
+            self._validate()
+
+    def _validate(self) -> None:
         self.progress.validated_step = self.progress.step
         if not self.validation_groups:
             self.save_best()
@@ -417,6 +442,8 @@ class BaseTrainer(ABC):
         self.progress = load_training_state(
             folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
         )
+        if self.average is not None:
+            load_average(folder, self.average, updates=self.progress.step)
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         self.folder.begin(folder, self.progress.step)
@@ -471,4 +498,4 @@ class BaseTrainer(ABC):
     def write_state(self, folder: Path, random_states: RandomStates) -> None:
         """Write a checkpoint with the state of the training."""
         self.write_model(folder)
-        save_training_state(folder, self.optimizer, self.progress, random_states)
+        save_training_state(folder, self.optimizer, self.progress, random_states, self.average)

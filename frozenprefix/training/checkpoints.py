@@ -15,12 +15,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError
+from frozenprefix.errors import CheckpointError, DataError
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.utils import read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
 from frozenprefix.utils.sums import check_sums
@@ -31,6 +32,9 @@ STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
 _Count = Annotated[int, Ge(0)]
+# state of optimizers; other entries differ from optimizer to optimizer
+_OF_THE_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+AVERAGE_FILE = "average.safetensors"
 RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 
@@ -67,15 +71,21 @@ _PROGRESS = TypeAdapter(Progress)
 
 
 def save_training_state(
-    folder: Path, optimizer: torch.optim.Optimizer, progress: Progress, random_states: RandomStates
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    random_states: RandomStates,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write optimizer, random states of all processes, and progress, as safetensors and JSON."""
+    """Write optimizer, random states of all processes, averaged weights, and progress, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
     save_tensors(tensors, folder / OPTIMIZER_FILE)
     states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
     save_tensors(states, folder / RANDOM_FILE)
+    if average is not None:
+        save_tensors(average.state, folder / AVERAGE_FILE)
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
 
 
@@ -164,17 +174,33 @@ def _read_progress(folder: Path) -> Progress:
 
 
 def _check_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
-    """Every value is finite, and of the shape of its parameter or a single number."""
+    """Every value is finite, and moments have the shape of their parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entries in state.items():
         for name, tensor in entries.items():
             where = f"{OPTIMIZER_FILE}: {number}.{name}"
             if not 0 <= number < len(parameters):
                 raise ValueError(f"{where}: there are {len(parameters)} trained tensors")
-            if tensor.ndim and tensor.shape != parameters[number].shape:
+            if name in _OF_THE_PARAMETERS_SHAPE and tensor.shape != parameters[number].shape:
                 raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(parameters[number].shape)}")
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(f"{where} has values that are not finite, or dtype {tensor.dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{where} has values that are not finite")
+
+
+def load_average(folder: Path, average: WeightAverage, *, updates: int) -> None:
+    """Restore the averaged weights of a run that has made so many updates.
+
+    Raises:
+        CheckpointError: for a folder without them, or with those of another model.
+    """
+    try:
+        tensors = load_tensors(folder / AVERAGE_FILE)
+    except DataError as error:
+        raise CheckpointError(
+            f"{folder} holds no averaged weights that can be read ({error}); use --resume never"
+        ) from error
+    copy_into(average.state, tensors, str(folder / AVERAGE_FILE))
+    average.updates = updates
 
 
 def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

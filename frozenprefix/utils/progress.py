@@ -66,7 +66,8 @@ def _new_display(enabled: bool) -> Iterator[Display]:
     enabled = enabled and os.environ.get("RANK", "0") == "0"
     bars = _new_bars(enabled)
     if not enabled or bars.console.is_terminal:
-        with bars:
+        # older releases of rich end bars that were never shown with a new line
+        with bars if enabled else nullcontext():
             yield _Bars(bars)
         return
     lines, stopped = ProgressLines(), threading.Event()

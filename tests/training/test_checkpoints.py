@@ -105,7 +105,6 @@ def test_every_field_of_the_state_has_a_type(tmp_path, field, value, message):
     [
         ("0.exp_avg", torch.zeros(2, 4), r"0\.exp_avg has shape \(2, 4\), expected \(2, 3\)"),
         ("0.exp_avg", torch.full((2, 3), torch.nan), r"0\.exp_avg has values that are not finite"),
-        ("0.exp_avg", torch.zeros(2, 3, dtype=torch.int64), r"0\.exp_avg has values .* or dtype torch.int64"),
         ("7.exp_avg", torch.zeros(2, 3), r"7\.exp_avg: there are 2 trained tensors"),
         ("exp_avg", torch.zeros(2, 3), r"no training state that can be read"),
     ],
