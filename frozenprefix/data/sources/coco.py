@@ -15,7 +15,7 @@ from frozenprefix.errors import DataError
 
 
 class CocoSource(SourceConfig):
-    """One sample an image, with all its captions. The split is read from the file name.
+    """One sample per image, with all its captions. The split is read from the file name.
 
     Example:
         >>> CocoSource(path="coco", annotations="annotations/captions_val2017.json", images="val2017").type
