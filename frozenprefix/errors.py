@@ -98,11 +98,12 @@ def nearest(name: object, choices: Iterable[object]) -> str | None:
     """The most similar of `choices`, or None when none is similar.
 
     Example:
-        >>> nearest("tim", ["timm", "open_clip"])
-        'timm'
+        >>> nearest("tim", ["timm", "open_clip"]), nearest("TIMM", ["timm"])
+        ('timm', 'timm')
     """
-    near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.6)
-    return near[0] if near else None
+    by_letters = {str(choice).lower(): str(choice) for choice in choices}
+    near = difflib.get_close_matches(str(name).lower(), by_letters, n=1, cutoff=0.6)
+    return by_letters[near[0]] if near else None
 
 
 def did_you_mean(name: object, choices: Iterable[object]) -> str:

@@ -25,7 +25,7 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
-from frozenprefix.errors import CheckpointError, StoppedError
+from frozenprefix.errors import StoppedError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.state_dict import copy_into
@@ -33,6 +33,7 @@ from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.training.checkpoints import (
     Progress,
     RandomStates,
+    check_state,
     load_average,
     load_training_state,
     save_training_state,
@@ -43,7 +44,7 @@ from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import progress_bar, write_text_atomic
+from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
 from frozenprefix.utils.sums import check_sums
 
@@ -142,12 +143,17 @@ class BaseTrainer(ABC):
 
         Raises:
             LockError: another run is writing to the output folder.
+            DataError: something else than a run lies there.
             StoppedError: SIGTERM or SIGINT arrived during a step; the state was saved after it.
             TrainingError: the output folder cannot be written to, or the training failed.
         """
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
         # the outermost bar: whatever takes long in a run, a log without a terminal says so
         bar = progress_bar(self.recipe.name, enabled=main)
+        if main:
+            check_run_folder(self.output_dir)
+        if resume not in ("auto", "never"):
+            check_state(Path(resume))  # before images are encoded
         with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar:
             self.setup()
             self.restore(resume)
@@ -400,8 +406,12 @@ class BaseTrainer(ABC):
 
         With `training.ema` the averaged weights are measured and kept.
         """
-        with nullcontext() if self.average is None else self.average.applied():
+        with self._averaged():
             self._validate()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """While it is entered, the model has its averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _validate(self) -> None:
         self.progress.validated_step = self.progress.step
@@ -456,8 +466,7 @@ class BaseTrainer(ABC):
             # all processes take the choice of the main one
             found = [self.folder.find_state() if self.accelerator.is_main_process else None]
             return broadcast_object_list(found)[0]
-        if not Path(resume).is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
+        check_state(Path(resume))
         check_sums(resume, required=True)
         return Path(resume)
 
@@ -472,7 +481,8 @@ class BaseTrainer(ABC):
             reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
             if self.accelerator.is_main_process:
                 logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
-            self.save_best()
+            with self._averaged():
+                self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""

@@ -13,9 +13,9 @@ import torch
 from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
-from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError, DataError
+from frozenprefix.assets import check_checkpoint
+from frozenprefix.errors import CheckpointError, DataError, did_you_mean
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -89,6 +89,25 @@ def save_training_state(
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
 
 
+def check_state(folder: Path) -> None:
+    """Check that a folder holds the state of a run.
+
+    Raises:
+        CheckpointError: for a folder that is not there, or holds no state.
+
+    Example:
+        >>> from frozenprefix.training.checkpoints import check_state
+        >>> check_state(tmp_path / "last")
+        Traceback (most recent call last):
+        frozenprefix.errors.CheckpointError: --resume: no folder '...last'; expected auto, never or a run's last/
+    """
+    if not folder.is_dir():
+        hint = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*/")))
+        raise CheckpointError(f"--resume: no folder '{folder}'{hint}; expected auto, never or a run's last/")
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"--resume: '{folder}' holds no {STATE_FILE}; expected auto, never or a run's last/")
+
+
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
     """Load the trained tensors of a checkpoint with the same frozen parts into a new model.
 
@@ -98,8 +117,7 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
         CheckpointError: for a folder without a checkpoint, or one that does not fit.
     """
     source = f"training.init_from: {folder}"
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
+    check_checkpoint(folder, field="training.init_from")
     check_sums(folder)
     tensors = read_checkpoint(folder)
     config = FrozenPrefixConfig.from_pretrained(folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from frozenprefix.assets import check_checkpoint
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
@@ -84,6 +85,8 @@ class Trainer(BaseTrainer):
     # ── set-up ──
 
     def build_model(self) -> None:
+        if self.settings.init_from is not None:
+            check_checkpoint(self.settings.init_from, field="training.init_from")  # before the parts are loaded
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
         problem = self.model.lm.packing_problem() if self.settings.packing != "none" else None
