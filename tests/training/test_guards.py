@@ -59,7 +59,8 @@ def test_too_many_bad_images_stop_the_run(recipe_of, tmp_path, cache):
 def test_a_repaired_image_leaves_the_list(recipe_of, tmp_path):
     data = write_shapes(tmp_path / "shapes")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/bad_images.jsonl").write_text("{}\n")
+    row = {"image": "images/red_circle.png", "reason": "missing", "message": "images/red_circle.png: no such file"}
+    (tmp_path / "run/bad_images.jsonl").write_text(json.dumps(row) + "\n")
     train(recipe_of(tmp_path / "run", "training.max_steps=1", data=data))
     assert not (tmp_path / "run/bad_images.jsonl").exists()
 
