@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 
 class FrozenPrefixError(Exception):
-    """Base of all errors that this package raises on purpose.
+    """Base of all errors that this package raises on purpose. `exit_code` is that of the command that it ends.
 
     Example:
         >>> issubclass(DataError, FrozenPrefixError)
         True
     """
+
+    exit_code = 2
 
 
 class ConfigError(FrozenPrefixError, ValueError):
@@ -84,6 +86,12 @@ class CheckpointError(FrozenPrefixError):
 
 class TrainingError(FrozenPrefixError):
     """Training that cannot continue, for instance because the loss is not finite."""
+
+
+class StoppedError(FrozenPrefixError):
+    """Training that was told to stop by a signal, and has saved its state. Exit code 75 asks to be run again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def nearest(name: object, choices: Iterable[object]) -> str | None:

@@ -35,7 +35,7 @@ class _Group(TyperGroup):
             if os.environ.get("FROZENPREFIX_DEBUG") == "1":
                 raise
             typer.secho(_message(error), fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(error.exit_code) from error
         except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
             if os.environ.get("FROZENPREFIX_DEBUG") == "1" or (error.filename is None and error.errno is None):
                 raise
