@@ -300,6 +300,22 @@ def test_names_with_control_characters_stay_on_their_line(tiny_checkpoint, tmp_p
     assert f"left out, empty: {tmp_path}/bad\\n.png: the file has no bytes" in result.stderr
 
 
+def test_captions_of_several_lines_stay_on_their_line(monkeypatch, tiny_checkpoint, tmp_path):
+    from frozenprefix.inference import Caption, Captioner
+
+    draw_shape("red", "circle").save(tmp_path / "a.png")
+    texts = ("two\nlines", "a\ttab", "\x1b[31mred", "carriage\rreturn", "line\u2028separator", "[/b] %s")
+
+    def caption(self, paths, **_):
+        return (Caption(path, text) for path in paths for text in texts)
+
+    monkeypatch.setattr(Captioner, "caption", caption)
+    result = CliRunner().invoke(app, ["caption", str(tiny_checkpoint), str(tmp_path / "a.png")], color=True)
+    assert result.exit_code == 0, result.output
+    shown = [line.partition("\t")[2] for line in result.stdout.split("\n") if line]
+    assert shown == ["two lines", "a tab", "[31mred", "carriage return", "line separator", "[/b] %s"]
+
+
 def test_the_home_folder_behind_an_equals_sign(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
