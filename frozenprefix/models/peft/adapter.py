@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.fusion.base import autocast_to
+from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
 from frozenprefix.models.state_dict import check_fit
 
@@ -198,7 +198,7 @@ def compute_in_base_dtype(layer: Any) -> None:
 
     @functools.wraps(forward)
     def in_base_dtype(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with autocast_to(x):
+        with autocast_to(x.dtype, x.device):
             return forward(x, *args, **kwargs)
 
     layer.forward = in_base_dtype
