@@ -21,6 +21,18 @@ def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: checkpoint does not fit this model: missing weight; unexpected bias
     """
+    problems = misfits(own, saved)
+    if problems:
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+
+
+def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+    """One phrase for every saved tensor that is missing, unexpected or of another shape, sorted.
+
+    Example:
+        >>> misfits({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+        ['weight has shape (3,), expected (2,)']
+    """
     problems = [f"missing {name}" for name in own.keys() - saved.keys()]
     problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [
@@ -28,8 +40,7 @@ def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
         for name in own.keys() & saved.keys()
         if saved[name].shape != own[name].shape
     ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
+    return sorted(problems)
 
 
 @torch.no_grad()
