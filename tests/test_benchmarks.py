@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    answers,
     attention,
     blind_twin,
     closed_form_start,
@@ -92,6 +93,15 @@ def test_generation_runs(tmp_path):
     assert report["same_captions"] == {"fp32": 1.0, "bf16": report["same_captions"]["bf16"]}
     assert set(report["images_per_s"]) == {"clipcap", "transformers_bf16", "ours_fp32", "ours_bf16"}
     assert "| ours bf16 / ClipCap |" in generation.markdown(report)
+
+
+def test_answers_run_and_are_the_same():
+    report = answers.main(["--quick", "--json", os.devnull])
+    assert report["same_answers_fp32"] == 1.0
+    assert report["answers"] > 100
+    assert set(report["answers_per_s"]) == {"per_question", "shared"}
+    assert report["note"].endswith("it shows only that the script works")
+    assert "| ratio (median over the rounds) |" in answers.markdown(report)
 
 
 def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):

@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Estimate the cost of a recipe: parameters, memory, cache, and time here and on other machines."""
     from frozenprefix.config import load_recipe
-    from frozenprefix.utils import check_output
+    from frozenprefix.utils import check_output, progress_bar
 
     if out is not None:
         check_output(out, {"parameters", "memory", "machines"}, force=force, option="--json")
@@ -35,7 +35,8 @@ def command(
     from frozenprefix.planning.plan import plan
 
     names = [name.strip() for name in hardware.split(",") if name.strip()]
-    result = plan(loaded, names, calibrate=calibrate)
+    with progress_bar("planning"):
+        result = plan(loaded, names, calibrate=calibrate)
     write_json(out, result.to_dict())
     console = Console()
     for table in (_parameters(result), _memory(result), _step(result), _machines(result), _scale(result)):

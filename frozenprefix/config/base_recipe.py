@@ -19,12 +19,14 @@ _LENGTH = ("max_steps", "epochs", "max_minutes")
 SAME_TRAINING = (
     "images_per_step",
     "targets_per_image",
+    "optimizer",
     "learning_rate",
     "weight_decay",
     "betas",
     "warmup_steps",
     "schedule",
     "max_grad_norm",
+    "ema",
     "precision",
 )
 DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -24,6 +24,7 @@ class Recipe(BaseRecipe):
         "data": ("train", "prompts", "text_only", "retrieval"),
         "training": (
             *SAME_TRAINING,
+            "learning_rates",
             "gradient_accumulation_steps",
             "packing",
             "tokens_per_row",
@@ -38,7 +39,19 @@ class Recipe(BaseRecipe):
     evaluation: EvaluationSection = EvaluationSection()
 
     def problems(self) -> list[Problem]:
-        return [*super().problems(), *self._cache_problems(), *self._adalora_problems(), *self._text_only_problems()]
+        return [
+            *super().problems(),
+            *self._best_problems(),
+            *self._cache_problems(),
+            *self._adalora_problems(),
+            *self._text_only_problems(),
+        ]
+
+    def _best_problems(self) -> list[Problem]:
+        if self.training.best_by == "loss" or self.data.validation:
+            return []
+        text = f"got '{self.training.best_by}', which needs captions in data.validation"
+        return [Problem(text, ("training.best_by", "data.validation"))]
 
     def _cache_problems(self) -> list[Problem]:
         """A cache holds features of a frozen encoder only."""

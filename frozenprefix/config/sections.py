@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
 from frozenprefix.config.errors import collect_problems
 from frozenprefix.data.cache_format import StorageDType
@@ -159,9 +159,10 @@ class RunSection(RecipeSection):
     )
     images_per_step: int = Field(12, ge=1)
     targets_per_image: int | None = Field(4, ge=1, description="targets drawn per image; null for all")
+    optimizer: Literal["adamw", "muon", "lion", "adafactor"] = Field("adamw", description="all but adamw are timm's")
     learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, description="of matrices; not of biases and norms")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adafactor has none")
     warmup_steps: int = Field(
         default_factory=lambda values: min(50, (values.get("max_steps") or 500) // 10),
         ge=0,
@@ -169,6 +170,12 @@ class RunSection(RecipeSection):
     )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float | None = Field(1.0, gt=0, description="null for no clipping")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights, which is validated and kept as the best",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the faster of fp32 and bf16")
     log_every: int = Field(10, ge=1, description="steps")
     validate_every: int = Field(200, ge=1, description="steps")
@@ -210,6 +217,12 @@ class TrainingSection(RunSection):
     tokens_per_row: int | None = Field(None, ge=1, description="null lets the packer choose")
     max_target_tokens: int = Field(40, ge=2, description="a longer target is cut; the end token counts")
     init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
+    learning_rates: dict[Literal["vision_encoder", "mapper", "fusion", "language_model"], PositiveFloat] = Field(
+        {}, description="of parts of the model that differ from learning_rate; adapters belong to the part they are in"
+    )
+    best_by: Literal["loss", "cider_d"] = Field(
+        "loss", description="what the best checkpoint is chosen by; with self-critical training it is cider_d"
+    )
 
     def problems(self) -> list[Problem]:
         problems = super().problems()

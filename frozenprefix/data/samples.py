@@ -73,6 +73,11 @@ class ImageGroup:
     images: tuple[Path, ...]
     samples: tuple[Sample, ...]
 
+    @property
+    def key(self) -> str:
+        """The paths of the images, one a line."""
+        return "\n".join(map(str, self.images))
+
 
 def with_one_name_per_image(samples: Sequence[Sample], *, where: str) -> list[Sample]:
     """The samples with one path for each image file, the first one seen: an image is told by its path.

@@ -16,7 +16,7 @@ from frozenprefix.evaluation.scoring import Scorer, Scores, intervals
 from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.inference.captioner import batched
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.utils import content_hash, write_jsonl
+from frozenprefix.utils import content_hash, progress_bar, write_jsonl
 
 T = TypeVar("T")
 #: Run ("model", or the name of a baseline) → sample id → prediction: a text, or another plain JSON value.
@@ -69,7 +69,8 @@ def evaluate_runs(
     result = []
     if options.processes.is_main_process:
         scored.bad.report(f"task '{scored.task}'", len(_images(scored.samples)) + len(scored.bad))
-        result = [result_of(scored, predictions, options.predictions)]
+        with progress_bar("scoring"):
+            result = [result_of(scored, predictions, options.predictions)]
         journal.remove()
     return gather_object(result)[0]
 

@@ -13,6 +13,7 @@ from frozenprefix.data.features import FeatureStorage, ImageFeatures
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.inference.captioner import Captioner
+from frozenprefix.utils import progress_bar
 from frozenprefix.utils.processes import current_processes
 
 
@@ -50,13 +51,15 @@ class EvaluationOptions:
 
     def open_features(self, captioner: Captioner, samples: Iterable[Sample]) -> ImageFeatures:
         """The features of all images of `samples`, from the feature cache where there is one."""
-        return ImageFeatures.from_encoder(
-            captioner.encoder,
-            [path for sample in samples for path in sample.images],
-            self.features,
-            max_bad_share=self.max_bad_share,
-            processes=self.processes,
-        )
+        with progress_bar("encoding images", enabled=self.processes.is_main_process) as update:
+            return ImageFeatures.from_encoder(
+                captioner.encoder,
+                [path for sample in samples for path in sample.images],
+                self.features,
+                max_bad_share=self.max_bad_share,
+                processes=self.processes,
+                progress=update,
+            )
 
 
 def check_options(task: str, names: Iterable[str], known: Sequence[str]) -> None:

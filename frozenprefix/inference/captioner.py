@@ -17,13 +17,14 @@ from frozenprefix.config.base_recipe import DTYPES
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
-from frozenprefix.errors import ConfigError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import pack_prompts
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.utils import progress_bar
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class Captioner:
                 whatever the checkpoint was trained in.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with opening_checkpoint(checkpoint):
+        with opening_checkpoint(checkpoint), progress_bar("loading the model"):
             config = checkpoint_config(FrozenPrefixConfig, checkpoint, language_model=language_model)
             dtype = DTYPES[inference_precision(config, precision, device=device)]
             model = FrozenPrefixForConditionalGeneration.from_pretrained(
@@ -191,6 +192,9 @@ class Captioner:
             groups: the prompts of each group of images, with an `<image>` for every image in each prompt.
             images: as of `generate`, in reading order over the groups.
 
+        Raises:
+            DataError: for more or fewer images than there are `<image>` marks.
+
         Example:
             >>> questions = [processor.prompt_for("vqa", text) for text in ("what color is it?", "what shape is it?")]
             >>> [len(answers) for answers in captioner.generate_groups([questions], [image], max_new_tokens=2)]
@@ -209,7 +213,11 @@ class Captioner:
             **generate,
         }
         encoded = [[self.processor.encode_prompt(prompt) for prompt in prompts] for prompts in groups]
-        counts = [prompts[0].count(IMAGE_TOKEN) if prompts else 0 for prompts in groups]
+        counts = _images_per_group(groups)
+        if features is not None and sum(counts) != len(features):
+            raise DataError(
+                f"images: got {len(features)} for prompts with {sum(counts)} {IMAGE_TOKEN} marks; give one for each"
+            )
         longest = max(len(ids) for prompts in encoded for ids in prompts)
         if self.model.searches_rows(longest, sees_images=images is not None, **settings):
             output = self._search_rows(encoded, counts, features, settings)
@@ -271,6 +279,20 @@ class Captioner:
         ends = torch.isin(output.sequences, ids)
         real = ends.cumsum(-1) - ends.long() == 0
         return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1)).tolist()
+
+
+def _images_per_group(groups: Sequence[Sequence[str]]) -> list[int]:
+    """How many images the prompts of each group show."""
+    counts = []
+    for prompts in groups:
+        marks = sorted({prompt.count(IMAGE_TOKEN) for prompt in prompts})
+        if len(marks) != 1:
+            raise DataError(
+                f"prompts: those of a group have {' and '.join(map(str, marks)) or 'no'} {IMAGE_TOKEN} marks, expected "
+                "prompts about the same images"
+            )
+        counts += marks
+    return counts
 
 
 def check_generate(options: Mapping[str, Any], refused: Mapping[str, str]) -> None:

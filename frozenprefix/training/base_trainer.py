@@ -29,7 +29,14 @@ from frozenprefix.errors import CheckpointError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.state_dict import copy_into
-from frozenprefix.training.checkpoints import Progress, RandomStates, load_training_state, save_training_state
+from frozenprefix.training.averaging import WeightAverage
+from frozenprefix.training.checkpoints import (
+    Progress,
+    RandomStates,
+    load_average,
+    load_training_state,
+    save_training_state,
+)
 from frozenprefix.training.guards import check_distributed, warn_of_leaks
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
@@ -130,7 +137,8 @@ class BaseTrainer(ABC):
         Raises:
             LockError: another run is writing to the output folder.
         """
-        with self._own_output_folder():
+        # the outermost bar: whatever takes long in a run, a log without a terminal says so
+        with self._own_output_folder(), progress_bar(self.recipe.name, enabled=self.accelerator.is_main_process):
             return self._run(resume)
 
     def _own_output_folder(self) -> AbstractContextManager[None]:
@@ -160,9 +168,12 @@ class BaseTrainer(ABC):
 
     def setup(self) -> None:
         """Build model, data and optimizer: everything that the first step needs."""
-        self.build_model()
+        with progress_bar("loading the models", enabled=self.accelerator.is_main_process):
+            self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.average = None if self.settings.ema is None else WeightAverage(trained, self.settings.ema)
 
     # ── to be implemented ──
 
@@ -300,6 +311,8 @@ class BaseTrainer(ABC):
         """Record that a step is done, which had `targets` targets over all processes."""
         self.progress.step += 1
         self.progress.targets_seen += targets
+        if self.average is not None:
+            self.average.update()
         self.progress.seconds = time.monotonic() - self.started
 
     def share_done(self) -> float:
@@ -310,6 +323,13 @@ class BaseTrainer(ABC):
         """Share of the peak learning rate for the next step."""
         settings = self.settings
         return learning_rate_factor(settings.schedule, self.progress.step, settings.warmup_steps, self.share_done())
+
+    def set_learning_rate(self) -> float:
+        """Set the rates of all groups of parameters for the next step; returns `training.learning_rate`'s."""
+        factor = self.learning_rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return self.settings.learning_rate * factor
 
     def _share_of_time(self) -> float:
         """Share of `max_minutes` that is over, by the clock of the main process, so that all processes agree."""
@@ -328,12 +348,20 @@ class BaseTrainer(ABC):
     # ── validation and checkpoints ──
 
     def validate(self) -> None:
-        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best."""
+        """Measure, log, and keep the best checkpoint; without validation images the latest one is the best.
+
+        With `training.ema` the averaged weights are measured and kept.
+        """
+        with nullcontext() if self.average is None else self.average.applied():
+            self._validate()
+
+    def _validate(self) -> None:
         self.progress.validated_step = self.progress.step
         if not self.validation_groups:
             self.save_best()
             return
-        values = self.measure()
+        with progress_bar("validating", enabled=self.accelerator.is_main_process):
+            values = self.measure()
         self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
         if self.progress.step == 0:
             return
@@ -368,6 +396,8 @@ class BaseTrainer(ABC):
         self.progress = load_training_state(
             folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
         )
+        if self.average is not None:
+            load_average(folder, self.average, updates=self.progress.step)
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
@@ -408,4 +438,4 @@ class BaseTrainer(ABC):
     def write_state(self, folder: Path, random_states: RandomStates) -> None:
         """Write a checkpoint with the state of the training."""
         self.write_model(folder)
-        save_training_state(folder, self.optimizer, self.progress, random_states)
+        save_training_state(folder, self.optimizer, self.progress, random_states, self.average)

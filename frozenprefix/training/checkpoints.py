@@ -21,6 +21,7 @@ from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.utils import read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
+AVERAGE_FILE = "average.safetensors"
 RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
 
@@ -57,15 +59,21 @@ class Progress:
 
 
 def save_training_state(
-    folder: Path, optimizer: torch.optim.Optimizer, progress: Progress, random_states: RandomStates
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    random_states: RandomStates,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write optimizer, random states of all processes, and progress, as safetensors and JSON."""
+    """Write optimizer, random states of all processes, averaged weights, and progress, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in entry.items()}
     save_file(tensors, folder / OPTIMIZER_FILE)
     states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
     save_file(states, folder / RANDOM_FILE)
+    if average is not None:
+        save_file({name: tensor.contiguous() for name, tensor in average.state.items()}, folder / AVERAGE_FILE)
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
 
 
@@ -136,6 +144,22 @@ def load_training_state(
     set_random_state(random_states[rank if rank in random_states else 0])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def load_average(folder: Path, average: WeightAverage, *, updates: int) -> None:
+    """Restore the averaged weights of a run that has made so many updates.
+
+    Raises:
+        CheckpointError: for a folder without them, or with those of another model.
+    """
+    try:
+        tensors = load_file(folder / AVERAGE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no averaged weights that can be read ({error}); use --resume never"
+        ) from error
+    copy_into(average.state, tensors, str(folder / AVERAGE_FILE))
+    average.updates = updates
 
 
 def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.guards import check_finite
 from frozenprefix.training.objectives.base import image_id
+from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.setup import build_locked_model, load_parts
 from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
 
@@ -93,15 +94,16 @@ class ContrastiveTrainer(BaseTrainer):
 
     def prepare_optimizer(self) -> None:
         settings = self.settings
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = []
-        for in_tower, peak in ((True, settings.tower_learning_rate), (False, settings.learning_rate)):
-            for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
-                picked = [p for n, p in named if n.startswith("text_tower.") == in_tower and (p.ndim > 1) == matrices]
-                groups += [{"params": picked, "lr": peak, "peak": peak, "weight_decay": decay}] if picked else []
-        self.trained = [p for _, p in named]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # not wrapped for several processes: gradients are averaged by hand, as a step may run a tower several times
-        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+        self.optimizer = build_optimizer(
+            settings.optimizer,
+            self.model.named_parameters(),
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            part_rates={"text_tower": settings.tower_learning_rate},
+        )
 
     # ── loop ──
 
@@ -115,7 +117,7 @@ class ContrastiveTrainer(BaseTrainer):
 
     def step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         batch = next(batches)
-        learning_rate = self._set_learning_rate()
+        learning_rate = self.set_learning_rate()
         features = self._features(batch)
         ids = [batch[name].to(self.accelerator.device) for name in ("image_ids", "text_ids")]
 
@@ -166,12 +168,6 @@ class ContrastiveTrainer(BaseTrainer):
         mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for p, part in zip(self.trained, mean.split([g.numel() for g in gradients]), strict=True):
             p.grad = part.view_as(p)
-
-    def _set_learning_rate(self) -> float:
-        factor = self.learning_rate_factor()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        return self.settings.learning_rate * factor
 
     # ── validation ──
 

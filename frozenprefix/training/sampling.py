@@ -10,10 +10,13 @@ from torch import Tensor
 
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
+from frozenprefix.errors import DataError
+from frozenprefix.evaluation.metrics.captions import caption_metrics
 from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model import embedding_rms, end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.training.validation import batch_bounds
 
 
 def generate_ids(
@@ -89,6 +92,45 @@ def greedy_captions(
         prefix_embeds = cast(Tensor, model.prefix(**images)).float()
     scale = float(prefix_embeds.square().mean().sqrt()) / embedding_rms(model.language_model)
     return [processor.decode(text) for text in ids], scale
+
+
+def greedy_cider_d(
+    model: FrozenPrefixForConditionalGeneration,
+    processor: FrozenPrefixProcessor,
+    collator: Collator,
+    groups: Sequence[ImageGroup],
+    *,
+    images_per_batch: int,
+    max_new_tokens: int = 30,
+) -> float:
+    """CIDEr-D of greedy captions of all groups that have captions, with these as references.
+
+    Raises:
+        DataError: if no group has captions.
+
+    Example:
+        >>> from frozenprefix.training import Trainer
+        >>> from frozenprefix.training.sampling import greedy_cider_d
+        >>> trainer = Trainer(recipe)
+        >>> trainer.setup()
+        >>> parts = trainer.model, trainer.processor, trainer.collator, trainer.validation_groups
+        >>> 0 <= greedy_cider_d(*parts, images_per_batch=4, max_new_tokens=3) <= 10
+        True
+    """
+    captioned = {group.key: [s for s in group.samples if s.task == "caption"] for group in groups}
+    groups = [group for group in groups if captioned[group.key]]
+    if not groups:
+        raise DataError("data.validation: no sample is a caption; CIDEr-D needs some")
+    generated: dict[str, str] = {}
+    for start, end in batch_bounds(len(groups), images_per_batch):
+        part = groups[start:end]
+        prompts = [processor.encode_prompt(prompt_of(captioned[group.key][0], processor)) for group in part]
+        inputs = collator.image_inputs([path for group in part for path in group.images])
+        images = {name: value.to(model.device) for name, value in inputs.items()}
+        drawn = generate_ids(model, processor, prompts, images, max_new_tokens=max_new_tokens)
+        generated |= {group.key: processor.decode(ids) for group, ids in zip(part, drawn, strict=True)}
+    references = {group.key: [text for s in captioned[group.key] for text in s.targets] for group in groups}
+    return caption_metrics(generated, references).corpus["cider_d"]
 
 
 def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:

@@ -26,7 +26,8 @@ from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
-from frozenprefix.training.sampling import greedy_captions
+from frozenprefix.training.optimizer import build_optimizer
+from frozenprefix.training.sampling import greedy_captions, greedy_cider_d
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
@@ -139,12 +140,13 @@ class Trainer(BaseTrainer):
         settings, groups = self.settings, self.train_groups
         images = settings.images_per_step // self.num_parts
         self.objectives = WeightedSum.from_recipe(self.recipe, self.model, self.processor, groups, images=images)
-        optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=settings.betas,
+        optimizer = build_optimizer(
+            settings.optimizer,
+            ((name.replace("lm.", "language_model.", 1), p) for name, p in self.model.named_parameters()),
+            learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            fused=True,  # one pass over the weights in place of ten
+            betas=settings.betas,
+            part_rates=settings.learning_rates,
         )
         self.model.adapters.set_total_steps(self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
@@ -175,7 +177,7 @@ class Trainer(BaseTrainer):
         with self.accelerator.autocast():
             self.objectives.prepare_step(parts)
         shares, targets = self._shares(parts)
-        learning_rate, weights = self._set_learning_rate(), self.objectives.weights(self.share_done())
+        learning_rate, weights = self.set_learning_rate(), self.objectives.weights(self.share_done())
         values = self._backward(parts, shares, weights)
         norm = float(
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm or float("inf"))
@@ -223,12 +225,6 @@ class Trainer(BaseTrainer):
         whole = dict(zip(self.objectives.names, totals, strict=True))
         return [{name: count[name] / whole[name] for name in whole} for count in counts], targets
 
-    def _set_learning_rate(self) -> float:
-        rate = self.settings.learning_rate * self.learning_rate_factor()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
     def finish(self) -> None:
         # a resumed run that had no step left to take was measured before
         if self.progress.step > self.first_step:
@@ -247,9 +243,15 @@ class Trainer(BaseTrainer):
             rate = self.settings.learning_rate
             warn_if_same_captions(self.progress.step, captions, losses, prefix_scale=scale, learning_rate=rate)
         examples = {"captions": captions, "prefix_scale": scale} if captions else {}
-        return losses | examples | self.objectives.validate(self.collator, self.validation_groups, size)
+        values = losses | examples | self.objectives.validate(self.collator, self.validation_groups, size)
+        if self.settings.best_by == "cider_d" and "cider_d" not in values:
+            parts = (self.model, self.processor, self.collator, self.validation_groups)
+            values["cider_d"] = greedy_cider_d(*parts, images_per_batch=size)
+        return values
 
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
+        if self.settings.best_by == "cider_d":
+            return "minus cider_d", -values["cider_d"]
         return self.objectives.best_by(values)
 
     def _measure_text(self, *, adapted: bool) -> TextAbility | None:

@@ -17,6 +17,7 @@ from frozenprefix.models.contrastive.losses import LOSSES
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
 from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
+from frozenprefix.utils import progress_bar
 
 BEST_BY = ("text_to_image_recall@10", "image_to_text_recall@10")
 
@@ -48,8 +49,9 @@ def validation_losses(
     swapped = swap_images([group.images for group in groups])
     total = {"loss": 0.0, "shuffled_loss": 0.0}
     tokens = 0
-    with evaluating(model):
+    with evaluating(model), progress_bar("loss of the validation images") as update:
         for start in range(0, len(groups), images_per_batch):
+            update(start, len(groups))
             part = groups[start : start + images_per_batch]
             batch = collator(part, [[(s, text) for s in group.samples for text in s.targets] for group in part])
             packed = batch.pop("packed").to(model.device)

@@ -124,7 +124,7 @@ def test_evaluation_names_what_it_computed_in_and_resumes_in_nothing_else(tiny_c
     assert evaluate_checkpoint(tiny_checkpoint, precision="fp32", **options)["source"]["precision"] == "fp32"
     captioners = [Captioner.from_pretrained(tiny_checkpoint, device="cpu", precision=name) for name in ("bf16", "fp32")]
     headers = [header_of(captioner, [], {}) for captioner in captioners]
-    Journal(tmp_path / "q.jsonl", headers[0]).add("model", {"1": "a"})
+    Journal(tmp_path / "q.jsonl", headers[0]).add({("model", "1"): "a"})
     with pytest.raises(ConfigError, match="precision: an evaluation was begun with 'bfloat16' and not finished"):
         Journal(tmp_path / "q.jsonl", headers[1])
 

@@ -70,7 +70,13 @@ def tiny_lm_config(family: str, vocab_size: int = 300):
             decoder_start_token_id=0,
         ),
         "gemma": lambda: t.GemmaConfig(**llama_like, head_dim=8),
-        "gemma2": lambda: t.Gemma2Config(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
+        "gemma2": lambda: t.Gemma2Config(
+            **llama_like,
+            head_dim=8,
+            sliding_window=64,
+            query_pre_attn_scalar=8,
+            attn_implementation="eager",  # before 5.22 transformers leaves out the cap on its attention otherwise
+        ),
         "gemma3": lambda: t.Gemma3TextConfig(**llama_like, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
     }
     return builders[family]()

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 from frozenprefix.data.images import load_image
-from frozenprefix.errors import BadImageError, ConfigError
+from frozenprefix.errors import BadImageError, ConfigError, DataError
 from frozenprefix.inference import Captioner
 from frozenprefix.models.language_model import end_tokens
 
@@ -126,6 +126,16 @@ def test_features_made_earlier_give_the_same(captioner, paths):
     assert captioner.generate(prompts, images, max_new_tokens=4) == captioner.generate(
         prompts, features, max_new_tokens=4
     )
+
+
+def test_as_many_images_as_marks(captioner, paths):
+    images = [load_image(path) for path in paths[:2]]
+    with pytest.raises(DataError, match="images: got 2 for prompts with 1 <image> marks; give one for each"):
+        captioner.generate(["<image>"], images)
+    with pytest.raises(DataError, match="images: got 1 for prompts with 2 <image> marks"):
+        captioner.generate(["<image><image>"], images[:1])
+    with pytest.raises(DataError, match="prompts: those of a group have 1 and 2 <image> marks"):
+        captioner.generate_groups([["<image>", "<image><image>"]], images)
 
 
 def test_max_length_is_refused(captioner, paths):

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
 from frozenprefix.errors import AssetError, CheckpointError, ConfigError
+from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.language_model import load_language_model
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from tests.helpers.lm import save_tiny_lm
 from tests.helpers.peft import LORA, PREFIX, PROMPTS, inputs_of, logits_of
@@ -46,6 +48,14 @@ def test_attention_and_generation_config(tiny_checkpoint):
     model = load(tiny_checkpoint, attn_implementation="eager", generation_config=GenerationConfig(max_new_tokens=2))
     assert model.language_model.config._attn_implementation == "eager"
     assert model.generation_config.max_new_tokens == 2
+
+
+def test_a_cap_on_attention_is_kept(lm_of, tmp_path):
+    folder = shutil.copytree(lm_of("gemma2"), tmp_path / "lm")
+    config = LanguageModelConfig(path=str(folder))
+    assert load_language_model(config)[0].config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"language_model\.attn_implementation: got 'sdpa', which leaves out the cap"):
+        load_language_model(config.model_copy(update={"attn_implementation": "sdpa"}))
 
 
 def test_the_report_of_a_strict_loading_is_empty(tiny_checkpoint):

@@ -13,7 +13,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.packing import Target, build_trie, pack
-from frozenprefix.training.objectives.self_critical import END_WORD, SelfCritical, image_key, reward_references
+from frozenprefix.training.objectives.self_critical import END_WORD, SelfCritical, reward_references
 from frozenprefix.training.sampling import cut_after_end
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
@@ -80,7 +80,7 @@ def test_a_caption_that_was_cut_off_earns_less(recipe_of, tmp_path):
     (rewards,) = objective.rewards([group], [[whole, whole[:-1], whole[:-2], whole[-1:]]]).tolist()
     assert rewards[0] > rewards[1] > rewards[2] > rewards[3] == 0
     references = reward_references(trainer.train_groups)
-    assert rewards[0] == pytest.approx(cider_d(f"{text} {END_WORD}", references, image_key(group)))
+    assert rewards[0] == pytest.approx(cider_d(f"{text} {END_WORD}", references, group.key))
 
 
 def test_document_frequencies_are_those_of_the_training_captions(recipe_of, tmp_path):
@@ -144,7 +144,7 @@ def test_the_gradient_is_reinforce(recipe_of, tmp_path, monkeypatch, packing):
     references = reward_references(trainer.train_groups)
     expected = torch.zeros(())
     for image, group in enumerate(groups):
-        key = image_key(group)
+        key = group.key
         baseline = cider_d(f"{('a red', 'a dog')[image]} {END_WORD}", references, key)
         for number, sample in enumerate(ids[image]):
             end = "" if (image, number) == (1, 1) else f" {END_WORD}"

@@ -147,7 +147,7 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
             resolved.location,
             revision=resolved.revision or "main",
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=_attention(config, lm_config),
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
@@ -159,6 +159,24 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
     if "sha256" not in identity:
         identity["revision"] = str(commit_hash(model.config))
     return model, identity
+
+
+def _attention(config: LanguageModelConfig, lm_config: Any) -> str | None:
+    """The attention to load; an LM that caps its scores (Gemma 2) has "eager" only.
+
+    "sdpa" has no cap, and transformers before 5.22 leaves it out without a word.
+
+    Raises:
+        ConfigError: when "sdpa" is asked of such an LM.
+    """
+    if getattr(lm_config.get_text_config(), "attn_logit_softcapping", None) is None:
+        return config.attn_implementation
+    if config.attn_implementation == "sdpa":
+        raise ConfigError(
+            "model.language_model.attn_implementation: got 'sdpa', which leaves out the cap on this LM's attention "
+            "(attn_logit_softcapping); remove it, or give 'eager'"
+        )
+    return "eager"
 
 
 def architecture(model: PreTrainedModel) -> str:

@@ -10,15 +10,14 @@ from torch import Tensor
 from frozenprefix.config.objectives import SelfCriticalSection
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
-from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
+from frozenprefix.evaluation.metrics.captions import cider_d
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.language_model import end_tokens
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.training.objectives.base import Batch, Objective, image_inputs
-from frozenprefix.training.sampling import generate_ids
-from frozenprefix.training.validation import batch_bounds
+from frozenprefix.training.sampling import generate_ids, greedy_cider_d
 
 # Stands for the end token. A reward that does not see where a caption ends teaches endings such as "on a"
 # (Hu, Cavicchioli & Capotondi 2023, arXiv 2305.12254).
@@ -88,15 +87,9 @@ class SelfCritical(Objective):
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         """`cider_d` of greedy captions."""
-        generated: dict[str, str] = {}
-        for start, end in batch_bounds(len(groups), size):
-            part = groups[start:end]
-            inputs = collator.image_inputs([path for group in part for path in group.images])
-            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-            drawn = self.draw([self.prompt(group) for group in part], inputs)
-            generated |= {image_key(g): self.processor.decode(ids) for g, ids in zip(part, drawn, strict=True)}
-        captions = {image_key(group): [text for s in group.samples for text in s.targets] for group in groups}
-        return {"cider_d": caption_metrics(generated, captions).corpus["cider_d"]}
+        parts = (self.model, self.processor, collator, groups)
+        value = greedy_cider_d(*parts, images_per_batch=size, max_new_tokens=self.section.max_new_tokens)
+        return {"cider_d": value}
 
     def prompt(self, group: ImageGroup) -> list[int]:
         """Token ids of the prompt of a group's first sample."""
@@ -114,7 +107,7 @@ class SelfCritical(Objective):
         ends = end_tokens(self.model, self.processor.tokenizer)
         rows = []
         for group, texts in zip(groups, samples, strict=True):
-            key = image_key(group)
+            key = group.key
             closed = [self.processor.decode(ids) + (f" {END_WORD}" if ids[-1] in ends else "") for ids in texts]
             rows.append([cider_d(text, self.references, key) for text in closed])
         return torch.tensor(rows)
@@ -131,12 +124,6 @@ def reward_references(groups: Iterable[ImageGroup]) -> CaptionReferences:
         1
     """
     captions = {
-        image_key(group): [f"{text} {END_WORD}" for sample in group.samples for text in sample.targets]
-        for group in groups
+        group.key: [f"{text} {END_WORD}" for sample in group.samples for text in sample.targets] for group in groups
     }
     return CaptionReferences(captions)
-
-
-def image_key(group: ImageGroup) -> str:
-    """Key of a group's images in the references."""
-    return "\n".join(map(str, group.images))
