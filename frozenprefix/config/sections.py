@@ -181,6 +181,12 @@ class RunSection(RecipeSection):
     validate_every: int = Field(200, ge=1, description="steps")
     validation_images: int | None = Field(256, ge=2, description="images per validation; null for all")
     save_every: int = Field(200, ge=1, description="steps")
+    keep_last: int = Field(1, ge=1, description="states to keep: last/, and earlier ones as step-NNNNNN/")
+    max_bad_steps: int = Field(
+        3,
+        ge=0,
+        description="steps in a row that may be left out because loss or gradient is not finite",
+    )
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
 
     @field_validator("betas")

@@ -56,6 +56,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         self._special_tokens = _special_tokens(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
+        options["trust_remote_code"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
     ) -> str:

@@ -353,7 +353,7 @@ def test_init_from(recipe_of, tmp_path):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={adapted_first.best}")).build_model()
     with pytest.raises(CheckpointError, match=r"training\.init_from: .*does not fit.*fusion"):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS)).build_model()
-    with pytest.raises(CheckpointError, match=r"training\.init_from: /nowhere holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"training\.init_from: got '/nowhere', expected a checkpoint folder"):
         Trainer(recipe_of(tmp_path / "third", "training.init_from=/nowhere")).build_model()
     other = "model.vision_encoder.name=test_vit2"
     with pytest.raises(CheckpointError, match="vision_encoder: this checkpoint was trained with"):

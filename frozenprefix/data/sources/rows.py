@@ -186,6 +186,8 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         ['a "big" dog', '"no" he said']
     """
     text = read_text(path).replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # as old spreadsheets end lines
     mark = re.escape(delimiter)
     quoted = re.compile(rf'"((?:[^"]|"")*)"(?=[{mark}\n]|$)')
     plain = re.compile(rf"[^{mark}\n]*")
