@@ -1,4 +1,4 @@
-"""The exceptions of the package, and the near-name hint in their messages."""
+"""The exceptions of the package, and helpers for their messages: near-name hints, shortened values."""
 
 from __future__ import annotations
 
@@ -115,3 +115,14 @@ def did_you_mean(name: object, choices: Iterable[object]) -> str:
     """
     near = nearest(name, choices)
     return f" (did you mean '{near}'?)" if near else ""
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A value as an error message shows it.
+
+    Example:
+        >>> shorten("a" * 100, limit=10)
+        "'aaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
-from frozenprefix.config.errors import collect_problems, shorten
+from frozenprefix.config.errors import collect_problems
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.sources import SOURCES
-from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
+from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean, shorten
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
 from frozenprefix.models.packing import Packing

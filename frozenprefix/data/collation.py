@@ -90,6 +90,7 @@ class Collator:
 
     def target(self, sample: Sample, text: str) -> Target:
         """Token ids of one prompt and target."""
+        # Prompts occur in many samples and targets in every epoch, so that each text is tokenized once.
         prompt = prompt_of(sample, self.processor)
         if prompt not in self._prompt_ids:
             self._prompt_ids[prompt] = self.processor.encode_prompt(prompt)

@@ -22,13 +22,7 @@ def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: checkpoint does not fit this model: missing weight; unexpected bias
     """
-    problems = [f"missing {name}" for name in own.keys() - saved.keys()]
-    problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
+    problems = misfits(own, saved)
     problems += [
         f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected a floating-point one"
         if not tensor.is_floating_point()
@@ -38,6 +32,23 @@ def check_fit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: st
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit this model: " + "; ".join(sorted(problems)))
+
+
+def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+    """One phrase for every saved tensor that is missing, unexpected or of another shape, sorted.
+
+    Example:
+        >>> misfits({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+        ['weight has shape (3,), expected (2,)']
+    """
+    problems = [f"missing {name}" for name in own.keys() - saved.keys()]
+    problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
+    problems += [
+        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
+    ]
+    return sorted(problems)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from frozenprefix.config import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.planning.calibration import MeasuredSteps
 from frozenprefix.planning.costs import StepShape
@@ -57,7 +57,9 @@ class Workload:
     cached: bool
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, groups: dict[str, list[ImageGroup]], to_encode: int) -> Workload:
+    def from_recipe(
+        cls, recipe: Recipe | ContrastiveRecipe, groups: dict[str, list[ImageGroup]], to_encode: int
+    ) -> Workload:
         settings = recipe.training
         steps = count_steps(recipe, len(groups["train"]))
         images = len(groups.get("validation", [])[: settings.validation_images])
@@ -104,7 +106,7 @@ def seconds_per_step(measured: MeasuredSteps, work: Callable[[StepShape], float]
     return rates[len(rates) // 2] * work(step)
 
 
-def count_steps(recipe: Recipe, images: int) -> int:
+def count_steps(recipe: Recipe | ContrastiveRecipe, images: int) -> int:
     """Training steps of a recipe with so many training images.
 
     Example:

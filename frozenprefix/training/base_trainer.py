@@ -39,6 +39,7 @@ from frozenprefix.training.checkpoints import (
     save_training_state,
 )
 from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
+from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
@@ -117,6 +118,7 @@ class BaseTrainer(ABC):
     stream: ImageStream
     total_steps: int
     tracker: Tracker
+    average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
         check_distributed()
@@ -294,7 +296,8 @@ class BaseTrainer(ABC):
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
-                values = self.step(batches)
+                with explaining_memory(settings, progress.step + 1):
+                    values = self.step(batches)
                 window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
                 window = window[-WINDOW:]
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)

@@ -15,6 +15,7 @@ from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
+from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
@@ -154,7 +155,7 @@ class ContrastiveTrainer(BaseTrainer):
 
     def _autocast(self) -> torch.autocast:
         half = self.settings.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16 if half else None, enabled=half)
+        return autocast_to(torch.bfloat16 if half else None, self.accelerator.device)
 
     def _embed_images(self, image_features: Tensor) -> Tensor:
         with self._autocast():

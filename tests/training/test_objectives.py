@@ -305,8 +305,8 @@ def test_a_text_file_is_read_in_turn(recipe_of, tmp_path):
     stream = ImageStream(len(distillation.pieces), 4, 0)
     batch = first_batch(trainer)
     pieces = [distillation.pieces[piece] for _, piece in stream.step(0)]
-    assert batch["kept"]["attention_mask"].sum(dim=1).tolist() == [len(piece) for piece in pieces]
-    assert batch["kept"]["input_ids"][0, : len(pieces[0])].tolist() == pieces[0]
+    assert batch["plain_text"]["attention_mask"].sum(dim=1).tolist() == [len(piece) for piece in pieces]
+    assert batch["plain_text"]["input_ids"][0, : len(pieces[0])].tolist() == pieces[0]
     with pytest.raises(DataError, match=r"objectives\.distillation\.texts: got '/nowhere', expected a text file"):
         started(recipe_of(tmp_path / "run", "objectives.distillation={texts: /nowhere}", ADAPTERS))
 
