@@ -1,4 +1,4 @@
-"""What this package can do with every causal language model of the installed transformers.
+"""Abilities of every causal language model of the installed transformers in this package.
 
     python -m benchmarks.families            # prints the table
     python -m benchmarks.families --write    # writes it to docs/language_models.md

@@ -1,4 +1,4 @@
-"""The images of tasks.md: what trained models make of drawings that anyone may show.
+"""The images of tasks.md: outputs of trained models for drawings under a free licence.
 
     python docs/make_images.py runs/quickstart/best --photos runs/flickr8k/best --search runs/lit_flickr8k/best \
         --retrieval runs/retrieval/best --dialog runs/dialog/best --video runs/video/best --clips data/clips

@@ -1,4 +1,4 @@
-"""The exceptions of the package, and the near-name hint in their messages."""
+"""The exceptions of the package, and helpers for their messages: near-name hints, shortened values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 
 class FrozenPrefixError(Exception):
-    """Base of all errors that this package raises on purpose.
+    """Base of all errors that this package raises on purpose. `exit_code` is that of the command that it ends.
 
     Example:
         >>> issubclass(DataError, FrozenPrefixError)
         True
     """
+
+    exit_code = 2
 
 
 class ConfigError(FrozenPrefixError, ValueError):
@@ -86,15 +88,22 @@ class TrainingError(FrozenPrefixError):
     """Training that cannot continue, for instance because the loss is not finite."""
 
 
+class StoppedError(FrozenPrefixError):
+    """Training that was told to stop by a signal, and has saved its state. Exit code 75 asks to be run again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def nearest(name: object, choices: Iterable[object]) -> str | None:
     """The most similar of `choices`, or None when none is similar.
 
     Example:
-        >>> nearest("tim", ["timm", "open_clip"])
-        'timm'
+        >>> nearest("tim", ["timm", "open_clip"]), nearest("TIMM", ["timm"])
+        ('timm', 'timm')
     """
-    near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.6)
-    return near[0] if near else None
+    by_letters = {str(choice).lower(): str(choice) for choice in choices}
+    near = difflib.get_close_matches(str(name).lower(), by_letters, n=1, cutoff=0.6)
+    return by_letters[near[0]] if near else None
 
 
 def did_you_mean(name: object, choices: Iterable[object]) -> str:
@@ -106,3 +115,14 @@ def did_you_mean(name: object, choices: Iterable[object]) -> str:
     """
     near = nearest(name, choices)
     return f" (did you mean '{near}'?)" if near else ""
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A value as an error message shows it.
+
+    Example:
+        >>> shorten("a" * 100, limit=10)
+        "'aaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

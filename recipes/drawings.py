@@ -1,4 +1,4 @@
-"""Training data for few_shot.yaml, dialog.yaml and video.yaml, made of easy-VQA's drawings of coloured shapes.
+"""Training data for few_shot.yaml, dialog.yaml and video.yaml, from easy-VQA's drawings of coloured shapes.
 
     python recipes/drawings.py few_shot data/episodes
     python recipes/drawings.py dialog data/chats

@@ -1,4 +1,4 @@
-"""What `frozenprefix train` does, as a file: `accelerate launch recipes/train.py RECIPE.yaml [key=value ...]`."""
+"""`frozenprefix train` as a script: `accelerate launch recipes/train.py RECIPE.yaml [key=value ...]`."""
 
 from __future__ import annotations
 

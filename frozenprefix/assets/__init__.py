@@ -5,7 +5,7 @@ its dependencies and without running any of its code, compared with a pinned SHA
 """
 
 from frozenprefix.assets.checkpoints import check_checkpoint, opening_checkpoint
-from frozenprefix.assets.references import is_pypi, resolve
+from frozenprefix.assets.references import is_pypi, needs_trust, resolve
 from frozenprefix.assets.wheels import KNOWN_WHEELS
 
-__all__ = ["KNOWN_WHEELS", "check_checkpoint", "is_pypi", "opening_checkpoint", "resolve"]
+__all__ = ["KNOWN_WHEELS", "check_checkpoint", "is_pypi", "needs_trust", "opening_checkpoint", "resolve"]

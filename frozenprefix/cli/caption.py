@@ -18,6 +18,7 @@ from frozenprefix.cli.common import (
     Prompt,
     one_line,
     print_left_out,
+    shown,
 )
 from frozenprefix.errors import DataError
 
@@ -47,7 +48,7 @@ def command(
     if out is not None:
         from frozenprefix.utils import check_output
 
-        check_output(out, {"image", "caption", "score"}, force=force)
+        check_output(out, {"image", "caption", "score"}, exact=True, force=force)
     images = list_images(paths)
     from frozenprefix.inference import Captioner
 
@@ -56,7 +57,7 @@ def command(
     captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:
-            typer.echo(f"{caption.path}\t{one_line(caption.text)}")
+            typer.echo(f"{shown(caption.path)}\t{one_line(caption.text)}")
     else:
         write_captions(captions, out)
         typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)

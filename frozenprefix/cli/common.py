@@ -86,7 +86,7 @@ def print_left_out(bad: BadImages, where: str, total: int) -> None:
     from frozenprefix.utils import summary
 
     for _, error in bad:
-        typer.secho(f"left out, {error.reason}: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(shown(f"left out, {error.reason}: {error}"), fg=typer.colors.RED, err=True)
     if len(bad):
         typer.secho(summary(where, total, bad.counts, what="images"), fg=typer.colors.RED, err=True)
 
@@ -94,6 +94,11 @@ def print_left_out(bad: BadImages, where: str, total: int) -> None:
 def counted(counts: Mapping[str, int]) -> str:
     """Counts by name in one line; "none" without any."""
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def shown(name: object) -> str:
+    """A path or another name for one line of the screen, with escapes in place of line ends and control characters."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(name))
 
 
 def one_line(text: str) -> str:

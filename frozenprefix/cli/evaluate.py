@@ -59,6 +59,8 @@ def command(
     options = _task_options(option or [])
     if out is not None:
         check_output(out, {"task", "metrics", "predictions_sha256"}, force=force)
+        if predictions is not None and out.resolve() == predictions.resolve():
+            raise ConfigError(f"--predictions: got '{predictions}', which is --out too; give two files")
     from frozenprefix.evaluation import evaluate_checkpoint
 
     with progress_bar("predicting", enabled=is_main_process()) as update:

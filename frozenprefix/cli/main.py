@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any
 
 import typer
@@ -14,14 +15,17 @@ from frozenprefix.registry import allow_code
 from frozenprefix.version import __version__
 
 _ALLOW_CODE = "--allow-code"
+_HOME = re.compile(r"^((?:--)?[\w.-]+=|)(~(?=/).*)", re.DOTALL)
 
 
 class _Group(TyperGroup):
-    """Shows the package's own errors as a message; all other errors are bugs and keep their traceback."""
+    """Shows the package's own errors and those of the file system as a message; others are bugs, with a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if _ALLOW_CODE in args:  # may follow any command
             args = [_ALLOW_CODE, *(argument for argument in args if argument != _ALLOW_CODE)]
+        # shells do not expand ~ behind the = of --out=~/captions.jsonl and output_dir=~/run
+        args = [_HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), argument) for argument in args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -31,6 +35,19 @@ class _Group(TyperGroup):
             if os.environ.get("FROZENPREFIX_DEBUG") == "1":
                 raise
             typer.secho(_message(error), fg=typer.colors.RED, err=True)
+            raise typer.Exit(error.exit_code) from error
+        except (MemoryError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            if os.environ.get("FROZENPREFIX_DEBUG") == "1" or not _is_out_of_memory(error):
+                raise
+            fix = "take smaller batches, or a shorter prefix; `frozenprefix plan RECIPE` predicts the memory of a step"
+            typer.secho(f"Error: out of memory ({reason}); {fix}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
+            if os.environ.get("FROZENPREFIX_DEBUG") == "1" or (error.filename is None and error.errno is None):
+                raise
+            place = "" if error.filename is None else f"'{error.filename}': "
+            typer.secho(f"Error: {place}{error.strerror or error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
 
 
@@ -53,6 +70,11 @@ app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("compare")(compare.command)
 app.add_typer(data.app, name="data")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
 
 
 def _message(error: FrozenPrefixError) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.common import Checkpoint, print_left_out
+from frozenprefix.cli.common import Checkpoint, print_left_out, shown
 from frozenprefix.errors import DataError
 
 
@@ -38,4 +38,4 @@ def command(
         image_index = open_index(embedder, images, place, bad=bad, progress=update)
     print_left_out(bad, "DIR", len(images))
     for hit in image_index.search(embedder.embed_texts([query]), k, faiss=faiss)[0]:
-        typer.echo(f"{hit.score:.4f}\t{hit.path}")
+        typer.echo(f"{hit.score:.4f}\t{shown(hit.path)}")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Arithmetic, Checkpoint, Force, LanguageModel, Precision, Prompt, write_json
+from frozenprefix.cli.common import (
+    Arithmetic,
+    Checkpoint,
+    Force,
+    LanguageModel,
+    Precision,
+    Prompt,
+    one_line,
+    write_json,
+)
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -76,7 +85,7 @@ def command(
             segments = video.summary(source, sampler=sampler.value, **options)
             result = {"segments": [asdict(segment) for segment in segments]}
             for segment in segments:
-                typer.echo(f"{segment.start:.2f}\t{segment.end:.2f}\t{segment.caption}")
+                typer.echo(f"{segment.start:.2f}\t{segment.end:.2f}\t{one_line(segment.caption)}")
         else:
             generation = video.caption(source, **options)
             result = {"caption": generation.text, "score": generation.score}
@@ -90,7 +99,7 @@ def _follow(captioner: Captioner, source: str, options: dict[str, Any]) -> dict[
     stream, captions = StreamCaptioner(captioner), []
     try:
         for caption in stream.follow(source, **options):
-            typer.echo(f"{caption.time:.2f}\t{caption.caption}")
+            typer.echo(f"{caption.time:.2f}\t{one_line(caption.caption)}")
             captions.append(asdict(caption))
     except KeyboardInterrupt:
         pass  # the only way to end a camera

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from frozenprefix.errors import Problem, SectionError, did_you_mean
+from frozenprefix.errors import Problem, SectionError, did_you_mean, shorten
 
 # Pydantic's words → words for someone who writes YAML.
 _WORDS = {
@@ -97,17 +97,6 @@ def lines_of(problems: list[Problem]) -> list[str]:
         ['training.epochs: got 0, expected at least 1']
     """
     return [f"{keys[0]}: {text}" for text, keys in problems]
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    """A value as an error message shows it.
-
-    Example:
-        >>> shorten("a" * 100, limit=10)
-        "'aaaaaa..."
-    """
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _locate(error: ErrorDetails, data: Any, schema: Section) -> Location:

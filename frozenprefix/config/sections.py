@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
-from frozenprefix.config.errors import collect_problems, shorten
+from frozenprefix.config.errors import collect_problems
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
 from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.sources import SOURCES
-from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean
+from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean, shorten
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
 from frozenprefix.models.packing import Packing
@@ -181,6 +181,12 @@ class RunSection(RecipeSection):
     validate_every: int = Field(200, ge=1, description="steps")
     validation_images: int | None = Field(256, ge=2, description="images per validation; null for all")
     save_every: int = Field(200, ge=1, description="steps")
+    keep_last: int = Field(1, ge=1, description="states to keep: last/, and earlier ones as step-NNNNNN/")
+    max_bad_steps: int = Field(
+        3,
+        ge=0,
+        description="steps in a row that may be left out because loss or gradient is not finite",
+    )
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
 
     @field_validator("betas")

@@ -54,7 +54,7 @@ class FeatureCacheWriter:
         folder: created when it does not exist.
         fingerprint: what the features depend on; it must equal that of an existing cache in the folder.
         dtype: of the stored features.
-        images_per_shard: a kill costs at most so many.
+        images_per_shard: at most this many images are lost if the process is killed.
         rank: number of this process; each writes shards of its own name. Before its first shard a writer waits for
             another one of its rank to finish, and then skips what that one stored.
 
@@ -248,7 +248,7 @@ class FeatureCacheWriter:
             full = "the disk is full; make room" if error.errno == errno.ENOSPC else "make the folder writable"
             raise CacheError(
                 f"{self.folder}: cannot write ({error.strerror or error}): {full} and run again. "
-                f"Finished shards stay good; {lost} images of the unfinished one are to be encoded again"
+                f"Finished shards stay good; {lost} images of the unfinished one must be encoded again"
             ) from error
 
 
@@ -257,7 +257,7 @@ Encode = Callable[[list[Any]], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """An image ready for the encoder. Without `image`, its features exist, or reading it failed (`error`)."""
+    """An image for the encoder. `image` is None if its features exist, or if it could not be read (`error`)."""
 
     path: Path
     key: str = ""

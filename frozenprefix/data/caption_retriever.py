@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
 from frozenprefix.data.cache import FeatureCache, image_key
@@ -35,7 +33,8 @@ from frozenprefix.errors import CheckpointError, DataError, Problem
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
 from frozenprefix.models.section import Section
 from frozenprefix.models.vision.precomputed import feature_table
-from frozenprefix.utils import write_text_atomic
+from frozenprefix.utils import parse_json, read_text, write_text_atomic
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 CAPTIONS_MARK = "{captions}"
 TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
@@ -234,7 +233,7 @@ class CaptionRetriever:
             "weights": self._vectors.weights.astype(np.float32),
             "starts": self._vectors.starts.astype(np.int64),
         }
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
+        save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> CaptionRetriever | None:
@@ -249,8 +248,9 @@ class CaptionRetriever:
         try:
             if texts is None or arrays is None:
                 raise ValueError(f"{TEXTS_FILE if texts is None else ARRAYS_FILE} is missing")
-            return cls._from_saved(json.loads(texts.read_text(encoding="utf-8")), load_file(arrays))
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            loaded = {name: tensor.numpy() for name, tensor in load_tensors(arrays).items()}
+            return cls._from_saved(parse_json(read_text(texts)), loaded)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}: the captions to retrieve from cannot be read ({error}); take another checkpoint"
             ) from error

@@ -90,6 +90,7 @@ class Collator:
 
     def target(self, sample: Sample, text: str) -> Target:
         """Token ids of one prompt and target."""
+        # Prompts occur in many samples and targets in every epoch, so that each text is tokenized once.
         prompt = prompt_of(sample, self.processor)
         if prompt not in self._prompt_ids:
             self._prompt_ids[prompt] = self.processor.encode_prompt(prompt)
@@ -208,11 +209,18 @@ class StepDataset(Dataset):
     def __len__(self) -> int:
         return self.num_steps * len(self.parts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def images_of(self, index: int) -> list[tuple[int, int]]:
+        """Epoch and number of each image of a micro-batch."""
         step, micro = divmod(index, len(self.parts))
         # part k of n takes every n-th image
-        images = self.stream.step(step)[self.parts[micro] :: self.num_parts]
-        chosen = []
+        return self.stream.step(step)[self.parts[micro] :: self.num_parts]
+
+    def ids_of(self, index: int) -> list[str]:
+        """Ids of the samples that the images of a micro-batch have."""
+        return [sample.id for _, image in self.images_of(index) for sample in self.groups[image].samples]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        images, chosen = self.images_of(index), []
         for epoch, image in images:
             pairs = [(sample, text) for sample in self.groups[image].samples for text in sample.targets]
             seed = self.stream.seed

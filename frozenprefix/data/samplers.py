@@ -42,6 +42,7 @@ class ImageStream:
 
     def _at(self, place: int) -> tuple[int, int]:
         epoch, within = divmod(place, self.num_images)
+        # from seed and epoch alone: any step can be computed without those before it, as a resumed run has to
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
         return epoch, int(self._order[within])
@@ -56,6 +57,7 @@ def choose_targets(targets: Sequence[T], count: int | None, *, seed: int, image:
     """
     if count is None or count >= len(targets):
         return list(targets)
+    # one random order per image, of which every epoch takes the next `count` in a circle
     order = list(range(len(targets)))
     random.Random(f"{seed}/{image}").shuffle(order)
     return [targets[order[(epoch * count + i) % len(order)]] for i in range(count)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from frozenprefix.errors import DataError
-from frozenprefix.utils import content_hash, replace_surrogates, report, report_left_out
+from frozenprefix.utils import content_hash, file_sha256, replace_surrogates, report, report_left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +183,13 @@ def digest_samples(samples: Sequence[Sample], image_key: Callable[[Path], str] |
     """Digest of the samples that a run depends on: their number, and hashes of their ids, images and texts.
 
     Args:
-        image_key: image file → text that changes with its content; default: its name and size.
+        image_key: image file → text that changes with its content; default: its SHA-256.
 
     Example:
         >>> sorted(digest_samples([Sample("1", (Path("1.jpg"),), ("a dog",))]))
         ['ids', 'images', 'number', 'prompts', 'targets']
     """
-    key = image_key or _name_and_size
+    key = image_key or _content_of
     keys = {path: key(path) for path in dict.fromkeys(path for sample in samples for path in sample.images)}
     columns = {
         "ids": [sample.id for sample in samples],
@@ -201,8 +201,8 @@ def digest_samples(samples: Sequence[Sample], image_key: Callable[[Path], str] |
     return {"number": len(samples), **hashes}
 
 
-def _name_and_size(path: Path) -> str:
-    return f"{path.name} {path.stat().st_size if path.is_file() else 'missing'}"
+def _content_of(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else f"{path.name} missing"
 
 
 def with_valid_text(samples: Iterable[Sample], *, where: str) -> list[Sample]:

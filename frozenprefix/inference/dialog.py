@@ -16,7 +16,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreame
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
-from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.compat import CACHE, is_recurrent
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
@@ -52,7 +52,6 @@ class Dialog:
         system: first message, where the template takes one.
 
     Example:
-        >>> from frozenprefix.inference import Dialog
         >>> dialog = Dialog(model, processor)
         >>> reply = dialog.ask("what is it?", [image], max_new_tokens=3)
         >>> [message["role"] for message in dialog.messages]
@@ -225,7 +224,7 @@ class Dialog:
         The template may write a reply differently from how the LM wrote it; from there on the tokens are read again. An
         LM with recurrent layers cannot go back, and reads the whole history again.
         """
-        if getattr(self.model.language_model, "_is_stateful", False):
+        if is_recurrent(self.model.language_model):
             return None
         cache, self._cache = self._cache, None
         held = 0 if cache is None else cache.get_seq_length()

@@ -1,7 +1,8 @@
 """Private names of torch and transformers, and what differs between their supported releases.
 
-No other package may use a private name of a library. Here each is looked up by `private` when it is needed. If a
-release has dropped or renamed it, the caller takes the plain path, and one line in the log says so.
+No other package may use a private name of a library. Here each is looked up when it is needed, by `private`
+unless its absence is no loss. If a release has dropped or renamed it, the caller takes the plain path, and one line in
+the log says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -90,3 +91,13 @@ def commit_hash(config: PreTrainedConfig) -> str | None:
         True
     """
     return getattr(config, "_commit_hash", None)
+
+
+def is_recurrent(language_model: PreTrainedModel) -> bool:
+    """Whether a language model has layers with a state that cannot go back to an earlier token.
+
+    Example:
+        >>> is_recurrent(model.language_model)
+        False
+    """
+    return bool(private(language_model, "_is_stateful", "a recurrent language model may answer from a wrong history"))

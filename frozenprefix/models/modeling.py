@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.base import ImageModel
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.heads import ContrastiveHeads
@@ -137,8 +138,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         image_features = image_features.float()
         if self.config.unit_features:
             image_features = F.normalize(image_features, dim=-1)
-        half = self.lm.dtype != torch.float32
-        with torch.autocast(image_features.device.type, dtype=self.lm.dtype if half else None, enabled=half):
+        with autocast_to(self.lm.dtype, image_features.device):
             return self.mapper(image_features)
 
     def prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
@@ -155,7 +155,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         """Put images into a text: int64[B, T] -> inputs_embeds: float[B, T, D_lm].
 
         Returns:
-            The embeddings, and which image each token sees, for `fusion.showing` while the LM reads them.
+            The embeddings, and which image each token sees, for `fusion.seeing` while the LM reads them.
         """
         image_token_id = self.config.image_token_id
         if input_ids is None or image_token_id is None:
@@ -174,10 +174,11 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         """As `fuse`, with known placeholders; the indices are those of `PackedBatch`."""
         if self._start_token is None:
             inputs_embeds = fuse_prefix(self.lm.embed, input_ids, prefix_index, prefix_embeds)
-        else:
+        else:  # the placeholder only marks the place of the image, but the LM has to read some word there
             inputs_embeds = self.lm.embed(input_ids.masked_fill(prefix_index >= 0, self._start_token))
         if prefix_embeds is None:
             return inputs_embeds, None
+        # number of the latest placeholder -> number of its image; -1 stays -1
         image = latest_index.div(self.placeholders_per_image, rounding_mode="floor")
         return inputs_embeds, ImageContext(prefix_embeds, prefix_index, image)
 

@@ -56,6 +56,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         self._special_tokens = _special_tokens(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
+        options["trust_remote_code"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
     ) -> str:
@@ -191,7 +197,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         if not target.strip():
             raise DataError(f"empty target after prompt {prompt!r}")
-        ids = self._encode_plain(_glued(prompt, target))
+        ids = self._encode_plain(glued(prompt, target))
         if max_tokens is not None:
             ids = ids[: max_tokens - 1]
         return [*ids, self.tokenizer.eos_token_id]
@@ -203,7 +209,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             >>> processor.encode_targets([("Answer:", "red")]) == [processor.encode_target("Answer:", "red")]
             True
         """
-        texts = [replace_surrogates(_glued(prompt, target)) for prompt, target in pairs]
+        texts = [replace_surrogates(glued(prompt, target)) for prompt, target in pairs]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         for place, text in enumerate(texts):
             if any(token in text for token in self._special_tokens):
@@ -309,8 +315,13 @@ def _check_arguments(options: dict[str, Any], padding: bool | str | None, max_le
             raise ConfigError(f"processor: {name}={value!r} has no effect here{did_you_mean(name, known)}; remove it")
 
 
-def _glued(prompt: str, target: str) -> str:
-    """The target as it follows the prompt: with a space in front of it, except after an image or white space."""
+def glued(prompt: str, target: str) -> str:
+    """The target as it follows the prompt: with a space in front of it, except after an image or white space.
+
+    Example:
+        >>> glued("Answer:", "red"), glued("<image>", "a red circle")
+        (' red', 'a red circle')
+    """
     return ("" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " ") + target.strip()
 
 

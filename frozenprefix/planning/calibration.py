@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.config.sections import DataSection
 from frozenprefix.data.cache import FeatureCache
@@ -26,6 +27,7 @@ from frozenprefix.planning.costs import StepShape
 from frozenprefix.training.trainer import Trainer
 from frozenprefix.training.validation import validation_losses
 
+R = TypeVar("R", bound=BaseRecipe)
 WARM_UP_STEPS = 2
 MIN_STEPS, MAX_STEPS = 3, 40
 MAX_IMAGES = 256  # that are encoded to measure the rate
@@ -47,6 +49,9 @@ class RandomFeatures:
 
     def key_of(self, path: Path) -> str:
         return str(path)
+
+    def keys_of(self, paths: Sequence[Path]) -> list[str]:
+        return [self.key_of(path) for path in paths]
 
     def get(self, keys: Sequence[str]) -> np.ndarray:
         return self._one.repeat(len(keys), axis=0)
@@ -81,15 +86,28 @@ def step_trainer(recipe: Recipe, groups: dict[str, list[ImageGroup]]) -> Trainer
         >>> trainer.step(trainer.batches())["loss"] > 0
         True
     """
-    # there have to be enough steps, whatever the recipe's length is
-    training = recipe.training.model_copy(update={"max_steps": 10**6, "epochs": None, "max_minutes": None})
-    trainer = Trainer(recipe.model_copy(update={"training": training}))
+    trainer = Trainer(endless(recipe))
     trainer.build_model()
     encoder = trainer.model.vision_encoder
     trainer.use_data(groups, RandomFeatures(encoder.num_tokens, encoder.encoder_dim).as_cache())
     trainer.prepare_optimizer()
     trainer.model.train()
     return trainer
+
+
+def endless(recipe: R) -> R:
+    """The recipe with enough steps, whatever its length is, and without what other runs have to make first.
+
+    Example:
+        >>> endless(recipe).training.max_steps
+        1000000
+    """
+    training: dict[str, Any] = {"max_steps": 10**6, "epochs": None, "max_minutes": None}
+    changes: dict[str, Any] = {}
+    if isinstance(recipe, Recipe):
+        training["init_from"] = None
+        changes["evaluation"] = recipe.evaluation.model_copy(update={"text": None})
+    return recipe.model_copy(update={**changes, "training": recipe.training.model_copy(update=training)})
 
 
 def time_steps(recipe: Recipe, groups: dict[str, list[ImageGroup]], seconds: float) -> MeasuredSteps:

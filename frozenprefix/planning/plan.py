@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from frozenprefix.config import ContrastiveRecipe, Recipe, resolve_precision
 from frozenprefix.data.cache import FeatureCache, ImageKeys
 from frozenprefix.data.cache_format import MANIFEST
-from frozenprefix.data.collation import Collator, StepDataset
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, group_by_images
-from frozenprefix.errors import ConfigError
-from frozenprefix.models.configuration import LanguageModelConfig
-from frozenprefix.models.freezing import count_parameters
-from frozenprefix.models.fusion import FUSIONS
-from frozenprefix.models.language_model.loading import language_model_config, load_tokenizer
-from frozenprefix.models.mappers import build_mapper
-from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.models.vision.precomputed import feature_table
 from frozenprefix.planning import costs
-from frozenprefix.planning.calibration import (
-    RandomFeatures,
-    black_image,
-    time_encoding,
-    time_steps,
-)
-from frozenprefix.planning.costs import LanguageModelShape, StepShape
-from frozenprefix.planning.hardware import HARDWARE
-from frozenprefix.planning.limits import plannable_recipe
-from frozenprefix.planning.workload import MachinePlan, Workload, count_steps, seconds_per_step
+from frozenprefix.planning.calibration import black_image, time_encoding
+from frozenprefix.planning.costs import StepShape
+from frozenprefix.planning.hardware import HARDWARE, Hardware
+from frozenprefix.planning.step_costs import StepCosts, step_costs
+from frozenprefix.planning.workload import MachinePlan, Workload
 from frozenprefix.training.setup import images_of, load_parts
 
-SAMPLED_STEPS = 24
+LOOK_UP_SECONDS = 1e-6  # of an image whose features are looked up
 SCALES = (1_000_000, 100_000_000)
 
 
@@ -74,6 +58,21 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def stages(self, machine: str) -> list[tuple[str, float]]:
+        """What a run does on a machine, one stage after the other, and the seconds of each.
+
+        Example:
+            >>> [stage for stage, _ in plan(recipe, ["h100"], calibrate=0).stages("h100")]
+            ['encode 12 images', 'train 6 steps', 'validate meanwhile']
+        """
+        planned = self.machines[machine]
+        training = planned.seconds_to_train - planned.seconds_to_validate
+        return [
+            (f"encode {self.images['all'] - self.images['cached']:,} images", planned.seconds_to_encode),
+            (f"train {planned.steps:,} steps", training),
+            ("validate meanwhile", planned.seconds_to_validate),
+        ]
+
 
 def plan(
     recipe: Recipe | ContrastiveRecipe,
@@ -83,15 +82,16 @@ def plan(
 ) -> Plan:
     """Compute what a recipe costs.
 
-    Shapes are counted on training batches that the run itself will see. Only the encoder's weights are loaded, and for
-    calibration those of the language model.
+    Shapes are counted on training batches that the run itself will see. If a mapper is all that is trained, only the
+    encoder's weights are loaded, and for calibration those of the language model. For every other recipe the model is
+    built, and its costs are counted on a real step.
 
     Args:
         hardware: names in `HARDWARE`.
         calibrate: seconds of real training steps for the time on this machine; 0 leaves this machine out.
 
     Raises:
-        ConfigError: for a name that is not in the table, and for parts of a recipe whose cost is not known.
+        ConfigError: for a name that is not in the table.
         FrozenPrefixError: as training the recipe would.
 
     Example:
@@ -99,125 +99,82 @@ def plan(
         ['h100']
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
-    recipe = resolve_precision(plannable_recipe(recipe))
-    settings = recipe.training
+    recipe = resolve_precision(recipe)
     samples = load_parts(recipe.data)
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
-    paths = images_of(group for listed in groups.values() for group in listed)
-
-    # sizes of the parts
+    paths = _images_to_encode(recipe, groups)
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
-    encoder_weights = [(p.numel(), p.dtype.itemsize) for p in encoder.module.parameters()]
-    lm = language_model_shape(recipe.model.language_model)
-    with torch.device("meta"):
-        mapper = build_mapper(
-            recipe.model.mapper, encoder_dim=dim, num_tokens=tokens, lm_dim=lm.hidden, embedding_rms=1.0
-        )
-        mapper_flops = costs.mapper_flops(mapper, torch.empty(settings.images_per_step, tokens, dim))
-    trainable = count_parameters(mapper).trainable
-
-    # costs of a step and of an image
-    step = StepShape.mean(sample_steps(recipe, groups["train"], encoder))
-    flops = costs.step_flops(lm, step, mapper_flops)
-    moved = costs.step_bytes(lm, step, trainable)
-    encoder_bytes = sum(count * size for count, size in encoder_weights)
-    memory = costs.step_memory(lm, step, encoder_bytes=encoder_bytes, trainable=trainable)
-    image_flops, image_bytes = costs.encoder_cost(encoder.module, black_image(encoder))
+    step = step_costs(recipe, groups, encoder, calibrate=calibrate)
+    images = _image_costs(recipe, encoder, paths, calibrate / 2)
     workload = Workload.from_recipe(recipe, groups, len(paths) - _count_cached(recipe, encoder, paths))
-
-    # times on machines
+    if step.encodes:
+        workload = replace(workload, to_encode=0, cached=True)  # the time of a step holds that of its images
     planned: dict[str, MachinePlan] = {}
-    if calibrate:
-        encoding = time_encoding(encoder, paths, recipe.data, calibrate / 2)
-        measured = time_steps(recipe, groups, calibrate)
-        seconds = seconds_per_step(measured, lambda one: sum(costs.step_flops(lm, one, mapper_flops).values()), step)
-        planned["here"] = workload.on_machine(
-            "this machine", seconds, 1 / encoding.images_per_second, measured.validation_seconds, None
-        )
-    else:
-        encoding = time_encoding(encoder, paths[:8], recipe.data, 0.0)
-    half = settings.precision != "fp32"
-    for name, machine in machines.items():
-        seconds = machine.seconds(sum(flops.values()), sum(moved.values()), half=half, layers=lm.layers)
-        encode = machine.encode_seconds(image_flops, image_bytes, encoding.decode_seconds, half=half)
-        # no backward pass, but two forward passes: about as much as training on the image
-        validation = seconds / settings.images_per_step
-        needed = sum(memory.values()) - (memory[costs.PREPACKED_COPIES] if machine.kind == "gpu" else 0)
-        fits = None if machine.memory is None else needed < 0.9 * machine.memory
-        planned[name] = workload.on_machine(machine.label, seconds, encode, validation, fits)
-
+    if step.seconds is not None:
+        seconds, validation = step.seconds
+        planned["here"] = workload.on_machine("this machine", seconds, images.seconds, validation, None)
+    half = recipe.training.precision != "fp32"
+    planned |= {
+        name: _on_machine(machine, workload, step, images, half=half, images_per_step=recipe.training.images_per_step)
+        for name, machine in machines.items()
+    }
     per_image = costs.cached_bytes(recipe.data.feature_dtype, tokens, dim)
-    encoder_parameters = sum(count for count, _ in encoder_weights)
     return Plan(
         name=recipe.name,
-        parameters={"trainable": trainable, "language model": lm.parameters, "vision encoder": encoder_parameters},
-        memory=memory,
-        step=step,
-        images_per_step=settings.images_per_step,
-        flops=flops,
-        bytes=moved,
-        encoder_flops=image_flops,
+        parameters=step.parameters,
+        memory=step.memory,
+        step=step.step,
+        images_per_step=recipe.training.images_per_step,
+        flops=step.flops,
+        bytes=step.bytes,
+        encoder_flops=images.flops,
         images={"all": len(paths), "cached": len(paths) - workload.to_encode, "train": len(groups["train"])},
         cache_bytes_per_image=per_image,
         cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, paths),
         machines=planned,
-        scale=[_at_scale(count, per_image, settings.images_per_step, planned) for count in SCALES],
+        scale=[_at_scale(count, per_image, recipe.training.images_per_step, planned) for count in SCALES],
     )
 
 
-def language_model_shape(config: LanguageModelConfig) -> LanguageModelShape:
-    """Sizes of a causal LM, from its config alone.
-
-    Raises:
-        ConfigError: for an encoder-decoder LM, whose cost is not known.
-
-    Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> language_model_shape(LanguageModelConfig(path=str(lm_folder))).layers
-        2
-    """
-    lm_config = language_model_config(config)
-    if lm_config.is_encoder_decoder:
-        raise ConfigError(
-            f"model.language_model: the cost of an encoder-decoder model ({lm_config.model_type}) is not known to "
-            "`plan`"
-        )
-    with torch.device("meta"):
-        return LanguageModelShape.from_model(
-            AutoModelForCausalLM.from_config(lm_config, dtype=getattr(torch, config.dtype))
-        )
+def _images_to_encode(recipe: Recipe | ContrastiveRecipe, groups: dict[str, list[ImageGroup]]) -> list[Path]:
+    """Image files of all parts; training on text alone reads none of its own."""
+    unread = ("train",) if isinstance(recipe, Recipe) and recipe.data.text_only is not None else ()
+    return images_of(group for part, listed in groups.items() if part not in unread for group in listed)
 
 
-def sample_steps(recipe: Recipe, groups: Sequence[ImageGroup], encoder: ImageEncoder) -> list[StepShape]:
-    """Sizes of training steps spread over the run, packed as in training."""
-    settings = recipe.training
-    processor = FrozenPrefixProcessor(
-        encoder.image_processor,
-        load_tokenizer(recipe.model.language_model),
-        prefix_length=FUSIONS.get(recipe.model.fusion.type).placeholders(recipe.model.mapper.prefix_length),
-        prompts=recipe.data.prompts,
-    )
-    collator = Collator(
-        processor,
-        RandomFeatures(1, 1).as_cache(),
-        packing=settings.packing,
-        tokens_per_row=settings.tokens_per_row,
-        max_target_tokens=settings.max_target_tokens,
-    )
-    parts = settings.gradient_accumulation_steps
-    steps = count_steps(recipe, len(groups))
-    dataset = StepDataset(
-        groups,
-        ImageStream(len(groups), settings.images_per_step, recipe.seed),
-        collator,
-        num_steps=steps,
-        targets_per_image=settings.targets_per_image,
-        num_parts=parts,
-        parts=range(parts),
-    )
-    chosen = sorted({round(i * (steps - 1) / max(1, SAMPLED_STEPS - 1)) for i in range(SAMPLED_STEPS)})
-    return [StepShape.from_parts([dataset[i * parts + part]["packed"] for part in range(parts)]) for i in chosen]
+@dataclass(frozen=True)
+class ImageCosts:
+    """Cost of encoding an image: operations, bytes moved, seconds here, and seconds of one core to decode it."""
+
+    flops: float
+    bytes: float
+    seconds: float
+    decode_seconds: float
+
+
+def _image_costs(
+    recipe: Recipe | ContrastiveRecipe, encoder: ImageEncoder, paths: Sequence[Path], seconds: float
+) -> ImageCosts:
+    if feature_table(encoder.module) is not None or not paths:
+        return ImageCosts(0.0, 0.0, LOOK_UP_SECONDS, 0.0)
+    flops, moved = costs.encoder_cost(encoder.module, black_image(encoder))
+    measured = time_encoding(encoder, paths if seconds else paths[:8], recipe.data, seconds)
+    return ImageCosts(flops, moved, 1 / measured.images_per_second, measured.decode_seconds)
+
+
+def _on_machine(
+    machine: Hardware, workload: Workload, step: StepCosts, images: ImageCosts, *, half: bool, images_per_step: int
+) -> MachinePlan:
+    """The plan for a machine of the table."""
+    seconds = machine.seconds(sum(step.flops.values()), sum(step.bytes.values()), half=half, layers=step.layers)
+    encode = machine.encode_seconds(images.flops, images.bytes, images.decode_seconds, half=half)
+    encode = max(encode, LOOK_UP_SECONDS)
+    # no backward pass, but two forward passes: about as much as training on the image
+    validation = seconds / images_per_step
+    needed = sum(step.memory.values()) - (step.memory[costs.PREPACKED_COPIES] if machine.kind == "gpu" else 0)
+    fits = None if machine.memory is None else needed < 0.9 * machine.memory
+    return workload.on_machine(machine.label, seconds, encode, validation, fits)
 
 
 def _at_scale(images: int, per_image: int, images_per_step: int, machines: dict[str, MachinePlan]) -> dict[str, Any]:
@@ -235,9 +192,9 @@ def _at_scale(images: int, per_image: int, images_per_step: int, machines: dict[
     }
 
 
-def _count_cached(recipe: Recipe, encoder: ImageEncoder, paths: Sequence[Path]) -> int:
+def _count_cached(recipe: Recipe | ContrastiveRecipe, encoder: ImageEncoder, paths: Sequence[Path]) -> int:
     """Images whose features are cached, as far as is known without reading them."""
-    if recipe.data.feature_cache == "off":
+    if recipe.data.feature_cache == "off" or feature_table(encoder.module) is not None:
         return 0
     folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
     if not (folder / MANIFEST).exists():

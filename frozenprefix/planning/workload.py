@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from frozenprefix.config import Recipe
+from frozenprefix.config import ContrastiveRecipe, Recipe
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.planning.calibration import MeasuredSteps
 from frozenprefix.planning.costs import StepShape
@@ -19,7 +19,7 @@ class MachinePlan:
     Attributes:
         encode_per_second: images from files to the cache.
         seconds_to_encode: of the images that are not in the cache yet.
-        seconds_to_train: of all steps and validations.
+        seconds_to_train: of all steps and validations; seconds_to_validate: of the validations.
         steps: fewer than the recipe's if `max_minutes` ends the run.
         fits: whether memory suffices, None if unknown.
 
@@ -34,6 +34,7 @@ class MachinePlan:
     encode_per_second: float
     seconds_to_encode: float
     seconds_to_train: float
+    seconds_to_validate: float
     steps: int
     fits: bool | None
 
@@ -57,7 +58,9 @@ class Workload:
     cached: bool
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, groups: dict[str, list[ImageGroup]], to_encode: int) -> Workload:
+    def from_recipe(
+        cls, recipe: Recipe | ContrastiveRecipe, groups: dict[str, list[ImageGroup]], to_encode: int
+    ) -> Workload:
         settings = recipe.training
         steps = count_steps(recipe, len(groups["train"]))
         images = len(groups.get("validation", [])[: settings.validation_images])
@@ -84,6 +87,7 @@ class Workload:
             encode_per_second=1 / encode,
             seconds_to_encode=self.to_encode * encode if self.cached else 0.0,
             seconds_to_train=min(seconds, limit),
+            seconds_to_validate=self.validated * validation * min(1.0, limit / seconds),
             steps=round(self.steps * min(1.0, limit / seconds)),
             fits=fits,
         )
@@ -104,7 +108,7 @@ def seconds_per_step(measured: MeasuredSteps, work: Callable[[StepShape], float]
     return rates[len(rates) // 2] * work(step)
 
 
-def count_steps(recipe: Recipe, images: int) -> int:
+def count_steps(recipe: Recipe | ContrastiveRecipe, images: int) -> int:
     """Training steps of a recipe with so many training images.
 
     Example:

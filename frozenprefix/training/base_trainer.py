@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
@@ -25,24 +25,29 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
-from frozenprefix.errors import CheckpointError
+from frozenprefix.errors import StoppedError
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.models.checkpoint import read_checkpoint
+from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.training.checkpoints import (
     Progress,
     RandomStates,
+    check_state,
     load_average,
     load_training_state,
     save_training_state,
 )
-from frozenprefix.training.guards import check_distributed, warn_of_leaks
+from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
+from frozenprefix.training.memory import explaining_memory
+from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
+from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.utils import atomic_folder, hold_lock, progress_bar, recover_folder, write_text_atomic
+from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
+from frozenprefix.utils.sums import check_sums
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=BaseRecipe)
@@ -82,8 +87,10 @@ def with_run_precision(recipe: R, resume: str) -> R:
         >>> with_run_precision(recipe, "auto").training.precision
         'fp32'
     """
-    folders = {"auto": recipe.output_dir / "last", "never": None}
-    return resolve_precision(recipe, resumed=folders.get(resume, Path(resume)))
+    if resume == "auto":
+        states = RunFolder(recipe.output_dir).states()
+        return resolve_precision(recipe, resumed=states[0] if states else None)
+    return resolve_precision(recipe, resumed=None if resume == "never" else Path(resume))
 
 
 class BaseTrainer(ABC):
@@ -111,6 +118,7 @@ class BaseTrainer(ABC):
     stream: ImageStream
     total_steps: int
     tracker: Tracker
+    average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
         check_distributed()
@@ -123,6 +131,7 @@ class BaseTrainer(ABC):
         keep_freed_memory()
         set_seed(recipe.seed)
         self.output_dir = Path(recipe.output_dir)
+        self.folder = RunFolder(self.output_dir, keep_last=self.settings.keep_last)
         self.best_by = "loss"
         self.progress = Progress(fingerprint=recipe.fingerprint())
         self.started = time.monotonic()
@@ -131,30 +140,29 @@ class BaseTrainer(ABC):
         """Set up, train, and save the best and the last checkpoint.
 
         Args:
-            resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
-                from that folder.
+            resume: "auto" continues from the last whole state in `output_dir`, if there is one, "never" starts a new
+                run, and a path continues from that folder.
 
         Raises:
             LockError: another run is writing to the output folder.
+            DataError: something else than a run lies there.
+            StoppedError: SIGTERM or SIGINT arrived during a step; the state was saved after it.
+            TrainingError: the output folder cannot be written to, or the training failed.
         """
-        # the outermost bar: whatever takes long in a run, a log without a terminal says so
-        with self._own_output_folder(), progress_bar(self.recipe.name, enabled=self.accelerator.is_main_process):
-            return self._run(resume)
-
-    def _own_output_folder(self) -> AbstractContextManager[None]:
-        """While it is entered, no other run can write to the output folder."""
-        if not self.accelerator.is_main_process:
-            return nullcontext()
-        return hold_lock(self.output_dir / ".lock", f"output_dir '{self.output_dir}'")
-
-    def _run(self, resume: str) -> TrainingResult:
         main, config = self.accelerator.is_main_process, self.recipe.model_dump(mode="json")
-        self.setup()
-        self.restore(resume)
-        step = self.progress.step
-        self.tracker = Tracker(self.output_dir, self.recipe.tracking, resume_step=step, config=config, enabled=main)
-        with self.tracker:
-            self.loop()
+        # the outermost bar: whatever takes long in a run, a log without a terminal says so
+        bar = progress_bar(self.recipe.name, enabled=main)
+        if main:
+            check_run_folder(self.output_dir)
+        if resume not in ("auto", "never"):
+            check_state(Path(resume))  # before images are encoded
+        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar:
+            self.setup()
+            self.restore(resume)
+            step = self.progress.step
+            self.tracker = Tracker(self.output_dir, self.recipe.tracking, resume_step=step, config=config, enabled=main)
+            with self.tracker, StopSignals() as self.signals:
+                self.loop()
         progress = self.progress
         return TrainingResult(
             self.output_dir,
@@ -253,6 +261,7 @@ class BaseTrainer(ABC):
             parts=parts,
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
+        self.steps = dataset
         workers = 0 if in_memory else self.recipe.data.workers
         # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
@@ -287,18 +296,66 @@ class BaseTrainer(ABC):
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
                 before = time.monotonic()
-                values = self.step(batches)
+                with explaining_memory(settings, progress.step + 1):
+                    values = self.step(batches)
                 window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
                 window = window[-WINDOW:]
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
                 note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
                 update(progress.step, self.total_steps, note)
-                if progress.step % settings.log_every == 0:
+                if progress.step % settings.log_every == 0 or "bad_samples" in values:
                     self.tracker.log(progress.step, {**values, "targets_per_s": rate})
                 if progress.step % settings.validate_every == 0:
                     self.validate()
                 if progress.step % settings.save_every == 0:
                     self.save_last()
+                self.stop_if_told()
+
+    def stop_if_told(self) -> None:
+        """Save the state and end the run if any process got a signal to stop; all of them then stop at this step.
+
+        Raises:
+            StoppedError: so it is.
+        """
+        received = next((name for name in self.all_of(self.signals.received) if name), None)
+        if received is None:
+            return
+        if self.progress.step % self.settings.save_every:
+            self.save_last()
+        raise StoppedError(
+            f"stopped by {received} after step {self.progress.step} of {self.total_steps}; the state is in "
+            f"'{self.output_dir / 'last'}': run the same command again to go on"
+        )
+
+    def all_of(self, value: Any) -> list[Any]:
+        """A value of every process; all must call it."""
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
+
+    def leave_out_step(self, problem: str, learning_rate: float, bad_parts: Sequence[int]) -> list[str]:
+        """Record that a step whose loss or gradient is not finite changes nothing. All processes must call it.
+
+        Args:
+            bad_parts: micro-batches of this process whose loss is not finite, counted from 0.
+
+        Returns:
+            Ids of the samples in these micro-batches of all processes; of all micro-batches if there are none.
+
+        Raises:
+            TrainingError: too many in a row.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        first = self.progress.step * len(self.steps.parts)
+        parts = range(len(self.steps.parts))
+        found = self.all_of([[self.steps.ids_of(first + part) for part in chosen] for chosen in (bad_parts, parts)])
+        bad, whole = ([name for ids in which for part in ids for name in part] for which in zip(*found, strict=True))
+        self.progress.bad_steps += 1
+        report_bad_step(
+            f"step {self.progress.step + 1}: {problem} at learning rate {learning_rate:.2e}",
+            bad or whole,
+            in_a_row=self.progress.bad_steps,
+            allowed=self.settings.max_bad_steps,
+        )
+        return bad or whole
 
     def finish(self) -> None:
         """Validate and save after the last step."""
@@ -352,8 +409,12 @@ class BaseTrainer(ABC):
 
         With `training.ema` the averaged weights are measured and kept.
         """
-        with nullcontext() if self.average is None else self.average.applied():
+        with self._averaged():
             self._validate()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """While it is entered, the model has its averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _validate(self) -> None:
         self.progress.validated_step = self.progress.step
@@ -385,12 +446,10 @@ class BaseTrainer(ABC):
         Raises:
             CheckpointError: for a folder that does not exist, is damaged, or belongs to another recipe.
         """
-        folder = recover_folder(self.output_dir / "last") if resume == "auto" else Path(resume)
-        recover_folder(self.output_dir / "best")
-        if resume == "never" or (resume == "auto" and not folder.exists()):
+        folder = self._state_to_resume(resume)
+        if folder is None:
+            self.folder.begin(None, 0)
             return
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume: no folder '{resume}'; expected auto, never or a checkpoint folder")
         self.read_model(folder)
         state = self.accelerator.state
         self.progress = load_training_state(
@@ -400,12 +459,23 @@ class BaseTrainer(ABC):
             load_average(folder, self.average, updates=self.progress.step)
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
+        self.folder.begin(folder, self.progress.step)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
+
+    def _state_to_resume(self, resume: str) -> Path | None:
+        if resume == "never":
+            return None
+        if resume == "auto":
+            # all processes take the choice of the main one
+            found = [self.folder.find_state() if self.accelerator.is_main_process else None]
+            return broadcast_object_list(found)[0]
+        check_state(Path(resume))
+        check_sums(resume, required=True)
+        return Path(resume)
 
     def save_best(self) -> None:
         if self.accelerator.is_main_process:
-            with atomic_folder(self.output_dir / "best") as folder:
-                self.write_model(folder)
+            self.folder.save_best(self.write_model)
 
     def ensure_best(self) -> None:
         """Save the last checkpoint as the best one too if no validation of this run has chosen one."""
@@ -414,7 +484,8 @@ class BaseTrainer(ABC):
             reason = "no validation has chosen the best checkpoint" if unchosen else "the best checkpoint is gone"
             if self.accelerator.is_main_process:
                 logger.warning("step %d: %s; 'best' is the same as 'last'", self.progress.step, reason)
-            self.save_best()
+            with self._averaged():
+                self.save_best()
 
     def save_last(self) -> None:
         """Save the state that a resumed run continues from. All processes must call it."""
@@ -422,11 +493,13 @@ class BaseTrainer(ABC):
         if self.accelerator.scaler is not None:
             self.progress.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
-            with atomic_folder(self.output_dir / "last") as folder:
-                self.write_state(folder, random_states)
+            self.folder.save_state(self.progress.step, lambda folder: self.write_state(folder, random_states))
 
     def read_model(self, folder: Path) -> None:
-        """Load the trained weights of a checkpoint."""
+        """Load the trained weights of a checkpoint that was trained with the same frozen parts."""
+        saved, own = type(self.model).config_class.from_pretrained(folder).identity, self.model.config.identity
+        check_named(saved, own, str(folder))
+        check_identity(saved, own)
         copy_into(self.model.trainable_state(), read_checkpoint(folder), str(folder))
 
     def write_model(self, folder: Path) -> None:

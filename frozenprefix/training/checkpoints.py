@@ -7,16 +7,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
-from transformers.utils import CONFIG_NAME
 
-from frozenprefix.errors import CheckpointError, DataError
-from frozenprefix.models.checkpoint import check_identity, read_checkpoint
+from frozenprefix.assets import check_checkpoint
+from frozenprefix.errors import CheckpointError, DataError, did_you_mean
+from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.peft.adapter_set import FOLDERS
@@ -24,11 +24,16 @@ from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.utils import read_text, write_text_atomic
 from frozenprefix.utils.random_state import set_random_state
+from frozenprefix.utils.sums import check_sums
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
+_Count = Annotated[int, Ge(0)]
+# state of optimizers; other entries differ from optimizer to optimizer
+_OF_THE_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 AVERAGE_FILE = "average.safetensors"
 RandomStates = Sequence[dict[str, Tensor]]  # of each process, in order of rank
 
@@ -40,6 +45,7 @@ class Progress:
     Attributes:
         fingerprint: keys of the recipe that a resumed run must share.
         bad_validations: validations since the best one; validated_step: the step of the latest one.
+        bad_steps: steps that were left out since the last good one.
         scaler: state of the loss scaler, with fp16.
 
     Example:
@@ -47,15 +53,21 @@ class Progress:
         True
     """
 
-    step: int = 0
-    targets_seen: int = 0
+    step: _Count = 0
+    targets_seen: _Count = 0
     seconds: float = 0.0
     best_value: float | None = None
-    best_step: int = 0
-    bad_validations: int = 0
+    best_step: _Count = 0
+    bad_validations: _Count = 0
     validated_step: int = -1
+    bad_steps: _Count = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save_training_state(
@@ -68,13 +80,31 @@ def save_training_state(
     """Write optimizer, random states of all processes, averaged weights, and progress, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in entry.items()}
-    save_file(tensors, folder / OPTIMIZER_FILE)
+        tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
+    save_tensors(tensors, folder / OPTIMIZER_FILE)
     states = {f"{rank}.{name}": value for rank, state in enumerate(random_states) for name, value in state.items()}
-    save_file(states, folder / RANDOM_FILE)
+    save_tensors(states, folder / RANDOM_FILE)
     if average is not None:
-        save_file({name: tensor.contiguous() for name, tensor in average.state.items()}, folder / AVERAGE_FILE)
+        save_tensors(average.state, folder / AVERAGE_FILE)
     write_text_atomic(folder / STATE_FILE, json.dumps(asdict(progress), indent=2))
+
+
+def check_state(folder: Path) -> None:
+    """Check that a folder holds the state of a run.
+
+    Raises:
+        CheckpointError: for a folder that is not there, or holds no state.
+
+    Example:
+        >>> check_state(tmp_path / "last")
+        Traceback (most recent call last):
+        frozenprefix.errors.CheckpointError: --resume: no folder '...last'; expected auto, never or a run's last/
+    """
+    if not folder.is_dir():
+        hint = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*/")))
+        raise CheckpointError(f"--resume: no folder '{folder}'{hint}; expected auto, never or a run's last/")
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"--resume: '{folder}' holds no {STATE_FILE}; expected auto, never or a run's last/")
 
 
 def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> None:
@@ -86,10 +116,11 @@ def load_initial(model: FrozenPrefixForConditionalGeneration, folder: Path) -> N
         CheckpointError: for a folder without a checkpoint, or one that does not fit.
     """
     source = f"training.init_from: {folder}"
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{source} holds no {CONFIG_NAME}; expected a checkpoint folder, such as a run's best/")
+    check_checkpoint(folder, field="training.init_from")
+    check_sums(folder)
     tensors = read_checkpoint(folder)
     config = FrozenPrefixConfig.from_pretrained(folder)
+    check_named(config.identity, model.config.identity, source)
     check_identity(config.identity, model.config.identity)
     own = model.trainable_state()
     heads = {name: p for name, p in own.items() if name.startswith("contrastive.")}
@@ -127,9 +158,10 @@ def load_training_state(
         CheckpointError: when the folder holds no state, or belongs to another recipe.
     """
     try:
-        progress = Progress(**json.loads(read_text(folder / STATE_FILE)))
-        state, random_states = (_by_number(load_file(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
-    except (DataError, OSError, ValueError, TypeError, SafetensorError) as error:
+        progress = _read_progress(folder)
+        state, random_states = (_by_number(load_tensors(folder / name)) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+        _check_optimizer(state, optimizer)
+    except ValueError as error:
         raise CheckpointError(
             f"{folder} holds no training state that can be read ({error}); use --resume never"
         ) from error
@@ -141,9 +173,35 @@ def load_training_state(
             len(random_states),
             processes,
         )
-    set_random_state(random_states[rank if rank in random_states else 0])
+    try:
+        set_random_state(random_states[rank if rank in random_states else 0])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {RANDOM_FILE} holds no random state ({error}); use --resume never") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
+
+
+def _read_progress(folder: Path) -> Progress:
+    try:
+        return _PROGRESS.validate_json(read_text(folder / STATE_FILE), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{STATE_FILE}: {where or 'the file'}: {first['msg']}") from error
+
+
+def _check_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Every value is finite, and moments have the shape of their parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state.items():
+        for name, tensor in entries.items():
+            where = f"{OPTIMIZER_FILE}: {number}.{name}"
+            if not 0 <= number < len(parameters):
+                raise ValueError(f"{where}: there are {len(parameters)} trained tensors")
+            if name in _OF_THE_PARAMETERS_SHAPE and tensor.shape != parameters[number].shape:
+                raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(parameters[number].shape)}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{where} has values that are not finite")
 
 
 def load_average(folder: Path, average: WeightAverage, *, updates: int) -> None:
@@ -153,8 +211,8 @@ def load_average(folder: Path, average: WeightAverage, *, updates: int) -> None:
         CheckpointError: for a folder without them, or with those of another model.
     """
     try:
-        tensors = load_file(folder / AVERAGE_FILE)
-    except (OSError, SafetensorError) as error:
+        tensors = load_tensors(folder / AVERAGE_FILE)
+    except DataError as error:
         raise CheckpointError(
             f"{folder} holds no averaged weights that can be read ({error}); use --resume never"
         ) from error
@@ -166,7 +224,7 @@ def _by_number(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """Group tensors named "NUMBER.KEY" by number."""
     numbered: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        number, key = name.split(".", 1)
+        number, _, key = name.partition(".")
         numbered.setdefault(int(number), {})[key] = tensor
     return numbered
 

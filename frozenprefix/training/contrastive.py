@@ -15,10 +15,11 @@ from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
+from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
-from frozenprefix.training.guards import check_finite
+from frozenprefix.training.guards import find_not_finite
 from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.setup import build_locked_model, load_parts
@@ -132,14 +133,19 @@ class ContrastiveTrainer(BaseTrainer):
             loss = loss.detach()
         self._average_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm or float("inf")))
-        check_finite(self.progress.step + 1, float(loss), norm, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        problem = find_not_finite(float(loss), norm)
+        bad: dict[str, Any] = {}
+        if problem is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.progress.bad_steps = 0
+        else:  # the loss compares all images of a step: none of them can be singled out
+            bad["bad_samples"] = self.leave_out_step(problem, learning_rate, [])
         targets = int(self.accelerator.reduce(torch.tensor(len(ids[1]), device=self.accelerator.device), "sum"))
         self.count_step(targets)
         scale = float(self.model.logit_scale.scale.detach())
         values = {"loss": float(loss), "gradient_norm": norm, "learning_rate": learning_rate, "logit_scale": scale}
-        return {**values, "targets": targets}
+        return {**values, **bad, "targets": targets}
 
     def _features(self, batch: dict[str, Any]) -> Tensor:
         if "image_features" in batch:
@@ -149,7 +155,7 @@ class ContrastiveTrainer(BaseTrainer):
 
     def _autocast(self) -> torch.autocast:
         half = self.settings.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16 if half else None, enabled=half)
+        return autocast_to(torch.bfloat16 if half else None, self.accelerator.device)
 
     def _embed_images(self, image_features: Tensor) -> Tensor:
         with self._autocast():

@@ -14,6 +14,7 @@ from frozenprefix.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 MIN_CAPTIONS = 3  # fewer captions may be the same by chance
+MOST_NAMED = 20  # sample ids in one message
 MAX_PREFIX_SCALE = 5.0  # the prefix starts as large as the word embeddings
 SHARDING = {
     "FSDP": "ACCELERATE_USE_FSDP",
@@ -22,23 +23,47 @@ SHARDING = {
 }
 
 
-def check_finite(step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
-    """Check the loss and the gradient norm over all processes, so that all of them stop at the same step.
+def find_not_finite(loss: float, gradient_norm: float) -> str | None:
+    """Which of both is infinite or not a number; None for a good step.
 
-    Raises:
-        TrainingError: for a value that is infinite or not a number.
+    Both are over all processes, so that all of them leave out the same steps.
 
     Example:
-        >>> check_finite(7, loss=2.0, gradient_norm=float("inf"), learning_rate=1e-3)
-        Traceback (most recent call last):
-        frozenprefix.errors.TrainingError: step 7: gradient norm is inf at learning rate 1.00e-03; ...
+        >>> find_not_finite(loss=2.0, gradient_norm=float("inf"))
+        'gradient norm is inf'
     """
     for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
         if not math.isfinite(value):
-            raise TrainingError(
-                f"step {step}: {name} is {value} at learning rate {learning_rate:.2e}; lower training.learning_rate or "
-                "training.max_grad_norm, or train in fp32. Checkpoints saved before are not affected."
-            )
+            return f"{name} is {value}"
+    return None
+
+
+def report_bad_step(problem: str, samples: Sequence[str], *, in_a_row: int, allowed: int) -> None:
+    """Warn of a step that is left out, and stop a run with too many of them.
+
+    Args:
+        problem: step and value, for messages.
+        samples: ids of the samples whose loss is not finite; of the whole step where every loss is finite.
+        in_a_row: bad steps without a good one in between, this one included.
+
+    Raises:
+        TrainingError: `in_a_row` is more than `allowed`.
+
+    Example:
+        >>> report_bad_step("step 7: loss is nan", ["red_circle.png"], in_a_row=4, allowed=3)
+        Traceback (most recent call last):
+        frozenprefix.errors.TrainingError: step 7: loss is nan, and so it was in 4 steps in a row, ...
+    """
+    named = ", ".join(samples[:MOST_NAMED]) + (f" and {len(samples) - MOST_NAMED} more" * (len(samples) > MOST_NAMED))
+    if in_a_row > allowed:
+        raise TrainingError(
+            f"{problem}, and so it was in {in_a_row} steps in a row, expected at most training.max_bad_steps = "
+            f"{allowed} (samples: {named}); lower training.learning_rate or training.max_grad_norm, train in fp32, or "
+            "look at these samples. Checkpoints saved before are not affected."
+        )
+    logger.warning(
+        "%s: the step changes nothing (%d in a row, limit %d); samples: %s", problem, in_a_row, allowed, named
+    )
 
 
 def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float = 0.01) -> bool:

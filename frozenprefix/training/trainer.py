@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from frozenprefix.assets import check_checkpoint
 from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
@@ -23,7 +24,7 @@ from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.checkpoints import RandomStates, load_initial
-from frozenprefix.training.guards import check_finite, check_frozen_text, warn_if_blind, warn_if_same_captions
+from frozenprefix.training.guards import check_frozen_text, find_not_finite, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.optimizer import build_optimizer
@@ -41,14 +42,14 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
 
     Args:
         recipe: the whole experiment.
-        resume: "auto" continues from `output_dir/last` if it exists, "never" starts a new run, and a path continues
-            from that folder.
+        resume: "auto" continues from the last whole state in `output_dir`, "never" starts a new run, and a path
+            continues from that folder.
 
     Returns:
         The result, with the best checkpoint in `output_dir/best`.
 
     Raises:
-        FrozenPrefixError: for bad data, a checkpoint of another recipe, or a loss that is not finite.
+        FrozenPrefixError: for bad data, a checkpoint of another recipe, losses that are not finite, a signal to stop.
 
     Example:
         >>> result = train(recipe, resume="never")
@@ -84,6 +85,8 @@ class Trainer(BaseTrainer):
     # ── set-up ──
 
     def build_model(self) -> None:
+        if self.settings.init_from is not None:
+            check_checkpoint(self.settings.init_from, field="training.init_from")  # before the parts are loaded
         self.model, self.processor = build_model(self.recipe)
         self.model.to(self.accelerator.device)
         problem = self.model.lm.packing_problem() if self.settings.packing != "none" else None
@@ -185,10 +188,15 @@ class Trainer(BaseTrainer):
         loss = sum(weights[name] * value for name, value in values.items())
         # with loss scaling, an infinite gradient only lowers the scale: the scaler skips such a step
         checked = norm if self.accelerator.scaler is None else 0.0
-        check_finite(self.progress.step + 1, loss, checked, learning_rate)
-        self.optimizer.step()
-        ranks = self.model.adapters.update(self.progress.step + 1)  # reads the gradients
-        self.optimizer.zero_grad(set_to_none=True)
+        problem = find_not_finite(loss, checked)
+        ranks: dict[str, Any] = {}
+        if problem is None:
+            self.optimizer.step()
+            ranks = self.model.adapters.update(self.progress.step + 1)  # reads the gradients
+            self.optimizer.zero_grad(set_to_none=True)
+            self.progress.bad_steps = 0
+        else:
+            ranks["bad_samples"] = self.leave_out_step(problem, learning_rate, self._bad_parts)
         self.count_step(targets)
         named = {f"loss/{name}": value for name, value in values.items()} if list(values) != ["lm"] else {}
         figures = {"gradient_norm": norm, "learning_rate": learning_rate, "targets": targets}
@@ -199,6 +207,7 @@ class Trainer(BaseTrainer):
     ) -> dict[str, float]:
         """Accumulate the gradient of all micro-batches; returns the loss of each term over all processes."""
         losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
+        finite = []
         for number, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
             last = number == len(parts)
             self.accelerator.sync_gradients = last
@@ -207,8 +216,10 @@ class Trainer(BaseTrainer):
                 # DDP averages gradients over processes; the shares already add up to one
                 total = torch.stack([weights[name] * loss for name, loss in terms.items()]).sum()
                 self.accelerator.backward(total * self.accelerator.num_processes)
+            finite.append(total.detach().isfinite())
             for name, loss in terms.items():
                 losses[name] += loss.detach()
+        self._bad_parts = [number for number, good in enumerate(finite) if not good]
         return {name: float(self.accelerator.reduce(loss, "sum")) for name, loss in losses.items()}
 
     def _next_part(self, batches: Iterator[Batch], number: int) -> Batch:

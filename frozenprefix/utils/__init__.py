@@ -14,7 +14,7 @@ from frozenprefix.utils.files import (
 from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
 from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
 from frozenprefix.utils.locks import hold_lock
-from frozenprefix.utils.outputs import check_output
+from frozenprefix.utils.outputs import check_output, check_run_folder
 from frozenprefix.utils.progress import progress_bar
 from frozenprefix.utils.reports import report, report_left_out, summary
 from frozenprefix.utils.text import replace_surrogates
@@ -26,6 +26,7 @@ __all__ = [
     "atomic_folder",
     "build_once",
     "check_output",
+    "check_run_folder",
     "content_hash",
     "encode_text",
     "file_sha256",

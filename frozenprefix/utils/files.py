@@ -44,12 +44,13 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | PathLike[str], *, replace: bool = True, keep: Path | None = None) -> Iterator[Path]:
     """Yield a new empty folder, and rename it to `path` when the block ends without an exception.
 
     Args:
         replace: replace an existing folder, which stays until the new one is complete; for a single writer. False: of
             several writers the first one wins, and the folders of the others are deleted.
+        keep: with `replace`, where the former folder is moved to; None deletes it.
 
     Example:
         >>> with atomic_folder(tmp_path / "run") as draft:
@@ -58,7 +59,7 @@ def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterato
         ['a.txt']
     """
     path = Path(path)
-    old = path.with_name(f".{path.name}.old")
+    old = keep or path.with_name(f".{path.name}.old")
     draft = path.with_name(f".{path.name}.{'new' if replace else uuid.uuid4().hex}")
     if replace:
         recover_folder(path)
@@ -79,7 +80,7 @@ def atomic_folder(path: str | PathLike[str], *, replace: bool = True) -> Iterato
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    if replace:
+    if replace and keep is None:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import stat
 import struct
 from functools import cache
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.request import urlopen
 
@@ -24,6 +25,8 @@ MAX_PIXELS = 89_478_485
 #: How many times longer one side may be than the other. The short side is resized to a few hundred pixels, so a thin
 #: image of a few bytes would grow to gigabytes.
 MAX_ASPECT = 200
+#: Longer files are refused before they are read: `MAX_PIXELS` of four 16-bit channels without compression have 0.7 GB.
+MAX_BYTES = 1 << 30
 
 #: What `to_image` takes: a path, an http(s) address, the bytes of a file, a PIL image, an array or a tensor.
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | Image.Image | np.ndarray | Any"
@@ -85,14 +88,22 @@ def read_image(path: str | PathLike[str]) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        BadImageError: with reason `missing`, `empty` or `unreadable`.
+        BadImageError: with reason `missing`, `empty`, `too_large` or `unreadable`, as devices and pipes are.
 
     Example:
         >>> read_image(image_path)[1:4]
         b'PNG'
     """
     try:
-        data = Path(path).read_bytes()
+        state = os.stat(path)  # before it is opened, which would wait for the other end of a pipe
+        if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+            raise BadImageError("unreadable", f"{path}: a device or a pipe, expected a file")
+        if state.st_size > MAX_BYTES:
+            raise BadImageError("too_large", f"{path}: {state.st_size} bytes, expected at most {MAX_BYTES}")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES)  # no more, should it grow meanwhile
+    except BadImageError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = "missing" if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR) else "unreadable"
         raise BadImageError(reason, f"{path}: {getattr(error, 'strerror', None) or error}") from error
@@ -236,9 +247,12 @@ def _tiff_depth(data: bytes) -> str | None:
 def _download(address: str) -> bytes:
     try:
         with urlopen(address, timeout=30) as response:
-            return response.read()
+            data = response.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise BadImageError("unreadable", f"{address}: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise BadImageError("too_large", f"{address}: more than {MAX_BYTES} bytes")
+    return data
 
 
 def _checked(image: Image.Image, name: str | PathLike[str]) -> Image.Image:

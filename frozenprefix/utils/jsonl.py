@@ -102,8 +102,10 @@ def append_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = b"".join(map(_line, rows))
-    with path.open("a+b", buffering=0) as file:  # in one piece, as other processes may append at the same time
-        if file.seek(0, os.SEEK_END):
+    is_plain = path.is_file() or not path.exists()
+    mode = "a+b" if is_plain else "wb"  # pipes and devices, such as /dev/stdout
+    with path.open(mode, buffering=0) as file:  # in one piece, as other processes may append at the same time
+        if is_plain and file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 lines = b"\n" + lines

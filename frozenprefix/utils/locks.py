@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +27,8 @@ _GRACE_SECONDS = 30.0
 _threads: dict[Path, int] = {}  # locks held by this process, and by which of its threads
 
 
-class Holder(NamedTuple):
+@dataclass(frozen=True)
+class Holder:
     """The process that holds a lock, and since when (local time, ISO 8601).
 
     Example:
@@ -83,7 +84,7 @@ def hold_lock(path: str | PathLike[str], what: str, *, wait: bool = False) -> It
     _acquire(lock, note, what, wait)
     _threads[path] = threading.get_ident()
     try:
-        write_text_atomic(note, json.dumps(Holder(os.getpid(), platform.node(), _now())._asdict()))
+        write_text_atomic(note, json.dumps(asdict(Holder(os.getpid(), platform.node(), _now()))))
         yield
     finally:
         note.unlink(missing_ok=True)

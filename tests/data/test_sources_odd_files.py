@@ -244,3 +244,52 @@ def test_a_folder_of_images_and_notes_is_fine(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "README.md").write_text("photos")
     assert CliRunner().invoke(app, ["data", "check", str(tmp_path)]).exit_code == 0
+
+
+# ── rows that stand twice, and tables ──
+
+
+def test_coco_rows_that_are_listed_twice_are_joined_and_counted(tmp_path, caplog):
+    draw(tmp_path / "1.png")
+    images = [{"id": 1, "file_name": "1.png"}] * 2
+    annotations = [CAPTIONS[0], CAPTIONS[0], {"id": 1, "image_id": 1, "caption": "a brown dog"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (sample,) = load_source({"type": "coco", "path": str(tmp_path), "annotations": "c.json", "images": "."})
+    assert sample.targets == ("a dog", "a brown dog")
+    assert "1 of 2 images are joined: listed twice 1" in caplog.text
+    assert "1 of 3 annotations are joined: listed twice 1" in caplog.text
+
+
+def test_flickr_lines_of_one_number_name_both_lines(tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "Flickr8k.token.txt").write_text("a.png#0\tx\na.png#1\ty\na.png#0\tz\n")
+    with pytest.raises(DataError, match=r"token\.txt:3: got a\.png#0, which line 1 has too"):
+        load_sources(detect_sources(tmp_path))
+
+
+def table(tmp_path: Path, content: bytes, name: str = "t.tsv") -> list[tuple[str, ...]]:
+    for image in "ab":
+        draw(tmp_path / f"{image}.png")
+    (tmp_path / name).write_bytes(content)
+    config = {"type": "conceptual_captions", "path": str(tmp_path), "file": name, "images": ".", "columns": None}
+    return [sample.targets for sample in load_source(config)]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_every_kind_of_line_end_in_tables(tmp_path, end):
+    content = end.join([b"caption\timage", b'"a ""big"" dog"\ta.png', b"b\tb.png", b""])
+    assert table(tmp_path, content) == [('a "big" dog',), ("b",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.tsv", b"caption\tcaption\timage\na\tb\ta.png\n", r"t\.tsv:1: got .*, expected different names of columns"),
+        ("t.csv", b"caption;image\na;a.png\n", r"expected different names of columns with ',' between them"),
+        ("t.csv", "caption,image\na,a.png\n".encode("utf-16"), "not UTF-8 text .* convert the file to UTF-8"),
+        ("t.tsv", b"caption\timage\na\n", "got 1 columns"),
+    ],
+)
+def test_tables_that_would_lose_texts_are_refused(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        table(tmp_path, content, name)

@@ -151,6 +151,67 @@ def test_a_run_is_not_resumed_over_other_data(tiny_recipe, shapes, tmp_path, cha
         train(tiny_recipe(tmp_path / "run", "training.max_steps=4", "training.save_every=2", data=data))
 
 
+def swap_captions(data):
+    def swap(rows):
+        rows[0]["captions"], rows[1]["captions"] = rows[1]["captions"], rows[0]["captions"]
+
+    rewrite(data, swap)
+
+
+def swap_images(data):
+    """Two images change places; names, captions and sizes of files stay what they are."""
+    names = [data / "images" / f"{name}.bmp" for name in ("a", "b")]
+    contents = [name.read_bytes() for name in names]
+    assert len(contents[0]) == len(contents[1])
+    for name, content in zip(names, reversed(contents), strict=True):
+        name.write_bytes(content)
+
+
+def other_order(data):
+    rewrite(data, lambda rows: rows.reverse())
+
+
+def other_question(data):
+    (data / "qa.jsonl").write_text((data / "qa.jsonl").read_text().replace("what?", "which?"))
+
+
+def broken_image(data):
+    (data / "images" / "a.bmp").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (swap_captions, "targets"),
+        (swap_images, "images"),
+        (other_order, "ids"),
+        (other_question, "prompts"),
+        (broken_image, "ids"),
+    ],
+)
+def test_changes_that_keep_names_and_sizes_are_noticed(tiny_recipe, tmp_path, monkeypatch, change, field, cache):
+    from tests.helpers.drawings import draw_shape
+
+    monkeypatch.setenv("FROZENPREFIX_HOME", str(tmp_path / "home"))
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for name, colour in zip("abcd", ("red", "green", "blue", "black"), strict=True):
+        draw_shape(colour, "circle").save(data / "images" / f"{name}.bmp")
+    rows = [{"image": f"images/{name}.bmp", "captions": [f"{name} one", f"{name} two"]} for name in "abcd"]
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [{"image": f"images/{name}.bmp", "question": "what?", "answer": name} for name in "abcd"]
+    (data / "qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    sources = ", ".join(f"{{type: {kind}, path: {data}, split: null, name: {kind}}}" for kind in ("captions", "qa"))
+    settings = ("training.max_steps=1", "data.validation=[]", f"data.train=[{sources}]", "data.max_bad_share=0.5")
+    recipe = tiny_recipe(tmp_path / "run", *settings, f"data.feature_cache={cache}")
+    train(recipe)
+    train(recipe)
+    change(data)
+    with pytest.raises(CheckpointError, match=rf"belongs to a run with other data: data.train \({field}\)"):
+        train(recipe)
+
+
 # ── text towers ──
 
 

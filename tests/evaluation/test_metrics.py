@@ -324,3 +324,22 @@ def test_so_do_wups_and_few_shot_answers():
     episode = Episode("1", (), Path("q.png"), "What is this? This is", "a", ("a", "the"))
     assert is_right(episode, "a", "generate") == 1.0
     assert is_right(episode, "", "generate") == is_right(episode, "dog", "generate") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("", ["!"], 0.0),
+        ("...", ["!"], 0.0),
+        ("", ["?", "\U0001f408"], 0.0),
+        ("\U0001f408", ["\U0001f436"], 0.0),
+        ("!", ["!"], 1.0),
+        ("!", ["a dog", "!"], 1.0),
+        ("", ["a dog"], 0.0),
+        ("\u72ac", ["\u732b"], 0.0),
+        ("\u72ac", ["\u72ac"], 1.0),
+    ],
+)
+def test_captions_of_which_tokenisation_leaves_nothing_are_not_all_equal(prediction, references, expected):
+    scores = caption_metrics({"1": prediction, "2": "a cat"}, {"1": references, "2": ["a cat"]})
+    assert scores.per_image["1"]["rouge_l"] == expected

@@ -14,7 +14,7 @@ from frozenprefix.evaluation.metrics.classification import classification_report
 from frozenprefix.evaluation.metrics.clip_score import clip_score, embed_captions, embed_images, ref_clip_score
 from frozenprefix.evaluation.metrics.diversity import diversity
 from frozenprefix.evaluation.metrics.question_types import answer_type, question_type
-from frozenprefix.evaluation.metrics.recall import first_ranks, retrieval_metrics
+from frozenprefix.evaluation.metrics.recall import first_ranks, rank_metrics
 from frozenprefix.evaluation.metrics.wups import WordNet, wups
 
 # ── captions ──
@@ -62,11 +62,11 @@ def test_ranks_by_hand():
 def test_a_constant_model_finds_nothing():
     ranks = first_ranks(np.zeros((4, 10)), [[i] for i in range(4)])
     assert ranks.tolist() == [10] * 4
-    assert retrieval_metrics(ranks, ks=(1, 9))["recall@9"] == 0.0
+    assert rank_metrics(ranks, ks=(1, 9))["recall@9"] == 0.0
 
 
 def test_recall_and_median_rank():
-    assert retrieval_metrics([1, 2, 7, 30], ks=(1, 5)) == {
+    assert rank_metrics([1, 2, 7, 30], ks=(1, 5)) == {
         "recall@1": 0.25,
         "recall@5": 0.5,
         "median_rank": 4.5,

@@ -201,9 +201,11 @@ def test_a_cache_of_features_that_change_is_refused_when_the_recipe_is_read(tiny
         tiny_recipe(tmp_path, "model.vision_encoder.trainable=0", "data.feature_cache=off")
 
 
-def test_a_plan_of_a_trained_encoder_is_refused(tiny_recipe, tmp_path):
-    with pytest.raises(ConfigError, match="trainable: got 'all'; `plan` needs a frozen encoder"):
-        plan(tiny_recipe(tmp_path, *TRAINED), ["cpu"])
+def test_a_plan_of_a_trained_encoder_counts_it(tiny_recipe, tmp_path):
+    frozen, trained = (plan(tiny_recipe(tmp_path, *more), ["cpu"], calibrate=0) for more in ((), TRAINED))
+    more = trained.parameters["trainable"] - frozen.parameters["trainable"]
+    assert more == pytest.approx(frozen.parameters["vision encoder"], rel=0.1)
+    assert trained.machines["cpu"].seconds_to_encode == 0
 
 
 def test_the_recipe_of_frozen(tmp_path):

@@ -15,6 +15,7 @@ from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.training import checkpoints
 from frozenprefix.training.checkpoints import Progress, load_training_state, save_training_state
 from frozenprefix.utils.random_state import random_state
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 FINGERPRINT = {"seed": 1, "training.learning_rate": 0.1, "model": {"mapper": {"type": "mlp"}}}
 
@@ -81,6 +82,42 @@ def test_another_recipe_is_refused_with_the_key(tmp_path):
         load_training_state(tmp_path, optimizer, FINGERPRINT | {"data.train": "x"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("step", "3", r"training_state\.json: step: Input should be a valid integer"),
+        ("step", -1, r"training_state\.json: step: Input should be greater than or equal to 0"),
+        ("steps", 3, r"training_state\.json: steps: Unexpected"),
+        ("seconds", float("nan"), r"training_state\.json: seconds: Input should be a finite number"),
+    ],
+)
+def test_every_field_of_the_state_has_a_type(tmp_path, field, value, message):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(), [random_state()])
+    path = tmp_path / checkpoints.STATE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load_training_state(tmp_path, optimizer, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("0.exp_avg", torch.zeros(2, 4), r"0\.exp_avg has shape \(2, 4\), expected \(2, 3\)"),
+        ("0.exp_avg", torch.full((2, 3), torch.nan), r"0\.exp_avg has values that are not finite"),
+        ("7.exp_avg", torch.zeros(2, 3), r"7\.exp_avg: there are 2 trained tensors"),
+        ("exp_avg", torch.zeros(2, 3), r"no training state that can be read"),
+    ],
+)
+def test_optimizer_tensors_fit_their_parameters(tmp_path, name, tensor, message):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(), [random_state()])
+    path = tmp_path / checkpoints.OPTIMIZER_FILE
+    save_tensors(load_tensors(path) | {name: tensor}, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_training_state(tmp_path, optimizer, {})
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other fields"])
 def test_state_that_cannot_be_read_is_an_error(tmp_path, damage):
     _, optimizer = trained()
@@ -106,7 +143,7 @@ def test_a_damaged_optimizer_file_is_an_error(tmp_path):
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors; it is no checkpoint \(No such file"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors; it is no checkpoint"):
         read_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half a fi")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .*; take another checkpoint"):

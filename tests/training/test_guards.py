@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from frozenprefix.errors import ConfigError, DataError, TrainingError
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
-from frozenprefix.training.guards import check_finite, looks_blind, warn_if_same_captions
+from frozenprefix.training.guards import find_not_finite, looks_blind, warn_if_same_captions
 from frozenprefix.training.objectives import NextToken
 from frozenprefix.training.schedule import learning_rate_factor
 from frozenprefix.training.setup import load_samples
@@ -59,7 +59,8 @@ def test_too_many_bad_images_stop_the_run(recipe_of, tmp_path, cache):
 def test_a_repaired_image_leaves_the_list(recipe_of, tmp_path):
     data = write_shapes(tmp_path / "shapes")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/bad_images.jsonl").write_text("{}\n")
+    row = {"image": "images/red_circle.png", "reason": "missing", "message": "images/red_circle.png: no such file"}
+    (tmp_path / "run/bad_images.jsonl").write_text(json.dumps(row) + "\n")
     train(recipe_of(tmp_path / "run", "training.max_steps=1", data=data))
     assert not (tmp_path / "run/bad_images.jsonl").exists()
 
@@ -107,16 +108,41 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(recipe_
         return loss if len(calls) < 5 else loss * math.nan
 
     monkeypatch.setattr(NextToken, "loss", spoiled)
-    with pytest.raises(TrainingError, match=r"step 5: loss is nan at learning rate .* lower training\.learning_rate"):
-        train(recipe_of(tmp_path))
+    with pytest.raises(TrainingError, match=r"step 6: loss is nan at learning rate .* lower training\.learning_rate"):
+        train(recipe_of(tmp_path, "training.max_bad_steps=1"))
     assert json.loads((tmp_path / "last/training_state.json").read_text())["step"] == 3
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "last/model.safetensors").values())
 
 
-def test_gradient_guard():
-    check_finite(1, 2.0, 300.0, 1e-3)
-    with pytest.raises(TrainingError, match=r"step 7: gradient norm is inf at learning rate 1\.00e-03"):
-        check_finite(7, 2.0, math.inf, 1e-3)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_bad_step_changes_nothing_and_names_its_samples(recipe_of, tmp_path, monkeypatch, caplog, where):
+    """The first of two micro-batches of step 2 is bad: the step is left out, and the run goes on."""
+    loss_of, calls = NextToken.loss, []
+
+    def spoiled(self, *batch):
+        calls.append(1)
+        loss = loss_of(self, *batch)
+        if len(calls) != 3:
+            return loss
+        return loss * math.nan if where == "loss" else loss + (loss - loss.detach()).sqrt()  # slope of infinity
+
+    monkeypatch.setattr(NextToken, "loss", spoiled)
+    train(recipe_of(tmp_path / "run", "training.gradient_accumulation_steps=2", "data.validation=[]"))
+    (row,) = [row for row in read_log(tmp_path / "run") if "bad_samples" in row]
+    assert row["step"] == 2
+    tensors = load_file(tmp_path / "run/last/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    state = json.loads((tmp_path / "run/last/training_state.json").read_text())
+    assert (state["step"], state["bad_steps"]) == (6, 0)
+    assert "the step changes nothing (1 in a row, limit 3); samples: " in caplog.text
+    images = {sample.rpartition("/")[2].partition(".")[0] for sample in row["bad_samples"]}
+    assert len(images) == (2 if where == "loss" else 4), "of the micro-batch, or of the step"
+
+
+def test_which_value_is_not_finite():
+    assert find_not_finite(2.0, 300.0) is None
+    assert find_not_finite(math.nan, 1.0) == "loss is nan"
+    assert find_not_finite(2.0, math.inf) == "gradient norm is inf"
 
 
 def test_blind_guard(recipe_of, tmp_path, monkeypatch, caplog):

@@ -305,8 +305,8 @@ def test_a_text_file_is_read_in_turn(recipe_of, tmp_path):
     stream = ImageStream(len(distillation.pieces), 4, 0)
     batch = first_batch(trainer)
     pieces = [distillation.pieces[piece] for _, piece in stream.step(0)]
-    assert batch["kept"]["attention_mask"].sum(dim=1).tolist() == [len(piece) for piece in pieces]
-    assert batch["kept"]["input_ids"][0, : len(pieces[0])].tolist() == pieces[0]
+    assert batch["plain_text"]["attention_mask"].sum(dim=1).tolist() == [len(piece) for piece in pieces]
+    assert batch["plain_text"]["input_ids"][0, : len(pieces[0])].tolist() == pieces[0]
     with pytest.raises(DataError, match=r"objectives\.distillation\.texts: got '/nowhere', expected a text file"):
         started(recipe_of(tmp_path / "run", "objectives.distillation={texts: /nowhere}", ADAPTERS))
 
@@ -353,7 +353,7 @@ def test_init_from(recipe_of, tmp_path):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={adapted_first.best}")).build_model()
     with pytest.raises(CheckpointError, match=r"training\.init_from: .*does not fit.*fusion"):
         Trainer(recipe_of(tmp_path / "third", f"training.init_from={first.best}", ADAPTERS)).build_model()
-    with pytest.raises(CheckpointError, match=r"training\.init_from: /nowhere holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"training\.init_from: got '/nowhere', expected a checkpoint folder"):
         Trainer(recipe_of(tmp_path / "third", "training.init_from=/nowhere")).build_model()
     other = "model.vision_encoder.name=test_vit2"
     with pytest.raises(CheckpointError, match="vision_encoder: this checkpoint was trained with"):

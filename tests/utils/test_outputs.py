@@ -7,7 +7,7 @@ import json
 import pytest
 
 from frozenprefix.errors import DataError
-from frozenprefix.utils import check_output, write_jsonl, write_text_atomic
+from frozenprefix.utils import append_jsonl, check_output, check_run_folder, write_jsonl, write_text_atomic
 
 OWN = {"image", "caption", "score"}
 
@@ -49,3 +49,69 @@ def test_own_files_new_files_and_empty_ones_may_be_written(tmp_path):
 def test_a_folder_is_no_output(tmp_path):
     with pytest.raises(DataError, match=r"--predictions: got the folder '.*', expected a file to write to"):
         check_output(tmp_path, OWN, force=True, option="--predictions")
+
+
+def test_links_to_files_of_others_are_refused(tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", [{"image": "1.jpg", "captions": ["a dog"]}])
+    (tmp_path / "link.jsonl").symlink_to("data.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "data.jsonl")
+    for name in ("link.jsonl", "hard.jsonl", "../" + tmp_path.name + "/data.jsonl"):
+        with pytest.raises(DataError, match="exists and was not written by this command"):
+            check_output(tmp_path / name, OWN)
+
+
+def test_every_row_must_be_the_commands_own(tmp_path):
+    own, other = {"image": "1.jpg", "caption": "a dog", "score": 1.0}, {"image": "1.jpg", "captions": ["by hand"]}
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [own, other])
+    with pytest.raises(DataError, match=r"a\.jsonl' exists"):
+        check_output(path, OWN)
+    path.write_text(json.dumps(own) + '\n{"image": "2.jpg", "capt')
+    check_output(path, OWN)  # as a killed command leaves it
+    path.write_text(json.dumps(own) + '\n{"image": "2.jpg", "capt\n' + json.dumps(own) + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl' exists"):
+        check_output(path, OWN)
+
+
+def test_rows_with_more_keys_are_of_others_where_the_command_writes_no_more(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"image": "1.jpg", "caption": "a dog", "score": 1.0, "split": "train"}])
+    check_output(tmp_path / "a.jsonl", OWN)
+    with pytest.raises(DataError, match=r"a\.jsonl' exists"):
+        check_output(tmp_path / "a.jsonl", OWN, exact=True)
+
+
+def test_rows_can_be_written_to_a_pipe(tmp_path):
+    import os
+    from threading import Thread
+
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    append_jsonl(tmp_path / "pipe", [{"a": 1}])
+    reader.join(10)
+    assert read == ['{"a": 1}\n']
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_folders_of_others_are_not_taken_for_checkpoints(tmp_path, name):
+    (tmp_path / name).mkdir()
+    check_run_folder(tmp_path)
+    (tmp_path / name / "photo.jpg").touch()
+    with pytest.raises(DataError, match=f"output_dir: '.*{name}' exists and is no checkpoint"):
+        check_run_folder(tmp_path)
+    (tmp_path / name / "config.json").touch()
+    check_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "bad_images.jsonl"])
+def test_logs_of_others_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("monday: rain\n")
+    with pytest.raises(DataError, match=f"output_dir: '.*{name}' exists and was not written"):
+        check_run_folder(tmp_path)
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(DataError, match=r"output_dir: .*run' is a file and no folder"):
+        check_run_folder(tmp_path / "run")

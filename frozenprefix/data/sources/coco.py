@@ -12,10 +12,11 @@ from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import split_in_name
 from frozenprefix.errors import DataError
+from frozenprefix.utils import report
 
 
 class CocoSource(SourceConfig):
-    """One sample an image, with all its captions. The split is read from the file name.
+    """One sample per image, with all its captions. The split is read from the file name.
 
     Example:
         >>> CocoSource(path="coco", annotations="annotations/captions_val2017.json", images="val2017").type
@@ -30,11 +31,24 @@ class CocoSource(SourceConfig):
         file = read_json_object(root / self.annotations)
         images = _images(file)
         captions: dict[str, list[str]] = {image_id: [] for image_id in images}
-        for row in file.rows("annotations") if "annotations" in file else []:
+        rows = file.rows("annotations") if "annotations" in file else []
+        seen: set[tuple[str, ...]] = set()
+        repeated = 0
+        for row in rows:
             image_id = row.identifier("image_id")
             if image_id not in captions:
                 raise DataError(f"{row.where}: field 'image_id': got {image_id}, expected the id of one of `images`")
-            captions[image_id].extend(text.strip() for text in row.texts("caption"))
+            texts = tuple(text.strip() for text in row.texts("caption"))
+            key = (row.identifier("id"), image_id, *texts) if "id" in row else (row.where,)
+            if key in seen:
+                repeated += 1
+            else:
+                captions[image_id].extend(texts)
+            seen.add(key)
+        where = root / self.annotations
+        listed = len(file.rows("images"))
+        report(where, listed, {"listed twice": listed - len(images)}, done="joined", what="images")
+        report(where, len(rows), {"listed twice": repeated}, done="joined", what="annotations")
         split = split_in_name(Path(self.annotations).name)
         return [
             Sample(

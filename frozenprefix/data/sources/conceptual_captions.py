@@ -80,13 +80,16 @@ class ConceptualCaptionsSource(SourceConfig):
         return samples
 
     def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-        columns = self.columns
-        for line, cells in read_table(path, "," if path.suffix == ".csv" else "\t"):
+        columns, delimiter = self.columns, "," if path.suffix == ".csv" else "\t"
+        for line, cells in read_table(path, delimiter):
             start = "\t".join(cells)[:60]
             if columns is None:
                 columns = cells
-                if "caption" not in columns:
-                    raise DataError(f"{path}:{line}: got {start!r}, expected names of columns, one of them 'caption'")
+                if columns.count("caption") != 1 or len(set(columns)) < len(columns):
+                    raise DataError(
+                        f"{path}:{line}: got {start!r}, expected different names of columns with {delimiter!r} between "
+                        "them, one of them 'caption'"
+                    )
                 continue
             if len(cells) != len(columns):
                 got = f"{len(cells)} columns in {start!r}"

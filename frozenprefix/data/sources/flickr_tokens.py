@@ -64,6 +64,7 @@ def _captions(path: Path) -> dict[str, list[str]]:
 
 def _tokens(path: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
+    lines: dict[str, int] = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -74,6 +75,8 @@ def _tokens(path: Path) -> dict[str, list[str]]:
                 f"{path}:{number}: got {line[:60]!r}, expected IMAGE.jpg#NUMBER, a tab and a caption; or a first line "
                 "'image,caption' or 'image_name| comment_number| comment'"
             )
+        if lines.setdefault(key, number) != number:
+            raise DataError(f"{path}:{number}: got {key}, which line {lines[key]} has too; expected another number")
         captions.setdefault(name, []).append(caption.strip())
     return captions
 

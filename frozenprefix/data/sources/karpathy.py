@@ -13,7 +13,7 @@ from frozenprefix.data.sources.rows import Row, read_json_object
 
 
 class KarpathySource(SourceConfig):
-    """One sample an image, with all its sentences as people wrote them (`raw`).
+    """One sample per image, with all its sentences as people wrote them (`raw`).
 
     COCO has a fourth split, `restval`: the rest of the official validation part. Published results count it as
     training data, and so does the default.

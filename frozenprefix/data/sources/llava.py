@@ -20,17 +20,19 @@ _QUESTION = "{question}"
 
 
 class LlavaSource(SourceConfig):
-    """`{"id", "image", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`.
+    """Conversations about images, as in the training data of LLaVA (Liu et al. 2023).
+
+    A row is `{"id", "image", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`.
 
     Every answer is a sample of its own: its prompt holds the turns before it, its question is the last one asked. The
     turns of a conversation share their beginnings, so packing "trie" reads them once for all answers after the same
     images. Turns are written as `Dialog` writes them, by the chat template of the language model. With `prompt` they
     are plain text: `prompt` filled in, the answer, a new line.
 
-    The mark of a single image is removed, and the image comes first. With several images (`image` is a list) the marks
-    stay where they are, and an answer's sample has the images shown so far. A row without `image` is a conversation in
-    text alone, which trains a language model with trained parts; where it is frozen, such rows are left out. The id is
-    ID#ROW.TURN.
+    The `<image>` mark of a single image is removed, and the image comes first. With several images (`image` is a
+    list) the marks stay where they are, and an answer's sample has the images shown so far. A row without `image` is
+    a conversation in text alone, which trains a language model with trained parts; where it is frozen, such rows are
+    left out. The id is ID#ROW.TURN.
 
     Example:
         >>> LlavaSource(path="llava", file="llava_instruct_150k.json").images

@@ -1,4 +1,4 @@
-"""A folder with `qa.jsonl` or `qa.json`: one question a row, with its image or images, answer or answers, and split."""
+"""A folder with `qa.jsonl` or `qa.json`: one question per row, with image(s), answer(s) and split."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from frozenprefix.errors import DataError, did_you_mean
+from frozenprefix.errors import DataError, did_you_mean, shorten
 from frozenprefix.utils import parse_json, read_jsonl, read_text
 
 
@@ -29,7 +29,7 @@ class Row:
     def __init__(self, file: str, values: Any, part: str = ""):
         self._file, self._part = file, part
         if not isinstance(values, dict):
-            raise DataError(f"{self.where}: got {_shorten(values)}, expected an object with named fields")
+            raise DataError(f"{self.where}: got {shorten(values, 80)}, expected an object with named fields")
         self._values: dict[str, Any] = values
 
     @property
@@ -113,7 +113,7 @@ class Row:
         return self._values[field]
 
     def _wrong(self, field: str, value: Any, expected: str) -> DataError:
-        return DataError(f"{self.where}: field '{field}': got {_shorten(value)}, expected {expected}")
+        return DataError(f"{self.where}: field '{field}': got {shorten(value, 80)}, expected {expected}")
 
 
 def rows_by_id(rows: Iterable[Row], field: str) -> dict[str, Row]:
@@ -186,6 +186,8 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         ['a "big" dog', '"no" he said']
     """
     text = read_text(path).replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # as old spreadsheets end lines
     mark = re.escape(delimiter)
     quoted = re.compile(rf'"((?:[^"]|"")*)"(?=[{mark}\n]|$)')
     plain = re.compile(rf"[^{mark}\n]*")
@@ -207,8 +209,3 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         place, line = place + 1, line + 1  # past the line end
         if any(cell.strip() for cell in cells):
             yield first, cells
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -131,11 +131,11 @@ def bleu_of_sums(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 
 def _rouge_l(caption: Caption, references: Sequence[Caption]) -> float:
-    # An empty caption counts as one empty token, as splitting "" at spaces gives.
-    candidate = caption.tokens or [""]
+    # a caption of which tokenisation leaves nothing counts as one token, in pycocoevalcap as an empty one
+    candidate = caption.tokens or [caption.plain]
     precision = recall = 0.0
     for reference in references:
-        tokens = reference.tokens or [""]
+        tokens = reference.tokens or [reference.plain]
         common = _longest_common_subsequence(candidate, tokens)
         precision = max(precision, common / len(candidate))
         recall = max(recall, common / len(tokens))

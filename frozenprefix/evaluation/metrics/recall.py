@@ -44,7 +44,7 @@ def first_ranks(similarity: ArrayLike, relevant: Sequence[Collection[int]]) -> N
     return ranks
 
 
-def retrieval_metrics(ranks: ArrayLike, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def rank_metrics(ranks: ArrayLike, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """`recall@k` (share of queries whose first right candidate is among the first k, in [0, 1]), `median_rank` and
     `mean_rank` from `first_ranks`; 1 is the best rank.
 

@@ -25,17 +25,21 @@ def ngram_counts(words: Sequence[str]) -> Counts:
 
 @dataclass(frozen=True)
 class Caption:
-    """One tokenised caption. `tokens` may hold no-break spaces ("3 1/2"); `words` are split there, as for BLEU."""
+    """One tokenised caption. `tokens` may hold no-break spaces ("3 1/2"); `words` are split there, as for BLEU.
+
+    `plain` is the text itself, in small letters, to compare where tokenisation leaves nothing of it ("!").
+    """
 
     tokens: list[str]
     words: list[str]
     counts: Counts
+    plain: str
 
     @classmethod
     def from_text(cls, text: str) -> Caption:
         tokens = ptb_tokenize(text)
         words = " ".join(tokens).split()
-        return cls(tokens, words, ngram_counts(words))
+        return cls(tokens, words, ngram_counts(words), " ".join(text.lower().split()))
 
 
 @dataclass(frozen=True)

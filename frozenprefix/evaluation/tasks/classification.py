@@ -62,18 +62,11 @@ def evaluate_classification(
     """
     samples = check_samples_of(samples, "classification")
     names = _check_labels(samples, labels)
+    settings: dict[str, Any] = {"calibrate": calibrate, "normalise": normalise, "end_token": end_token}
     classifier = Classifier(
-        captioner.model,
-        captioner.processor,
-        templates=templates,
-        calibrate=calibrate,
-        normalise=normalise,
-        end_token=end_token,
-        batch_size=captioner.batch_size,
+        captioner.model, captioner.processor, templates=templates, batch_size=captioner.batch_size, **settings
     )
-    settings = {
-        "templates": classifier.templates, "calibrate": calibrate, "normalise": normalise, "end_token": end_token
-    }  # fmt: skip
+    settings["templates"] = classifier.templates
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if sample.images[0] not in images.bad]
     truth = {sample.id: sample.targets[0] for sample in samples}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from frozenprefix.data.features import ImageFeatures
+from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import Sample, check_unique_ids
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.journal import Journal, digest, header_of
@@ -61,15 +62,12 @@ def evaluate_fewshot(
     _check(captioner, episodes, max_new_tokens)
     samples = [_as_sample(episode) for episode in episodes]
     images = options.open_features(captioner, samples)
-    episodes = [episode for episode in episodes if not any(path in images.bad for path in episode.images)]
-    if len(episodes) < 2:
-        raise DataError(f"got {len(episodes)} episodes, expected at least 2, for the baseline with supports shuffled")
+    episodes = _readable(episodes, images.bad)
     samples = [_as_sample(episode) for episode in episodes]
     own = lm_settings(captioner) if answering == "generate" else {}
     settings = {**own, "answering": answering, "max_new_tokens": max_new_tokens, "shots": len(episodes[0].support)}
-    header = header_of(
-        captioner, samples, {"task": "fewshot", **settings, "choices": digest([e.choices for e in episodes])}
-    )
+    choices = digest([episode.choices for episode in episodes])
+    header = header_of(captioner, samples, {"task": "fewshot", **settings, "choices": choices})
     scored = ScoredTask(
         "fewshot",
         samples,
@@ -133,6 +131,14 @@ def _answer_runs(
         journal, todo, answer, options, key=lambda episode: episode.id, batch_size=captioner.batch_size
     )
     return {name: {episode.id: answers[name][episode.id] for episode in episodes} for name in runs}
+
+
+def _readable(episodes: Sequence[Episode], bad: BadImages) -> list[Episode]:
+    """The episodes without bad images, of which there must be two."""
+    readable = [episode for episode in episodes if not any(path in bad for path in episode.images)]
+    if len(readable) < 2:
+        raise DataError(f"got {len(readable)} episodes, expected at least 2, for the baseline with supports shuffled")
+    return readable
 
 
 def _check(captioner: Captioner, episodes: Sequence[Episode], max_new_tokens: int) -> None:

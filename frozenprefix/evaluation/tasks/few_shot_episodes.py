@@ -20,7 +20,7 @@ from frozenprefix.data.collation import prompt_of
 from frozenprefix.data.samples import Sample, with_targets
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.few_shot import Episode, ImagesToFeatures, Shot
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor
+from frozenprefix.models.processing import FrozenPrefixProcessor, glued
 from frozenprefix.utils import file_sha256
 
 #: Nonsense words, as word-learning studies use them; "dax" and "blicket" are the first two in the Frozen paper.
@@ -211,18 +211,16 @@ def similar_episodes(
     known = dict.fromkeys(sample.targets[0] for sample in (*queries, *examples.samples))
     episodes = []
     for sample in queries:
-        support = tuple(
-            Shot(example.images[0], f"{_glued(prompt_of(example, processor), example.targets[0])}.")
-            for example in examples.nearest(sample.images[0], shots)
-        )
+        support = tuple(_shot(example, processor) for example in examples.nearest(sample.images[0], shots))
         question = prompt_of(sample, processor)
         answers = tuple(choices or known)
         episodes.append(Episode(sample.id, support, sample.images[0], question, sample.targets[0], answers))
     return episodes
 
 
-def _glued(prompt: str, target: str) -> str:
-    return prompt + ("" if prompt.endswith((IMAGE_TOKEN, " ", "\n")) else " ") + target.strip()
+def _shot(example: Sample, processor: FrozenPrefixProcessor) -> Shot:
+    prompt = prompt_of(example, processor)
+    return Shot(example.images[0], f"{prompt}{glued(prompt, example.targets[0])}.")
 
 
 def _support(

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import ImageGroup, Sample, check_unique_ids, group_by_images, with_targets
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.evaluation.metrics.recall import first_ranks
+from frozenprefix.evaluation.metrics.recall import first_ranks, rank_metrics
 from frozenprefix.evaluation.result import ScoredTask, result_of
 from frozenprefix.evaluation.scoring import Scorer, Scores
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
@@ -152,7 +152,7 @@ def retrieval_scorer(recall_at: Sequence[int]) -> Scorer:
             statistics[by_text] = {key: [int((values <= k).sum()), len(values)] for key, values in of_texts.items()}
             for key, (part, whole) in statistics[by_text].items():
                 per_sample[key] |= {by_text: part / whole, by_image: float(of_images[key] <= k)}
-        return Scores(rank_metrics(ranks, recall_at), per_sample=per_sample, statistics=statistics)
+        return Scores(metrics_both_ways(ranks, recall_at), per_sample=per_sample, statistics=statistics)
 
     return score
 
@@ -175,7 +175,7 @@ def retrieval_metrics(
         >>> retrieval_metrics(np.eye(2), np.eye(2), np.array([0, 1]), recall_at=[1])["text_to_image_recall@1"]
         1.0
     """
-    return rank_metrics(ranks_both_ways(images, texts, owner), recall_at)
+    return metrics_both_ways(ranks_both_ways(images, texts, owner), recall_at)
 
 
 def ranks_both_ways(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
@@ -192,13 +192,14 @@ def _ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Collection
     return np.concatenate([first_ranks(queries[rows] @ items.T, relevant[rows]) for rows in chunks])
 
 
-def rank_metrics(ranks: Mapping[str, np.ndarray], recall_at: Sequence[int]) -> dict[str, float]:
+def metrics_both_ways(ranks: Mapping[str, np.ndarray], recall_at: Sequence[int]) -> dict[str, float]:
     """Recall@k and median rank of each direction."""
-    metrics: dict[str, float] = {}
-    for direction, values in ranks.items():
-        metrics |= {f"{direction}_recall@{k}": float((values <= k).mean()) for k in recall_at}
-        metrics[f"{direction}_median_rank"] = float(np.median(values))
-    return metrics
+    return {
+        f"{direction}_{name}": value
+        for direction, values in ranks.items()
+        for name, value in rank_metrics(values, ks=recall_at).items()
+        if name != "mean_rank"
+    }
 
 
 def chance_metrics(owner: np.ndarray, num_images: int, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:

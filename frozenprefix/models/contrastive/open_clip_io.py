@@ -8,7 +8,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from frozenprefix.assets import is_pypi, resolve
@@ -22,6 +21,7 @@ from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.open_clip_encoder import OpenClipEncoder
 from frozenprefix.models.vision.timm_encoder import TimmEncoder
 from frozenprefix.utils import write_text_atomic
+from frozenprefix.utils.tensors import save_tensors
 
 _NATIVE_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
@@ -107,7 +107,7 @@ def save_open_clip(
             "resize_mode": "squash" if not images.do_center_crop else "shortest",
         }
     write_text_atomic(folder / "open_clip_config.json", json.dumps(content, indent=2))
-    save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "open_clip_model.safetensors")
 
 
 def _own_towers(

@@ -21,6 +21,12 @@ class _ImageTextProcessor(ProcessorMixin):
 
         def prepare_texts(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
+        options["trust_remote_code"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+
     def __call__(
         self,
         images: Any = None,

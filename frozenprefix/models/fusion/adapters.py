@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.fusion.base import Fusion, autocast_to
+from frozenprefix.kernels.precision import autocast_to
+from frozenprefix.models.fusion.base import Fusion
 from frozenprefix.models.options import Count
 
 # names of these parts of a layer in the LM families
@@ -34,7 +35,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        with autocast_to(hidden):
+        with autocast_to(hidden.dtype, hidden.device):
             # [B, T, D] -> [B, T, hidden_dim] -> [B, T, D]
             return hidden + self.up(self.activation(self.down(hidden))).to(hidden.dtype)
 

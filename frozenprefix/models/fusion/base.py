@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.kernels.precision import autocast_to
 
 Update = Callable[[int, Tensor], Tensor]
 
@@ -111,12 +111,13 @@ class Fusion(nn.Module):
         The update is computed in the LM's dtype from float32 parameters, by autocast.
         """
 
+        # The hook holds no image: it reads the context that `seeing` sets, and does nothing in passes without one.
         def hook_of(number: int) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if self.context is None or not self.enabled:
                     return None
                 hidden = args[0] if args else kwargs["hidden_states"]
-                with autocast_to(hidden):
+                with autocast_to(hidden.dtype, hidden.device):
                     changed = hidden + update(number, hidden).to(hidden.dtype)
                 return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
@@ -124,12 +125,6 @@ class Fusion(nn.Module):
 
         for number in numbers:
             layers[number].register_forward_pre_hook(hook_of(number), with_kwargs=True)
-
-
-def autocast_to(hidden: Tensor) -> torch.autocast:
-    """Autocast to the dtype of the hidden states; disabled in float32."""
-    half = hidden.dtype != torch.float32
-    return torch.autocast(hidden.device.type, dtype=hidden.dtype if half else None, enabled=half)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:

@@ -80,7 +80,7 @@ def _why_unread(gguf_path: Path, error: Exception) -> str:
 
 def _load(gguf_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, name = str(gguf_path.parent), gguf_path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     _split_digits(gguf_path, tokenizer)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.models.fusion.base import autocast_to
+from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
-from frozenprefix.models.state_dict import check_fit
+from frozenprefix.models.state_dict import check_fit, copy_into, misfits
 
 NAME = "default"  # peft's name for the adapter; its files are then in the folder itself
 
@@ -166,11 +166,9 @@ class Adapter:
         """Restore a state from `training_state`."""
         own = self.training_state()
         saved = {name: tensor for name, tensor in state.items() if name.startswith("parameter.")}
-        if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
+        if misfits(own, saved):
             raise CheckpointError(f"{source}: the adapter's state does not fit {self.field}; use --resume never")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        copy_into(own, saved, source)
 
     def set_total_steps(self, steps: int) -> None:
         """Tell the method how many optimizer steps there will be."""
@@ -198,7 +196,7 @@ def compute_in_base_dtype(layer: Any) -> None:
 
     @functools.wraps(forward)
     def in_base_dtype(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with autocast_to(x):
+        with autocast_to(x.dtype, x.device):
             return forward(x, *args, **kwargs)
 
     layer.forward = in_base_dtype

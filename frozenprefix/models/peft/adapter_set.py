@@ -8,15 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from frozenprefix.errors import CheckpointError, ConfigError
+from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import Fusion
+from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:  # peft takes seconds to import
     from frozenprefix.models.peft.adapter import Adapter
@@ -197,21 +196,21 @@ class AdapterSet(Mapping[str, "Adapter"]):
     def save_state(self, folder: Path) -> None:
         """Write the training state of adapters for a resumed run; without trained adapters no file is written."""
         state = {
-            f"{part}:{name}": tensor.cpu().contiguous()
+            f"{part}:{name}": tensor
             for part, adapter in self.items()
             for name, tensor in adapter.training_state().items()
         }
         if state:
-            save_file(state, folder / STATE_FILE)
+            save_tensors(state, folder / STATE_FILE)
 
     def load_state(self, folder: Path) -> None:
         """Restore what `save_state` wrote."""
         if not self.parameter_ids():
             return
         try:
-            state = load_file(folder / STATE_FILE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: {STATE_FILE} cannot be read ({error}); use --resume never") from error
+            state = load_tensors(folder / STATE_FILE)
+        except DataError as error:
+            raise CheckpointError(f"{error}; use --resume never") from error
         for part, adapter in self.items():
             device = next(iter(adapter.peft_model.parameters())).device
             own = {n.removeprefix(f"{part}:"): t.to(device) for n, t in state.items() if n.startswith(f"{part}:")}

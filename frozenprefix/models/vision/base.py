@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.kernels.precision import autocast_to
 
 FINAL = -1
 """Layer number of the library's final tokens, after the final norm or head convolution."""
@@ -118,8 +119,7 @@ class VisionEncoder(nn.Module, ABC):
         parameter = next(self.parameters())
         # [B, 3, H, W]
         pixel_values = pixel_values.to(dtype=parameter.dtype, memory_format=self.memory_format)
-        half = self.autocast_dtype
-        with torch.autocast(pixel_values.device.type, dtype=half, enabled=half is not None):
+        with autocast_to(self.autocast_dtype, pixel_values.device):
             if self.pooled:
                 # -> [B, D_enc] -> [B, 1, D_enc]
                 return self.pool(pixel_values).unsqueeze(1)

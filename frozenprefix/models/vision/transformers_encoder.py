@@ -175,7 +175,9 @@ def _load(place: str, config: TransformersEncoderConfig) -> Any:
 def _load_processor(place: str, config: TransformersEncoderConfig) -> tuple[Any, int]:
     """Return the model's own image processor, on PIL, and the side of the images that it gives."""
     try:
-        processor = AutoImageProcessor.from_pretrained(place, revision=config.revision, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(
+            place, revision=config.revision, backend="pil", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise AssetError(
             f"transformers could not load the image processor of '{config.name}': {error}. Save one into the model's "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError
+from frozenprefix.models.state_dict import misfits
 from frozenprefix.utils import file_sha256
 
 RANDOM_SEED = 0
@@ -95,19 +96,13 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unus
         >>> load_strictly(torch.nn.Linear(2, 1), torch.nn.Linear(2, 1).state_dict(), "a linear layer")
     """
     own = model.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own and not any(_below(key, name) for name in unused)],
-        "wrong shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
-        raise AssetError(f"the weights do not fit {what}: {listed}; give the weights of this very architecture")
-    model.load_state_dict({key: value for key, value in state.items() if key in own})
+    used = {key: value for key, value in state.items() if key in own or not any(_below(key, name) for name in unused)}
+    problems = misfits(own, used)
+    if problems:
+        raise AssetError(
+            f"the weights do not fit {what}: {join_first(problems)}; give the weights of this very architecture"
+        )
+    model.load_state_dict(used)
 
 
 @contextmanager
@@ -126,11 +121,11 @@ def network_error(library: str, name: str, error: Exception) -> AssetError:
     )
 
 
-def shorten(keys: list[str]) -> str:
+def join_first(keys: list[str]) -> str:
     """Join the first names, and say how many more there are.
 
     Example:
-        >>> shorten(["a", "b"])
+        >>> join_first(["a", "b"])
         'a, b'
     """
     more = len(keys) - _KEYS_IN_ERRORS

@@ -77,6 +77,8 @@ class Contrastive(Objective):
                 prefix_embeds = self.model.prefix(**image_inputs(batch))
                 assert prefix_embeds is not None
                 embeds.append(self._embed(batch, prefix_embeds))
+        # The loss compares all images of the step, of which a micro-batch holds only some. Its gradient for every
+        # embedding is computed here, once; `loss` then carries each micro-batch's part back through the model.
         images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*embeds, strict=True))
         image_ids, text_ids = (torch.cat([batch[name] for batch in batches]) for name in ("image_ids", "text_ids"))
         scale = self.model.heads.logit_scale

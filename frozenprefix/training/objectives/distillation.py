@@ -51,23 +51,23 @@ class Distillation(Objective):
 
     def prepare(self, batch: Batch, number: int) -> None:
         if self.pieces is None or self.stream is None:
-            batch["kept"] = batch["texts"]
+            batch["plain_text"] = batch["texts"]
             return
         texts = [torch.tensor(self.pieces[piece]) for _, piece in self.stream.step(number)]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in texts], batch_first=True)
-        batch["kept"] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        batch["plain_text"] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def count(self, batch: Batch) -> int:
-        return int(batch["kept"]["attention_mask"][:, 1:].sum())
+        return int(batch["plain_text"]["attention_mask"][:, 1:].sum())
 
     def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         lm = self.model.lm
         # hidden states that predict a token: [B, T, D_lm] -> [K, D_lm]
-        predicts = batch["kept"]["attention_mask"][:, 1:].bool()
+        predicts = batch["plain_text"]["attention_mask"][:, 1:].bool()
         with torch.no_grad(), self.model.bare_language_model():
-            bare = lm.text_states(**batch["kept"])[:, :-1][predicts]
-        adapted = lm.text_states(**batch["kept"])[:, :-1][predicts]
+            bare = lm.text_states(**batch["plain_text"])[:, :-1][predicts]
+        adapted = lm.text_states(**batch["plain_text"])[:, :-1][predicts]
         chunks = zip(bare.split(CHUNK), adapted.split(CHUNK), strict=True)
         # one chunk of logits exists at a time; the backward pass computes it again
         parts = [checkpoint(_divergence, lm, *chunk, use_reentrant=False) for chunk in chunks]

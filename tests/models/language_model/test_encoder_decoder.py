@@ -199,10 +199,14 @@ def test_what_an_encoder_decoder_cannot_do_is_refused_in_one_line(tiny_recipe, l
     for name in ("cross_attention", "adapters", "residual"):
         with pytest.raises(ConfigError, match=f"got '{name}', expected prefix or deep_prefix with an encoder-decoder"):
             build_fusion(FusionConfig(type=name), made[0].language_model, 32)
-    with pytest.raises(ConfigError, match=r"the cost of an encoder-decoder model \(t5\) is not known to `plan`"):
-        plan(tiny_recipe(tmp_path / "run", NONE, lm=lm_folder), ["cpu"], calibrate=0)
     with pytest.raises(ConfigError, match="has an encoder of its own"):
         made[0].lm.text_states(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+
+
+def test_it_is_planned(tiny_recipe, lm_folder, made, tmp_path):
+    planned = plan(tiny_recipe(tmp_path / "run", NONE, lm=lm_folder), ["cpu"], calibrate=0)
+    assert planned.parameters["language model"] == sum(p.numel() for p in made[0].language_model.parameters())
+    assert sum(planned.flops.values()) > 0
 
 
 def test_embeddings_that_ids_do_not_get_are_refused():

@@ -246,7 +246,7 @@ def test_the_cache_counts_texts_only(built, pixels):
         torch.testing.assert_close(following.logits, again.logits[:, length:], rtol=1e-4, atol=1e-4)
         bare = AutoModelForCausalLM.from_pretrained(model.language_model.name_or_path)
         foreign = bare(torch.tensor([[5, 6]]), use_cache=True).get(CACHE)
-        with pytest.raises(ConfigError, match="made without the virtual tokens"):
+        with pytest.raises(ConfigError, match="filled without the virtual tokens"):
             model.language_model(torch.tensor([[5]]), **{CACHE: foreign})
 
 

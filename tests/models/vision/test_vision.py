@@ -228,7 +228,7 @@ def test_loading_is_strict(tmp_path, trained):
     state["extra.bias"] = torch.zeros(1)
     state["norm.weight"] = torch.ones(3)
     save_file(state, tmp_path / "x.safetensors")
-    expected = r"missing: norm.bias; unexpected: extra.bias; wrong shape: norm.weight \(3,\) instead of \(64,\)"
+    expected = r"missing norm.bias, norm.weight has shape \(3,\), expected \(64,\), unexpected extra.bias"
     with pytest.raises(AssetError, match=expected):
         build(VIT, weights=str(tmp_path / "x.safetensors"))
 

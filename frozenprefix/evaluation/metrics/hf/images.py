@@ -17,7 +17,7 @@ from frozenprefix.evaluation.metrics.clip_score import (
     ref_clip_score,
 )
 from frozenprefix.evaluation.metrics.hf.base import COLUMNS, TEXT, VECTOR, OfflineMetric
-from frozenprefix.evaluation.metrics.recall import first_ranks, retrieval_metrics
+from frozenprefix.evaluation.metrics.recall import first_ranks, rank_metrics
 
 
 class ClipScore(OfflineMetric):
@@ -68,4 +68,4 @@ class Retrieval(OfflineMetric):
     def _compute(self, predictions: Any, references: Any, ks: Any = (1, 5, 10)) -> dict[str, float]:
         """Give for each query its similarity to every candidate, and the places of the right candidates. Ties count
         against the model."""
-        return retrieval_metrics(first_ranks(predictions, references), ks=ks)
+        return rank_metrics(first_ranks(predictions, references), ks=ks)
