@@ -58,6 +58,21 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def stages(self, machine: str) -> list[tuple[str, float]]:
+        """What a run does on a machine, one stage after the other, and the seconds of each.
+
+        Example:
+            >>> [stage for stage, _ in plan(recipe, ["h100"], calibrate=0).stages("h100")]
+            ['encode 12 images', 'train 6 steps', 'validate meanwhile']
+        """
+        planned = self.machines[machine]
+        training = planned.seconds_to_train - planned.seconds_to_validate
+        return [
+            (f"encode {self.images['all'] - self.images['cached']:,} images", planned.seconds_to_encode),
+            (f"train {planned.steps:,} steps", training),
+            ("validate meanwhile", planned.seconds_to_validate),
+        ]
+
 
 def plan(
     recipe: Recipe | ContrastiveRecipe,

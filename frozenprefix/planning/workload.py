@@ -19,7 +19,7 @@ class MachinePlan:
     Attributes:
         encode_per_second: images from files to the cache.
         seconds_to_encode: of the images that are not in the cache yet.
-        seconds_to_train: of all steps and validations.
+        seconds_to_train: of all steps and validations; seconds_to_validate: of the validations.
         steps: fewer than the recipe's if `max_minutes` ends the run.
         fits: whether memory suffices, None if unknown.
 
@@ -34,6 +34,7 @@ class MachinePlan:
     encode_per_second: float
     seconds_to_encode: float
     seconds_to_train: float
+    seconds_to_validate: float
     steps: int
     fits: bool | None
 
@@ -86,6 +87,7 @@ class Workload:
             encode_per_second=1 / encode,
             seconds_to_encode=self.to_encode * encode if self.cached else 0.0,
             seconds_to_train=min(seconds, limit),
+            seconds_to_validate=self.validated * validation * min(1.0, limit / seconds),
             steps=round(self.steps * min(1.0, limit / seconds)),
             fits=fits,
         )

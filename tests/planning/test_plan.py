@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.recipes import small_parts
+from frozenprefix.cli import train
 from frozenprefix.cli.main import app
 from frozenprefix.cli.plan import duration
 from frozenprefix.config import load_recipe, write_yaml
@@ -150,6 +152,30 @@ def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
     h100 = hundred_millions["machines"]["h100"]
     assert h100["epoch_hours"] == pytest.approx(100e6 / 4 * made.machines["h100"].seconds_per_step / 3600)
     assert h100["encode_hours"] == pytest.approx(100 * million["machines"]["h100"]["encode_hours"])
+
+
+def test_training_says_its_stages_first(tiny_lm, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CALIBRATE", 0.01)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
+    result = CliRunner().invoke(app, ["train", str(recipe), "--plan", f"data.feature_cache={tmp_path / 'cache'}"])
+    assert result.exit_code == 0, result.output
+    number = r"\d+ (s|min|h)"
+    first = result.stdout.splitlines()[0]
+    assert re.fullmatch(
+        rf"stages: encode 12 images \({number}\), train 6 steps \({number}\), validate meanwhile \({number}\); "
+        rf"{number} in all",
+        first,
+    ), first
+    assert "6 steps, " in result.stdout
+
+
+def test_stages_add_up_to_the_run(tiny_recipe, tmp_path):
+    made = plan(tiny_recipe(tmp_path, f"data.feature_cache={tmp_path / 'features'}"), ["h100"], calibrate=0)
+    machine = made.machines["h100"]
+    stages = dict(made.stages("h100"))
+    assert 0 < machine.seconds_to_validate < machine.seconds_to_train
+    assert sum(stages.values()) == pytest.approx(machine.seconds_to_encode + machine.seconds_to_train)
 
 
 def test_images_in_the_cache_are_not_counted_again(tiny_recipe, tmp_path):

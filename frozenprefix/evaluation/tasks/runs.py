@@ -19,14 +19,14 @@ from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFECT
 
-PROMPTS_AT_ONCE = 32  # behind the same images
+PROMPTS_AT_ONCE = 32  # about the same images
 # settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
 
 @dataclass
 class Asked:
-    """Prompts behind the same images, which the model reads once for all of them.
+    """Prompts about the same images, which the model reads once for all of them.
 
     Attributes:
         images: files in reading order; none for the blind LM.
