@@ -36,6 +36,13 @@ class _Group(TyperGroup):
                 raise
             typer.secho(_message(error), fg=typer.colors.RED, err=True)
             raise typer.Exit(error.exit_code) from error
+        except (MemoryError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            if os.environ.get("FROZENPREFIX_DEBUG") == "1" or not _is_out_of_memory(error):
+                raise
+            fix = "take smaller batches, or a shorter prefix; `frozenprefix plan RECIPE` predicts the memory of a step"
+            typer.secho(f"Error: out of memory ({reason}); {fix}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
         except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
             if os.environ.get("FROZENPREFIX_DEBUG") == "1" or (error.filename is None and error.errno is None):
                 raise
@@ -63,6 +70,11 @@ app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("compare")(compare.command)
 app.add_typer(data.app, name="data")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
 
 
 def _message(error: FrozenPrefixError) -> str:

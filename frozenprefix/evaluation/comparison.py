@@ -43,6 +43,8 @@ class Evaluation:
         missing = [key for key in ("task", "metrics", "predictions") if key not in result]
         if missing:
             raise DataError(f"{file}: has no '{missing[0]}'; expected {_EXPECTED}")
+        if not isinstance(result["metrics"], dict) or not isinstance(result["predictions"], str):
+            raise DataError(f"{file}: got other metrics or predictions than evaluate writes; expected {_EXPECTED}")
         predictions = Path(result["predictions"])
         if not predictions.is_file():
             predictions = file.parent / predictions.name  # both were moved together

@@ -144,7 +144,7 @@ def _name(task: str, data: str | Path | None, split: str | None, limit: int | No
         parts = ["recipe_validation"]
     else:
         folder = Path(data).resolve()
-        # two data sets may lie in folders with the same name
+        # two data sets may be in folders with the same name
         parts = [f"{safe_file_name(folder.name, 40)}-{content_hash(str(folder))[:6]}", split or "all"]
     if limit is not None:
         parts.append(f"first{limit}")
@@ -176,7 +176,6 @@ def evaluate_samples(
         features: where image features are kept; by default the user's cache.
 
     Example:
-        >>> from frozenprefix.evaluation.samples import folder_samples
         >>> samples = folder_samples(data_folder, "vqa", limit=2)
         >>> result = evaluate_samples(captioner, samples, predictions=tmp_path / "predictions.jsonl")
         >>> result["task"], result["n"]

@@ -1,4 +1,4 @@
-"""What an evaluation task is, and the options that every task takes."""
+"""The interface of evaluation tasks, and the options of all tasks."""
 
 from __future__ import annotations
 

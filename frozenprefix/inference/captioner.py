@@ -111,7 +111,7 @@ class Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one).
 
         Args:
-            language_model: where the checkpoint's language model lies, if it has moved; it must be the same one.
+            language_model: path of the checkpoint's language model, if it has moved; it must be the same one.
             precision: of the frozen parts, as of `inference_precision`: "auto" is the faster of fp32 and bf16 here,
                 whatever the checkpoint was trained in.
         """
@@ -186,7 +186,7 @@ class Captioner:
         images: Sequence[ImageInput] | Tensor | None = None,
         **generate: Any,
     ) -> list[list[Generation]]:
-        """Continue one batch of prompts, several behind the same images, which the LM then reads once for all of them.
+        """Continue one batch of prompts, several about the same images, which the LM then reads once for all of them.
 
         Args:
             groups: the prompts of each group of images, with an `<image>` for every image in each prompt.

@@ -36,13 +36,13 @@ class Classification:
 
 
 class Classifier:
-    """Scores labels by the likelihood that the language model gives them behind an image and a prompt.
+    """Scores labels by the likelihood that the language model gives them after an image and a prompt.
 
-    All labels of an image, behind all prompts, are read in one row: the image's prefix is computed once for them.
+    All labels of an image, after all prompts, are read in one row: the image's prefix is computed once for them.
 
     Args:
         model, processor: as saved together in a checkpoint.
-        templates: prompts, such as "A photo of a"; a label follows each after a space, or stands in place of
+        templates: prompts, such as "A photo of a"; a label follows each after a space, or replaces
             "{label}": "A photo of a {label}." The scores of several are averaged. Without any, the processor's prompt
             of task "classification".
         calibrate: subtract the log-likelihood of a label without the image, so that common words do not win by
@@ -51,12 +51,11 @@ class Classifier:
             common they are: one early quickstart model named the colour of 42 % of 120 validation drawings without it
             and of 21 % with it.
         normalise: "sum" over a label's tokens, or their "mean".
-        end_token: let the text end behind the label. Then "dog" is not also the beginning of "dog house"; a model that
+        end_token: let the text end after the label. Then "dog" is not also the beginning of "dog house"; a model that
             has not learned where texts of this kind end is better judged without.
         batch_size: images at once.
 
     Example:
-        >>> from frozenprefix.inference import Classifier
         >>> classifier = Classifier(model, processor, templates=["A photo of a"])
         >>> classifier.scores([image], ["circle", "square"]).shape
         torch.Size([1, 2])
@@ -118,7 +117,7 @@ class Classifier:
         """Score every label without an image: float32[L]."""
         targets = []
         for target, prompt in zip(self._targets(labels), self._prompts(len(labels)), strict=True):
-            # the tokens of the label stay those that it has behind the image
+            # the tokens of the label are those that it has after the image
             context = self.processor.encode_prompt(self.captioner.blind_prompt(prompt))
             targets.append(Target([*context, *target.input_ids[target.num_context :]], len(context)))
         return self._combined(log_likelihoods(self.model, [targets])[0], targets)
@@ -129,7 +128,7 @@ class Classifier:
         return [self.processor.with_image(head) for head in heads for _ in range(repeats)]
 
     def _targets(self, labels: Sequence[str]) -> list[Target]:
-        """Every label behind every template: the labels of the first one, then those of the second, …"""
+        """Every label after every template: the labels of the first one, then those of the second, …"""
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if isinstance(labels, str) or not labels or repeated:
             got = f"{', '.join(repeated)} more than once" if repeated else repr(labels)

@@ -52,7 +52,6 @@ class Dialog:
         system: first message, where the template takes one.
 
     Example:
-        >>> from frozenprefix.inference import Dialog
         >>> dialog = Dialog(model, processor)
         >>> reply = dialog.ask("what is it?", [image], max_new_tokens=3)
         >>> [message["role"] for message in dialog.messages]

@@ -19,7 +19,7 @@ ImagesToFeatures = Callable[[Sequence[Path]], Tensor]
 
 @dataclass(frozen=True)
 class Shot:
-    """An image of the context, and the text that goes with it. `<image>` stands where the image goes.
+    """An image of the context, and the text that goes with it. `<image>` marks the place of the image.
 
     Example:
         >>> Shot(image_path, "This is a dax.").text
@@ -133,7 +133,7 @@ def write_answers(
 def _features(
     captioner: Captioner, episodes: Sequence[Episode], known: ImagesToFeatures | None
 ) -> tuple[Tensor, list[int]]:
-    """Features of the different images float[n, N, D_enc], and which one stands at each place of all prompts."""
+    """Features of the different images float[n, N, D_enc], and which of them belongs to each place in all prompts."""
     place: dict[Path, int] = {}
     order = [place.setdefault(path, len(place)) for episode in episodes for path in episode.images]
     return (captioner.encoder if known is None else known)(list(place)), order

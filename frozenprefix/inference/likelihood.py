@@ -1,4 +1,4 @@
-"""How likely texts are behind images: all texts of an image share one row, as a token trie."""
+"""Likelihood of texts after images: all texts of an image share one row, as a token trie."""
 
 from __future__ import annotations
 
@@ -48,10 +48,9 @@ def likeliest(
         prompts: texts with an `<image>` for every image. What precedes the choices is read once.
         choices: of each prompt.
         prefix_embeds: float[images, P, D_lm] of all prompts in order; without them the LM is asked blind.
-        end_token: let the text end behind the choice. Without it one that begins another always wins over it.
+        end_token: let the text end after the choice. Without it one that begins another always wins over it.
 
     Example:
-        >>> from frozenprefix.inference import likeliest
         >>> likeliest(captioner, ["A photo of a"], [["dog", "cat"]])[0] in ("dog", "cat")
         True
     """
@@ -66,14 +65,13 @@ def likeliest_of_groups(
     *,
     end_token: bool = False,
 ) -> list[list[str]]:
-    """As `likeliest`, for several prompts behind the same images, which are read once for all of them.
+    """As `likeliest`, for several prompts about the same images, which are read once for all of them.
 
     Args:
         groups: the prompts of each group of images, with their choices.
         prefix_embeds: float[images, P, D_lm] of all groups in order.
 
     Example:
-        >>> from frozenprefix.inference import likeliest_of_groups
         >>> likeliest_of_groups(captioner, [[("Is it", ["red"]), ("It is", ["blue"])]])
         [['red', 'blue']]
     """

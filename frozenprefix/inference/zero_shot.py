@@ -1,4 +1,4 @@
-"""Zero-shot classification: the label whose texts lie nearest to the image (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification: the label whose texts are nearest to the image (Radford et al. 2021, section 3.1)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ class WeightAverage:
         decay: share of the average that an update keeps, 0 to below 1.
 
     Example:
-        >>> from frozenprefix.training.averaging import WeightAverage
         >>> weights = {"weight": torch.zeros(2)}
         >>> average = WeightAverage(weights, decay=0.5)
         >>> weights["weight"] += 1

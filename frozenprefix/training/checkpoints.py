@@ -96,7 +96,6 @@ def check_state(folder: Path) -> None:
         CheckpointError: for a folder that is not there, or holds no state.
 
     Example:
-        >>> from frozenprefix.training.checkpoints import check_state
         >>> check_state(tmp_path / "last")
         Traceback (most recent call last):
         frozenprefix.errors.CheckpointError: --resume: no folder '...last'; expected auto, never or a run's last/

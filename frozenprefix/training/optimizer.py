@@ -38,7 +38,6 @@ def build_optimizer(
         ConfigError: for an optimizer that the installed timm does not have, or a part without trained parameters.
 
     Example:
-        >>> from frozenprefix.training.optimizer import build_optimizer
         >>> settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999)}
         >>> optimizer = build_optimizer("adamw", torch.nn.Linear(2, 2).named_parameters(), **settings)
         >>> [group["weight_decay"] for group in optimizer.param_groups]

@@ -110,7 +110,6 @@ def greedy_cider_d(
 
     Example:
         >>> from frozenprefix.training import Trainer
-        >>> from frozenprefix.training.sampling import greedy_cider_d
         >>> trainer = Trainer(recipe)
         >>> trainer.setup()
         >>> parts = trainer.model, trainer.processor, trainer.collator, trainer.validation_groups

@@ -70,7 +70,6 @@ def check_can_be_shuffled(groups: Sequence[ImageGroup]) -> None:
         TrainingError: for fewer than two groups, or samples without an image.
 
     Example:
-        >>> from frozenprefix.training.validation import check_can_be_shuffled
         >>> check_can_be_shuffled([])
         Traceback (most recent call last):
         frozenprefix.errors.TrainingError: data.validation: shuffled images need at least 2 images, got 0

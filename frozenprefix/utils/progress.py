@@ -134,7 +134,6 @@ class ProgressLines:
         say: takes a line; clock: seconds.
 
     Example:
-        >>> from frozenprefix.utils.progress import ProgressLines
         >>> seconds = iter([0.0, 0.0, 5.0, 11.0, 12.0])
         >>> with ProgressLines(print, clock=lambda: next(seconds)).showing("encoding") as update:
         ...     update(10, 100)

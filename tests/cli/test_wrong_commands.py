@@ -38,6 +38,8 @@ def place(tmp_path_factory, tiny_checkpoint, tiny_lm):
     (folder / "other.json").write_text('{"a": 1}')
     lost = {"task": "caption", "metrics": {}, "predictions": "gone.jsonl", "predictions_sha256": ""}
     (folder / "lost.json").write_text(json.dumps(lost))
+    (folder / "number.json").write_text(json.dumps({**lost, "predictions": 5}))
+    (folder / "metrics.json").write_text(json.dumps({**lost, "metrics": "high"}))
     (folder / "runs" / "dogs" / "best").mkdir(parents=True)
     for name, remove in (
         ("no_weights", "model.safetensors"),
@@ -189,6 +191,8 @@ WRONG = [
     ["compare", "other.json", "lost.json"],
     ["compare", "lost.json", "lost.json"],
     ["compare", "data", "lost.json"],
+    ["compare", "number.json", "lost.json"],
+    ["compare", "metrics.json", "lost.json"],
     # recipes and data
     ["train", "none.yaml"],
     ["train", "data"],
@@ -300,6 +304,22 @@ def test_names_with_control_characters_stay_on_their_line(tiny_checkpoint, tmp_p
     assert f"left out, empty: {tmp_path}/bad\\n.png: the file has no bytes" in result.stderr
 
 
+def test_captions_of_several_lines_stay_on_their_line(monkeypatch, tiny_checkpoint, tmp_path):
+    from frozenprefix.inference import Caption, Captioner
+
+    draw_shape("red", "circle").save(tmp_path / "a.png")
+    texts = ("two\nlines", "a\ttab", "\x1b[31mred", "carriage\rreturn", "line\u2028separator", "[/b] %s")
+
+    def caption(self, paths, **_):
+        return (Caption(path, text) for path in paths for text in texts)
+
+    monkeypatch.setattr(Captioner, "caption", caption)
+    result = CliRunner().invoke(app, ["caption", str(tiny_checkpoint), str(tmp_path / "a.png")], color=True)
+    assert result.exit_code == 0, result.output
+    shown = [line.partition("\t")[2] for line in result.stdout.split("\n") if line]
+    assert shown == ["two lines", "a tab", "[31mred", "carriage return", "line separator", "[/b] %s"]
+
+
 def test_the_home_folder_behind_an_equals_sign(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -308,6 +328,27 @@ def test_the_home_folder_behind_an_equals_sign(tiny_checkpoint, tmp_path, monkey
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out.jsonl").is_file()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate"),
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("can't allocate memory: 9 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line(monkeypatch, tiny_checkpoint, tmp_path, error):
+    from frozenprefix.inference import Captioner
+
+    def caption(*_, **__):
+        raise error
+
+    draw_shape("red", "circle").save(tmp_path / "a.png")
+    monkeypatch.setattr(Captioner, "caption", caption)
+    result = CliRunner().invoke(app, ["caption", str(tiny_checkpoint), str(tmp_path / "a.png")])
+    assert result.exit_code == 2
+    assert f"Error: out of memory ({error})" in result.stderr
 
 
 def test_a_full_disk_is_one_line(monkeypatch, tiny_checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""METEOR and SPICE, through the Java programs that pycocoevalcap ships. What is missing is said before anything runs.
+"""METEOR and SPICE, through the Java programs that pycocoevalcap ships. Missing parts are reported first.
 
 METEOR: Denkowski & Lavie 2014, version 1.5, English, `-norm`. SPICE: Anderson et al. 2016, version 1.0. Both get the
 tokens of `ptb_tokenize`, as the caption evaluation of MS COCO gives them Java's.
@@ -91,12 +91,12 @@ def spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]
 
 
 def check_meteor() -> Path:
-    """Folder of pycocoevalcap, when METEOR can run; else `AssetError` says in one line what is missing."""
+    """Folder of pycocoevalcap, when METEOR can run; else `AssetError` names in one line what is missing."""
     return _check("METEOR", _METEOR)
 
 
 def check_spice() -> Path:
-    """Folder of pycocoevalcap, when SPICE can run; else `AssetError` says in one line what is missing."""
+    """Folder of pycocoevalcap, when SPICE can run; else `AssetError` names in one line what is missing."""
     folder = _check("SPICE", _SPICE)
     missing = [name for name in _CORENLP if not (folder / name).is_file()]
     if missing:

@@ -1,6 +1,6 @@
 """The rules of the caption tokenizer, found by feeding Stanford CoreNLP 3.4.1 strings and watching what it does.
 
-A rule is a pair of regular expressions: the token, and the context that must stand behind it. Of all rules that match
+A rule is a pair of regular expressions: the token, and the context that must follow it. Of all rules that match
 at a position the longest match wins, context included, and of equally long ones the first. So order matters only
 where it is said.
 """
@@ -13,7 +13,7 @@ import unicodedata
 _SPLIT_WORDS = (("can", "not"), ("gon", "na"), ("got", "ta"), ("wan", "na"), ("lem", "me"), ("gim", "me"))
 
 # Abbreviations that keep their period: all of up to five letters that the tokenizer knows, and the longer ones found.
-# Behind the period of a loose one, two more letters turn everything into one word.
+# After the period of a loose one, two more letters turn everything into one word.
 _LOOSE_ABBREVIATIONS = (
     "al co ct ga jr ky md mo rd rt sq sr va vt ala apr aug bhd cos dak dec esq est etc ext feb fla fri inc ind jan jul "
     "jun kan ltd mar mon neb nev nov oct plc sep seq sys tel thu tue wed wis wyo ariz assn bldg blvd bros colo conn "

@@ -19,7 +19,7 @@ from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFECT
 
-PROMPTS_AT_ONCE = 32  # behind the same images
+PROMPTS_AT_ONCE = 32  # about the same images
 PROMPTS_PER_ROW = 4  # of a batch, on average: more take memory, and make progress coarse
 # settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
@@ -27,7 +27,7 @@ _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
 @dataclass
 class Asked:
-    """Prompts behind the same images, which the model reads once for all of them.
+    """Prompts about the same images, which the model reads once for all of them.
 
     Attributes:
         images: files in reading order; none for the blind LM.

@@ -98,8 +98,6 @@ def language_model_config(config: LanguageModelConfig) -> Any:
         AssetError: it cannot be read, or is none of a language model.
 
     Example:
-        >>> from frozenprefix.models.configuration import LanguageModelConfig
-        >>> from frozenprefix.models.language_model.loading import language_model_config
         >>> language_model_config(LanguageModelConfig(path=str(lm_folder))).model_type
         'llama'
     """

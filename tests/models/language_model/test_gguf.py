@@ -200,6 +200,29 @@ class TestCache:
         with pytest.raises(AssetError, match="damaged, cut short"):
             gguf_to_pretrained(tmp_path / "toy.gguf")
 
+    @pytest.mark.parametrize(
+        ("architecture", "message"),
+        [
+            ("megallama9", r"holds a model of architecture 'megallama9', which transformers \S+ could not load"),
+            ("clip", r"holds the vision part of a model \(mmproj\); give the GGUF file of its language model"),
+        ],
+    )
+    def test_architectures_that_are_not_read(self, tmp_path: Path, architecture: str, message: str):
+        writer = gguf.GGUFWriter(str(tmp_path / "toy.gguf"), architecture)
+        writer.add_uint32(f"{architecture}.block_count", 1)
+        writer.add_tensor("token_embd.weight", torch.ones(4, 4).numpy())
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        with pytest.raises(AssetError, match=message) as caught:
+            gguf_to_pretrained(tmp_path / "toy.gguf")
+        assert "\n" not in str(caught.value)
+
+    def test_a_git_lfs_pointer(self, tmp_path: Path):
+        (tmp_path / "toy.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(AssetError, match=r"toy\.gguf' is a Git LFS pointer"):
+            gguf_to_pretrained(tmp_path / "toy.gguf")
+
     def test_no_such_file(self, tmp_path: Path):
         with pytest.raises(AssetError, match=r"toy\.gguf' does not exist"):
             gguf_to_pretrained(tmp_path / "toy.gguf")

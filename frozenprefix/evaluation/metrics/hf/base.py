@@ -1,4 +1,4 @@
-"""What the metrics have in common as `evaluate.Metric`s."""
+"""Base class of the metrics as `evaluate.Metric`s."""
 
 from __future__ import annotations
 
