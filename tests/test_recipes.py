@@ -40,6 +40,7 @@ def test_recipe_is_read_and_says_what_it_is(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert recipe.output_dir == Path("runs") / path.stem
+    assert recipe.training.max_minutes is None, "a run by the clock cannot be repeated bit for bit"
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert len(first) <= 120

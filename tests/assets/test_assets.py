@@ -226,7 +226,7 @@ class TestProcesses:
         reference = f"pypi://toy-data==1.0/toy_data/data/questions.json#sha256={toy}"
         code = f"from frozenprefix.assets import resolve; print(resolve({reference!r}).read_text())"
         running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        assert [process.communicate(timeout=60)[0] for process in running] == ["[1, 2]\n"] * 3
+        assert [process.communicate(timeout=300)[0] for process in running] == ["[1, 2]\n"] * 3
         assert leftovers(home) == []
 
     def test_needs_no_heavy_library(self):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from frozenprefix.cli import chat
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, ConfigError, DataError
+from frozenprefix.inference import Captioner
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.processing import FrozenPrefixProcessor
@@ -397,3 +398,11 @@ def test_chat_needs_its_images(talk):
 
 def test_images_may_be_of_any_mode(dialog):
     assert dialog.ask("what?", [Image.new("L", (9, 9))], max_new_tokens=2) is not None
+
+
+def test_given_features_are_read_as_their_images_are(dialog):
+    expected = [dialog.ask(text, images, max_new_tokens=4) for text, images in TURNS]
+    features = Captioner(dialog.model, dialog.processor).encoder
+    dialog.reset()
+    given = [(text, features(images) if images else ()) for text, images in TURNS]
+    assert [dialog.ask(text, images, max_new_tokens=4) for text, images in given] == expected

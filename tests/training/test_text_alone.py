@@ -12,6 +12,7 @@ from frozenprefix.evaluation.samples import folder_samples
 from frozenprefix.training import load_samples, train
 from frozenprefix.training.setup import load_parts
 from frozenprefix.training.trainer import Trainer
+from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, losses_of, run_python
 
 LORA = "model.language_model.peft={type: lora, r: 2, target_modules: all-linear}"
 
@@ -45,6 +46,27 @@ def test_an_adapted_language_model_learns_from_them(mixed_recipe):
         steps.append(trainer.step(batches))
     assert all(step["loss"] > 0 and step["gradient_norm"] > 0 for step in steps), "alone in a step, too"
     assert train(recipe).steps == 12
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(plain_descent, mixed_recipe, shapes, tmp_path):
+    """Where one process has images and the other has none, in steps of two samples."""
+    steps = ("training.images_per_step=2", "training.targets_per_image=1", "training.max_steps=6")
+    train(mixed_recipe(LORA, *steps, f"output_dir={tmp_path / 'one'}"))
+    recipe = mixed_recipe(LORA, *steps, f"output_dir={tmp_path / 'two'}")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "train.py").write_text(PLAIN_DESCENT)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
+    done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
+    assert done.returncode == 0, done.stderr
+    trainer = Trainer(recipe)
+    trainer.setup()
+    order = [image for step in range(6) for _, image in trainer.stream.step(step)]
+    shown = [len(trainer.train_groups[image].images) for image in order]
+    assert {tuple(sorted(pair)) for pair in zip(shown[::2], shown[1::2], strict=True)} >= {(0, 1)}
+    for file in ("model.safetensors", "language_adapter/adapter_model.safetensors"):
+        assert_same_tensors(tmp_path / "one/last" / file, tmp_path / "two/last" / file, atol=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
 def test_a_frozen_language_model_learns_nothing_from_them(mixed_recipe, caplog):

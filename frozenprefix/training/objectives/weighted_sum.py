@@ -140,7 +140,12 @@ class WeightedSum(nn.Module):
         # [images, 3, H, W] or [images, N, D_enc] -> [images, P, D_lm]
         prefix_embeds = self.model.prefix(**image_inputs(batch))
         used = [term for term in self.used if term.name in factors]
-        return {term.name: term.loss(batch, prefix_embeds) * factors[term.name] for term in used}
+        losses = {term.name: term.loss(batch, prefix_embeds) * factors[term.name] for term in used}
+        if prefix_embeds is None and losses:
+            # Text alone: the parts that see images get a gradient of zero. DDP waits for a gradient of every parameter.
+            zero = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+            losses[used[0].name] = losses[used[0].name] + zero
+        return losses
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         """Metrics of all objectives on validation images."""
