@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from frozenprefix.errors import CheckpointError, FrozenPrefixError, did_you_mean
+from frozenprefix.utils import parse_json
 
 CONFIG = "config.json"
 MODEL_TYPES = ("frozenprefix", "locked_image_text")
@@ -45,7 +45,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], *, field: str = "checkp
         hint = "" if name is None else f" (did you mean '{folder / name}'?)"
         raise CheckpointError(f"{field}: '{checkpoint}' holds no {CONFIG}{hint}")
     try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+        kind = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{field}: '{folder / CONFIG}' cannot be read ({error})") from error
     if kind not in MODEL_TYPES:

@@ -174,9 +174,9 @@ def _description(place: Location) -> str:
 
 def _unknown_key(place: Location, value: Any, schema: Section) -> str:
     """The message for a key that its section does not have."""
-    key = str(place.path[-1])
-    if place.section is None:
+    if place.section is None or not place.path:  # a key without a name has no path
         return "unknown key"
+    key = str(place.path[-1])
     owners = [_tag(section) for section in place.union if key in section.model_fields]
     if owners:
         hint = "remove it"

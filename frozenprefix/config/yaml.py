@@ -56,6 +56,8 @@ def read_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}{where}: not valid YAML: {problem}") from error
     except YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: not valid YAML: lists or blocks are nested too deeply") from error
     _check_size(data, name)
     return data
 

@@ -83,6 +83,9 @@ class FeatureCache:
         if fingerprint is not None:
             check_fingerprint(folder, manifest.fingerprint, fingerprint)
         places = {key: (shard, entry) for shard in shard_paths(folder) for key, entry in load_index(shard).items()}
+        for key, (shard, entry) in places.items():
+            if entry.length != manifest.features_length:
+                raise CacheError(f"{shard}: the features of {key} are not of the shape that {MANIFEST} names; {REPAIR}")
         return cls(folder, manifest, places, ImageKeys(folder))
 
     @property
@@ -161,7 +164,7 @@ class FeatureCache:
         crc = zlib.crc32(mapped[entry.offset : entry.offset + entry.length])
         if self.manifest.dtype == "int8":
             crc = zlib.crc32(mapped[entry.scale_offset : entry.scale_offset + self.manifest.scale_length], crc)
-        if crc != entry.crc32 or entry.length != self.manifest.features_length:
+        if crc != entry.crc32:
             raise CacheError(f"{shard}: the features of {key} are damaged; {REPAIR}")
         self._checked.add(key)
 
@@ -179,7 +182,7 @@ class FeatureCache:
             np.multiply(stored, scale, out=out)
 
     def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray:
-        """View of N rows behind a .npy header."""
+        """View of N rows after a .npy header."""
         start = offset + len(header)
         if mapped[offset:start] != header:
             raise CacheError(f"{self.folder}: got features of another shape or dtype than {MANIFEST} says; {REPAIR}")

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from frozenprefix.errors import CacheError
-from frozenprefix.utils import write_text_atomic
+from frozenprefix.utils import parse_json, write_text_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -97,7 +97,7 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise CacheError(
                 f"{path}: format: got {values['format']}, expected {FORMAT}; encode again into a new folder"
@@ -212,7 +212,7 @@ def load_index(shard: Path, *, any_size: bool = False) -> dict[str, Entry]:
     """Read a shard's index and, unless `any_size`, check that the shard is as long as it says."""
     path = index_path(shard)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         expected = int(values["bytes"])
         entries = {key: Entry(*map(int, entry)) for key, entry in values["entries"].items()}
     except FileNotFoundError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.bootstrap import paired_bootstrap
 from frozenprefix.evaluation.scoring import rows_of
-from frozenprefix.utils import read_jsonl, report
+from frozenprefix.utils import parse_json, read_jsonl, report
 from frozenprefix.utils.hashing import hash_file
 
 Row = dict[str, Any]
@@ -136,7 +135,7 @@ def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any
 
 def _json_of(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}; expected {_EXPECTED}") from error
     except ValueError as error:

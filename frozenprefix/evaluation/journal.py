@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ class Journal:
     """Predictions by run and sample id, on disk as soon as a batch is done.
 
     Files `PREDICTIONS.part-rNN`, one for each process: a header with what the predictions depend on, then one line a
-    prediction. Every process reads all of them, however many processes wrote them; that takes a folder that all
-    processes see. Without one each resumes its own.
+    prediction, with its CRC-32. Every process reads all of them, however many processes wrote them; that takes a folder
+    that all processes see. Without one each resumes its own.
 
     Args:
         predictions: the file that the predictions are written to in the end.
@@ -77,7 +78,7 @@ class Journal:
         self._has_header = True
         for (run, key), value in predictions.items():
             self.known[run, key] = value
-            rows.append([run, key, value])
+            rows.append([run, key, value, _checksum(run, key, value)])
         append_jsonl(self._own_file, rows)
 
     def gather(self) -> dict[str, dict[str, Any]]:
@@ -97,14 +98,18 @@ class Journal:
         return sorted(file for file in self._predictions.parent.iterdir() if file.name.startswith(start))
 
     def _read(self, file: Path) -> None:
-        checked = False
+        checked, damaged = False, 0
         for _, row in read_jsonl(file, skip_damaged=True):
-            if isinstance(row, dict):
-                self._check(file, row.get("header", {}))
-                checked = True
-            elif checked:
-                run, key, value = row
-                self.known[run, key] = value
+            match row:
+                case {"header": dict(header)}:
+                    self._check(file, header)
+                    checked = True
+                case [str(run), str(key), value, int(checksum)] if checked and checksum == _checksum(run, key, value):
+                    self.known[run, key] = value
+                case _:
+                    damaged += 1
+        if damaged:
+            logger.warning("%s: lines that are damaged: %d; these samples are predicted again", file, damaged)
 
     def _check(self, file: Path, header: dict[str, Any]) -> None:
         for field in {**self._header, **header}:
@@ -114,6 +119,11 @@ class Journal:
                     f"{self._header.get(field)!r}; go on with the same {field}, or give --restart (restart=True) to "
                     f"throw away {file}"
                 )
+
+
+def _checksum(run: str, key: str, value: Any) -> int:
+    """CRC-32 of a line's content."""
+    return zlib.crc32(json.dumps([run, key, value]).encode())
 
 
 def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.errors import CacheError, ConfigError, DataError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.inference.embedding import Embedder
-from frozenprefix.utils import content_hash, user_cache, write_bytes_atomic, write_text_atomic
+from frozenprefix.utils import content_hash, parse_json, user_cache, write_bytes_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index.json"
@@ -180,7 +180,7 @@ class ImageIndex:
         """
         path = Path(folder) / INDEX_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             rows = [(Path(name), (size, time)) for name, size, time in content["images"]]
             embeds = load_file(Path(folder) / content["embeds"])["embeds"]
             index = cls([name for name, _ in rows], embeds, [stamp for _, stamp in rows], content["fingerprint"])

@@ -175,7 +175,7 @@ def load_training_state(
         )
     try:
         set_random_state(random_states[rank if rank in random_states else 0])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{folder}: {RANDOM_FILE} holds no random state ({error}); use --resume never") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress

@@ -13,6 +13,7 @@ from frozenprefix.utils.hashing import hash_file
 from frozenprefix.utils.jsonl import parse_json
 
 SUMS_FILE = "sums.json"
+MOST_CHARACTERS = 250  # of a name; with longer ones the system raises errors
 
 
 def write_sums(folder: str | PathLike[str], *, leave_out: Collection[str] = ()) -> None:
@@ -64,7 +65,7 @@ def check_sums(folder: str | PathLike[str], *, required: bool = False) -> None:
         raise CheckpointError(f"{folder}: {SUMS_FILE} is damaged ({error}); {_FIX}") from error
     for name, (size, digest) in sums.items():
         path = folder / name
-        if not path.is_file():
+        if len(name) > MOST_CHARACTERS or not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing; {_FIX}")
         found = path.stat().st_size
         if found != size:

@@ -20,7 +20,7 @@ from frozenprefix.models.encoder_configuration import OpenClipEncoderConfig, Vis
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.open_clip_encoder import OpenClipEncoder
 from frozenprefix.models.vision.timm_encoder import TimmEncoder
-from frozenprefix.utils import write_text_atomic
+from frozenprefix.utils import parse_json, write_text_atomic
 from frozenprefix.utils.tensors import save_tensors
 
 _NATIVE_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
@@ -135,7 +135,7 @@ def _own_towers(
 def _model_config(name: str) -> dict[str, Any]:
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-        return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        return parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
     config = open_clip.get_model_config(name)
     if config is None:
         raise ConfigError(f"open_clip: the config of '{name}' is not on this machine; export from a local-dir: model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from frozenprefix.assets import resolve
@@ -18,6 +17,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.encoder_configuration import PrecomputedFeaturesConfig
 from frozenprefix.models.vision.base import FINAL, BuiltEncoder, VisionEncoder
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
+from frozenprefix.utils import parse_json
 
 _FIELD = "model.vision_encoder.path"
 _NAMES_IN_ERRORS = 3
@@ -62,7 +62,7 @@ class FeatureTable:
                 raise ConfigError(f"{_FIELD}: got '{path.name}', expected a .safetensors or .npy file")
         except ConfigError:
             raise
-        except (OSError, ValueError, SafetensorError) as error:
+        except Exception as error:  # NumPy and safetensors raise errors of many classes for damaged files
             raise ConfigError(f"{_FIELD}: '{path}' cannot be read ({error})") from error
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             listed = ", ".join(map(str, sorted(shapes)[:_NAMES_IN_ERRORS])) or "none"
@@ -124,7 +124,7 @@ class FeatureTable:
 
 def _read_keys(file: Path, rows: int) -> dict[str, int]:
     try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
+        keys = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.vision_encoder.keys: '{file}' cannot be read as a JSON list ({error})") from error
     if not isinstance(keys, list) or len(keys) != rows or len(set(map(str, keys))) != rows:

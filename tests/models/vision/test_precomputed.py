@@ -157,6 +157,9 @@ def test_features_of_other_images_may_lie_in_another_file(given, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["vision_encoder"]["path"] = str(tmp_path / "new.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"if you changed the file yourself, remove sums\.json"):
+        FrozenPrefixForConditionalGeneration.from_pretrained(folder)
+    (folder / "sums.json").unlink()
     save_file({"new": torch.randn(4, 6)}, tmp_path / "new.safetensors")
     captioner = Captioner(
         FrozenPrefixForConditionalGeneration.from_pretrained(folder), FrozenPrefixProcessor.from_pretrained(folder)

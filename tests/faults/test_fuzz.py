@@ -1,0 +1,15 @@
+"""Damaged files: whatever is in them, only the package's own errors come out. Seeded."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.fuzzing import fuzz
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow and NumPy warn of some of these files
+@pytest.mark.parametrize("inputs", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_every_reader_has_one_boundary(tmp_path, inputs):
+    done, foreign = fuzz(tmp_path / "fuzz", inputs, seed=inputs)
+    assert sum(done.values()) >= inputs
+    assert not foreign, "the log has a traceback of each"
