@@ -105,16 +105,16 @@ def _batches(asked: Iterable[Asked], size: int) -> list[list[Asked]]:
         parts += [Asked(each.images, {prompt: each.askers[prompt] for prompt in some}) for some in prompts]
     parts.sort(key=lambda part: (len(part.images), sum(map(len, part.prompts))))
     batches: list[list[Asked]] = []
-    prompts = 0
+    held = 0  # prompts in the last batch
     for part in sorted(parts, key=lambda part: not part.images):
         last = batches[-1] if batches else []
-        fits = 0 < len(last) < size and prompts + len(part.prompts) <= PROMPTS_PER_ROW * size
+        fits = 0 < len(last) < size and held + len(part.prompts) <= PROMPTS_PER_ROW * size
         if fits and bool(last[0].images) == bool(part.images):
             last.append(part)
-            prompts += len(part.prompts)
+            held += len(part.prompts)
         else:
             batches.append([part])
-            prompts = len(part.prompts)
+            held = len(part.prompts)
     return batches
 
 
