@@ -17,6 +17,7 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
+from frozenprefix.models.contrastive.processing import LockedImageTextProcessor
 from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
 from frozenprefix.training.guards import find_not_finite
@@ -24,6 +25,7 @@ from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.setup import build_locked_model, load_parts
 from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
+from frozenprefix.utils import report
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,18 @@ class ContrastiveTrainer(BaseTrainer):
         self._check_groups(groups)
         self.use_groups(groups, features)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
+        if isinstance(self.processor, LockedImageTextProcessor):
+            for part, listed in groups.items():
+                self._report_cut(self.processor, listed, f"data.{part}")
+
+    def _report_cut(self, processor: LockedImageTextProcessor, groups: list[ImageGroup], where: str) -> None:
+        """Count the texts that are longer than the tower reads."""
+        texts = list(dict.fromkeys(text for group in groups for sample in group.samples for text in sample.targets))
+        longest = self.recipe.model.text_tower.max_tokens
+        lengths = processor.lengths(texts)
+        cut = [text[:80] for text, length in zip(texts, lengths, strict=True) if length > longest]
+        reasons = {f"longer than model.text_tower.max_tokens = {longest}": len(cut)}
+        report(where, len(texts), reasons, done="cut", what="targets", examples=cut)
 
     def _check_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
         if any(len(group.images) != 1 for listed in groups.values() for group in listed):

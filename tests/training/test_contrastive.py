@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -252,3 +253,17 @@ def test_towers_of_real_weights_meet(data_root, tmp_path):
         assert scores["metrics"][name] > 4 * scores["baselines"]["chance"][name]
         assert scores["baselines"]["shuffled"][name] < 3 * scores["baselines"]["chance"][name]
     assert np.isfinite(scores["metrics"]["text_to_image_median_rank"])
+
+
+def test_texts_that_the_tower_cuts_are_counted(tiny_bert, shapes, tmp_path, caplog):
+    rows = [json.loads(line) for line in (shapes / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(shapes / row["image"])
+    rows[0]["captions"] = ["a red circle " * 40, "a red circle"]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_contrastive(contrastive_recipe(tiny_bert, tmp_path, tmp_path / "run", "training.max_steps=1"))
+    (line,) = [message for message in caplog.messages if "are cut" in message]
+    assert re.fullmatch(
+        r"data\.\w+: 1 of \d+ targets are cut: longer than model\.text_tower\.max_tokens = \d+ 1 \(a red circle .*\)",
+        line,
+    )

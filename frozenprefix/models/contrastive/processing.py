@@ -70,6 +70,11 @@ class LockedImageTextProcessor(_ImageTextProcessor):
         batch = self.tokenizer(plain, split_special_tokens=True, **options)  # `[SEP]` in a caption is text
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of tokens of texts that are not cut."""
+        plain = [replace_surrogates(text) for text in texts]
+        return [len(ids) for ids in self.tokenizer(plain, split_special_tokens=True, verbose=False)["input_ids"]]
+
 
 class OpenClipProcessor(_ImageTextProcessor):
     """Image processor, and the tokenizer that open_clip has for one of its models.
