@@ -23,7 +23,7 @@ def allow_code(allowed: bool = True) -> None:
         >>> allow_code(False)
         >>> Registry("mapper", group="frozenprefix.mappers").get("mine.mappers:Tiny")
         Traceback (most recent call last):
-        frozenprefix.errors.ConfigError: mapper 'mine.mappers:Tiny' is code from outside of this package...
+        frozenprefix.errors.ConfigError: mapper 'mine.mappers:Tiny' is code from outside this package...
     """
     os.environ[_PERMISSION] = "1" if allowed else "0"
 

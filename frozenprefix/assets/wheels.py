@@ -95,7 +95,7 @@ def unpacked(wheel: Wheel, reference: str) -> Path:
 
 
 def is_at_hand(wheel: Wheel) -> bool:
-    """Whether a wheel was unpacked before, or lies in the folder that `FROZENPREFIX_WHEELS` names.
+    """Whether a wheel was unpacked before, or is in the folder that `FROZENPREFIX_WHEELS` names.
 
     Example:
         >>> is_at_hand(Wheel("easy-vqa", "1.0", "0" * 64))

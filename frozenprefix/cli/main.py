@@ -24,7 +24,7 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if _ALLOW_CODE in args:  # may follow any command
             args = [_ALLOW_CODE, *(argument for argument in args if argument != _ALLOW_CODE)]
-        # shells do not expand ~ behind the = of --out=~/captions.jsonl and output_dir=~/run
+        # shells do not expand ~ after the = of --out=~/captions.jsonl and output_dir=~/run
         args = [_HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), argument) for argument in args]
         return super().parse_args(ctx, args)
 

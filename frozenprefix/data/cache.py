@@ -182,7 +182,7 @@ class FeatureCache:
             np.multiply(stored, scale, out=out)
 
     def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray:
-        """View of N rows behind a .npy header."""
+        """View of N rows after a .npy header."""
         start = offset + len(header)
         if mapped[offset:start] != header:
             raise CacheError(f"{self.folder}: got features of another shape or dtype than {MANIFEST} says; {REPAIR}")

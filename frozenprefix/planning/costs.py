@@ -36,7 +36,7 @@ class LanguageModelShape:
     """Sizes of a causal LM that decide the cost of a step.
 
     Attributes:
-        gated: whether the feed-forward has a gate beside its activation, as LLaMA's.
+        gated: whether the feed-forward part has a gate, as LLaMA's has.
         matrix_weights: weights that every cell is multiplied with: all matrices but embeddings and head.
         parameters: all weights; item_bytes: bytes of one.
     """
@@ -88,7 +88,7 @@ class StepShape:
 
     Attributes:
         targets, tokens: targets and trained tokens; nodes: tokens that are read after sharing, without padding.
-        cells: R * T, what the LM computes; scores: R * T * T, entries of one head's attention matrix.
+        cells: R * T, tokens that the LM computes; scores: R * T * T, entries of one head's attention matrix.
         predicted: nodes that predict something; row_length: T of the longest micro-batch.
         part_cells: cells of the largest micro-batch, on which the memory depends.
     """

@@ -59,7 +59,7 @@ class Plan:
         return asdict(self)
 
     def stages(self, machine: str) -> list[tuple[str, float]]:
-        """What a run does on a machine, one stage after the other, and the seconds of each.
+        """The stages of a run on a machine, in order, with the seconds of each.
 
         Example:
             >>> [stage for stage, _ in plan(recipe, ["h100"], calibrate=0).stages("h100")]
@@ -80,7 +80,7 @@ def plan(
     *,
     calibrate: float = 4.0,
 ) -> Plan:
-    """Compute what a recipe costs.
+    """Compute the cost of a recipe.
 
     Shapes are counted on training batches that the run itself will see. If a mapper is all that is trained, only the
     encoder's weights are loaded, and for calibration those of the language model. For every other recipe the model is

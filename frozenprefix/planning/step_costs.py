@@ -1,4 +1,4 @@
-"""What a training step costs: by formulas for a mapper alone, and counted on real steps for everything else."""
+"""Cost of a training step: by formulas for a mapper alone, and counted on real steps for everything else."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StepCosts:
 
 
 def has_formulas(recipe: Recipe | ContrastiveRecipe) -> bool:
-    """Whether only a mapper is trained, behind a frozen encoder and in front of a frozen decoder-only LM.
+    """Whether only a mapper is trained, between a frozen encoder and a frozen decoder-only LM.
 
     Example:
         >>> has_formulas(recipe)

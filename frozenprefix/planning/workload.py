@@ -41,7 +41,7 @@ class MachinePlan:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run has to do.
+    """The work of a run.
 
     Attributes:
         to_encode: images that are not in the feature cache yet.

@@ -145,7 +145,7 @@ class BaseTrainer(ABC):
 
         Raises:
             LockError: another run is writing to the output folder.
-            DataError: something else than a run lies there.
+            DataError: the folder holds something other than a run.
             StoppedError: SIGTERM or SIGINT arrived during a step; the state was saved after it.
             TrainingError: the output folder cannot be written to, or the training failed.
         """

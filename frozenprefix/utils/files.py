@@ -17,7 +17,7 @@ from frozenprefix.errors import DataError
 
 @contextmanager
 def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an exception.
+    """Yield a temporary path next to `path`, and rename it to `path` when the block ends without an exception.
 
     Missing parent folders are created. An exception in the block leaves `path` as it was. Pipes and devices such as
     /dev/stdout cannot be replaced and are written directly.

@@ -20,7 +20,7 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Update(Protocol):
-    """Reports progress. `total` may come with any call; `note` is shown behind the bar."""
+    """Reports progress. `total` may come with any call; `note` is shown after the bar."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 

@@ -125,7 +125,7 @@ def test_a_near_name_of_an_entry_point_is_hinted_at(distribution):
 def test_a_class_is_imported_only_when_that_is_allowed(module):
     config = MapperConfig(type="parts_of_mine:Mean", prefix_length=3)
     (problem,) = validate_mapper(config)
-    assert problem.startswith("model.mapper.type: mapper 'parts_of_mine:Mean' is code from outside of this package")
+    assert problem.startswith("model.mapper.type: mapper 'parts_of_mine:Mean' is code from outside this package")
     assert "--allow-code, FROZENPREFIX_ALLOW_CODE=1 or frozenprefix.allow_code()" in problem
     allow_code()
     assert validate_mapper(config) == []
@@ -191,7 +191,7 @@ def test_a_checkpoint_works_in_commands_when_its_code_is_allowed(module, tiny_lm
     arguments = ["caption", str(checkpoint), str(image), "--beams", "1", "--max-new-tokens", "2"]
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
-    assert "is code from outside of this package" in refused.output
+    assert "is code from outside this package" in refused.output
     assert len(refused.output.strip().splitlines()) == 1
     allowed = CliRunner().invoke(app, [*arguments, "--allow-code"])
     assert allowed.exit_code == 0, allowed.output
