@@ -79,6 +79,15 @@ def test_choices_run_out_of_learned_positions_with_a_message(tiny_recipe, tiny_l
             likeliest(captioner, [prompt], [[choice, "blue"]], prefix)
 
 
+def test_searched_texts_run_out_of_learned_positions_with_a_message(tiny_recipe, tiny_lm, tmp_path):
+    from frozenprefix.inference import Embedder
+
+    embedder = Embedder(*build_model(tiny_recipe(tmp_path, "objectives.contrastive.weight=1", lm=tiny_lm("gpt2"))))
+    assert len(embedder.embed_texts(["a dog"])) == 1
+    with pytest.raises(ConfigError, match=r"encode_text: a text of \d+ tokens .* more than the 128 learned positions"):
+        embedder.embed_texts(["why " * 200])
+
+
 def test_other_positions_do_not_run_out(captioner, path):
     assert captioner.model.lm.learned_positions is None
     captioner.generate(["<image>"], [path], num_beams=1, max_new_tokens=TINY["positions"] + 5)
