@@ -299,14 +299,15 @@ def test_captions_change_with_what_is_retrieved(checkpoint, shapes):
 
 def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch):
     captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
-    asked: dict[tuple[bool, str], list[str]] = {}
+    asked: dict[str, dict[str, tuple]] = {}  # run -> sample id -> prompt and images
     predict = runs.predict
 
-    def spy(captioner, batch, images, settings):
-        for sample, shown in batch:
-            kind = "blind" if shown is None else "own" if shown.images == sample.images else "other"
-            asked.setdefault((kind, sample.id), []).append(prompt_of(sample, captioner.processor))
-        return predict(captioner, batch, images, settings)
+    def spy(captioner, batch, *rest):
+        for one in batch:
+            for prompt, askers in one.askers.items():
+                for run, key in askers:
+                    asked.setdefault(run, {})[key] = (prompt, one.images)
+        return predict(captioner, batch, *rest)
 
     monkeypatch.setattr(runs, "predict", spy)
     samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square", "blue_triangle", "blue_cross")]
@@ -319,11 +320,13 @@ def test_evaluation_and_its_baselines(checkpoint, shapes, tmp_path, monkeypatch)
         captioner.encoder,
     )
     shown = [sample.prompt for sample in captioner.retriever.with_prompts(samples, lookup, prompt="")]
-    ids = [sample.id for sample in samples]
-    assert [asked["own", key] for key in ids] == [[prompt] for prompt in shown]
+    other = [(i + 2) % 4 for i in range(4)]
+    assert asked["model"] == {s.id: (shown[i], s.images) for i, s in enumerate(samples)}
     # the other image: once with the captions retrieved for it, once with the sample's own
-    assert [asked["other", key] for key in ids] == [[shown[(i + 2) % 4], shown[i]] for i in range(4)]
-    assert [prompts for (kind, _), prompts in asked.items() if kind == "blind"] == [["<image>"]]
+    assert asked["shuffled"] == {s.id: (shown[j], samples[j].images) for s, j in zip(samples, other, strict=True)}
+    own = zip(samples, shown, other, strict=True)
+    assert asked["retrieval_only"] == {s.id: (prompt, samples[j].images) for s, prompt, j in own}
+    assert set(asked["blind"].values()) == {("<image>", ())}
 
 
 def caption_of(shapes: Path, name: str) -> Sample:
