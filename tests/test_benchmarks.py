@@ -17,6 +17,7 @@ from benchmarks import (
     closed_form_start,
     common,
     generation,
+    latency,
     memory,
     packing_curve,
     products,
@@ -102,6 +103,14 @@ def test_answers_run_and_are_the_same():
     assert set(report["answers_per_s"]) == {"per_question", "shared"}
     assert report["note"].endswith("it shows only that the script works")
     assert "| ratio (median over the rounds) |" in answers.markdown(report)
+
+
+def test_latency_runs_and_both_arms_write_the_same(tmp_path):
+    report = latency.main(["--quick", "--json", os.devnull, "--words", "3", "--precision", "fp32"])
+    assert report["same_tokens"] is True
+    assert {"encode", "prefix", "ours: first token", "transformers: further token"} <= set(report["seconds"])
+    assert all(each["p50"] <= each["p95"] for each in report["seconds"].values())
+    assert "| transformers / ours, caption |" in latency.markdown(report)
 
 
 def test_training_step_runs_and_its_gradient_is_exact(monkeypatch):

@@ -216,7 +216,8 @@ class Captioner:
         counts = _images_per_group(groups)
         if features is not None and sum(counts) != len(features):
             raise DataError(
-                f"images: got {len(features)} for prompts with {sum(counts)} {IMAGE_TOKEN} marks; give one for each"
+                f"images: got {len(features)} for {sum(counts)} {IMAGE_TOKEN} marks; every {IMAGE_TOKEN} in the "
+                "text needs one image"
             )
         longest = max(len(ids) for prompts in encoded for ids in prompts)
         if self.model.searches_rows(longest, sees_images=images is not None, **settings):

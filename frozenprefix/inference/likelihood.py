@@ -118,6 +118,7 @@ def log_likelihoods(
         for each group float32[targets].
 
     Raises:
+        ConfigError: for a target that is longer than the learned positions of the LM.
         TrainingError: for a target without a free or without a context token, or with a wrong number of placeholders.
 
     Example:
@@ -127,6 +128,7 @@ def log_likelihoods(
     """
     counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
     longest = max(len(target.input_ids) for group in groups for target in group)
+    model.lm.check_length(longest - 1, what="choices: the longest prompt and choice")
     packable = model.lm.packing_problem(longest) is None
     known: dict[tuple[int, int], list[_Row]] = {}
     units: list[tuple[int, int, _Row]] = []  # group, its first image, row

@@ -339,6 +339,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         Gradients pass through the LM only where something in it is trained.
         """
         heads = self.heads
+        self.lm.check_length(input_ids.shape[1], what="encode_text: a text")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text):
             states = self.lm.text_states(input_ids, attention_mask)
         return heads.embed_text(states, attention_mask)

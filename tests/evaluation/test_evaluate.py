@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,21 @@ def test_what_each_run_is_shown(captioner, captions, tmp_path, monkeypatch):
         assert torch.equal(image, own[runs_of["model"]])
         assert not torch.equal(image, own[runs_of["shuffled"]])
     assert len(seen[-1].askers["<image>"]) == 4, "without an image, one prompt is asked once"
+
+
+def test_a_batch_has_few_prompts_even_if_there_are_many_about_an_image(captioner, questions, tmp_path, monkeypatch):
+    many = [replace(questions[i % 8], id=str(i), question=f"is it {i // 4}?") for i in range(200)]
+    sizes: list[tuple[int, int]] = []
+
+    def count(captioner, batch, *_):
+        sizes.append((len(batch), sum(len(asked.prompts) for asked in batch)))
+        return saying("no")(captioner, batch)
+
+    monkeypatch.setattr(runs, "predict", count)
+    result = evaluate_samples(captioner, many, predictions=tmp_path / "p.jsonl")
+    assert result["n"] == 200
+    assert max(rows for rows, _ in sizes) <= captioner.batch_size
+    assert max(prompts for _, prompts in sizes) <= max(32, 4 * captioner.batch_size)
 
 
 def test_all_questions_about_an_image_are_asked_together(captioner, questions, tmp_path, monkeypatch):

@@ -66,6 +66,28 @@ def test_learned_positions_run_out_with_a_message(tiny_recipe, tiny_lm, tmp_path
         captioner.answer(path, "what? " * 100)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_choices_run_out_of_learned_positions_with_a_message(tiny_recipe, tiny_lm, tmp_path, path, family):
+    from frozenprefix.inference.likelihood import likeliest
+
+    model, processor = build_model(tiny_recipe(tmp_path, lm=tiny_lm(family)))
+    captioner = Captioner(model, processor)
+    prefix = model.prefix(image_features=captioner.encoder([path]))
+    assert likeliest(captioner, ["<image>Is it"], [["red", "blue"]], prefix) in (["red"], ["blue"])
+    for prompt, choice in (("<image>" + "what? " * 100, "red"), ("<image>", "dog " * 120)):
+        with pytest.raises(ConfigError, match=r"choices: the longest .* tokens .* more than the 128 learned positions"):
+            likeliest(captioner, [prompt], [[choice, "blue"]], prefix)
+
+
+def test_searched_texts_run_out_of_learned_positions_with_a_message(tiny_recipe, tiny_lm, tmp_path):
+    from frozenprefix.inference import Embedder
+
+    embedder = Embedder(*build_model(tiny_recipe(tmp_path, "objectives.contrastive.weight=1", lm=tiny_lm("gpt2"))))
+    assert len(embedder.embed_texts(["a dog"])) == 1
+    with pytest.raises(ConfigError, match=r"encode_text: a text of \d+ tokens .* more than the 128 learned positions"):
+        embedder.embed_texts(["why " * 200])
+
+
 def test_other_positions_do_not_run_out(captioner, path):
     assert captioner.model.lm.learned_positions is None
     captioner.generate(["<image>"], [path], num_beams=1, max_new_tokens=TINY["positions"] + 5)

@@ -130,9 +130,9 @@ def test_features_made_earlier_give_the_same(captioner, paths):
 
 def test_as_many_images_as_marks(captioner, paths):
     images = [load_image(path) for path in paths[:2]]
-    with pytest.raises(DataError, match="images: got 2 for prompts with 1 <image> marks; give one for each"):
+    with pytest.raises(DataError, match="images: got 2 for 1 <image> marks; every <image> in the text needs one image"):
         captioner.generate(["<image>"], images)
-    with pytest.raises(DataError, match="images: got 1 for prompts with 2 <image> marks"):
+    with pytest.raises(DataError, match="images: got 1 for 2 <image> marks"):
         captioner.generate(["<image><image>"], images[:1])
     with pytest.raises(DataError, match="prompts: those of a group have 1 and 2 <image> marks"):
         captioner.generate_groups([["<image>", "<image><image>"]], images)

@@ -20,6 +20,7 @@ from frozenprefix.inference.captioner import Captioner, batched
 from frozenprefix.models.language_model.beam_search import NEUTRAL, WITHOUT_EFFECT
 
 PROMPTS_AT_ONCE = 32  # about the same images
+PROMPTS_PER_ROW = 4  # of a batch, on average: more take memory, and make progress coarse
 # settings of the captioner or the evaluation
 _SET_HERE = {"num_beams", "max_new_tokens", "max_length", "do_sample"}
 
@@ -93,15 +94,28 @@ def predict_runs(
 
 
 def _batches(asked: Iterable[Asked], size: int) -> list[list[Asked]]:
-    """Batches of up to `size` rows of similar length; no batch mixes prompts with images and prompts without."""
+    """Batches of up to `size` rows of similar length, and of a few times as many prompts.
+
+    No batch mixes prompts with images and prompts without.
+    """
     parts = []
     for each in asked:
         # neighbours in the alphabet share their first words, which are read once
         prompts = batched(sorted(each.prompts), PROMPTS_AT_ONCE)
         parts += [Asked(each.images, {prompt: each.askers[prompt] for prompt in some}) for some in prompts]
     parts.sort(key=lambda part: (len(part.images), sum(map(len, part.prompts))))
-    seeing, blind = [part for part in parts if part.images], [part for part in parts if not part.images]
-    return [*batched(seeing, size), *batched(blind, size)]
+    batches: list[list[Asked]] = []
+    held = 0  # prompts in the last batch
+    for part in sorted(parts, key=lambda part: not part.images):
+        last = batches[-1] if batches else []
+        fits = 0 < len(last) < size and held + len(part.prompts) <= PROMPTS_PER_ROW * size
+        if fits and bool(last[0].images) == bool(part.images):
+            last.append(part)
+            held += len(part.prompts)
+        else:
+            batches.append([part])
+            held = len(part.prompts)
+    return batches
 
 
 def _num_askers(batch: Sequence[Asked]) -> int:

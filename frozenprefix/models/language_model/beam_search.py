@@ -147,12 +147,13 @@ class BeamSearch:
         for step in range(options.max_new_tokens):
             next_words, parents = self._advance(hidden, step)
             open_ = self._is_open(step)
-            last = step + 1 == options.max_new_tokens or not bool(open_.any())
-            if last or not bool(open_.all()):
+            left = int(open_.sum())
+            last = step + 1 == options.max_new_tokens or left == 0
+            if last or left < len(open_):
                 words[self.beams.prompt], score[self.beams.prompt] = self.beams.done_words, self.beams.done_score
             if last:
                 break
-            if not bool(open_.all()):
+            if left < len(open_):
                 prompt = open_.nonzero()[:, 0]
                 self.beams.keep(prompt)
                 reader.keep(prompt)
@@ -187,6 +188,8 @@ class BeamSearch:
             The words that continue, int64[N, k], and the beams that they continue, int64[N, k].
         """
         beams, k, count = self.beams, self.options.num_beams, self.options.candidates
+        if k == 1:
+            return self._advance_one(hidden, step)
         prompts, width = beams.score.shape
         # The best C of a prompt are among the best C of each beam, so the rest of the vocabulary is dropped here.
         value, word = self._likeliest_words(hidden, count)
@@ -205,6 +208,18 @@ class BeamSearch:
         beams.words = _take(beams.words, parent)
         beams.words[:, :, step] = word
         return word, parent
+
+    def _advance_one(self, hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """As `_advance` with one beam, which takes its likeliest word: a tenth of the operations."""
+        beams = self.beams
+        value, word = self._likeliest_words(hidden, 1)
+        beams.score = beams.score + value
+        beams.words[:, :, step] = word
+        beams.done = torch.full_like(word, step + 1 == self.options.max_new_tokens, dtype=torch.bool)
+        for token in self.options.end_tokens:
+            beams.done |= word == token
+        beams.done_words, beams.done_score = beams.words, beams.score / (step + 1)
+        return word, torch.zeros_like(word)
 
     def _likeliest_words(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """float[M, D_lm] -> log-probabilities float32[M, C] and words int64[M, C]; few rows of logits at a time."""
@@ -234,6 +249,8 @@ class BeamSearch:
     def _is_open(self, step: int) -> Tensor:
         """bool[N]: prompts of which a running beam may still win, by transformers' rule."""
         beams, options = self.beams, self.options
+        if options.num_beams == 1:
+            return ~beams.done[:, 0]
         # the best score a running beam can end with: at its present length, or with "never" at the greatest length
         longest = options.early_stopping == "never" and options.length_penalty > 0
         length = options.max_new_tokens if longest else step + 1

@@ -165,13 +165,16 @@ class TrieReader:
             Last hidden states float[N * k, D_lm].
         """
         place, width = self._places(words.shape[1])
-        seen = self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.seen.shape[2]))
+        seen = self.seen
+        if words.shape[1] > 1:  # one beam goes on from itself
+            seen = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
         written = seen.new_zeros(*words.shape, width).scatter_(2, place[:, :, None], True)
         self.seen = torch.cat([seen, written], dim=2)
         embeds = self.language_model.get_input_embeddings()(words)
         positions = (self.length[:, None] + self.step).expand_as(words)
         self.step += 1
-        if self.rows == len(words):  # every row holds one prompt: nothing has to be moved into its place
+        # one prompt in every row: nothing has to be moved into its place
+        if self.rows == len(words) and width == words.shape[1]:
             return self._forward(embeds, self.seen, positions).flatten(0, 1)
         row = self.row[:, None]
         shape = (self.rows, width)

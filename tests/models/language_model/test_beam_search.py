@@ -139,6 +139,30 @@ def test_prompts_that_share_a_row_equal_those_alone(random_lm, family, beams):
     check_texts(found.sequences, found.sequences_scores, expected)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_as_many_prompts_as_rows_need_not_be_one_in_each(random_lm, beams):
+    """Ten rows, one of them with two prompts; another one is empty after the first word, and stays in the batch."""
+    lm = random_lm("llama")
+    wrapped = DecoderOnlyLM(lm)
+    groups = [[[5 + row, 20 + row]] for row in range(10)]
+    groups[0].append([5, 50])
+    options = BASE | {"num_beams": beams, "return_dict_in_generate": True, "eos_token_id": None}
+
+    def words(asked, **changes):
+        packed = pack_prompts(asked, image_token_id=299, prefix_length=1, images_per_group=[0] * len(asked))
+        settings = wrapped.beam_options(2, options | changes)
+        return wrapped.continue_rows(packed, lm.get_input_embeddings()(packed.input_ids), settings).sequences.tolist()
+
+    free = words(groups)
+    ends = [row for row in range(4, 10) if sum(free[row + 1][0] in text[:3] for text in free) == 1]
+    assert ends, "no word begins one text alone: the test shows nothing"
+    end = {"eos_token_id": free[ends[0] + 1][0]}
+    together = words(groups, **end)
+    alone = [words([[prompt]], **end)[0] for group in groups for prompt in group]
+    for found, expected in zip(together, alone, strict=True):
+        assert found[: len(expected)] == expected
+
+
 def test_of_equal_logits_the_first_word_is_taken():
     logits = torch.zeros(3, 64 * 30)
     logits[0, [700, 5, 1900]] = 1
