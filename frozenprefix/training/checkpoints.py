@@ -177,7 +177,10 @@ def load_training_state(
         set_random_state(random_states[rank if rank in random_states else 0])
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{folder}: {RANDOM_FILE} holds no random state ({error}); use --resume never") from error
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {OPTIMIZER_FILE} lacks {error} or is another optimizer's") from error
     return progress
 
 

@@ -118,6 +118,15 @@ def test_optimizer_tensors_fit_their_parameters(tmp_path, name, tensor, message)
         load_training_state(tmp_path, optimizer, {})
 
 
+def test_an_optimizer_file_that_lacks_a_tensor_is_an_error(tmp_path):
+    _, optimizer = trained()
+    save_training_state(tmp_path, optimizer, Progress(), [random_state()])
+    path = tmp_path / checkpoints.OPTIMIZER_FILE
+    save_tensors({name: tensor for name, tensor in load_tensors(path).items() if name != "0.step"}, path)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors lacks 'step' or is another optimizer's"):
+        load_training_state(tmp_path, trained()[1], {})
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other fields"])
 def test_state_that_cannot_be_read_is_an_error(tmp_path, damage):
     _, optimizer = trained()
