@@ -62,8 +62,8 @@ class Plan:
         """The stages of a run on a machine, in order, with the seconds of each.
 
         Example:
-            >>> [stage for stage, _ in plan(recipe, ["h100"], calibrate=0).stages("h100")]
-            ['encode 12 images', 'train 6 steps', 'validate meanwhile']
+            >>> [stage for stage, _ in plan(recipe, ["h100"], calibrate=0).stages("h100")]  # doctest: +ELLIPSIS
+            ['encode ... images', 'train 6 steps', 'validate meanwhile']
         """
         planned = self.machines[machine]
         training = planned.seconds_to_train - planned.seconds_to_validate

@@ -21,7 +21,7 @@ class VqaAccuracy(OfflineMetric):
     citation_text = "Antol et al. 2015, VQA: Visual Question Answering"
 
     def _compute(self, predictions: Any, references: Any, compat: bool = False) -> dict[str, Any]:
-        """Takes answers, and for each of them the annotators' answers. `compat` repeats the faults of the published
+        """Give answers, and for each of them the annotators' answers. `compat` repeats the faults of the published
         script; see `vqa_accuracy`."""
         scores = list(vqa_accuracy(numbered(predictions), numbered(references), compat=compat).values())
         return {"vqa_accuracy": mean(scores), "vqa_accuracy_each": scores}
