@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Arithmetic, Checkpoint, LanguageModel, MaxNewTokens, Precision, check_files
+from frozenprefix.cli.common import Arithmetic, Checkpoint, LanguageModel, MaxNewTokens, Precision, check_files, not_nan
 from frozenprefix.errors import DataError, FrozenPrefixError
 
 if TYPE_CHECKING:
@@ -26,8 +26,12 @@ def command(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, where the LM's template takes one.")] = None,
     max_new_tokens: MaxNewTokens = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word, more samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is sampled from.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=not_nan, help="0 takes the likeliest word, more samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, callback=not_nan, help="Share of probability that is sampled from.")
+    ] = 1.0,
     language_model: LanguageModel = None,
     precision: Precision = Arithmetic.auto,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -47,6 +48,13 @@ class Arithmetic(str, Enum):
 
 Precision = Annotated[Arithmetic, typer.Option(help="What frozen parts compute in; auto: the faster of fp32 and bf16.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output file that this command did not write.")]
+
+
+def not_nan(value: float) -> float:
+    """Refuse a value that is not a number, which older releases of typer take to be in every range."""
+    if math.isnan(value):
+        raise typer.BadParameter("got nan, expected a number")
+    return value
 
 
 def is_main_process() -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.cli.common import Force, Overrides, RecipeFile, write_json
+from frozenprefix.cli.common import Force, Overrides, RecipeFile, not_nan, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +19,9 @@ def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     hardware: Annotated[str, typer.Option(metavar="NAME,…", help="Machines to plan for.")] = "h100,a100,rtx4090,cpu",
-    calibrate: Annotated[float, typer.Option(min=0, help="Seconds of real steps on this machine; 0 for none.")] = 4.0,
+    calibrate: Annotated[
+        float, typer.Option(min=0, callback=not_nan, help="Seconds of real steps on this machine; 0 for none.")
+    ] = 4.0,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all figures to.")] = None,
     force: Force = False,
 ) -> None:

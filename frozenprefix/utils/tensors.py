@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frozenprefix.errors import DataError
 
+_OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
     """Write a safetensors file, with the permissions that every other new file gets.
+
+    Raises:
+        OSError: the file cannot be written.
 
     Example:
         >>> save_tensors({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
@@ -22,7 +30,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> No
     path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        )
+    except SafetensorError as error:  # before 0.8 for a full disk, too
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)  # the library makes files that only their owner can read
 
 
