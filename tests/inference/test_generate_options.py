@@ -106,11 +106,12 @@ def test_positions_are_checked_before_the_first_step(tiny_recipe, tiny_lm, tmp_p
 # ── padding ──
 
 
+@pytest.mark.parametrize("images", [3, 1])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_padding_outside_the_vocabulary(captioner, shapes, beams):
-    """Three texts of a batch, of which some end early and are padded."""
+def test_padding_outside_the_vocabulary(captioner, shapes, beams, images):
+    """Three texts of a batch, about three images or one, of which some end early and are padded."""
     processor = captioner.processor
-    paths = sorted((shapes / "images").iterdir())[:3]
+    paths = (sorted((shapes / "images").iterdir())[:images] * 3)[:3]
     prompts = ["<image>", "<image> the dog", "<image> a"]
     words = captioner.model.get_input_embeddings().num_embeddings
     logits = captioner.generate(prompts, paths, num_beams=beams, max_new_tokens=6)
