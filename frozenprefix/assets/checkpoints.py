@@ -13,7 +13,17 @@ from frozenprefix.utils import parse_json
 
 CONFIG = "config.json"
 MODEL_TYPES = ("frozenprefix", "locked_image_text")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def is_hub_id(path: str | os.PathLike[str]) -> bool:
+    """Whether a text has the form of a Hub id, NAME or OWNER/NAME, and is not an existing path.
+
+    Example:
+        >>> is_hub_id("gpt2"), is_hub_id("../gpt2")
+        (True, False)
+    """
+    return _HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str], *, field: str = "checkpoint") -> None:
@@ -34,7 +44,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], *, field: str = "checkp
     folder = Path(checkpoint).expanduser()
     if not folder.exists():
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        if offline or not _HUB_ID.fullmatch(str(checkpoint)) or (folder.parent != Path() and folder.parent.is_dir()):
+        if offline or not is_hub_id(checkpoint) or (folder.parent != Path() and folder.parent.is_dir()):
             raise missing_checkpoint(checkpoint, field=field)
         return
     if not folder.is_dir():

@@ -37,8 +37,10 @@ class _Group(TyperGroup):
             typer.secho(_message(error), fg=typer.colors.RED, err=True)
             raise typer.Exit(error.exit_code) from error
         except (MemoryError, RuntimeError) as error:
+            from frozenprefix.utils import is_out_of_memory
+
             reason = next(iter(str(error).splitlines()), "")
-            if os.environ.get("FROZENPREFIX_DEBUG") == "1" or not _is_out_of_memory(error):
+            if os.environ.get("FROZENPREFIX_DEBUG") == "1" or not is_out_of_memory(error):
                 raise
             fix = "take smaller batches, or a shorter prefix; `frozenprefix plan RECIPE` predicts the memory of a step"
             typer.secho(f"Error: out of memory ({reason}); {fix}", fg=typer.colors.RED, err=True)
@@ -70,11 +72,6 @@ app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("compare")(compare.command)
 app.add_typer(data.app, name="data")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
 
 
 def _message(error: FrozenPrefixError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +22,13 @@ from transformers.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
+from frozenprefix.assets import is_hub_id
 from frozenprefix.errors import AssetError, FrozenPrefixError, did_you_mean
 from frozenprefix.utils import report
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _LONGEST_POINTER = 1024  # bytes
 _READ_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt")  # configs and tokenizers
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a text has the form of a Hub id, NAME or OWNER/NAME, and is not an existing path.
-
-    Example:
-        >>> is_hub_id("gpt2"), is_hub_id("../gpt2")
-        (True, False)
-    """
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def is_lfs_pointer(file: Path) -> bool:

@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from frozenprefix.errors import TrainingError
-
-# of torch's allocator for the CPU, on the systems that refuse memory, and of oneDNN
-_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "could not allocate")
+from frozenprefix.utils import is_out_of_memory
 
 
 @contextmanager
@@ -33,17 +29,12 @@ def explaining_memory(settings: Any, step: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_about_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"step {step}: memory ran out; {'; or '.join(smaller_steps(settings))}; `frozenprefix plan` says how "
             "much a recipe needs. Checkpoints saved before are not affected."
         ) from error
-
-
-def _is_about_memory(error: Exception) -> bool:
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(message in str(error).lower() for message in _MESSAGES)
 
 
 def smaller_steps(settings: Any) -> list[str]:

@@ -10,10 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from frozenprefix.errors import CheckpointError, TrainingError
-from frozenprefix.utils import atomic_folder, hold_lock, recover_folder
+from frozenprefix.utils import atomic_folder, hold_lock, recover_folder, system_error
 from frozenprefix.utils.sums import check_sums, write_sums
 
 logger = logging.getLogger(__name__)
@@ -137,19 +135,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _disk_problem(error)
+        reason = _DISK_PROBLEMS.get(system_error(error) or 0)
         if reason is None:
             raise
         raise TrainingError(
             f"cannot write to '{getattr(error, 'filename', None) or path}': {reason} and run the same command again. "
             "Checkpoints that were saved before are unharmed, and the run continues from the last one"
         ) from error
-
-
-def _disk_problem(error: Exception) -> str | None:
-    if isinstance(error, OSError):
-        return _DISK_PROBLEMS.get(error.errno or 0)
-    # safetensors and tokenizers, written in Rust, put the system's error into their text
-    if isinstance(error, SafetensorError) or type(error) is Exception:
-        return next((text for code, text in _DISK_PROBLEMS.items() if f"(os error {code})" in str(error)), None)
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -145,7 +146,7 @@ class Trainer(BaseTrainer):
         self.objectives = WeightedSum.from_recipe(self.recipe, self.model, self.processor, groups, images=images)
         optimizer = build_optimizer(
             settings.optimizer,
-            ((name.replace("lm.", "language_model.", 1), p) for name, p in self.model.named_parameters()),
+            ((re.sub(r"^lm\.", "language_model.", name), p) for name, p in self.model.named_parameters()),
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             betas=settings.betas,

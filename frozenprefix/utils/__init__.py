@@ -17,6 +17,7 @@ from frozenprefix.utils.locks import hold_lock
 from frozenprefix.utils.outputs import check_output, check_run_folder
 from frozenprefix.utils.progress import progress_bar
 from frozenprefix.utils.reports import report, report_left_out, summary
+from frozenprefix.utils.system_errors import is_out_of_memory, system_error
 from frozenprefix.utils.text import replace_surrogates
 from frozenprefix.utils.user_cache import build_once, user_cache
 
@@ -32,6 +33,7 @@ __all__ = [
     "file_sha256",
     "file_state",
     "hold_lock",
+    "is_out_of_memory",
     "parse_json",
     "progress_bar",
     "read_jsonl",
@@ -42,6 +44,7 @@ __all__ = [
     "report_left_out",
     "safe_file_name",
     "summary",
+    "system_error",
     "tree_sha256",
     "user_cache",
     "write_bytes_atomic",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frozenprefix.errors import DataError
-
-_OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
+from frozenprefix.utils.system_errors import system_error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
@@ -35,10 +33,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> No
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
         )
     except SafetensorError as error:  # before 0.8 for a full disk, too
-        number = _OS_ERROR.search(str(error))
+        number = system_error(error)
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode)  # the library makes files that only their owner can read
 
 

@@ -20,14 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from frozenprefix.assets import is_pypi, resolve
+from frozenprefix.assets import is_hub_id, is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
 from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
-    is_hub_id,
     not_found,
     quiet_transformers,
     read_config,

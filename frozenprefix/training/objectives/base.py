@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ Batch = dict[str, Any]
 IMAGE_INPUTS = ("pixel_values", "image_features")
 
 
-class Objective:
+class Objective(ABC):
     """One term of the loss. A subclass sets `name` and implements `count` and `loss`; the other methods are optional.
 
     Args:
@@ -44,27 +45,27 @@ class Objective:
         self.weight = weight
         self.figures: dict[str, float] = {}
 
-    def prepare(self, batch: Batch, number: int) -> None:
+    def prepare(self, batch: Batch, number: int) -> None:  # noqa: B027 - optional
         """Add the inputs of `loss` to a batch, without gradient.
 
         Args:
             number: index of the micro-batch in the run, counted over all processes.
         """
 
-    def prepare_step(self, batches: Sequence[Batch]) -> None:
+    def prepare_step(self, batches: Sequence[Batch]) -> None:  # noqa: B027 - optional
         """Add what depends on all micro-batches that this process contributes to a step, after `prepare`."""
 
+    @abstractmethod
     def count(self, batch: Batch) -> int:
         """Number of items that the loss of this batch is a mean over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch, prefix_embeds: Tensor | None) -> Tensor:
         """Mean loss of a batch: a scalar with gradient.
 
         Args:
             prefix_embeds: float[images, P, D_lm]; None for a batch of text alone.
         """
-        raise NotImplementedError
 
     def validate(self, collator: Collator, groups: Sequence[ImageGroup], size: int) -> dict[str, float]:
         """Metrics on validation images, `size` images at a time."""
