@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from frozenprefix.config.sections import RunSection
 from frozenprefix.data.cache_format import Manifest, StorageDType
 from frozenprefix.kernels.linear import TILE
 from frozenprefix.kernels.prepack import MAX_BYTES
@@ -27,8 +28,8 @@ from frozenprefix.models.packing.loss import ROWS
 INDEX_BYTES = 85  # an image's line in the index of its shard
 KEY_BYTES = 90  # and in the list of keys, its path not counted
 SHARD_IMAGES, SHARD_BYTES = 500, 5_200  # a tar file is filled up to 10,240 bytes: half of that on average
-ADAM_BYTES = 16  # a float32 parameter, its gradient, and AdamW's two moments
-ADAM_TRAFFIC = 28  # AdamW reads those four and writes three back
+# bytes that an optimizer keeps for a float32 parameter: two moments, or one (and Adafactor's means of rows and columns)
+STATE_BYTES = {"adamw": 8, "muon": 4, "lion": 4, "adafactor": 4}
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,32 @@ def activation_bytes(lm: LanguageModelShape, cells: float, row_length: float) ->
 PREPACKED_COPIES = "prepacked copies (on a CPU only)"
 
 
-def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class OptimizerCosts:
+    """Bytes for each trained parameter, all in float32.
+
+    Attributes:
+        kept: parameter, gradient, the optimizer's state, and the moving average if there is one.
+        moved: in a step; all but the gradient are read and written.
+
+    Example:
+        >>> OptimizerCosts.from_settings(recipe.training)
+        OptimizerCosts(kept=16, moved=28)
+    """
+
+    kept: int
+    moved: int
+
+    @classmethod
+    def from_settings(cls, settings: RunSection) -> OptimizerCosts:
+        state, average = STATE_BYTES[settings.optimizer], 0 if settings.ema is None else 4
+        # the average reads the parameter once more
+        return cls(kept=8 + state + average, moved=12 + 2 * state + 3 * average)
+
+
+def step_memory(
+    lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float, trainable: int, optimizer: OptimizerCosts
+) -> dict[str, float]:
     """Bytes in use at the peak of a step, by part."""
     activations = activation_bytes(lm, step.part_cells, step.row_length)
     # with the head or, as `prepackable_layers` chooses, without
@@ -176,7 +202,7 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
         "language model (frozen)": lm.parameters * lm.item_bytes,
         PREPACKED_COPIES: next((size for size in packed if size <= MAX_BYTES), 0),
         "vision encoder (frozen)": encoder_bytes,
-        "mapper, gradients, AdamW": ADAM_BYTES * trainable,
+        "mapper, gradients, optimizer": optimizer.kept * trainable,
         "activations": activations,
         # temporaries of one layer, and the gradients of what it kept
         "layer being computed": 2 * activations / lm.layers,
@@ -184,7 +210,7 @@ def step_memory(lm: LanguageModelShape, step: StepShape, *, encoder_bytes: float
     }
 
 
-def step_bytes(lm: LanguageModelShape, step: StepShape, trainable: int) -> dict[str, float]:
+def step_bytes(lm: LanguageModelShape, step: StepShape, trainable: int, optimizer: OptimizerCosts) -> dict[str, float]:
     """Bytes that a step moves through memory, by part."""
     blocks = -(-step.predicted // ROWS)
     return {
@@ -193,7 +219,7 @@ def step_bytes(lm: LanguageModelShape, step: StepShape, trainable: int) -> dict[
         "activations": 3 * activation_bytes(lm, step.cells, step.scores / step.cells),
         # its weights are read for every block of rows, forward and backward; a tile of logits stays in the caches
         "head": blocks * 2 * lm.vocabulary * lm.hidden * lm.item_bytes,
-        "optimizer": ADAM_TRAFFIC * trainable,
+        "optimizer": optimizer.moved * trainable,
     }
 
 

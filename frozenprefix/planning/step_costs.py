@@ -21,7 +21,7 @@ from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.planning import costs
 from frozenprefix.planning.calibration import RandomFeatures, time_steps
-from frozenprefix.planning.costs import LanguageModelShape, StepShape
+from frozenprefix.planning.costs import LanguageModelShape, OptimizerCosts, StepShape
 from frozenprefix.planning.counting import CountedStep, count_steps_of
 from frozenprefix.planning.workload import count_steps, seconds_per_step
 
@@ -102,7 +102,7 @@ def calculated_costs(recipe: Recipe, groups: Groups, encoder: ImageEncoder, cali
             embedding_rms=1.0,
         )
         mapper_flops = costs.mapper_flops(mapper, torch.empty(images, module.num_tokens, module.encoder_dim))
-    trainable = count_parameters(mapper).trainable
+    trainable, optimizer = count_parameters(mapper).trainable, OptimizerCosts.from_settings(recipe.training)
     weights = [(p.numel(), p.dtype.itemsize) for p in module.parameters()]
     step = StepShape.mean(sample_steps(recipe, groups["train"], encoder))
     seconds = None
@@ -114,9 +114,13 @@ def calculated_costs(recipe: Recipe, groups: Groups, encoder: ImageEncoder, cali
         {"trainable": trainable, "language model": lm.parameters, "vision encoder": sum(n for n, _ in weights)},
         step,
         flops=costs.step_flops(lm, step, mapper_flops),
-        bytes=costs.step_bytes(lm, step, trainable),
+        bytes=costs.step_bytes(lm, step, trainable, optimizer),
         memory=costs.step_memory(
-            lm, step, encoder_bytes=sum(count * size for count, size in weights), trainable=trainable
+            lm,
+            step,
+            encoder_bytes=sum(count * size for count, size in weights),
+            trainable=trainable,
+            optimizer=optimizer,
         ),
         layers=lm.layers,
         seconds=seconds,
@@ -127,6 +131,7 @@ def counted_costs(recipe: Recipe | ContrastiveRecipe, groups: Groups, calibrate:
     """Counted on a real step, for any recipe."""
     counted: CountedStep = count_steps_of(recipe, groups, calibrate)
     step, trainable = counted.shape, counted.parameters["trainable"]
+    optimizer = OptimizerCosts.from_settings(recipe.training)
     return StepCosts(
         counted.parameters,
         step,
@@ -135,12 +140,12 @@ def counted_costs(recipe: Recipe | ContrastiveRecipe, groups: Groups, calibrate:
         bytes={
             "weights": 2 * counted.weight_bytes,
             "activations": 3 * counted.kept_bytes,
-            "optimizer": costs.ADAM_TRAFFIC * trainable,
+            "optimizer": optimizer.moved * trainable,
         },
         memory={
             "weights": counted.weight_bytes,
             costs.PREPACKED_COPIES: counted.prepacked_bytes,
-            "gradients, AdamW": (costs.ADAM_BYTES - 4) * trainable,
+            "gradients, optimizer": (optimizer.kept - 4) * trainable,
             "activations": counted.kept_bytes,
             "layer being computed": 2 * counted.kept_bytes / counted.layers,
         },

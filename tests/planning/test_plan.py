@@ -16,6 +16,7 @@ from frozenprefix.cli import train
 from frozenprefix.cli.main import app
 from frozenprefix.cli.plan import duration
 from frozenprefix.config import load_recipe, write_yaml
+from frozenprefix.config.sections import RunSection
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samples import group_by_images
 from frozenprefix.errors import ConfigError
@@ -25,12 +26,14 @@ from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.planning import costs
 from frozenprefix.planning.calibration import step_trainer
-from frozenprefix.planning.costs import LanguageModelShape, StepShape, cache_size, cached_bytes
+from frozenprefix.planning.costs import LanguageModelShape, OptimizerCosts, StepShape, cache_size, cached_bytes
 from frozenprefix.planning.counting import KeptMeter
 from frozenprefix.planning.hardware import COMPUTE_SHARE, HARDWARE
 from frozenprefix.planning.plan import plan
 from frozenprefix.planning.step_costs import counted_costs, language_model_shape, step_costs
+from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.training.caching import fill_cache
+from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.setup import build_model, load_parts
 from tests.helpers import ROOT
 from tests.helpers.contrastive import contrastive_recipe
@@ -94,8 +97,25 @@ def test_activations_are_those_that_autograd_keeps(one_step, family):
 def test_packed_copies_are_those_that_training_makes(family, dtype):
     lm = AutoModelForCausalLM.from_config(tiny_lm_config(family), dtype=dtype).requires_grad_(False)
     step = StepShape(1, 1, 1, 1, 1, 1, 1, 1)
-    memory = costs.step_memory(LanguageModelShape.from_model(lm), step, encoder_bytes=0, trainable=0)
+    memory = costs.step_memory(
+        LanguageModelShape.from_model(lm), step, encoder_bytes=0, trainable=0, optimizer=OptimizerCosts(16, 28)
+    )
     assert memory[costs.PREPACKED_COPIES] == prepacked_bytes(prepackable_layers(lm)) > 0
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
+def test_an_optimizer_keeps_what_is_predicted(name, ema):
+    layer = torch.nn.Linear(512, 512)
+    optimizer = build_optimizer(name, layer.named_parameters(), learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.99))
+    layer(torch.ones(512)).sum().backward()
+    optimizer.step()
+    kept = [t for p in layer.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if torch.is_tensor(t)]
+    if ema is not None:
+        kept += WeightAverage(dict(layer.named_parameters()), ema).state.values()
+    predicted = OptimizerCosts.from_settings(RunSection(max_steps=1, warmup_steps=0, optimizer=name, ema=ema))
+    total = sum(p.numel() for p in layer.parameters())
+    assert sum(t.nbytes for t in kept) == pytest.approx(predicted.kept * total, rel=0.02)
 
 
 def test_a_step_is_counted_by_hand(one_step):
@@ -138,7 +158,7 @@ def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
     counted = count_parameters(model)
     assert made.parameters["trainable"] == counted.trainable
     assert made.parameters["language model"] + made.parameters["vision encoder"] == counted.frozen
-    assert made.memory["mapper, gradients, AdamW"] == 16 * counted.trainable
+    assert made.memory["mapper, gradients, optimizer"] == 16 * counted.trainable
     assert made.images == {"all": 12, "cached": 0, "train": 8}
     assert list(made.machines) == ["here", "h100", "cpu"]
     here = made.machines["here"]
