@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoConfig
@@ -24,7 +25,7 @@ from frozenprefix.evaluation.samples import (
     recipe_samples,
     recipe_storage,
 )
-from frozenprefix.evaluation.task import EvaluationOptions
+from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask
 from frozenprefix.evaluation.tasks import TASKS
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.models import auto  # noqa: F401 # makes its classes known to AutoConfig
@@ -87,7 +88,6 @@ def evaluate_checkpoint(
     """
     check_checkpoint(checkpoint)
     chosen, processes = TASKS.get(task), current_processes()
-    device = str(processes.device) if processes.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu"
     if num_beams is not None and not chosen.takes_beams:
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
@@ -97,10 +97,7 @@ def evaluate_checkpoint(
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
     default = Path(checkpoint) / f"predictions_{_name(task, data, split, limit, extra)}.jsonl"
     file = _predictions_file(predictions or default, force)
-    with opening_checkpoint(checkpoint):
-        config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
-    precision = gather_object([inference_precision(config, precision, device=device)])[0]
-    model = chosen.load(checkpoint, device=device, language_model=language_model, precision=precision)
+    model, precision = _load_model(chosen, checkpoint, processes, language_model, precision)
     storage = recipe_storage(checkpoint, model.encoder.fingerprint)
     options = EvaluationOptions(
         predictions=file,
@@ -117,6 +114,17 @@ def evaluate_checkpoint(
     result = chosen.run(model, samples, options)
     source = {"checkpoint": str(checkpoint), "data": None if data is None else str(data), "split": split}
     return {**result, "source": {**source, "limit": limit, "precision": precision, "frozenprefix": __version__}}
+
+
+def _load_model(
+    task: EvaluationTask, checkpoint: str | Path, processes: PartialState, language_model: Any, precision: str
+) -> tuple[Any, str]:
+    """The task's model and its precision, the same for all processes."""
+    device = str(processes.device) if processes.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu"
+    with opening_checkpoint(checkpoint):
+        config = checkpoint_config(AutoConfig, checkpoint, language_model=language_model)
+    precision = gather_object([inference_precision(config, precision, device=device)])[0]
+    return task.load(checkpoint, device=device, language_model=language_model, precision=precision), precision
 
 
 def _samples(

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from frozenprefix.registry import lazy_exports
 
 if TYPE_CHECKING:
-    from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+    from frozenprefix.training.base_trainer import BaseTrainer
     from frozenprefix.training.caching import fill_cache
     from frozenprefix.training.contrastive import ContrastiveTrainer, train_contrastive
     from frozenprefix.training.objectives import Objective
     from frozenprefix.training.registry import train_recipe
+    from frozenprefix.training.result import TrainingResult
     from frozenprefix.training.setup import build_locked_model, build_model, load_samples
     from frozenprefix.training.tracking import read_log
     from frozenprefix.training.trainer import Trainer, train
@@ -34,11 +35,12 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "base_trainer": ("BaseTrainer", "TrainingResult"),
+        "base_trainer": ("BaseTrainer",),
         "caching": ("fill_cache",),
         "contrastive": ("ContrastiveTrainer", "train_contrastive"),
         "objectives": ("Objective",),
         "registry": ("train_recipe",),
+        "result": ("TrainingResult",),
         "setup": ("build_locked_model", "build_model", "load_samples"),
         "tracking": ("read_log",),
         "trainer": ("Trainer", "train"),

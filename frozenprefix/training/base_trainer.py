@@ -6,20 +6,18 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
-from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -40,57 +38,17 @@ from frozenprefix.training.checkpoints import (
 )
 from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
+from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
-from frozenprefix.training.schedule import learning_rate_factor
+from frozenprefix.training.schedule import Clock, learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
-from frozenprefix.utils.sums import check_sums
 
 logger = logging.getLogger(__name__)
-R = TypeVar("R", bound=BaseRecipe)
 WINDOW = 50  # steps over which the progress bar averages loss and speed
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Where the checkpoints are, and how the run ended.
-
-    Attributes:
-        best: folder of the best checkpoint; best_value: its validation measure; best_by: the name of that measure.
-        targets_seen: target texts of all steps; seconds: duration of all steps, resumed ones included.
-
-    Example:
-        >>> run = Path("runs/mlp")
-        >>> TrainingResult(run, run / "best", steps=6, targets_seen=48, seconds=1.5, best_value=2.1).best_by
-        'loss'
-    """
-
-    output_dir: Path
-    best: Path
-    steps: int
-    targets_seen: int
-    seconds: float
-    best_value: float | None
-    best_by: str = "loss"
-
-
-def with_run_precision(recipe: R, resume: str) -> R:
-    """The recipe with its precision decided; a run that is resumed keeps its own.
-
-    Args:
-        resume: as for `BaseTrainer.run`.
-
-    Example:
-        >>> with_run_precision(recipe, "auto").training.precision
-        'fp32'
-    """
-    if resume == "auto":
-        states = RunFolder(recipe.output_dir).states()
-        return resolve_precision(recipe, resumed=states[0] if states else None)
-    return resolve_precision(recipe, resumed=None if resume == "never" else Path(resume))
 
 
 class BaseTrainer(ABC):
@@ -134,7 +92,7 @@ class BaseTrainer(ABC):
         self.folder = RunFolder(self.output_dir, keep_last=self.settings.keep_last)
         self.best_by = "loss"
         self.progress = Progress(fingerprint=recipe.fingerprint())
-        self.started = time.monotonic()
+        self.clock = Clock(self.settings.max_minutes, self.accelerator.device)
 
     def run(self, resume: str = "auto") -> TrainingResult:
         """Set up, train, and save the best and the last checkpoint.
@@ -163,16 +121,7 @@ class BaseTrainer(ABC):
             self.tracker = Tracker(self.output_dir, self.recipe.tracking, resume_step=step, config=config, enabled=main)
             with self.tracker, StopSignals() as self.signals:
                 self.loop()
-        progress = self.progress
-        return TrainingResult(
-            self.output_dir,
-            self.output_dir / "best",
-            progress.step,
-            progress.targets_seen,
-            progress.seconds,
-            progress.best_value,
-            self.best_by,
-        )
+        return TrainingResult.from_progress(self.output_dir, self.progress, best_by=self.best_by)
 
     def setup(self) -> None:
         """Build model, data and optimizer: everything that the first step needs."""
@@ -276,7 +225,7 @@ class BaseTrainer(ABC):
                 "training.max_minutes: the run ends by the clock, which the learning rate follows, so it cannot be "
                 "repeated bit for bit; a run by max_steps or epochs alone can"
             )
-        self.started = time.monotonic() - self.progress.seconds
+        self.clock.start(self.progress.seconds)
         self.first_step = self.progress.step
         if self.first_step == 0:
             self.begin()
@@ -294,7 +243,7 @@ class BaseTrainer(ABC):
         window: list[tuple[float, int, float]] = []
         self.model.train()
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
-            while progress.step < self.total_steps and not self.out_of_time() and not self.out_of_patience():
+            while progress.step < self.total_steps and self.clock.share() <= 1 and not self.out_of_patience():
                 before = time.monotonic()
                 with explaining_memory(settings, progress.step + 1):
                     values = self.step(batches)
@@ -344,10 +293,7 @@ class BaseTrainer(ABC):
             TrainingError: too many in a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        first = self.progress.step * len(self.steps.parts)
-        parts = range(len(self.steps.parts))
-        found = self.all_of([[self.steps.ids_of(first + part) for part in chosen] for chosen in (bad_parts, parts)])
-        bad, whole = ([name for ids in which for part in ids for name in part] for which in zip(*found, strict=True))
+        bad, whole = self._samples_of_step(bad_parts), self._samples_of_step(range(len(self.steps.parts)))
         self.progress.bad_steps += 1
         report_bad_step(
             f"step {self.progress.step + 1}: {problem} at learning rate {learning_rate:.2e}",
@@ -356,6 +302,12 @@ class BaseTrainer(ABC):
             allowed=self.settings.max_bad_steps,
         )
         return bad or whole
+
+    def _samples_of_step(self, parts: Iterable[int]) -> list[str]:
+        """Ids of the samples in these micro-batches of all processes."""
+        first = self.progress.step * len(self.steps.parts)
+        own = [name for part in parts for name in self.steps.ids_of(first + part)]
+        return [name for ids in self.all_of(own) for name in ids]
 
     def finish(self) -> None:
         """Validate and save after the last step."""
@@ -370,11 +322,11 @@ class BaseTrainer(ABC):
         self.progress.targets_seen += targets
         if self.average is not None:
             self.average.update()
-        self.progress.seconds = time.monotonic() - self.started
+        self.progress.seconds = self.clock.seconds
 
     def share_done(self) -> float:
         """Share of the run that is over, in steps or in time, whichever is more."""
-        return max(self.progress.step / self.total_steps, self._share_of_time())
+        return max(self.progress.step / self.total_steps, self.clock.share())
 
     def learning_rate_factor(self) -> float:
         """Share of the peak learning rate for the next step."""
@@ -387,16 +339,6 @@ class BaseTrainer(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return self.settings.learning_rate * factor
-
-    def _share_of_time(self) -> float:
-        """Share of `max_minutes` that is over, by the clock of the main process, so that all processes agree."""
-        if self.settings.max_minutes is None:
-            return 0.0
-        seconds = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
-        return float(broadcast(seconds)) / (60 * self.settings.max_minutes)
-
-    def out_of_time(self) -> bool:
-        return self._share_of_time() > 1
 
     def out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience
@@ -427,18 +369,10 @@ class BaseTrainer(ABC):
         if self.progress.step == 0:
             return
         self.best_by, value = self.best_of(values)
-        best = self.progress.best_value
         if not math.isfinite(value):
             logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
-            better = False
-        else:
-            better = best is None or (value < best if self.lower_is_better else value > best)
-        if better:
-            self.progress.best_value, self.progress.best_step = value, self.progress.step
-            self.progress.bad_validations = 0
+        if self.progress.note_validation(value, lower_is_better=self.lower_is_better):
             self.save_best()
-        else:
-            self.progress.bad_validations += 1
 
     def restore(self, resume: str) -> None:
         """Continue an earlier run as `run` describes.
@@ -446,7 +380,9 @@ class BaseTrainer(ABC):
         Raises:
             CheckpointError: for a folder that does not exist, is damaged, or belongs to another recipe.
         """
-        folder = self._state_to_resume(resume)
+        # all processes take the choice of the main one
+        choice = [self.folder.state_to_resume(resume) if self.accelerator.is_main_process else None]
+        folder = broadcast_object_list(choice)[0]
         if folder is None:
             self.folder.begin(None, 0)
             return
@@ -461,17 +397,6 @@ class BaseTrainer(ABC):
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         self.folder.begin(folder, self.progress.step)
         logger.info("resumed from %s at step %d of %d", folder, self.progress.step, self.total_steps)
-
-    def _state_to_resume(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        if resume == "auto":
-            # all processes take the choice of the main one
-            found = [self.folder.find_state() if self.accelerator.is_main_process else None]
-            return broadcast_object_list(found)[0]
-        check_state(Path(resume))
-        check_sums(resume, required=True)
-        return Path(resume)
 
     def save_best(self) -> None:
         if self.accelerator.is_main_process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,22 @@ class Progress:
     scaler: dict[str, float] = field(default_factory=dict)
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def note_validation(self, value: float, *, lower_is_better: bool) -> bool:
+        """Note a validation at this step; return whether it is the best so far, which no infinite value or NaN is.
+
+        Example:
+            >>> progress = Progress(step=3)
+            >>> [progress.note_validation(value, lower_is_better=True) for value in (2.0, 2.5, float("nan"), 1.5)]
+            [True, False, False, True]
+        """
+        best = self.best_value
+        better = math.isfinite(value) and (best is None or (value < best if lower_is_better else value > best))
+        if better:
+            self.best_value, self.best_step, self.bad_validations = value, self.step, 0
+        else:
+            self.bad_validations += 1
+        return better
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -19,10 +19,12 @@ from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_step
 from frozenprefix.models.contrastive.processing import LockedImageTextProcessor
 from frozenprefix.models.freezing import count_parameters, evaluating
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
+from frozenprefix.training.base_trainer import BaseTrainer
 from frozenprefix.training.guards import find_not_finite
 from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.optimizer import build_optimizer
+from frozenprefix.training.result import TrainingResult
+from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.setup import build_locked_model, load_parts
 from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
 from frozenprefix.utils import report

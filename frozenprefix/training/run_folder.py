@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
+from frozenprefix.config import resolve_precision
+from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.errors import CheckpointError, TrainingError
+from frozenprefix.training.checkpoints import check_state
 from frozenprefix.utils import atomic_folder, hold_lock, recover_folder, system_error
 from frozenprefix.utils.sums import check_sums, write_sums
 
 logger = logging.getLogger(__name__)
 Write = Callable[[Path], None]
+R = TypeVar("R", bound=BaseRecipe)
 _DISK_PROBLEMS = {
     errno.ENOSPC: "the disk is full; make room",
     errno.EDQUOT: "the quota of the disk is used up; make room",
@@ -78,6 +83,20 @@ class RunFolder:
             raise CheckpointError("; ".join(problems) + "; no state is whole: use --resume never to start over")
         return None
 
+    def state_to_resume(self, resume: str) -> Path | None:
+        """The state that a run continues from: "auto", "never" or a folder; None for a new run.
+
+        Raises:
+            CheckpointError: a folder that holds no whole state.
+        """
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return self.find_state()
+        check_state(Path(resume))
+        check_sums(resume, required=True)
+        return Path(resume)
+
     def save_best(self, write: Write) -> None:
         with self._replaced("best") as draft:
             write(draft)
@@ -112,6 +131,22 @@ class RunFolder:
         ):
             yield draft
             write_sums(draft)
+
+
+def with_run_precision(recipe: R, resume: str) -> R:
+    """The recipe with its precision decided; a run that is resumed keeps its own.
+
+    Args:
+        resume: as for `BaseTrainer.run`.
+
+    Example:
+        >>> with_run_precision(recipe, "auto").training.precision
+        'fp32'
+    """
+    if resume == "auto":
+        states = RunFolder(recipe.output_dir).states()
+        return resolve_precision(recipe, resumed=states[0] if states else None)
+    return resolve_precision(recipe, resumed=None if resume == "never" else Path(resume))
 
 
 def _step_of(state: Path) -> int:

@@ -23,12 +23,14 @@ from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult, with_run_precision
+from frozenprefix.training.base_trainer import BaseTrainer
 from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_frozen_text, find_not_finite, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.optimizer import build_optimizer
+from frozenprefix.training.result import TrainingResult
+from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.sampling import greedy_captions, greedy_cider_d
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses

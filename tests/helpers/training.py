@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from frozenprefix.models.freezing import hash_tensors
-from frozenprefix.training.base_trainer import BaseTrainer, TrainingResult
+from frozenprefix.training.base_trainer import BaseTrainer
+from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.tracking import read_log
 from tests.helpers import ROOT
 from tests.helpers.freezing import frozen_tensors
