@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import common
 from frozenprefix import FrozenPrefixConfig, FrozenPrefixProcessor, train
 from frozenprefix.config import load_recipe
+from frozenprefix.training import read_log
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 VALIDATIONS, IMAGES = 8, 48
@@ -54,7 +55,7 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
     }
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     result = train(load_recipe(RECIPES / "flickr8k.yaml", changes), resume="never")
-    lines = [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
+    lines = read_log(result.output_dir)
     return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
 
 

@@ -31,7 +31,7 @@ from frozenprefix.data import load_source
 from frozenprefix.evaluation import evaluate_samples, text_ability
 from frozenprefix.inference import Captioner
 from frozenprefix.models import count_parameters
-from frozenprefix.training import Trainer
+from frozenprefix.training import Trainer, read_log
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # recipe -> its name in the table
@@ -92,9 +92,7 @@ def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:
         recipe = recipe_of(name, folder, targets, quick)
         trainer = Trainer(recipe)
         result = trainer.run("never")
-        log = (result.output_dir / "log.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in log]
-        losses = next(line for line in reversed(lines) if "validation/loss" in line)
+        losses = next(line for line in reversed(read_log(result.output_dir)) if "validation/loss" in line)
         memory = common.peak_rss_mib()
         tokenizer = trainer.processor.tokenizer
         before = text_ability(trainer.model, tokenizer, TEXT, adapted=False)

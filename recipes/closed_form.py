@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import cast
 
 import torch
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from timm.data import ImageNetInfo
 
@@ -42,6 +40,7 @@ from frozenprefix.models.mappers.closed_form import (
 )
 from frozenprefix.models.vision import find_weights_file, read_weights
 from frozenprefix.training import build_model
+from frozenprefix.utils import show_log
 
 RECIPE = Path(__file__).with_name("flickr8k.yaml")
 PROMPT = "A photo of a<image>\nA photo of a"
@@ -97,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    show_log()
     try:
         main(**vars(parse(sys.argv[1:])))
     except FrozenPrefixError as error:

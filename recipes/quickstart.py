@@ -10,7 +10,6 @@ complete run is evaluated again.
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import sys
 import time
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from frozenprefix import Captioner, train
@@ -32,6 +29,7 @@ from frozenprefix.evaluation import evaluate_samples
 from frozenprefix.evaluation.metrics import exact_match
 from frozenprefix.interpret import write_report
 from frozenprefix.training import read_log
+from frozenprefix.utils import progress_bar, read_jsonl, show_log
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
 # test images, with 1,470 questions; evaluation.limit overrides it
@@ -64,8 +62,8 @@ def main(overrides: list[str]) -> None:
     test = {**recipe.data.train[0], "split": "test", "limit": recipe.evaluation.limit or IMAGES}
     samples = load_source(test)
     captioner = Captioner.from_pretrained(trained.best)
-    vqa, answers = evaluate_task(captioner, samples, "vqa", trained.output_dir, console)
-    caption, captions = evaluate_task(captioner, samples, "caption", trained.output_dir, console)
+    vqa, answers = evaluate_task(captioner, samples, "vqa", trained.output_dir)
+    caption, captions = evaluate_task(captioner, samples, "caption", trained.output_dir)
     vqa = with_question_types(vqa, Counter(str(sample.metadata.get("question_type")) for sample in samples))
     caption = with_exact_match(caption, captions)
 
@@ -108,27 +106,19 @@ def main(overrides: list[str]) -> None:
 
 
 def evaluate_task(
-    captioner: Captioner, samples: list[Sample], task: str, output_dir: Path, console: Console
+    captioner: Captioner, samples: list[Sample], task: str, output_dir: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The scores and the predictions of one task."""
     predictions = output_dir / f"predictions_{task}.jsonl"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        line = bar.add_task(f"evaluating {task}", total=None)
+    with progress_bar(f"evaluating {task}") as update:
         result = evaluate_samples(
             captioner,
             [sample for sample in samples if sample.task == task],
             predictions=predictions,
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            progress=update,
             **GENERATION[task],
         )
-    return result, [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    return result, [row for _, row in read_jsonl(predictions)]
 
 
 def with_question_types(result: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
@@ -173,8 +163,7 @@ def table_of(result: dict[str, Any], rows: dict[str, str], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    logging.getLogger("frozenprefix").setLevel(logging.INFO)
+    show_log()
     try:
         main(sys.argv[1:])
     except FrozenPrefixError as error:

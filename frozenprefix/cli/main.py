@@ -96,19 +96,15 @@ def _start(
         typer.Option(_ALLOW_CODE, help="Run code that a recipe or checkpoint names as package.module:Class."),
     ] = False,
 ) -> None:
-    import logging
     import sys
 
-    from rich.console import Console
-    from rich.logging import RichHandler
+    from frozenprefix.utils.log import show_log
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # file names that are not UTF-8
     if allow:
         allow_code()
-    handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("frozenprefix").setLevel(logging.INFO)
+    show_log()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from frozenprefix.utils.files import (
 from frozenprefix.utils.hashing import content_hash, file_sha256, tree_sha256
 from frozenprefix.utils.jsonl import append_jsonl, parse_json, read_jsonl, write_jsonl
 from frozenprefix.utils.locks import hold_lock
+from frozenprefix.utils.log import show_log
 from frozenprefix.utils.outputs import check_output, check_run_folder
 from frozenprefix.utils.progress import progress_bar
 from frozenprefix.utils.reports import report, report_left_out, summary
@@ -43,6 +44,7 @@ __all__ = [
     "report",
     "report_left_out",
     "safe_file_name",
+    "show_log",
     "summary",
     "system_error",
     "tree_sha256",
