@@ -92,7 +92,8 @@ def measure(name: str, targets: int, quick: bool) -> dict[str, Any]:
         recipe = recipe_of(name, folder, targets, quick)
         trainer = Trainer(recipe)
         result = trainer.run("never")
-        losses = next(line for line in reversed(read_log(result.output_dir)) if "validation/loss" in line)
+        lines = read_log(result.output_dir)
+        losses = next(line for line in reversed(lines) if "validation/loss" in line)
         memory = common.peak_rss_mib()
         tokenizer = trainer.processor.tokenizer
         before = text_ability(trainer.model, tokenizer, TEXT, adapted=False)
