@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
@@ -36,12 +35,13 @@ from frozenprefix.training.checkpoints import (
     load_training_state,
     save_training_state,
 )
-from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
+from frozenprefix.training.guards import report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
+from frozenprefix.training.sharding import make_accelerator, requested_sharding
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
@@ -60,6 +60,7 @@ class BaseTrainer(ABC):
     Args:
         recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
+        accumulation: micro-batches of each process in a step.
 
     Example:
         >>> from frozenprefix.training import BaseTrainer, Trainer
@@ -78,12 +79,9 @@ class BaseTrainer(ABC):
     tracker: Tracker
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
-        check_distributed()
-        self.accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
-        )
+    def __init__(self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1):
+        self.sharding = requested_sharding()
+        self.accelerator = make_accelerator(mixed_precision, self.sharding)
         self.recipe = recipe = resolve_precision(recipe)
         self.settings = recipe.training
         keep_freed_memory()
@@ -91,7 +89,9 @@ class BaseTrainer(ABC):
         self.output_dir = Path(recipe.output_dir)
         self.folder = RunFolder(self.output_dir, keep_last=self.settings.keep_last)
         self.best_by = "loss"
-        self.progress = Progress(fingerprint=recipe.fingerprint())
+        # micro-batches of a step, over all processes
+        self.num_parts = accumulation * self.accelerator.num_processes
+        self.progress = Progress(fingerprint=recipe.fingerprint(), num_parts=self.num_parts)
         self.clock = Clock(self.settings.max_minutes, self.accelerator.device)
 
     def run(self, resume: str = "auto") -> TrainingResult:
@@ -387,9 +387,9 @@ class BaseTrainer(ABC):
             self.folder.begin(None, 0)
             return
         self.read_model(folder)
-        state = self.accelerator.state
+        rank = self.accelerator.process_index
         self.progress = load_training_state(
-            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
+            folder, self.optimizer, self.progress.fingerprint, rank=rank, num_parts=self.num_parts
         )
         if self.average is not None:
             load_average(folder, self.average, updates=self.progress.step)
