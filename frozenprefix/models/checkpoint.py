@@ -19,6 +19,7 @@ from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.utils.damage import refusing_damage
 from frozenprefix.utils.sums import SUMS_FILE, check_sums
 from frozenprefix.utils.tensors import load_tensors, save_tensors
 
@@ -224,10 +225,11 @@ def load_checkpoint(
 
 def _generation_config(source: str | PathLike[Any], hub: dict[str, Any]) -> GenerationConfig | None:
     """The generation config of a checkpoint; None for one from before they were saved."""
-    try:
-        return GenerationConfig.from_pretrained(source, **hub)
-    except OSError:
+    # also finds it in a local folder
+    if cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
         return None
+    with refusing_damage(CheckpointError, f"{source}: {GENERATION_CONFIG_NAME} cannot be read ({{reason}})"):
+        return GenerationConfig.from_pretrained(source, **hub)
 
 
 def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor]:

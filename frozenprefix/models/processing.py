@@ -12,6 +12,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.models.chat_template import image_template
+from frozenprefix.models.pretrained import reading
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
@@ -60,7 +61,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
         """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
         options["trust_remote_code"] = False
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+        with reading(str(pretrained_model_name_or_path), "processor", "a processor of this package"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
 
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1

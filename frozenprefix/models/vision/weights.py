@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError
 from frozenprefix.models.state_dict import misfits
 from frozenprefix.utils import file_sha256
+from frozenprefix.utils.damage import refusing_damage
 
 RANDOM_SEED = 0
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -66,14 +65,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         >>> read_weights(tmp_path / "layer.pth")
         {'weight': tensor([1., 1.])}
     """
-    try:
+    fix = "save the weights as .safetensors and give that file"
+    with refusing_damage(AssetError, f"{path.name} is not a file of plain tensors ({{reason}}); {fix}"):
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AssetError(
-            f"{path.name} is not a file of plain tensors ({error}); save the weights as .safetensors and give that file"
-        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
