@@ -196,7 +196,8 @@ def _files_of_sources(folder: Path) -> list[Reader]:
     }
     (folder / "1.png").write_bytes((folder / "a.png").read_bytes())
     readers = [
-        Reader("sources", folder / name, partial(load_source, source, folder)) for name, source in sources.items()
+        Reader("sources", folder / name, partial(load_source, {**source, "path": str(folder)}))
+        for name, source in sources.items()
     ]
     return readers + _tables(folder / "tables")
 

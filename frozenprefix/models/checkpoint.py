@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.external import external_parts
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
@@ -90,6 +91,8 @@ def save_checkpoint(
     if self_contained:
         _save_language_model(model, config, folder)
     _make_portable(config, folder)
+    if parts := external_parts(config):
+        config.external_parts = parts
     config.save_pretrained(folder)
     if model.can_generate():
         # without the checks of its save_pretrained: the configs of some language models do not pass them
@@ -159,7 +162,9 @@ def checkpoint_config(
         'elsewhere'
     """
     if not isinstance(config, config_class):
-        config = config_class.from_pretrained(source if config is None else config, **hub)
+        place = source if config is None else config
+        with refusing_damage(CheckpointError, f"{place}: {CONFIG_NAME} cannot be read ({{reason}})"):
+            config = config_class.from_pretrained(place, **hub)
         given = (*ready, *(["language_model"] if language_model is not None else []))
         for part in {"vision_encoder", "language_model", "text_tower"}.difference(given):
             check_references(getattr(config, part, None), f"{source}: {part}")
