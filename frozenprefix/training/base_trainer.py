@@ -61,11 +61,12 @@ class BaseTrainer(ABC):
     Args:
         recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
-<<<<<<< HEAD
-        accumulation: micro-batches of each process in a step.
-=======
-        callbacks: of transformers' kind; see `Callbacks`.
->>>>>>> main
+    def __init__(
+        self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1, callbacks: Sequence[Callback] = ()
+    ):
+        self.callbacks = Callbacks(callbacks)
+        self.sharding = requested_sharding()
+        self.accelerator = make_accelerator(mixed_precision, self.sharding)
 
     Example:
         >>> from frozenprefix.training import BaseTrainer, Trainer

@@ -64,15 +64,10 @@ class ContrastiveTrainer(BaseTrainer):
 
     lower_is_better = False
 
-<<<<<<< HEAD
-    def __init__(self, recipe: ContrastiveRecipe):
-        super().__init__(recipe)
-        if self.sharding is not None:
-            raise ConfigError("accelerate: got FSDP2 for a contrastive recipe, whose text tower is small; use DDP")
-=======
     def __init__(self, recipe: ContrastiveRecipe, *, callbacks: Sequence[Callback] = ()):
         super().__init__(recipe, callbacks=callbacks)
->>>>>>> main
+        if self.sharding is not None:
+            raise ConfigError("accelerate: got FSDP2 for a contrastive recipe, whose text tower is small; use DDP")
         per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
         if per_step % processes:
             raise ConfigError(
