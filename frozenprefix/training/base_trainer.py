@@ -55,23 +55,18 @@ WINDOW = 50  # steps over which the progress bar averages loss and speed
 class BaseTrainer(ABC):
     """One run, from set-up to the last checkpoint.
 
-    A subclass builds `model`, `processor` and `optimizer`, calls `use_groups`, and implements `batches`, `step`,
-    `measure` and `best_of`.
+        A subclass builds `model`, `processor` and `optimizer`, calls `use_groups`, and implements `batches`, `step`,
+        `measure` and `best_of`.
 
-    Args:
-        recipe: the experiment.
-        mixed_precision: accelerate's setting; "fp16" scales the loss.
-    def __init__(
-        self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1, callbacks: Sequence[Callback] = ()
-    ):
-        self.callbacks = Callbacks(callbacks)
-        self.sharding = requested_sharding()
-        self.accelerator = make_accelerator(mixed_precision, self.sharding)
+        Args:
+            recipe: the experiment.
+            mixed_precision: accelerate's setting; "fp16" scales the loss.
+    from frozenprefix.training.guards import report_bad_step, warn_of_leaks
 
-    Example:
-        >>> from frozenprefix.training import BaseTrainer, Trainer
-        >>> issubclass(Trainer, BaseTrainer), Trainer(recipe).run(resume="never").steps
-        (True, 6)
+        Example:
+            >>> from frozenprefix.training import BaseTrainer, Trainer
+            >>> issubclass(Trainer, BaseTrainer), Trainer(recipe).run(resume="never").steps
+            (True, 6)
     """
 
     lower_is_better: ClassVar[bool] = True
@@ -85,19 +80,12 @@ class BaseTrainer(ABC):
     tracker: Tracker
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
-<<<<<<< HEAD
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1):
+    def __init__(
+        self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1, callbacks: Sequence[Callback] = ()
+    ):
+        self.callbacks = Callbacks(callbacks)
         self.sharding = requested_sharding()
         self.accelerator = make_accelerator(mixed_precision, self.sharding)
-=======
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no", callbacks: Sequence[Callback] = ()):
-        self.callbacks = Callbacks(callbacks)
-        check_distributed()
-        self.accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
-        )
->>>>>>> main
         self.recipe = recipe = resolve_precision(recipe)
         self.settings = recipe.training
         keep_freed_memory()
