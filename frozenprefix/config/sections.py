@@ -31,6 +31,14 @@ class ImageModelSection(RecipeSection):
 
     vision_encoder: VisionEncoderConfig
 
+    @field_validator("vision_encoder")
+    @classmethod
+    def _check_own_encoder(cls, section: VisionEncoderConfig) -> VisionEncoderConfig:
+        from frozenprefix.models.vision import validate_vision_encoder
+
+        SectionError.check(_relative(validate_vision_encoder(section), "model.vision_encoder"))
+        return section
+
     @field_validator("vision_encoder", "language_model", check_fields=False)
     @classmethod
     def _check_peft(cls, section: Any, info: ValidationInfo) -> Any:

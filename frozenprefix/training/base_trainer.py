@@ -30,6 +30,7 @@ from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.averaging import WeightAverage
+from frozenprefix.training.callbacks import Callback, Callbacks
 from frozenprefix.training.checkpoints import (
     Progress,
     RandomStates,
@@ -63,6 +64,7 @@ class BaseTrainer(ABC):
     Args:
         recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
+        callbacks: of transformers' kind; see `Callbacks`.
 
     Example:
         >>> from frozenprefix.training import BaseTrainer, Trainer
@@ -81,7 +83,8 @@ class BaseTrainer(ABC):
     tracker: Tracker
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
+    def __init__(self, recipe: Any, *, mixed_precision: str = "no", callbacks: Sequence[Callback] = ()):
+        self.callbacks = Callbacks(callbacks)
         check_distributed()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -255,10 +258,12 @@ class BaseTrainer(ABC):
             )
         self.clock.start(self.progress.seconds)
         self.first_step = self.progress.step
+        self.callbacks.call("on_train_begin", self)
         if self.first_step == 0:
             self.begin()
         self.take_steps()
         self.finish()
+        self.callbacks.call("on_train_end", self)
 
     def begin(self) -> None:
         """Validate before the first step of a new run."""
@@ -271,7 +276,8 @@ class BaseTrainer(ABC):
         window: list[tuple[float, int, float]] = []
         self.model.train()
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
-            while progress.step < self.total_steps and self.clock.share() <= 1 and not self.out_of_patience():
+            while progress.step < self.total_steps and self.clock.share() <= 1 and not self.ended_early():
+                self.callbacks.call("on_step_begin", self)
                 before = time.monotonic()
                 with explaining_memory(settings, progress.step + 1):
                     values = self.step(batches)
@@ -280,11 +286,12 @@ class BaseTrainer(ABC):
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
                 note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
                 update(progress.step, self.total_steps, note)
-                if progress.step % settings.log_every == 0 or "bad_samples" in values:
-                    self.tracker.log(progress.step, {**values, "targets_per_s": rate})
-                if progress.step % settings.validate_every == 0:
+                asked = self.callbacks.end_step(self)
+                if progress.step % settings.log_every == 0 or "bad_samples" in values or asked.should_log:
+                    self.log({**values, "targets_per_s": rate})
+                if progress.step % settings.validate_every == 0 or asked.should_evaluate:
                     self.validate()
-                if progress.step % settings.save_every == 0:
+                if progress.step % settings.save_every == 0 or asked.should_save:
                     self.save_last()
                 self.stop_if_told()
 
@@ -368,9 +375,18 @@ class BaseTrainer(ABC):
             group["lr"] = group["peak"] * factor
         return self.settings.learning_rate * factor
 
+    def ended_early(self) -> bool:
+        """Whether a callback has stopped the run, or it is out of patience."""
+        return self.callbacks.stopped or self.out_of_patience()
+
     def out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.bad_validations >= patience
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Write values of this step to the log and to trackers."""
+        self.tracker.log(self.progress.step, values)
+        self.callbacks.call("on_log", self, logs=dict(values))
 
     # ── validation and checkpoints ──
 
@@ -393,9 +409,13 @@ class BaseTrainer(ABC):
             return
         with progress_bar("validating", enabled=self.accelerator.is_main_process):
             values = self.measure()
-        self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
-        if self.progress.step == 0:
-            return
+        metrics = {f"validation/{name}": value for name, value in values.items()}
+        self.log(metrics)
+        if self.progress.step > 0:
+            self._keep_if_best(values)
+        self.callbacks.call("on_evaluate", self, metrics=metrics)
+
+    def _keep_if_best(self, values: dict[str, Any]) -> None:
         self.best_by, value = self.best_of(values)
         if not math.isfinite(value):
             logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
@@ -447,6 +467,7 @@ class BaseTrainer(ABC):
             self.progress.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             self.folder.save_state(self.progress.step, lambda folder: self.write_state(folder, random_states))
+        self.callbacks.call("on_save", self)
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint that was trained with the same frozen parts."""

@@ -21,6 +21,7 @@ from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_st
 from frozenprefix.models.contrastive.processing import LockedImageTextProcessor
 from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer
+from frozenprefix.training.callbacks import Callback
 from frozenprefix.training.guards import find_not_finite
 from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.optimizer import build_optimizer
@@ -33,12 +34,14 @@ from frozenprefix.utils import report
 logger = logging.getLogger(__name__)
 
 
-def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> TrainingResult:
+def train_contrastive(
+    recipe: ContrastiveRecipe, *, resume: str = "auto", callbacks: Sequence[Callback] = ()
+) -> TrainingResult:
     """Train the text tower and the projections of a recipe against its locked image encoder.
 
     Args:
         recipe: the whole experiment.
-        resume: as in `train`.
+        resume, callbacks: as in `train`.
 
     Returns:
         The result; `output_dir/best` holds the checkpoint with the highest mean Recall@10, which is `best_value`.
@@ -47,7 +50,7 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
         >>> from frozenprefix.config import load_recipe
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
-    return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
+    return ContrastiveTrainer(with_run_precision(recipe, resume), callbacks=callbacks).run(resume)
 
 
 class ContrastiveTrainer(BaseTrainer):
@@ -61,8 +64,8 @@ class ContrastiveTrainer(BaseTrainer):
 
     lower_is_better = False
 
-    def __init__(self, recipe: ContrastiveRecipe):
-        super().__init__(recipe)
+    def __init__(self, recipe: ContrastiveRecipe, *, callbacks: Sequence[Callback] = ()):
+        super().__init__(recipe, callbacks=callbacks)
         per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
         if per_step % processes:
             raise ConfigError(

@@ -25,6 +25,7 @@ from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ab
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer
+from frozenprefix.training.callbacks import Callback
 from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_frozen_text, find_not_finite, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
@@ -41,13 +42,14 @@ logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
 
 
-def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
+def train(recipe: Recipe, *, resume: str = "auto", callbacks: Sequence[Callback] = ()) -> TrainingResult:
     """Train the mapper of a recipe.
 
     Args:
         recipe: the whole experiment.
         resume: "auto" continues from the last whole state in `output_dir`, "never" starts a new run, and a path
             continues from that folder.
+        callbacks: of transformers' kind, which may end the run; see `Callbacks`.
 
     Returns:
         The result, with the best checkpoint in `output_dir/best`.
@@ -60,7 +62,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         >>> result.best.name
         'best'
     """
-    return Trainer(with_run_precision(recipe, resume)).run(resume)
+    return Trainer(with_run_precision(recipe, resume), callbacks=callbacks).run(resume)
 
 
 class Trainer(BaseTrainer):
@@ -73,11 +75,11 @@ class Trainer(BaseTrainer):
         True
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, *, callbacks: Sequence[Callback] = ()):
         half = recipe.training.precision == "fp16"
         if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        super().__init__(recipe, mixed_precision="fp16" if half else "no")
+        super().__init__(recipe, mixed_precision="fp16" if half else "no", callbacks=callbacks)
         per_step = recipe.training.images_per_step
         self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
@@ -176,7 +178,7 @@ class Trainer(BaseTrainer):
 
     def begin(self) -> None:
         if self.text_before is not None:
-            self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
+            self.log({"text/perplexity": self.text_before.perplexity})
         super().begin()
 
     def take_steps(self) -> None:
@@ -296,7 +298,7 @@ class Trainer(BaseTrainer):
         if self.text_before is None or after is None:
             return
         unchanged = after.logits_sha256 == self.text_before.logits_sha256
-        self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
+        self.log({"text/perplexity": after.perplexity, "text/unchanged": unchanged})
         if self.accelerator.is_main_process:
             summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
             write_text_atomic(self.output_dir / TEXT_FILE, json.dumps({**summary, "after": asdict(after)}, indent=2))

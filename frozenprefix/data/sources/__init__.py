@@ -19,17 +19,18 @@
 | webdataset | tars of images and texts, such as img2dataset's |
 | easy_vqa | drawings of coloured shapes, from PyPI |
 
-A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
+A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type;
+one from outside this package is registered by `@register_source("name")`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -52,6 +53,7 @@ __all__ = [
     "load_sources",
     "open_source",
     "parse_source",
+    "register_source",
     "unread_tables",
 ]
 
@@ -79,7 +81,33 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "vqa_v2": f"{_HERE}.vqa_v2:VqaV2Source",
         "webdataset": f"{_HERE}.webdataset_tars:WebDatasetSource",
     },
+    group="frozenprefix.sources",
+    base=SourceConfig,
 )
+S = TypeVar("S", bound=type[SourceConfig])
+
+
+def register_source(name: str) -> Callable[[S], S]:
+    """Decorator for a data source of your own, which recipes then name: `train: [{type: NAME, path: …}]`.
+
+    An installed package can have it as an entry point of the group `frozenprefix.sources` instead.
+
+    Raises:
+        ConfigError: for a name that is taken, and for what is no `SourceConfig`.
+
+    Example:
+        >>> @register_source("file_names")
+        ... class FileNames(SourceConfig):
+        ...     type: str = "file_names"
+        ...     ending: str = ".png"
+        ...
+        ...     def read(self, root):
+        ...         files = sorted(root.glob(f"*{self.ending}"))
+        ...         return [Sample(file.name, (file,), (file.stem.replace("_", " "),)) for file in files]
+        >>> load_source({"type": "file_names", "path": str(images_folder)})[0].targets
+        ('blue circle',)
+    """
+    return SOURCES.register(name)
 
 
 def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:

@@ -12,25 +12,15 @@ from pydantic import Field, model_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import StreamedSource
+from frozenprefix.data.sources.columns import ROLES, columns_fit, find_columns, sample_of_row
 from frozenprefix.data.sources.hf_tables import Table, image_value, tables_of, take_images
 from frozenprefix.data.sources.image_files import unpack_once
-from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
 from frozenprefix.data.streaming.groups import StreamedGroups
-from frozenprefix.errors import BadImageError, DataError, did_you_mean
+from frozenprefix.errors import BadImageError
 from frozenprefix.utils import report_left_out
 from frozenprefix.utils.images import StoredImage
-
-# roles of columns, tried in this order when no column is named
-_USUAL = (
-    {"question": "question", "answers": "answers"},
-    {"question": "question", "answers": "answer"},
-    {"captions": "captions"},
-    {"captions": "caption"},
-    {"captions": "text"},
-    {"label": "label"},
-)
 
 
 class HfDatasetSource(StreamedSource):
@@ -60,8 +50,7 @@ class HfDatasetSource(StreamedSource):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> HfDatasetSource:
-        named = [self.captions is not None, self.question is not None, self.label is not None]
-        if sum(named) > 1 or (self.question is None) != (self.answers is None):
+        if not columns_fit(self.captions, self.question, self.answers, self.label):
             raise ValueError("expected `captions`, or `question` and `answers`, or `label`")
         return self
 
@@ -91,7 +80,7 @@ class HfDatasetSource(StreamedSource):
             names = getattr(shards.features[roles["label"]], "names", None) if "label" in roles else None
             if names is not None:
                 values[roles["label"]] = _named(values[roles["label"]], names)
-            return _sample(Row(where, values), roles, f"{table.name}/{number}", image, table.split)
+            return sample_of_row(Row(where, values), roles, f"{table.name}/{number}", (image,), table.split)
 
         shards = [sharded(tables[n], [self.image, *columns[tables[n].name].values()], kept) for n in wanted]
         return TableGroups(root, shards, sample, self.shuffle_images, finish)
@@ -110,43 +99,12 @@ class HfDatasetSource(StreamedSource):
             if names is not None:
                 values[columns["label"]] = _named(values[columns["label"]], names)
             row = Row(str(table.files[0]), values, f"row {number}")
-            yield _sample(row, columns, f"{table.name}/{number}", image, table.split)
+            yield sample_of_row(row, columns, f"{table.name}/{number}", (image,), table.split)
 
     def _columns(self, table: Table) -> dict[str, str]:
         """Role of a column → its name."""
-        roles = ("captions", "question", "answers", "label")
-        columns = {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
-        if not columns:
-            columns = next((usual for usual in _USUAL if set(usual.values()) <= set(table.columns)), {})
-        there = ", ".join(table.columns)
-        if not columns:
-            raise DataError(f"{table.files[0]}: got columns {there}; name those to read, e.g. `captions`")
-        for role, name in {"image": self.image, **columns}.items():
-            if name not in table.columns:
-                near = did_you_mean(name, table.columns)
-                raise DataError(f"{table.files[0]}: `{role}`: no column '{name}'{near}; columns: {there}")
-        return columns
-
-
-def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: str | None) -> Sample:
-    if "captions" in columns:
-        texts = tuple(text.strip() for text in row.texts(columns["captions"]))
-        return Sample(name, (image,), texts, split=split, where=row.where)
-    if "label" in columns:
-        labels = (row.text(columns["label"]),) if columns["label"] in row else ()
-        metadata = {"label": labels[0]} if labels else {}
-        return Sample(name, (image,), labels, split=split, task="classification", metadata=metadata, where=row.where)
-    answers = row.texts(columns["answers"])
-    return Sample(
-        id=name,
-        images=(image,),
-        targets=commonest(answers),
-        question=row.text(columns["question"]),
-        split=split,
-        task="vqa",
-        metadata={"answers": answers},
-        where=row.where,
-    )
+        named = {role: getattr(self, role) for role in ROLES}
+        return find_columns(table.columns, self.image, named, str(table.files[0]))
 
 
 def _named(label: int | None, names: list[str]) -> str | None:
