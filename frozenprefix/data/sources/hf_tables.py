@@ -46,13 +46,17 @@ def take_images(table: Table, column: str, folder: Path) -> Iterator[dict[str, A
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(rows):
-        value = row[column]
-        if value is None or isinstance(value, bytes):
-            value = {"bytes": value, "path": None}
-        if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
-            raise DataError(f"{table.files[0]}: row {number}: column '{column}': got {value!r:.60}, expected an image")
-        data, path = value["bytes"], value["path"]
+        data, path = image_value(row[column], f"{table.files[0]}: row {number}: column '{column}'")
         yield {"file": write_image(folder, data, image_ending(path or "")) if data else None, "path": path}
+
+
+def image_value(value: Any, where: str) -> tuple[bytes | None, str | None]:
+    """The bytes and the path of an image in a table, of which one or both may be missing."""
+    if value is None or isinstance(value, bytes):
+        value = {"bytes": value, "path": None}
+    if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
+        raise DataError(f"{where}: got {value!r:.60}, expected an image")
+    return value["bytes"], value["path"]
 
 
 def _is_saved(root: Path) -> bool:
