@@ -84,6 +84,8 @@ def fuzz(folder: Path, inputs: int, *, seed: int) -> tuple[Counter[str], Counter
     try:
         for reader in readers:
             original = reader.file.read_bytes()
+            if not reader.forked:
+                reader.read()  # the valid file
             as_json = reader.file.suffix in (".json", ".jsonl") or "part-r" in reader.file.name
             for _ in range(math.ceil(share / reader.cost)):
                 reader.file.write_bytes(damaged(original, rng, as_json=as_json))

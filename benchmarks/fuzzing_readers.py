@@ -102,7 +102,7 @@ def _files_of_users(folder: Path) -> list[Reader]:
         Reader("recipe", recipe, lambda: load_recipe(recipe)),
         Reader("image", image, lambda: load_image(image)),
         Reader("image", folder / "image.jpg", lambda: load_image(folder / "image.jpg")),
-        Reader("captions", captions, lambda: load_source({"type": "captions", "path": str(captions)})),
+        Reader("captions", captions, lambda: load_source({"type": "captions", "path": str(folder)})),
         Reader("feature table", table, read_table),
         Reader("feature table", folder / "table.json", read_table),
     ]
@@ -169,13 +169,13 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         "questions.json": {"data_subtype": "val2014", "questions": questions},
         "answers.json": {"annotations": answers},
         "regions.json": [{"id": 1, "regions": [{"region_id": 1, "image_id": 1, "phrase": "a cat"}]}],
-        "labels.json": {"x": "cat"},
+        "labelled/labels.json": {"x": "cat"},
     }
+    (folder / "labelled" / "x").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "labelled" / "x" / "c.png")
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     (folder / "tokens.txt").write_text("a.png#0\ta cat\na.png#1\ttwo\nb.png#0\ta dog\n")
-    (folder / "x").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "x" / "c.png")
     with tarfile.open(folder / "0.tar", "w") as tar:
         for name, data in (("k.png", (folder / "a.png").read_bytes()), ("k.txt", b"a cat"), ("k.json", b'{"a": 1}')):
             member = tarfile.TarInfo(name)
@@ -190,13 +190,14 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         "questions.json": {**vqa, "file_pattern": "{image_id}.png"},
         "answers.json": {**vqa, "file_pattern": "{image_id}.png"},
         "regions.json": {"type": "visual_genome", "regions": "regions.json", "questions": None, "images": ["."]},
-        "labels.json": {"type": "image_folder", "labels": True, "label_file": "labels.json"},
+        "labelled/labels.json": {"type": "image_folder", "labels": True, "label_file": "labels.json"},
         "tokens.txt": {"type": "flickr_tokens", "tokens": "tokens.txt", "images": "."},
         "0.tar": {"type": "webdataset", "shards": "0.tar"},
     }
-    (folder / "1.png").write_bytes((folder / "a.png").read_bytes())
+    for name in ("1.png", "1.jpg"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
     readers = [
-        Reader("sources", folder / name, partial(load_source, {**source, "path": str(folder)}))
+        Reader("sources", folder / name, partial(load_source, {**source, "path": str((folder / name).parent)}))
         for name, source in sources.items()
     ]
     return readers + _tables(folder / "tables")

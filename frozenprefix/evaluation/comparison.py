@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,9 +47,9 @@ class Evaluation:
         if not isinstance(result["metrics"], dict) or not isinstance(result["predictions"], str):
             raise DataError(f"{file}: got other metrics or predictions than evaluate writes; expected {_EXPECTED}")
         predictions = Path(result["predictions"])
-        if not predictions.is_file():
+        if not os.path.isfile(predictions):  # False for a name that no file can have
             predictions = file.parent / predictions.name  # both were moved together
-        if not predictions.is_file():
+        if not os.path.isfile(predictions):
             raise DataError(f"{file}: predictions: {result['predictions']} does not exist; evaluate again")
         if hash_file(predictions) != result.get("predictions_sha256"):
             raise DataError(

@@ -70,10 +70,7 @@ def test_every_process_gets_its_own_random_state(tmp_path, caplog):
         assert draws() == expected[rank]
     assert not caplog.messages
     load_training_state(tmp_path, optimizer, {}, rank=2, num_parts=3)
-    assert (
-        "saved with 2 micro-batches a step (processes x gradient_accumulation_steps), and is resumed with 3"
-        in caplog.text
-    )
+    assert "saved with 2 micro-batches a step (processes x gradient_accumulation_steps), now there are 3" in caplog.text
 
 
 def test_another_recipe_is_refused_with_the_key(tmp_path):

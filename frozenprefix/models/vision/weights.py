@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -69,13 +71,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with refusing_damage(AssetError, f"{path.name} is not a file of plain tensors ({{reason}}); {fix}"):
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _tensors_only(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise AssetError(f"{path.name} holds no mapping from names to tensors; give the file of a state dict")
     return dict(content)
+
+
+def _tensors_only(path: Path) -> Any:
+    """The content of a torch file; nothing in it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text says how to load it all the same
+        raise ValueError("it holds code or other objects, which are never loaded") from error
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()) -> None:
