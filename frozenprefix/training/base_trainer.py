@@ -48,6 +48,7 @@ from frozenprefix.training.setup import PreparedImages, find_shared_images, prep
 from frozenprefix.training.sharding import make_accelerator, requested_sharding
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
+from frozenprefix.training.watchdog import Watchdog
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
 
@@ -101,6 +102,7 @@ class BaseTrainer(ABC):
         self.num_parts = accumulation * self.accelerator.num_processes
         self.progress = Progress(fingerprint=recipe.fingerprint(), num_parts=self.num_parts)
         self.clock = Clock(self.settings.max_minutes, self.accelerator.device)
+        self.watchdog = Watchdog(self.settings.process_timeout)
 
     def run(self, resume: str = "auto") -> TrainingResult:
         """Set up, train, and save the best and the last checkpoint.
@@ -122,7 +124,7 @@ class BaseTrainer(ABC):
             check_run_folder(self.output_dir)
         if resume not in ("auto", "never"):
             check_state(Path(resume))  # before images are encoded
-        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar:
+        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar, self.watchdog:
             self.setup()
             self.restore(resume)
             step = self.progress.step
@@ -245,9 +247,9 @@ class BaseTrainer(ABC):
         generator = torch.Generator()
         loader = DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator)
         if not dataset.streamed:
-            return iter(loader)
+            return self.watchdog.loading(loader)
         left_out = LeftOut(self.output_dir / "bad_images.jsonl", self.recipe.data.max_bad_share)
-        return left_out.watch(loader, self.settings.images_per_step // num_parts)
+        return left_out.watch(self.watchdog.loading(loader), self.settings.images_per_step // num_parts)
 
     # ── loop ──
 

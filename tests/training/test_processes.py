@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +18,27 @@ from tests.helpers.training import assert_same_tensors, losses_of, run_python
 STEPS = ("training.max_steps=20", "training.log_every=1", "training.precision=fp32", "model.mapper.dropout=0.2")
 LORA = "model.language_model.peft={type: lora, r: 2, lora_dropout: 0.1}"
 TWO_PARTS = "training.gradient_accumulation_steps=2"
+
+HANG = """
+import os, signal, sys, time
+from frozenprefix.config import load_recipe
+from frozenprefix.data.collation import Collator
+from frozenprefix.training import Trainer
+
+how, recipe = sys.argv[1:]
+calls = []
+collate = Collator.__call__
+
+def hang(self, *arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and trainer.progress.step == 3:
+        os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(600)
+    return collate(self, *arguments)
+
+Collator.__call__ = hang
+trainer = Trainer(load_recipe(recipe))
+trainer.run()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +87,24 @@ def test_a_state_does_not_depend_on_how_it_was_trained(recipe_of, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     train(recipe_of(folder, TWO_PARTS), resume=str(folder / "last"))
     assert losses_of(folder) == pytest.approx(losses_of(whole), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "loading"])
+def test_a_process_that_hangs_ends_the_run_and_is_named(recipe_of, tmp_path, how):
+    """Process 1 is stopped by a signal, or its data never come, in the third step."""
+    (tmp_path / "run.yaml").write_text(
+        recipe_of(tmp_path / "run", "training.process_timeout=4", "training.save_every=2").to_yaml()
+    )
+    (tmp_path / "hang.py").write_text(HANG)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
+    before = time.monotonic()
+    done = run_python(*launcher, str(tmp_path / "hang.py"), how, str(tmp_path / "run.yaml"))
+    assert time.monotonic() - before < 120  # torchrun waits 30 s for the stopped process
+    assert done.returncode != 0
+    named = "Ranks 1 failed to pass" if how == "stopped" else "process 1 of 2 has been loading a batch"
+    assert named in done.stderr, done.stderr[-3000:]
+    assert (tmp_path / "run" / "last" / "training_state.json").is_file()
 
 
 @pytest.mark.slow
