@@ -196,7 +196,7 @@ def measure_order(folder: Path, sizes: Sizes) -> dict[str, int]:
     for number in range(sizes.kills):
         workers, parts = number % 4, (1, 2, 4)[number % 3]
         command = [sys.executable, __file__, "--arm", "order", folder, killed, steps, workers, parts]
-        process = subprocess.Popen([str(part) for part in command], cwd=common.ROOT)
+        process = subprocess.Popen([str(p) for p in command], cwd=common.ROOT, stderr=subprocess.DEVNULL)
         goal = (number + 1) * steps // (sizes.kills + 1)
         while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < goal):
             time.sleep(0.05)
