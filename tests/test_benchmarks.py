@@ -64,8 +64,8 @@ def test_streamed_and_listed_samples_are_read(tmp_path):
     for steps, workers, parts in ((1, 0, 1), (2, 1, 2)):
         streaming.order_arm(tmp_path / "shards", out, steps, workers, parts)
     streaming.order_arm(tmp_path / "shards", tmp_path / "whole.jsonl", 2, 0, 1)
-    steps = [streaming.read_steps(path) for path in (out, tmp_path / "whole.jsonl")]
-    assert [[sorted(step) for step in listed] for listed in steps][0] == [sorted(step) for step in steps[1]]
+    killed, whole = (streaming.read_steps(path) for path in (out, tmp_path / "whole.jsonl"))
+    assert [sorted(step) for step in killed] == [sorted(step) for step in whole]
 
 
 def test_rows_are_loaded():
