@@ -212,7 +212,7 @@ def load_checkpoint(
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)
     if model.can_generate():
-        own = _generation_config(source, hub)
+        own = checkpoint_generation_config(source, hub)
         model.generation_config = options.get("generation_config") or own or model.generation_config
     device = device_of(options.get("device_map"))
     model = (model if device is None else model.to(device)).eval()
@@ -222,10 +222,17 @@ def load_checkpoint(
     return model, {**empty, "error_msgs": []}  # type: ignore[return-value]
 
 
-def _generation_config(source: str | PathLike[Any], hub: dict[str, Any]) -> GenerationConfig | None:
-    """The generation config of a checkpoint; None for one from before they were saved."""
+def checkpoint_generation_config(
+    source: str | PathLike[str], hub: dict[str, Any] | None = None
+) -> GenerationConfig | None:
+    """The generation config of a checkpoint; None for one from before they were saved.
+
+    Example:
+        >>> checkpoint_generation_config(checkpoint).eos_token_id
+        2
+    """
     try:
-        return GenerationConfig.from_pretrained(source, **hub)
+        return GenerationConfig.from_pretrained(source, **(hub or {}))
     except OSError:
         return None
 

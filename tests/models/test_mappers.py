@@ -57,6 +57,28 @@ def test_shape_size_and_gradient(kind, num_tokens, prefix_length, options):
     assert not dead, f"parameters without any effect: {dead}"
 
 
+@pytest.mark.parametrize("kind", [*FREE, "attention_pool", "pixel_shuffle"])
+def test_without_output_norm_the_last_layer_sets_the_size(kind):
+    options = {"hidden_dim": 32} if kind == "transformer" else {}
+    mapper = build(kind, 9, 9, rms=0.037, output_norm="none", **options)
+    assert not [name for name in mapper.state_dict() if name.startswith("scale.")]
+    prefix_embeds = mapper(torch.randn(64, 9, D_ENC))
+    assert prefix_embeds.pow(2).mean().sqrt().item() == pytest.approx(0.037, rel=0.2)
+    with_norm = build(kind, 9, 9, rms=0.037, **options)
+    assert size_of(mapper) == size_of(with_norm) - scale_parameters()
+
+
+def test_building_without_output_norm_draws_no_random_numbers():
+    build("mlp", 9, 9)
+    expected = torch.rand(1)
+    build("mlp", 9, 9, output_norm="none")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_transformer_of_the_lms_width_without_output_norm_keeps_its_size():
+    assert build("transformer", 1, 4, output_norm="none").body.output_layer is None
+
+
 def scale_parameters() -> int:
     return 2 * D_LM
 
