@@ -59,7 +59,7 @@ def export_llava(source: Source, out: str | Path) -> Path:
             **{"linear_2.weight": mlp.down, "linear_2.bias": mlp.down_bias},
         }
     )
-    _load(model.model.vision_tower, _vision_state(vit))
+    load_tower(model.model.vision_tower, vision_state(vit))
     rows = config.text_config.vocab_size
     text = {name: _with_rows(name, tensor, rows) for name, tensor in lm.base_model.state_dict().items()}
     model.model.language_model.load_state_dict(text)
@@ -115,7 +115,7 @@ def _config(source: Source, vit: PlainViT, projector_act: str) -> LlavaConfig:
     )
 
 
-def _vision_state(vit: PlainViT) -> dict[str, Tensor]:
+def vision_state(vit: PlainViT) -> dict[str, Tensor]:
     """Tensors by the names of `SiglipVisionModel` and `CLIPVisionModel`, without `vision_model.` in front."""
     names = {
         **{"patch.weight": "embeddings.patch_embedding.weight", "patch.bias": "embeddings.patch_embedding.bias"},
@@ -136,7 +136,7 @@ def _vision_state(vit: PlainViT) -> dict[str, Tensor]:
     return state
 
 
-def _load(tower: Any, state: dict[str, Tensor]) -> None:
+def load_tower(tower: Any, state: dict[str, Tensor]) -> None:
     """Copy tensors into a vision tower; what it has beyond them (a block, a norm) does nothing or is not read.
 
     Raises:

@@ -25,6 +25,13 @@ class Source:
     Args:
         checkpoint: folder or Hub id.
         model, processor: as loaded.
+
+    Example:
+        >>> source = Source.load(checkpoint)
+        >>> source.prefix(image).shape
+        torch.Size([2, 32])
+        >>> len(source.greedy(image, max_new_tokens=3)) <= 3
+        True
     """
 
     checkpoint: str

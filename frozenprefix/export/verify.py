@@ -30,6 +30,10 @@ class Verification:
         size: root mean square of the prefix embeddings here.
         text, other_text: greedy captions here and there.
         first_difference: number of the first token that differs, from 0; None when none does.
+
+    Example:
+        >>> print(Verification("a.png", 2e-5, 0.1, "a dog", "a dog", None))
+        a.png: largest error of the embeddings 2.0e-05 (their size is 1.0e-01); greedy texts are equal
     """
 
     image: str
@@ -56,6 +60,9 @@ def verify_llava(
 
     Args:
         images: files; two built-in drawings when there are none.
+
+    Example:
+        >>> verify_llava(Source.load("runs/mine/best"), "exported/llava")  # doctest: +SKIP
     """
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor: Any = LlavaProcessor.from_pretrained(folder)
@@ -87,6 +94,9 @@ def verify_gguf(
 
     Raises:
         ConfigError: llama.cpp is not installed.
+
+    Example:
+        >>> verify_gguf(Source.load("runs/mine/best"), "exported/gguf", ["photo.jpg"])  # doctest: +SKIP
     """
     from frozenprefix.inference.llama_cpp.language_model import LlamaCppModel
     from frozenprefix.inference.llama_cpp.vision import MARKER, LlamaCppVision

@@ -108,7 +108,7 @@ def test_wrong_dimensions_are_named(gpt, tiny_lm, features, tmp_path):
     with pytest.raises(ConfigError, match="prefix_const has width 24, expected 32"):
         import_clipcap(file, tmp_path / "out", vision_encoder=features(512), language_model=lm)
     file = saved(ClipCap(gpt, "mlp", 100, 5), tmp_path / "d.pt", whole=False)
-    with pytest.raises(ConfigError, match=r"reads 100 features, expected 512 .* name the encoder with --vision-encoder"):
+    with pytest.raises(ConfigError, match=r"reads 100 features, expected 512 .* the encoder with --vision"):
         import_clipcap(file, tmp_path / "out", language_model=lm)
     assert not (tmp_path / "out").exists()
 
