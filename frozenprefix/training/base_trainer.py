@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
@@ -23,6 +23,8 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
+from frozenprefix.data.streaming.features import streamed_features
+from frozenprefix.data.streaming.groups import TrainingSet
 from frozenprefix.errors import StoppedError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
@@ -39,6 +41,7 @@ from frozenprefix.training.checkpoints import (
 )
 from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
+from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
@@ -73,7 +76,7 @@ class BaseTrainer(ABC):
     model: Any
     processor: Any
     optimizer: Any
-    train_groups: list[ImageGroup]
+    train_groups: Sequence[ImageGroup]
     validation_groups: list[ImageGroup]
     stream: ImageStream
     total_steps: int
@@ -167,6 +170,24 @@ class BaseTrainer(ABC):
 
     # ── data ──
 
+    def load_mixture(self, *, without_images: bool = False) -> Mixture | None:
+        """The training sources, if any is streamed or has a weight; else they are one list, and this is None."""
+        if not self.recipe.data.mixed:
+            return None
+        mixture = Mixture.load(self.recipe.data, without_images=without_images)
+        data = without_cache(self.recipe.data, mixture.streams)
+        self.recipe = self.recipe.model_copy(update={"data": data})
+        return mixture
+
+    def mixed_groups(
+        self, mixture: Mixture, prepared: PreparedImages
+    ) -> tuple[dict[str, Sequence[ImageGroup]], FeatureCache | None]:
+        """The groups with the training set of a mixture, and the features that its steps read."""
+        groups = {**prepared.groups, "train": mixture.training_set(prepared.groups["train"])}
+        fingerprint = ImageEncoder.from_model(self.model, self.processor).fingerprint
+        streamed = streamed_features(mixture.streams, fingerprint, prepared.features)
+        return groups, prepared.features if streamed is None else cast(FeatureCache, streamed)
+
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
@@ -183,17 +204,20 @@ class BaseTrainer(ABC):
             warn_of_leaks(find_shared_images(prepared))
         return prepared
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+    def use_groups(self, groups: Mapping[str, Sequence[ImageGroup]], features: FeatureCache | None = None) -> None:
         """Set the images for training and validation, the order of the steps, and their number.
 
         A resumed run must have the same training samples: a digest of them is part of the state.
         """
-        samples = [sample for group in groups["train"] for sample in group.samples]
-        digest = digest_samples(samples, None if features is None else features.key_of)
+        train, key = groups["train"], None if features is None else features.key_of
+        if isinstance(train, TrainingSet):
+            digest, order = train.digest(key), train.order(self.recipe.seed)
+        else:
+            digest, order = digest_samples([sample for group in train for sample in group.samples], key), None
         self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
-        settings, self.train_groups = self.settings, groups["train"]
-        self.validation_groups = groups.get("validation", [])[: settings.validation_images]
-        self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
+        settings, self.train_groups = self.settings, train
+        self.validation_groups = list(groups.get("validation", []))[: settings.validation_images]
+        self.stream = ImageStream(len(train), settings.images_per_step, self.recipe.seed, order)
         images = (settings.epochs or 1) * len(self.train_groups)
         self.total_steps = settings.max_steps or -(-images // settings.images_per_step)
 
@@ -217,7 +241,11 @@ class BaseTrainer(ABC):
         workers = 0 if in_memory else self.recipe.data.workers
         # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
+        loader = DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator)
+        if not dataset.streamed:
+            return iter(loader)
+        left_out = LeftOut(self.output_dir / "bad_images.jsonl", self.recipe.data.max_bad_share)
+        return left_out.watch(loader, self.settings.images_per_step // num_parts)
 
     # ── loop ──
 

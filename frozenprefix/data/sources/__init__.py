@@ -29,6 +29,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,19 +37,22 @@ from pydantic import ValidationError
 
 from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids, with_one_name_per_image, with_valid_text
-from frozenprefix.data.sources.base import Holdout, SourceConfig
+from frozenprefix.data.sources.base import Holdout, SourceConfig, StreamedSource
 from frozenprefix.data.sources.detection import detect_sources, unread_tables
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.registry import Registry
 
 __all__ = [
     "SOURCES",
     "Holdout",
     "SourceConfig",
+    "StreamedSource",
     "detect_sources",
     "load_source",
     "load_sources",
+    "open_source",
     "parse_source",
     "register_source",
     "unread_tables",
@@ -181,6 +185,30 @@ def load_sources(
         samples += load_source(config, base=base, images=images)
     check_unique_ids(samples)
     return with_one_name_per_image(samples, where="sources") if images else samples
+
+
+def open_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = None) -> StreamedGroups:
+    """Open a source with `stream: true`: its samples are read from shards when a step needs them.
+
+    Raises:
+        ConfigError: for a source that cannot be streamed.
+        AssetError, DataError: as `load_source`, but a malformed row is met when it is read.
+
+    Example:
+        >>> open_source({"type": "captions", "path": str(data_folder)})
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: data source 'captions': cannot be streamed; ...
+    """
+    source = parse_source(config)
+    if not isinstance(source, StreamedSource):
+        raise ConfigError(
+            f"data source '{source.type}': cannot be streamed; write it as shards with `frozenprefix data build`"
+        )
+    groups = source.open(resolve(source.path, base=base), partial(_labelled, source=source))
+    if not len(groups):
+        raise DataError(f"{source.path}: got 0 samples, expected at least one")
+    log.info("%s %s: %d samples in %d shards, streamed", source.type, source.path, len(groups), len(groups.names))
+    return groups
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:

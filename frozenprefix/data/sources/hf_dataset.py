@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.base import StreamedSource
 from frozenprefix.data.sources.columns import ROLES, columns_fit, find_columns, sample_of_row
-from frozenprefix.data.sources.hf_tables import Table, tables_of, take_images
+from frozenprefix.data.sources.hf_tables import Table, image_value, tables_of, take_images
 from frozenprefix.data.sources.image_files import unpack_once
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
+from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.errors import BadImageError
 from frozenprefix.utils import report_left_out
+from frozenprefix.utils.images import StoredImage
 
 
-class HfDatasetSource(SourceConfig):
+class HfDatasetSource(StreamedSource):
     """Rows with a column of images, and columns with captions, a question and its answers, or a label.
 
     Columns hold texts or lists of texts; a label may be a number that the data set has a name for. When no column is
@@ -29,6 +32,8 @@ class HfDatasetSource(SourceConfig):
     Images are unpacked into the user's cache when they are read for the first time, which needs their size once more.
     Rows without an image are left out and counted. Splits have the data set's own names; the split of a parquet file
     is the part of its name before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
+
+    With `stream`, nothing is unpacked: a row is read when a step needs it.
 
     Example:
         >>> HfDatasetSource(path="vqa", question="question", answers="answers").image
@@ -57,6 +62,28 @@ class HfDatasetSource(SourceConfig):
             samples += self._samples(tables[number], root, without)
         report_left_out(root, len(samples) + sum(without.values()), without)
         return samples
+
+    def open(self, root: Path, finish: Callable[[Sample], Sample]) -> StreamedGroups:
+        from frozenprefix.data.streaming.tables import RowGroups, ShardedTable, TableGroups, sharded
+
+        tables, kept = tables_of(root, self.files), RowGroups(self.shuffle_images)
+        wanted = of_wanted({n: table.split for n, table in enumerate(tables)}, self.split, where=str(root))
+        columns = {tables[number].name: self._columns(tables[number]) for number in wanted}
+
+        def sample(values: dict[str, Any], shards: ShardedTable, number: int) -> Sample:
+            table = shards.table
+            where, roles = f"{table.files[0]}: row {number}", columns[table.name]
+            data, path = image_value(values.pop(self.image), f"{where}: column '{self.image}'")
+            if not data and path is None:
+                raise BadImageError("no image in the row", f"{where}: column '{self.image}': got no image")
+            image = StoredImage.of(f"{table.files[0]}/{number}", data) if data else root / str(path)
+            names = getattr(shards.features[roles["label"]], "names", None) if "label" in roles else None
+            if names is not None:
+                values[roles["label"]] = _named(values[roles["label"]], names)
+            return sample_of_row(Row(where, values), roles, f"{table.name}/{number}", (image,), table.split)
+
+        shards = [sharded(tables[n], [self.image, *columns[tables[n].name].values()], kept) for n in wanted]
+        return TableGroups(root, shards, sample, self.shuffle_images, finish)
 
     def _samples(self, table: Table, root: Path, without: Counter[str]) -> Iterator[Sample]:
         columns = self._columns(table)
