@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.configuration import LanguageModelConfig
+from frozenprefix.models.external import external_parts
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.state_dict import copy_into
@@ -89,6 +90,8 @@ def save_checkpoint(
     if self_contained:
         _save_language_model(model, config, folder)
     _make_portable(config, folder)
+    if parts := external_parts(config):
+        config.external_parts = parts
     config.save_pretrained(folder)
     if model.can_generate():
         # without the checks of its save_pretrained: the configs of some language models do not pass them
