@@ -193,7 +193,7 @@ def load_checkpoint(
         CheckpointError: for a folder without weights or with files that have changed, missing or unexpected keys, wrong
             shapes, or a frozen part that is not known to be the one trained with.
     """
-    check_options(options, part_names)
+    check_options(options, part_names, local=Path(source).is_dir())
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if Path(source).is_dir() and "subfolder" in hub:
         source = Path(source) / hub.pop("subfolder")
@@ -202,12 +202,12 @@ def load_checkpoint(
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
     ready = [name for name in part_names if options.get(name) is not None]
-    own_config = options.get("config")
+    own_config = copy.deepcopy(options.get("config"))  # changed below, by what the arguments say
     config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
     check_named(config.identity, [name for name in part_names if name not in ready], str(source))
-    apply_options(config, options)
     parts = {name: options[name] for name in ready}
+    apply_options(config, options, parts)
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.compat import CACHE, follow_attention
 from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.base import ImageModel
 from frozenprefix.models.configuration import FrozenPrefixConfig
@@ -113,6 +113,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         heads = config.contrastive
         self.contrastive = None if heads is None else ContrastiveHeads(self.lm.dim, dim=heads.dim, loss=heads.loss)
         self._start_token = None if self.fusion.is_prefix else self.lm.start_token
+        follow_attention(config, language_model)
         self.post_init()
 
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
@@ -274,7 +275,8 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             and no `scores` of every step; ask for `output_logits` to have transformers' search, which also serves all
             other options.
         """
-        self.lm.check_generate(attention_mask, kwargs)
+        # transformers' second argument by position
+        self.lm.check_generate(attention_mask, {"generation_config": args[0], **kwargs} if args else kwargs)
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:
