@@ -22,7 +22,7 @@ from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import ImageContext, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
-from frozenprefix.models.language_model.base import BeamOptions
+from frozenprefix.models.language_model.base import BeamOptions, check_generate_arguments
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch
@@ -276,7 +276,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             other options.
         """
         # transformers' second argument by position
-        self.lm.check_generate(attention_mask, {"generation_config": args[0], **kwargs} if args else kwargs)
+        check_generate_arguments(attention_mask, {"generation_config": args[0], **kwargs} if args else kwargs)
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:

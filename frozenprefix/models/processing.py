@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError, did_you_mean, shorten
 from frozenprefix.models.chat_template import image_template
+from frozenprefix.models.standalone import name_processor_code
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
@@ -62,6 +64,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
         options["trust_remote_code"] = False
         return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write tokenizer, image processor and prompts, as transformers does, beside a checkpoint's code if any."""
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        name_processor_code(Path(save_directory))
+        return written
 
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
