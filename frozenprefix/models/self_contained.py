@@ -10,7 +10,7 @@ from typing import Any
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.language_model.loading import language_model_identity, load_language_model
-from frozenprefix.models.standalone import forget_code, write_code
+from frozenprefix.models.standalone import CODE_FILE, forget_code, write_code
 from frozenprefix.models.vision.build import read_identity, save_vision_encoder
 
 LM_FOLDER = "language_model"
@@ -40,7 +40,7 @@ def write_frozen_parts(model: Any, config: Any, folder: Path, *, code: bool) -> 
     if code:
         write_code(model, config, folder)  # first, as it refuses what it does not support
     else:
-        (folder / "modeling_frozenprefix.py").unlink(missing_ok=True)
+        (folder / CODE_FILE).unlink(missing_ok=True)
     config.origin = {**getattr(config, "origin", {}), **_sources(config)}
     config.vision_encoder = save_vision_encoder(config.vision_encoder, folder / ENCODER_FOLDER)
     _save_language_model(model, config, folder / LM_FOLDER)
@@ -81,7 +81,7 @@ def make_portable(config: Any, folder: Path) -> None:
         config.language_model_location = str(place.resolve())
         path = os.path.relpath(config.language_model_location, folder.resolve())
         config.language_model = section.model_copy(update={"path": path})
-    encoder = getattr(config, "vision_encoder", None)
+    encoder: Any = getattr(config, "vision_encoder", None)
     for name in _PLACES:
         place = Path(getattr(encoder, name, None) or "")
         if place.is_absolute() and place.is_relative_to(folder):
@@ -91,7 +91,7 @@ def make_portable(config: Any, folder: Path) -> None:
 def locate(config: Any, source: str | PathLike[Any]) -> None:
     """Undo `make_portable` for a checkpoint in the folder `source`; what its code needs is taken out."""
     forget_code(config)
-    encoder = getattr(config, "vision_encoder", None)
+    encoder: Any = getattr(config, "vision_encoder", None)
     for name in _PLACES:
         value = getattr(encoder, name, None)
         if isinstance(value, str) and PurePosixPath(value).parts[:1] == (ENCODER_FOLDER,):

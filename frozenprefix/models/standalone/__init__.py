@@ -15,7 +15,7 @@ from frozenprefix.models.standalone.bundle import Bundle, Place
 from frozenprefix.utils import parse_json, read_text, write_text_atomic
 from frozenprefix.version import __version__
 
-__all__ = ["CODE_FILE", "code_of", "name_processor_code", "write_code"]
+__all__ = ["CODE_FILE", "code_of"]
 
 CODE_FILE = "modeling_frozenprefix.py"
 _HERE = "frozenprefix.models.standalone"
@@ -157,7 +157,7 @@ def _place_of(part: type) -> Place:
 def _problems(config: Any) -> list[str]:
     problems = []
     source = None if config.vision_encoder is None else config.vision_encoder.source
-    parts = [("vision_encoder.source", source, _ENCODERS)]
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [("vision_encoder.source", source, _ENCODERS)]
     for name, registry in (("mapper.type", MAPPERS), ("fusion.type", FUSIONS)):
         section: Any = getattr(config, name.split(".")[0])
         known = [

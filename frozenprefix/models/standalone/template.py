@@ -6,9 +6,14 @@ training, no packing, no adapters, and transformers' own search. Tests hold both
 
 from __future__ import annotations
 
+from base64 import b64decode
+from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
@@ -28,6 +33,7 @@ from frozenprefix.models.mappers.blocks import PrefixScale
 from frozenprefix.models.standalone.choices import ChosenFusion, ChosenMapper, load_encoder
 
 MAX_PIXELS = 89_478_485  # of an image
+MAX_BYTES = 1 << 30
 MAX_ASPECT = 200  # how many times longer one side of an image may be
 # Arguments of `from_pretrained` that say how the checkpoint is fetched, those for the language model, and others that
 # ask for what happens anyway.
@@ -77,7 +83,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         options = {key: value for key, value in config.mapper.items() if key not in ("type", "prefix_length")}
         layers = decoder_layers(language_model)
-        lm_dim = language_model.get_input_embeddings().weight.shape[1]
+        words: Any = language_model.get_input_embeddings()
+        lm_dim = words.weight.shape[1]
         body = ChosenMapper(
             encoder_dim=vision_encoder.encoder_dim,
             num_tokens=vision_encoder.num_tokens,
@@ -263,18 +270,41 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def to_images(images: Any) -> Any:
-    """Images in (nested) lists as upright 8-bit RGB; PIL images, or uint8 arrays and tensors."""
+    """Images in (nested) lists as upright 8-bit RGB: files, addresses, PIL images, uint8 arrays and tensors."""
     if isinstance(images, (list, tuple)):
         return [to_images(image) for image in images]
     if hasattr(images, "detach"):
         images = images.detach().cpu().numpy()
         images = images.transpose(1, 2, 0) if images.ndim == 3 and images.shape[0] in (1, 3, 4) else images
-    image = images if isinstance(images, Image.Image) else Image.fromarray(images)
+    if isinstance(images, np.ndarray):
+        images = Image.fromarray(images)
+    name = str(images)[:60] if isinstance(images, str | PathLike) else "image"
+    try:
+        return _to_rgb(_opened(images), name)
+    except BadImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError("not_an_image", f"{name}: cannot be read as an image ({error})") from error
+
+
+def _opened(image: Any) -> Image.Image:
+    """A PIL image, also of a file, an http(s) address, or a `data:` address with base64 in it."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str) and image.startswith("data:"):
+        return Image.open(BytesIO(b64decode(image.partition(",")[2], validate=True)))
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        with urlopen(image, timeout=30) as response:
+            return Image.open(BytesIO(response.read(MAX_BYTES)))
+    return Image.open(image)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImageError(
             "too_large",
-            f"image of {width} x {height} pixels, expected at most {MAX_PIXELS} and sides that differ by a factor of "
+            f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS} and sides that differ by a factor of "
             f"{MAX_ASPECT} at most",
         )
     image = ImageOps.exif_transpose(image)
