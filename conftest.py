@@ -24,3 +24,12 @@ def tiny_models_compute_in_fp32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("frozenprefix.config.precision.measure_products", measured)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered() -> Iterator[None]:
+    """Mappers, encoders and the like that a test or an example registers are gone after it."""
+    from frozenprefix.registry import undoing_registrations
+
+    with undoing_registrations():
+        yield

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import Force, counted, write_json
+from frozenprefix.cli.common import Force, counted, is_main_process, write_json
 
 app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Keeps `check` a sub-command while it is the only one."""
+    """Sub-commands."""
 
 
 @app.command()
@@ -47,6 +47,97 @@ def check(
         typer.echo(f"texts that may be in it are not read: {table}")
     if report.bad_images or report.leaks or tables:
         raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE... OUT", help="Folders of data, or recipes; then the folder to write."),
+    ],
+    split: Annotated[str | None, typer.Option(help="Split of the folders to write; all when not given.")] = None,
+    images_per_shard: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 1000,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode images.")] = 2,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Write features of this recipe's encoder in place of images.")
+    ] = None,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of bad images from which the command stops.")
+    ] = 0.01,
+) -> None:
+    """Write images with their texts as shards, to be streamed in training. Run it again to go on after a kill.
+
+    A shard is a tar in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) with an index. Several processes that
+    `torchrun` starts share the shards.
+    """
+    from frozenprefix.errors import ConfigError
+    from frozenprefix.utils import progress_bar
+
+    if len(paths) < 2:
+        raise ConfigError(f"data build: got {len(paths)} paths, expected one or more sources and the folder to write")
+    *sources, out = paths
+    encoder = None if recipe is None else _shard_encoder(recipe)
+    from frozenprefix.data.streaming.build import build_shards, open_all
+
+    groups = open_all([config for source in sources for config in _configs(source, split)])
+    with progress_bar("writing shards", enabled=is_main_process()) as update:
+        built = build_shards(
+            groups,
+            Path(out),
+            images_per_shard=images_per_shard,
+            workers=workers,
+            encoder=encoder,
+            max_bad_share=max_bad_share,
+            progress=update,
+        )
+    if is_main_process():
+        typer.echo(f"folder: {out}")
+        typer.echo(f"shards: {built.shards}, {built.written} written now; images: {built.images}")
+        typer.echo(f"left out: {counted(built.left_out)}")
+        typer.echo(f"train with: {{type: webdataset, path: {out}, stream: true}}")
+
+
+def _configs(source: str, split: str | None) -> list[dict[str, Any]]:
+    """The sources of a recipe, or those detected in a folder."""
+    if source.endswith((".yaml", ".yml")):
+        from frozenprefix.config import load_recipe
+
+        return load_recipe(Path(source)).data.train
+    from frozenprefix.data.sources import detect_sources
+
+    detected = detect_sources(source)
+    return [config if split is None else {**config, "split": split} for config in detected]
+
+
+def _shard_encoder(recipe: Path) -> Any:
+    from frozenprefix.config import load_recipe, resolve_precision
+
+    loaded = resolve_precision(load_recipe(recipe))
+    from frozenprefix.data.image_encoder import ImageEncoder
+    from frozenprefix.data.streaming.build import ShardEncoder
+
+    return ShardEncoder(ImageEncoder.from_config(loaded.model.vision_encoder), loaded.data.feature_dtype)
+
+
+@app.command()
+def show(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of data or shards, or a recipe.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("samples.html"),
+    samples: Annotated[int, typer.Option(min=1, help="Images on the page.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Split of a folder; all when not given.")] = None,
+    force: Force = False,
+) -> None:
+    """Write an HTML page of random images with their texts. It needs no other file and no network."""
+    from frozenprefix.utils import check_output
+
+    check_output(out, (), force=force)
+    from frozenprefix.data.streaming.build import open_all
+    from frozenprefix.interpret.samples import write_samples
+
+    groups = open_all(_configs(source, split))
+    shown = write_samples(out, groups, title=source, images=samples, seed=seed)
+    typer.echo(f"{shown} of {len(groups)} images: {out}")
 
 
 def _lines(name: str, value: Any) -> list[str]:

@@ -45,6 +45,7 @@ class Recipe(BaseRecipe):
             *self._cache_problems(),
             *self._adalora_problems(),
             *self._text_only_problems(),
+            *self._stream_problems(),
         ]
 
     def _best_problems(self) -> list[Problem]:
@@ -94,6 +95,13 @@ class Recipe(BaseRecipe):
                 text = "needs images to train on, which data.text_only leaves out; remove one"
                 problems.append(Problem(text, (f"objectives.{name}", "data.text_only")))
         return problems
+
+    def _stream_problems(self) -> list[Problem]:
+        """What needs to see all samples before the first step."""
+        if self.objectives.self_critical is None or not self.data.streamed:
+            return []
+        text = "needs the captions of all images, and cannot be used with `stream` in data.train; remove one"
+        return [Problem(text, ("objectives.self_critical", "data.train"))]
 
     def follows_length(self) -> bool:
         return super().follows_length() or self._has_adalora()  # whose ranks follow it

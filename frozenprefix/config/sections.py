@@ -31,6 +31,14 @@ class ImageModelSection(RecipeSection):
 
     vision_encoder: VisionEncoderConfig
 
+    @field_validator("vision_encoder")
+    @classmethod
+    def _check_own_encoder(cls, section: VisionEncoderConfig) -> VisionEncoderConfig:
+        from frozenprefix.models.vision import validate_vision_encoder
+
+        SectionError.check(_relative(validate_vision_encoder(section), "model.vision_encoder"))
+        return section
+
     @field_validator("vision_encoder", "language_model", check_fields=False)
     @classmethod
     def _check_peft(cls, section: Any, info: ValidationInfo) -> Any:
@@ -127,7 +135,7 @@ class DataSection(RecipeSection):
         return value
 
     def problems(self) -> list[Problem]:
-        problems = []
+        problems = self._mixture_problems()
         if self.feature_cache == "off" and self.feature_dtype != "float16":
             text = f"got '{self.feature_dtype}', which has no effect with feature_cache 'off'; remove it"
             problems.append(Problem(text, ("feature_dtype", "feature_cache")))
@@ -139,6 +147,33 @@ class DataSection(RecipeSection):
             if self.text_only is not None:
                 text = f"got a block of keys, expected null {because}"
                 problems.append(Problem(text, ("text_only", "retrieval")))
+        return problems
+
+    @property
+    def streamed(self) -> bool:
+        """Whether any training source is streamed."""
+        return any(source.get("stream") for source in self.train)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether training sources are streamed, or have weights."""
+        return self.streamed or any(source.get("weight") is not None for source in self.train)
+
+    def _mixture_problems(self) -> list[Problem]:
+        problems = []
+        for number, source in enumerate(self.validation):
+            for key in ("stream", "weight"):
+                if source.get(key) not in (None, False):
+                    text = "has no effect in data.validation, which is read as a whole; remove it"
+                    problems.append(Problem(text, (f"validation.{number}.{key}",)))
+        weighted = [source.get("weight") is not None for source in self.train]
+        if any(weighted) and not all(weighted):
+            text = "missing, expected one here as the other sources of data.train have one"
+            problems.append(Problem(text, (f"train.{weighted.index(False)}.weight",)))
+        if self.mixed:
+            keys = [key for key in ("text_only", "retrieval") if getattr(self, key) is not None]
+            text = "needs all samples in one list, without `stream` and `weight` in data.train; remove one"
+            problems += [Problem(text, (key, "train")) for key in keys]
         return problems
 
 

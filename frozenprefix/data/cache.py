@@ -23,12 +23,11 @@ import numpy as np
 from frozenprefix.data.cache_format import (
     MANIFEST,
     REPAIR,
-    SCALE_DTYPE,
-    STORED_AS,
     Entry,
     Fingerprint,
     Manifest,
     check_fingerprint,
+    from_storage,
     index_path,
     load_index,
     load_manifest,
@@ -39,7 +38,7 @@ from frozenprefix.data.cache_format import (
 )
 from frozenprefix.data.images import read_image
 from frozenprefix.errors import CacheError
-from frozenprefix.utils import append_jsonl, content_hash, file_state, hold_lock, read_jsonl
+from frozenprefix.utils import append_jsonl, content_hash, file_state, hold_lock, read_jsonl, report
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +62,6 @@ class FeatureCache:
         self._places, self._image_keys = places, keys
         self._maps: dict[Path, mmap.mmap] = {}
         self._checked: set[str] = set()  # keys whose bytes agreed with their checksum
-        # computed once: `get` is called for every training step
-        self._features_header, self._scale_header = manifest.features_header, manifest.scale_header
 
     @classmethod
     def open(cls, folder: str | PathLike[str], fingerprint: Fingerprint | None = None) -> FeatureCache:
@@ -172,21 +169,9 @@ class FeatureCache:
         mapped = self._map(shard)
         if key not in self._checked:
             self._check(key, shard, entry)
-        stored = self._array(mapped, entry.offset, self._features_header, STORED_AS[self.manifest.dtype], self.dim)
-        if self.manifest.dtype == "float16":
-            out[...] = stored
-        elif self.manifest.dtype == "bfloat16":
-            np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
-        else:
-            scale = self._array(mapped, entry.scale_offset, self._scale_header, SCALE_DTYPE, 1)
-            np.multiply(stored, scale, out=out)
-
-    def _array(self, mapped: mmap.mmap, offset: int, header: bytes, dtype: np.dtype, width: int) -> np.ndarray:
-        """View of N rows after a .npy header."""
-        start = offset + len(header)
-        if mapped[offset:start] != header:
-            raise CacheError(f"{self.folder}: got features of another shape or dtype than {MANIFEST} says; {REPAIR}")
-        return np.frombuffer(mapped, dtype, self.tokens * width, start).reshape(self.tokens, width)
+        from_storage(
+            mapped, self.manifest, out, offset=entry.offset, scale_offset=entry.scale_offset, where=self.folder
+        )
 
     def _map(self, shard: Path) -> mmap.mmap:
         if shard not in self._maps:
@@ -312,12 +297,17 @@ class ImageKeys:
             append_jsonl(self._file, rows)
 
     def _load(self, file: Path) -> None:
+        without = []
+        total = 0
         for number, row in read_jsonl(file, skip_damaged=True):
+            total += 1
             try:
                 name, size, changed, replaced, key = row
                 self._known[name] = ((size, changed, replaced), key)
             except (ValueError, TypeError):
-                log.info("%s:%d: got no key; the image is hashed again", file, number)
+                without.append(f"line {number}")
+        reasons = {"no key; their images are hashed again": len(without)}
+        report(file, total, reasons, what="lines", examples=without, level=logging.INFO)
 
 
 def _stat(name: str) -> tuple[int, int, int] | None:

@@ -13,10 +13,12 @@ cache may be read while others add to it.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -144,6 +146,7 @@ def check_fingerprint(folder: Path, stored: Fingerprint, wanted: Fingerprint) ->
             )
 
 
+@cache
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """The first bytes of a .npy file (format 1.0) that holds an array of this shape and dtype.
 
@@ -187,6 +190,35 @@ def to_storage(features: np.ndarray, dtype: StorageDType, key: str) -> tuple[np.
     scale = np.abs(wide).max(axis=1, keepdims=True) / 127.0
     scale[scale == 0] = 1.0
     return np.rint(wide / scale).astype(STORED_AS[dtype]), scale.astype(SCALE_DTYPE)
+
+
+def from_storage(
+    data: bytes | mmap.mmap, manifest: Manifest, out: np.ndarray, *, offset: int, scale_offset: int, where: object
+) -> None:
+    """Write stored features into `out`: float16[N, D] for float16, float32[N, D] for the other dtypes.
+
+    Args:
+        data: bytes with the features' .npy file at `offset` and, for int8, that of the scale at `scale_offset`.
+        where: names them in messages.
+
+    Raises:
+        CacheError: they have another shape or dtype than the manifest says.
+    """
+    tokens, dim = manifest.shape
+    headers = (manifest.features_header, manifest.scale_header)
+    starts = (offset, scale_offset) if manifest.dtype == "int8" else (offset,)
+    for start, header in zip(starts, headers, strict=False):
+        if data[start : start + len(header)] != header:
+            raise CacheError(f"{where}: got features of another shape or dtype than {MANIFEST} says; {REPAIR}")
+    place = offset + len(headers[0])
+    stored = np.frombuffer(data, STORED_AS[manifest.dtype], tokens * dim, place).reshape(tokens, dim)
+    if manifest.dtype == "float16":
+        out[...] = stored
+    elif manifest.dtype == "bfloat16":
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        scale = np.frombuffer(data, SCALE_DTYPE, tokens, scale_offset + len(headers[1])).reshape(tokens, 1)
+        np.multiply(stored, scale, out=out)
 
 
 def index_path(shard: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -15,7 +15,8 @@ from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream, choose_targets
 from frozenprefix.data.samples import ImageGroup, Sample
-from frozenprefix.errors import DataError, FrozenPrefixError
+from frozenprefix.data.streaming.groups import TrainingSet
+from frozenprefix.errors import BadImageError, DataError, FrozenPrefixError
 from frozenprefix.models.packing import PackedBatch, Packing, Target, pack
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.utils import report
@@ -32,6 +33,9 @@ class Collator:
         packing, tokens_per_row: see `models.packing.pack`.
         max_target_tokens: longer targets are cut (the end token still follows), and counted.
         keep_samples: add the groups and targets of the batch as `samples`: a list of (group, [(sample, target), …]).
+        remember: keep the token ids of every text, which occurs once an epoch; False for streams, which may be endless.
+            Targets are then checked in the step that takes them.
+        positions: with `remember=False`, tokens that an LM with learned positions can read; None: any number.
 
     Example:
         >>> sample = Sample("1", (image_path,), ("a dog",))
@@ -49,6 +53,8 @@ class Collator:
         tokens_per_row: int | None = None,
         max_target_tokens: int | None = None,
         keep_samples: bool = False,
+        remember: bool = True,
+        positions: int | None = None,
     ):
         self.processor = processor
         self.features = features
@@ -56,6 +62,7 @@ class Collator:
         self.tokens_per_row = tokens_per_row
         self.max_target_tokens = max_target_tokens
         self.keep_samples = keep_samples
+        self.remember, self.positions = remember, positions
         self.cut_targets: list[str] = []  # each once
         self._prompt_ids: dict[str, list[int]] = {}
         self._target_ids: dict[tuple[str, str], list[int]] = {}
@@ -70,8 +77,12 @@ class Collator:
 
     def pack(self, chosen: Sequence[Sequence[tuple[Sample, str]]], images_per_group: Sequence[int]) -> PackedBatch:
         """Packed rows of the (sample, target) pairs of each group of images."""
+        if self.remember:
+            targets = [[self.target(sample, text) for sample, text in pairs] for pairs in chosen]
+        else:
+            targets = self._checked_targets(chosen)
         return pack(
-            [[self.target(sample, text) for sample, text in pairs] for pairs in chosen],
+            targets,
             image_token_id=self.processor.image_token_id,
             prefix_length=self.processor.prefix_length,
             images_per_group=images_per_group,
@@ -103,6 +114,15 @@ class Collator:
         context = self._prompt_ids[prompt]
         return Target([*context, *self._target_ids[prompt, text]], len(context))
 
+    def _checked_targets(self, chosen: Sequence[Sequence[tuple[Sample, str]]]) -> list[list[Target]]:
+        """The targets of a batch, checked; nothing is remembered."""
+        self._encode_ahead((sample, text) for pairs in chosen for sample, text in pairs)
+        try:
+            return [[self.check(sample, text, self.positions) for sample, text in pairs] for pairs in chosen]
+        finally:
+            for remembered in (self._prompt_ids, self._target_ids, self.cut_targets):
+                remembered.clear()
+
     def check_targets(self, groups: Iterable[ImageGroup], positions: int | None = None, *, where: str = "data") -> None:
         """Encode every target, so that a text that cannot be learned is known before the first step.
 
@@ -115,45 +135,50 @@ class Collator:
         Raises:
             DataError: naming the sample, its file and its line.
         """
-        prefix_length, groups = self.processor.prefix_length, list(groups)
-        self._encode_ahead(groups)
+        pairs = [(sample, text) for group in groups for sample in group.samples for text in sample.targets]
+        self._encode_ahead(pairs)
         known = len(self.cut_targets)
-        different: set[str] = set()
-        for group in groups:
-            for sample in group.samples:
-                different.update(sample.targets)
-                for text in sample.targets:
-                    try:
-                        target = self.target(sample, text)
-                    except (FrozenPrefixError, TemplateError, ValueError) as error:
-                        raise DataError(f"{sample.label}: {error}") from error
-                    length = len(target.input_ids)
-                    if positions is not None and length > positions + 1:  # the last token is not read
-                        raise DataError(
-                            f"{sample.label}: prompt and target take {length} tokens, but the language model has "
-                            f"learned {positions} positions; shorten the prompt, or lower training.max_target_tokens"
-                        )
-                    marks = list(target.input_ids).count(self.processor.image_token_id) // prefix_length
-                    if marks != len(sample.images):
-                        raise DataError(
-                            f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
-                            "for each image"
-                        )
+        for sample, text in pairs:
+            self.check(sample, text, positions)
+        different = {text for _, text in pairs}
         cut = dict.fromkeys(self.cut_targets[known:])
         reason = f"longer than training.max_target_tokens = {self.max_target_tokens}"
         examples = [text[:80] for text in cut]
         report(where, len(different), {reason: len(cut)}, done="cut", what="targets", examples=examples)
 
-    def _encode_ahead(self, groups: Sequence[ImageGroup]) -> None:
+    def check(self, sample: Sample, text: str, positions: int | None) -> Target:
+        """`target`, or an error that names the sample; see `check_targets`."""
+        try:
+            target = self.target(sample, text)
+        except (FrozenPrefixError, TemplateError, ValueError) as error:
+            raise DataError(f"{sample.label}: {error}") from error
+        length = len(target.input_ids)
+        if positions is not None and length > positions + 1:  # the last token is not read
+            raise DataError(
+                f"{sample.label}: prompt and target take {length} tokens, but the language model has "
+                f"learned {positions} positions; shorten the prompt, or lower training.max_target_tokens"
+            )
+        marks = list(target.input_ids).count(self.processor.image_token_id) // self.processor.prefix_length
+        if marks != len(sample.images):
+            raise DataError(
+                f"{sample.label}: the prompt has {marks} <image> marks, expected {len(sample.images)}, one "
+                "for each image"
+            )
+        return target
+
+    def _encode_ahead(self, pairs: Iterable[tuple[Sample, str]]) -> None:
         """Put the ids of the targets into the cache in large batches. Texts with a problem are left to `target`."""
-        pairs: dict[tuple[str, str], None] = {}
-        for sample in (sample for group in groups for sample in group.samples):
+        texts: dict[tuple[str, str], None] = {}
+        prompt, of = "", None
+        for sample, text in pairs:
             try:
-                prompt = prompt_of(sample, self.processor)
+                if sample is not of:
+                    prompt, of = prompt_of(sample, self.processor), sample
             except (FrozenPrefixError, TemplateError, ValueError):
                 continue
-            pairs |= dict.fromkeys((prompt, text) for text in sample.targets if text.strip())
-        todo = list(pairs)
+            if text.strip():
+                texts[prompt, text] = None
+        todo = list(texts)
         for start in range(0, len(todo), _TARGETS_AT_ONCE):
             block = todo[start : start + _TARGETS_AT_ONCE]
             for pair, ids in zip(block, self.processor.encode_targets(block), strict=True):
@@ -177,7 +202,7 @@ class StepDataset(Dataset):
     """Micro-batch number i of this process, collated; it does not depend on earlier ones.
 
     Args:
-        groups: training images with their samples.
+        groups: training images with their samples; a `TrainingSet` reads those of shards when they are asked for.
         stream: the images of each optimizer step.
         collator: builds the batch.
         targets_per_image: targets of an image in one step; None takes all.
@@ -203,6 +228,7 @@ class StepDataset(Dataset):
         parts: Sequence[int] = (0,),
     ):
         self.groups, self.stream, self.collator = groups, stream, collator
+        self.streamed = isinstance(groups, TrainingSet) and groups.streamed
         self.num_steps, self.targets_per_image = num_steps, targets_per_image
         self.num_parts, self.parts = num_parts, list(parts)
 
@@ -216,13 +242,72 @@ class StepDataset(Dataset):
         return self.stream.step(step)[self.parts[micro] :: self.num_parts]
 
     def ids_of(self, index: int) -> list[str]:
-        """Ids of the samples that the images of a micro-batch have."""
-        return [sample.id for _, image in self.images_of(index) for sample in self.groups[image].samples]
+        """Ids of the samples that the images of a micro-batch have, without those that cannot be read."""
+        groups, _ = self._read(index)
+        return [sample.id for _, _, group in groups for sample in group.samples]
+
+    def _read(self, index: int) -> tuple[list[tuple[int, int, ImageGroup]], list[BadImage]]:
+        """Epoch, number and group of each image of a micro-batch, and what could not be read."""
+        groups, bad = [], []
+        for epoch, image in self.images_of(index):
+            try:
+                groups.append((epoch, image, self.groups[image]))
+            except BadImageError as error:
+                assert isinstance(self.groups, TrainingSet)  # others are in memory
+                bad.append(BadImage(self.groups.name_of(image), error.reason, str(error)))
+        return groups, bad
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        images, chosen = self.images_of(index), []
-        for epoch, image in images:
-            pairs = [(sample, text) for sample in self.groups[image].samples for text in sample.targets]
-            seed = self.stream.seed
+        """The batch; of images in shards also `bad`, those that are left out of it.
+
+        Raises:
+            DataError: not one image of the micro-batch can be used.
+        """
+        read, bad = self._read(index)
+        try:
+            batch = self._collate(read, index, bad)
+        except BadImageError:
+            if not self.streamed:
+                raise
+            # images of shards are decoded here, and not before
+            read, broken = divide_by_image(read)
+            bad += broken
+            batch = self._collate(read, index, bad)
+        return batch | {"bad": bad} if bad else batch
+
+    def _collate(
+        self, read: Sequence[tuple[int, int, ImageGroup]], index: int, bad: Sequence[BadImage]
+    ) -> dict[str, Any]:
+        if not read:
+            raise DataError(
+                f"step {index // len(self.parts) + 1}: not one image of a micro-batch can be used "
+                f"({'; '.join(item.message for item in bad[:3])}); repair the shards, or raise training.images_per_step"
+            )
+        chosen, seed = [], self.stream.seed
+        for epoch, image, group in read:
+            pairs = [(sample, text) for sample in group.samples for text in sample.targets]
             chosen.append(choose_targets(pairs, self.targets_per_image, seed=seed, image=image, epoch=epoch))
-        return self.collator([self.groups[image] for _, image in images], chosen)
+        return self.collator([group for _, _, group in read], chosen)
+
+
+class BadImage(NamedTuple):
+    """An image that a step has left out."""
+
+    name: str
+    reason: str
+    message: str
+
+
+def divide_by_image(
+    read: Sequence[tuple[int, int, ImageGroup]],
+) -> tuple[list[tuple[int, int, ImageGroup]], list[BadImage]]:
+    """Images that can be decoded, and those that cannot."""
+    good, bad = [], []
+    for item in read:
+        try:
+            for path in item[2].images:
+                load_image(path)
+            good.append(item)
+        except BadImageError as error:
+            bad.append(BadImage(str(path), error.reason, str(error)))
+    return good, bad

@@ -214,18 +214,29 @@ def with_valid_text(samples: Iterable[Sample], *, where: str) -> list[Sample]:
     """
     valid, replaced = [], 0
     for sample in samples:
-        answers = sample.metadata.get("answers", ())
-        before = (sample.targets, sample.question, sample.prompt, sample.history, answers)
-        after = _valid(before)
-        if after != before:
-            replaced += 1
-            targets, question, prompt, history, answers = after
-            metadata = sample.metadata | ({"answers": answers} if answers else {})
-            changes = {"targets": targets, "question": question, "prompt": prompt, "history": history}
-            sample = replace(sample, metadata=metadata, **changes)
+        sample, changed = valid_text(sample)
+        replaced += changed
         valid.append(sample)
     report(where, len(valid), {"lone surrogates replaced": replaced}, done="changed", what="samples")
     return valid
+
+
+def valid_text(sample: Sample) -> tuple[Sample, bool]:
+    """A sample without lone surrogates in its texts, and whether it had any.
+
+    Example:
+        >>> valid_text(Sample("1", (), ("a dog",)))[1]
+        False
+    """
+    answers = sample.metadata.get("answers", ())
+    before = (sample.targets, sample.question, sample.prompt, sample.history, answers)
+    after = _valid(before)
+    if after == before:
+        return sample, False
+    targets, question, prompt, history, answers = after
+    metadata = sample.metadata | ({"answers": answers} if answers else {})
+    changes = {"targets": targets, "question": question, "prompt": prompt, "history": history}
+    return replace(sample, metadata=metadata, **changes), True
 
 
 def _valid(value: Any) -> Any:

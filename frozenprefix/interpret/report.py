@@ -69,7 +69,7 @@ def write_report(
     images = _rows_by_images(predictions)
     count = min(max_images, len(images))
     keys = [list(images)[i * len(images) // count] for i in range(count)]
-    page = _template().render(
+    page = page_template("report.html").render(
         title=title,
         version=__version__,
         tables=[_score_table(task, result) for task, result in _results_by_task(results).items()],
@@ -87,7 +87,13 @@ def write_report(
     return Path(path)
 
 
-def _template() -> Template:
+def page_template(name: str) -> Template:
+    """A template of this package, with every value escaped.
+
+    Example:
+        >>> page_template("samples.html").render(title="<b>", cards=[]).count("<b>")
+        0
+    """
     environment = Environment(
         loader=PackageLoader("frozenprefix.interpret", ""),
         autoescape=True,
@@ -96,7 +102,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _without_forbidden(value: Any) -> Any:
@@ -164,7 +170,7 @@ def _card(paths: tuple[str, ...], rows: Sequence[Row]) -> dict[str, Any]:
     truth = next((str(text) for row in captions for text in row["references"]), "")
     return {
         "title": ", ".join(Path(path).name for path in paths),
-        "images": [_image(path, truth) for path in paths],
+        "images": [embedded_image(path, truth) for path in paths],
         "entries": [(row, _verdict(row)) for row in [*captions, *questions[:_MAX_QUESTIONS]]],
         "left_out": max(0, len(questions) - _MAX_QUESTIONS),
     }
@@ -180,8 +186,13 @@ def _verdict(row: Row) -> tuple[str, str]:
     return ("right", "✓ same words") if same else ("open", "≠ other words")
 
 
-def _image(path: str, truth: str) -> dict[str, Any]:
-    """Attributes of an `img` with its data inside, or the reason why the image cannot be shown."""
+def embedded_image(path: str | Path, truth: str) -> dict[str, Any]:
+    """Attributes of an `img` with its data inside, or the reason why the image cannot be shown.
+
+    Example:
+        >>> embedded_image(image_path, "a red circle")["alt"]
+        'Image red_circle.png: a red circle'
+    """
     try:
         image = load_image(path)
     except BadImageError as error:

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
+from frozenprefix.models.external import external_parts
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.self_contained import locate, make_portable, write_frozen_parts
 from frozenprefix.models.standalone import forget_code
@@ -94,6 +95,8 @@ def save_checkpoint(
     state = own if state_dict is None else {name: state_dict[name] for name in own}
     save_tensors(state, folder / SAFE_WEIGHTS_NAME)
     make_portable(config, folder)
+    if parts := external_parts(config):
+        config.external_parts = parts
     config.save_pretrained(folder)
     if model.can_generate():
         # without the checks of its save_pretrained: the configs of some language models do not pass them

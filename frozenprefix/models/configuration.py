@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from transformers import PreTrainedConfig
 
 from frozenprefix.models.encoder_configuration import VISION_ENCODER, VisionEncoderConfig
+from frozenprefix.models.external import check_external_parts
 from frozenprefix.models.section import DType, PartConfig, PeftMethodConfig, Section
 
 
@@ -81,6 +82,7 @@ class SectionedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; ready-made parts, which have the names of sections, are left to the model."""
+        check_external_parts(config_dict)
         parts = {
             name: value
             for name, value in kwargs.items()

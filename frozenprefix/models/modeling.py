@@ -28,6 +28,7 @@ from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
+from frozenprefix.models.serving import servable
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
 
@@ -49,6 +50,7 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
+@servable
 class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 

@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from frozenprefix.errors import ConfigError, did_you_mean
 from frozenprefix.registry import Registry
 
+C = TypeVar("C")
 # Types of options, with their bounds
 Count = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def register_part(registry: Registry[Any], name: str, structural: set[str]) -> Callable[[C], C]:
+    """Decorator that registers a class of the user's own, whose constructor takes the `structural` arguments.
+
+    Raises:
+        ConfigError: as `Registry.register`, and for a constructor that lacks an argument.
+
+    Example:
+        >>> @register_part(Registry("mapper"), "tiny", {"lm_dim"})
+        ... class Tiny:
+        ...     def __init__(self, *, encoder_dim): ...
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: mapper 'tiny': the constructor lacks the argument lm_dim; it has: encoder_dim
+    """
+
+    def add(part: C) -> C:
+        registry.check(name, part)
+        constructor: Any = part
+        missing = missing_arguments(constructor, structural)
+        if missing:
+            has = ", ".join(inspect.signature(constructor).parameters) or "none"
+            raise ConfigError(
+                f"{registry.kind} '{name}': the constructor lacks the argument {', '.join(missing)}; it has: {has}"
+            )
+        return registry.register(name)(part)
+
+    return add
+
+
+def missing_arguments(build: Callable[..., Any], structural: set[str]) -> list[str]:
+    """The `structural` arguments that a constructor or function does not take by name."""
+    parameters = inspect.signature(build).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    return sorted(structural - parameters.keys())
 
 
 def option_problems(
@@ -42,8 +79,8 @@ def option_problems(
     hints = get_type_hints(constructor, include_extras=True)
     parameters = inspect.signature(constructor).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    missing = sorted(structural - parameters.keys())
-    if missing and not open_ended:
+    missing = missing_arguments(build, structural)
+    if missing:
         return [f"{field}.type: the constructor of {registry.kind} '{name}' lacks the argument {', '.join(missing)}"]
     fields: dict[str, Any] = {}
     for key, parameter in parameters.items():

@@ -89,7 +89,8 @@ def step_trainer(recipe: Recipe, groups: dict[str, list[ImageGroup]]) -> Trainer
     trainer = Trainer(endless(recipe))
     trainer.build_model()
     encoder = trainer.model.vision_encoder
-    trainer.use_data(groups, RandomFeatures(encoder.num_tokens, encoder.encoder_dim).as_cache())
+    features = RandomFeatures(encoder.num_tokens, encoder.encoder_dim).as_cache()
+    trainer.use_data(groups, features, features)
     trainer.prepare_optimizer()
     trainer.model.train()
     return trainer

@@ -102,7 +102,7 @@ def _trainer_of(recipe: Recipe | ContrastiveRecipe, groups: dict[str, list[Image
         prepared = PreparedImages(few, features, BadImages(), 0, 0)
         add_similar_captions(prepared, recipe.data)
         few = prepared.groups
-    trainer.use_data(few, features)
+    trainer.use_data(few, features, features)
     trainer.prepare_optimizer()
     trainer.model.train()
     return trainer

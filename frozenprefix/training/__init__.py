@@ -7,6 +7,7 @@ from frozenprefix.registry import lazy_exports
 if TYPE_CHECKING:
     from frozenprefix.training.base_trainer import BaseTrainer
     from frozenprefix.training.caching import fill_cache
+    from frozenprefix.training.callbacks import Callbacks
     from frozenprefix.training.contrastive import ContrastiveTrainer, train_contrastive
     from frozenprefix.training.objectives import Objective
     from frozenprefix.training.registry import train_recipe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseTrainer",
+    "Callbacks",
     "ContrastiveTrainer",
     "Objective",
     "Trainer",
@@ -37,6 +39,7 @@ __getattr__ = lazy_exports(
     {
         "base_trainer": ("BaseTrainer",),
         "caching": ("fill_cache",),
+        "callbacks": ("Callbacks",),
         "contrastive": ("ContrastiveTrainer", "train_contrastive"),
         "objectives": ("Objective",),
         "registry": ("train_recipe",),

@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
@@ -23,11 +23,14 @@ from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.samplers import ImageStream
 from frozenprefix.data.samples import ImageGroup, Sample, digest_samples
+from frozenprefix.data.streaming.features import streamed_features
+from frozenprefix.data.streaming.groups import TrainingSet
 from frozenprefix.errors import StoppedError
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.models.checkpoint import check_identity, check_named, read_checkpoint
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.training.averaging import WeightAverage
+from frozenprefix.training.callbacks import Callback, Callbacks
 from frozenprefix.training.checkpoints import (
     Progress,
     RandomStates,
@@ -38,6 +41,7 @@ from frozenprefix.training.checkpoints import (
 )
 from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
+from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
@@ -60,6 +64,7 @@ class BaseTrainer(ABC):
     Args:
         recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
+        callbacks: of transformers' kind; see `Callbacks`.
 
     Example:
         >>> from frozenprefix.training import BaseTrainer, Trainer
@@ -71,14 +76,15 @@ class BaseTrainer(ABC):
     model: Any
     processor: Any
     optimizer: Any
-    train_groups: list[ImageGroup]
+    train_groups: Sequence[ImageGroup]
     validation_groups: list[ImageGroup]
     stream: ImageStream
     total_steps: int
     tracker: Tracker
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no"):
+    def __init__(self, recipe: Any, *, mixed_precision: str = "no", callbacks: Sequence[Callback] = ()):
+        self.callbacks = Callbacks(callbacks)
         check_distributed()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -164,6 +170,24 @@ class BaseTrainer(ABC):
 
     # ── data ──
 
+    def load_mixture(self, *, without_images: bool = False) -> Mixture | None:
+        """The training sources, if any is streamed or has a weight; else they are one list, and this is None."""
+        if not self.recipe.data.mixed:
+            return None
+        mixture = Mixture.load(self.recipe.data, without_images=without_images)
+        data = without_cache(self.recipe.data, mixture.streams)
+        self.recipe = self.recipe.model_copy(update={"data": data})
+        return mixture
+
+    def mixed_groups(
+        self, mixture: Mixture, prepared: PreparedImages
+    ) -> tuple[dict[str, Sequence[ImageGroup]], FeatureCache | None]:
+        """The groups with the training set of a mixture, and the features that its steps read."""
+        groups = {**prepared.groups, "train": mixture.training_set(prepared.groups["train"])}
+        fingerprint = ImageEncoder.from_model(self.model, self.processor).fingerprint
+        streamed = streamed_features(mixture.streams, fingerprint, prepared.features)
+        return groups, prepared.features if streamed is None else cast(FeatureCache, streamed)
+
     def encode_images(self, samples: dict[str, list[Sample]]) -> PreparedImages:
         """Fill the feature cache with the images of all samples, or only check them, under a progress bar."""
         main = self.accelerator.is_main_process
@@ -180,17 +204,20 @@ class BaseTrainer(ABC):
             warn_of_leaks(find_shared_images(prepared))
         return prepared
 
-    def use_groups(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None = None) -> None:
+    def use_groups(self, groups: Mapping[str, Sequence[ImageGroup]], features: FeatureCache | None = None) -> None:
         """Set the images for training and validation, the order of the steps, and their number.
 
         A resumed run must have the same training samples: a digest of them is part of the state.
         """
-        samples = [sample for group in groups["train"] for sample in group.samples]
-        digest = digest_samples(samples, None if features is None else features.key_of)
+        train, key = groups["train"], None if features is None else features.key_of
+        if isinstance(train, TrainingSet):
+            digest, order = train.digest(key), train.order(self.recipe.seed)
+        else:
+            digest, order = digest_samples([sample for group in train for sample in group.samples], key), None
         self.progress.fingerprint |= {f"data.train ({name})": value for name, value in digest.items()}
-        settings, self.train_groups = self.settings, groups["train"]
-        self.validation_groups = groups.get("validation", [])[: settings.validation_images]
-        self.stream = ImageStream(len(self.train_groups), settings.images_per_step, self.recipe.seed)
+        settings, self.train_groups = self.settings, train
+        self.validation_groups = list(groups.get("validation", []))[: settings.validation_images]
+        self.stream = ImageStream(len(train), settings.images_per_step, self.recipe.seed, order)
         images = (settings.epochs or 1) * len(self.train_groups)
         self.total_steps = settings.max_steps or -(-images // settings.images_per_step)
 
@@ -214,7 +241,11 @@ class BaseTrainer(ABC):
         workers = 0 if in_memory else self.recipe.data.workers
         # With its own generator: the loader would draw from the global one, and a resumed run would draw other numbers.
         generator = torch.Generator()
-        return iter(DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator))
+        loader = DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator)
+        if not dataset.streamed:
+            return iter(loader)
+        left_out = LeftOut(self.output_dir / "bad_images.jsonl", self.recipe.data.max_bad_share)
+        return left_out.watch(loader, self.settings.images_per_step // num_parts)
 
     # ── loop ──
 
@@ -227,10 +258,12 @@ class BaseTrainer(ABC):
             )
         self.clock.start(self.progress.seconds)
         self.first_step = self.progress.step
+        self.callbacks.call("on_train_begin", self)
         if self.first_step == 0:
             self.begin()
         self.take_steps()
         self.finish()
+        self.callbacks.call("on_train_end", self)
 
     def begin(self) -> None:
         """Validate before the first step of a new run."""
@@ -243,7 +276,8 @@ class BaseTrainer(ABC):
         window: list[tuple[float, int, float]] = []
         self.model.train()
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
-            while progress.step < self.total_steps and self.clock.share() <= 1 and not self.out_of_patience():
+            while progress.step < self.total_steps and self.clock.share() <= 1 and not self.ended_early():
+                self.callbacks.call("on_step_begin", self)
                 before = time.monotonic()
                 with explaining_memory(settings, progress.step + 1):
                     values = self.step(batches)
@@ -252,11 +286,12 @@ class BaseTrainer(ABC):
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
                 note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
                 update(progress.step, self.total_steps, note)
-                if progress.step % settings.log_every == 0 or "bad_samples" in values:
-                    self.tracker.log(progress.step, {**values, "targets_per_s": rate})
-                if progress.step % settings.validate_every == 0:
+                asked = self.callbacks.end_step(self)
+                if progress.step % settings.log_every == 0 or "bad_samples" in values or asked.should_log:
+                    self.log({**values, "targets_per_s": rate})
+                if progress.step % settings.validate_every == 0 or asked.should_evaluate:
                     self.validate()
-                if progress.step % settings.save_every == 0:
+                if progress.step % settings.save_every == 0 or asked.should_save:
                     self.save_last()
                 self.stop_if_told()
 
@@ -340,9 +375,18 @@ class BaseTrainer(ABC):
             group["lr"] = group["peak"] * factor
         return self.settings.learning_rate * factor
 
+    def ended_early(self) -> bool:
+        """Whether a callback has stopped the run, or it is out of patience."""
+        return self.callbacks.stopped or self.out_of_patience()
+
     def out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.bad_validations >= patience
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Write values of this step to the log and to trackers."""
+        self.tracker.log(self.progress.step, values)
+        self.callbacks.call("on_log", self, logs=dict(values))
 
     # ── validation and checkpoints ──
 
@@ -365,9 +409,13 @@ class BaseTrainer(ABC):
             return
         with progress_bar("validating", enabled=self.accelerator.is_main_process):
             values = self.measure()
-        self.tracker.log(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
-        if self.progress.step == 0:
-            return
+        metrics = {f"validation/{name}": value for name, value in values.items()}
+        self.log(metrics)
+        if self.progress.step > 0:
+            self._keep_if_best(values)
+        self.callbacks.call("on_evaluate", self, metrics=metrics)
+
+    def _keep_if_best(self, values: dict[str, Any]) -> None:
         self.best_by, value = self.best_of(values)
         if not math.isfinite(value):
             logger.warning("step %d: validation %s is %s, never the best", self.progress.step, self.best_by, value)
@@ -419,6 +467,7 @@ class BaseTrainer(ABC):
             self.progress.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             self.folder.save_state(self.progress.step, lambda folder: self.write_state(folder, random_states))
+        self.callbacks.call("on_save", self)
 
     def read_model(self, folder: Path) -> None:
         """Load the trained weights of a checkpoint that was trained with the same frozen parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from frozenprefix.config.contrastive import ContrastiveRecipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
+from frozenprefix.data.streaming.groups import known_groups
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.tasks.retrieval import texts_of
 from frozenprefix.kernels.precision import autocast_to
@@ -20,24 +21,27 @@ from frozenprefix.models.contrastive.gradient_cache import cached_contrastive_st
 from frozenprefix.models.contrastive.processing import LockedImageTextProcessor
 from frozenprefix.models.freezing import count_parameters, evaluating
 from frozenprefix.training.base_trainer import BaseTrainer
+from frozenprefix.training.callbacks import Callback
 from frozenprefix.training.guards import find_not_finite
 from frozenprefix.training.objectives.base import image_id
 from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
-from frozenprefix.training.setup import build_locked_model, load_parts
+from frozenprefix.training.setup import build_locked_model, load_parts, load_validation
 from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
 from frozenprefix.utils import report
 
 logger = logging.getLogger(__name__)
 
 
-def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> TrainingResult:
+def train_contrastive(
+    recipe: ContrastiveRecipe, *, resume: str = "auto", callbacks: Sequence[Callback] = ()
+) -> TrainingResult:
     """Train the text tower and the projections of a recipe against its locked image encoder.
 
     Args:
         recipe: the whole experiment.
-        resume: as in `train`.
+        resume, callbacks: as in `train`.
 
     Returns:
         The result; `output_dir/best` holds the checkpoint with the highest mean Recall@10, which is `best_value`.
@@ -46,7 +50,7 @@ def train_contrastive(recipe: ContrastiveRecipe, *, resume: str = "auto") -> Tra
         >>> from frozenprefix.config import load_recipe
         >>> train_contrastive(load_recipe("recipes/lit_flickr8k.yaml"))  # doctest: +SKIP
     """
-    return ContrastiveTrainer(with_run_precision(recipe, resume)).run(resume)
+    return ContrastiveTrainer(with_run_precision(recipe, resume), callbacks=callbacks).run(resume)
 
 
 class ContrastiveTrainer(BaseTrainer):
@@ -60,8 +64,8 @@ class ContrastiveTrainer(BaseTrainer):
 
     lower_is_better = False
 
-    def __init__(self, recipe: ContrastiveRecipe):
-        super().__init__(recipe)
+    def __init__(self, recipe: ContrastiveRecipe, *, callbacks: Sequence[Callback] = ()):
+        super().__init__(recipe, callbacks=callbacks)
         per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
         if per_step % processes:
             raise ConfigError(
@@ -76,20 +80,34 @@ class ContrastiveTrainer(BaseTrainer):
         logger.info("%s", count_parameters(self.model))
 
     def prepare_data(self) -> None:
-        samples = load_parts(self.recipe.data)
-        self._check_groups({part: group_by_images(listed) for part, listed in samples.items()})
+        mixture = self.load_mixture()
+        if mixture is None:
+            samples = load_parts(self.recipe.data)
+            self._check_groups({part: group_by_images(listed) for part, listed in samples.items()})
+        else:
+            samples = {"train": mixture.listed, "validation": load_validation(self.recipe.data)}
         prepared = self.encode_images(samples)
-        self.use_data(prepared.groups, prepared.features)
+        if mixture is not None:
+            groups, train_features = self.mixed_groups(mixture, prepared)
+            self.use_data(groups, prepared.features, train_features)
+        else:
+            self.use_data(prepared.groups, prepared.features, prepared.features)
 
-    def use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
+    def use_data(
+        self,
+        groups: Mapping[str, Sequence[ImageGroup]],
+        features: FeatureCache | None,
+        train_features: FeatureCache | None,
+    ) -> None:
         self._check_groups(groups)
         self.use_groups(groups, features)
         self.collator = ContrastiveCollator(self.processor, features, self.settings.texts_per_chunk)
+        self.train_collator = ContrastiveCollator(self.processor, train_features, self.settings.texts_per_chunk)
         if isinstance(self.processor, LockedImageTextProcessor):
             for part, listed in groups.items():
-                self._report_cut(self.processor, listed, f"data.{part}")
+                self._report_cut(self.processor, known_groups(listed), f"data.{part}")
 
-    def _report_cut(self, processor: LockedImageTextProcessor, groups: list[ImageGroup], where: str) -> None:
+    def _report_cut(self, processor: LockedImageTextProcessor, groups: Sequence[ImageGroup], where: str) -> None:
         """Count the texts that are longer than the tower reads."""
         texts = list(dict.fromkeys(text for group in groups for sample in group.samples for text in sample.targets))
         longest = self.recipe.model.text_tower.max_tokens
@@ -98,8 +116,8 @@ class ContrastiveTrainer(BaseTrainer):
         reasons = {f"longer than model.text_tower.max_tokens = {longest}": len(cut)}
         report(where, len(texts), reasons, done="cut", what="targets", examples=cut)
 
-    def _check_groups(self, groups: dict[str, list[ImageGroup]]) -> None:
-        if any(len(group.images) != 1 for listed in groups.values() for group in listed):
+    def _check_groups(self, groups: Mapping[str, Sequence[ImageGroup]]) -> None:
+        if any(len(group.images) != 1 for listed in groups.values() for group in known_groups(listed)):
             raise DataError("data: got samples with several images or none; contrastive training needs one each")
         per_step = self.settings.images_per_step
         if len(groups["train"]) < per_step:
@@ -125,10 +143,10 @@ class ContrastiveTrainer(BaseTrainer):
 
     def batches(self) -> Iterator[dict[str, Any]]:
         return self.load_steps(
-            self.collator,
+            self.train_collator,
             num_parts=self.accelerator.num_processes,
             parts=[self.accelerator.process_index],
-            in_memory=self.collator.features is not None,
+            in_memory=self.collator.features is not None and not self.recipe.data.streamed,
         )
 
     def step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:

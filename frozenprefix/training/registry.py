@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from frozenprefix.registry import Registry
@@ -16,11 +16,12 @@ TRAINERS: Registry[Callable[..., Any]] = Registry(
 )
 
 
-def train_recipe(recipe: Any, *, resume: str = "auto") -> Any:
+def train_recipe(recipe: Any, *, resume: str = "auto", callbacks: Sequence[Any] = ()) -> Any:
     """Train a recipe of any kind.
 
     Args:
         resume: "auto" continues from the run's last state, "never" starts a new run, and a path continues from there.
+        callbacks: of transformers' kind, which may end the run; see `Callbacks`.
 
     Returns:
         The trainer's `TrainingResult`.
@@ -29,4 +30,4 @@ def train_recipe(recipe: Any, *, resume: str = "auto") -> Any:
         >>> train_recipe(recipe, resume="never").best_by
         'loss'
     """
-    return TRAINERS.get(recipe.kind)(recipe, resume=resume)
+    return TRAINERS.get(recipe.kind)(recipe, resume=resume, callbacks=callbacks)

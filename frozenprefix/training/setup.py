@@ -99,6 +99,11 @@ def build_locked_model(
     return model, LockedImageTextProcessor(encoder.image_processor, tower.tokenizer)
 
 
+def load_validation(data: DataSection) -> list[Sample]:
+    """The samples for validation; those without an image, which cannot be shuffled, are left out."""
+    return with_images(load_samples(data.validation, "validation"), where="data.validation") if data.validation else []
+
+
 def load_samples(sources: Sequence[Any], part: str, *, images: bool = True) -> list[Sample]:
     """Load and join sources. Empty targets, and samples with no other target, are left out and counted in the log.
 
@@ -125,9 +130,7 @@ def load_parts(data: DataSection, *, without_images: bool = False) -> dict[str, 
     """
     train = load_samples(data.train, "train", images=data.text_only is None)
     samples = {"train": train if without_images else with_images(train, where="data.train")}
-    if data.validation:
-        samples["validation"] = with_images(load_samples(data.validation, "validation"), where="data.validation")
-    return samples
+    return samples | ({"validation": load_validation(data)} if data.validation else {})
 
 
 def images_of(groups: Iterable[ImageGroup]) -> list[Path]:
@@ -184,7 +187,9 @@ def prepare_images(
 
     table = feature_table(encoder.module)
     try:
-        if table is not None:
+        if not paths:
+            pass  # all images are streamed
+        elif table is not None:
             table.keys_of(paths)
             features = cast(FeatureCache, table)  # it has the methods that training calls
         elif data.feature_cache == "off":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +18,14 @@ from frozenprefix.config.recipe import Recipe
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, group_by_images
+from frozenprefix.data.streaming.groups import known_groups
 from frozenprefix.data.text_only import TextOnlyCollator, TextVectors
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.evaluation.text_ability import TextAbility, read_text, text_ability
 from frozenprefix.kernels.prepack import prepacked_frozen_weights
 from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer
+from frozenprefix.training.callbacks import Callback
 from frozenprefix.training.checkpoints import RandomStates, load_initial
 from frozenprefix.training.guards import check_frozen_text, find_not_finite, warn_if_blind, warn_if_same_captions
 from frozenprefix.training.objectives.base import Batch
@@ -32,7 +34,7 @@ from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.sampling import greedy_captions, greedy_cider_d
-from frozenprefix.training.setup import add_similar_captions, build_model, load_parts
+from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, load_validation
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
 
@@ -40,13 +42,14 @@ logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
 
 
-def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
+def train(recipe: Recipe, *, resume: str = "auto", callbacks: Sequence[Callback] = ()) -> TrainingResult:
     """Train the mapper of a recipe.
 
     Args:
         recipe: the whole experiment.
         resume: "auto" continues from the last whole state in `output_dir`, "never" starts a new run, and a path
             continues from that folder.
+        callbacks: of transformers' kind, which may end the run; see `Callbacks`.
 
     Returns:
         The result, with the best checkpoint in `output_dir/best`.
@@ -59,7 +62,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainingResult:
         >>> result.best.name
         'best'
     """
-    return Trainer(with_run_precision(recipe, resume)).run(resume)
+    return Trainer(with_run_precision(recipe, resume), callbacks=callbacks).run(resume)
 
 
 class Trainer(BaseTrainer):
@@ -72,11 +75,11 @@ class Trainer(BaseTrainer):
         True
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, *, callbacks: Sequence[Callback] = ()):
         half = recipe.training.precision == "fp16"
         if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        super().__init__(recipe, mixed_precision="fp16" if half else "no")
+        super().__init__(recipe, mixed_precision="fp16" if half else "no", callbacks=callbacks)
         per_step = recipe.training.images_per_step
         self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
@@ -103,36 +106,50 @@ class Trainer(BaseTrainer):
             load_initial(self.model, Path(self.settings.init_from).expanduser())
 
     def prepare_data(self) -> None:
-        samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
-        if "validation" in samples:
+        mixture = self.load_mixture(without_images=self.model.trains_text)
+        if mixture is None:
+            samples = load_parts(self.recipe.data, without_images=self.model.trains_text)
+        else:
+            samples = {"train": mixture.listed, "validation": load_validation(self.recipe.data)}
+        if samples.get("validation"):
             check_can_be_shuffled(group_by_images(samples["validation"]))
         # for training on text alone, the training images are never read
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
-        self.use_data(prepared.groups | unread, prepared.features)
+        if mixture is not None:
+            groups, train_features = self.mixed_groups(mixture, prepared)
+            self.use_data(groups, prepared.features, train_features)
+        else:
+            self.use_data(prepared.groups | unread, prepared.features, prepared.features)
 
-    def use_data(self, groups: dict[str, list[ImageGroup]], features: FeatureCache | None) -> None:
+    def use_data(
+        self,
+        groups: Mapping[str, Sequence[ImageGroup]],
+        features: FeatureCache | None,
+        train_features: FeatureCache | None,
+    ) -> None:
         """Set the images, their features if they are cached, and the collators."""
         if not groups["train"]:
             raise DataError("data.train: not one image can be read; bad_images.jsonl in the output folder says why")
         self.use_groups(groups, features)
         self.collator = Collator(self.processor, features, **self._collation())
-        self.train_collator = self._training_collator(features)
         positions = self.model.lm.learned_positions
-        self.train_collator.check_targets(self.train_groups, positions, where="data.train")
+        self.train_collator = self._training_collator(train_features, positions)
+        self.train_collator.check_targets(known_groups(self.train_groups), positions, where="data.train")
         self.collator.check_targets(self.validation_groups, positions, where="data.validation")
 
     def _collation(self) -> dict[str, Any]:
         names = ("packing", "tokens_per_row", "max_target_tokens")
         return {name: getattr(self.settings, name) for name in names}
 
-    def _training_collator(self, features: FeatureCache | None) -> Collator:
+    def _training_collator(self, features: FeatureCache | None, positions: int | None) -> Collator:
         objectives = self.recipe.objectives
         others = (objectives.contrastive, objectives.distillation, objectives.self_critical)
         options = self._collation() | {"keep_samples": any(section is not None for section in others)}
         if self.recipe.data.text_only is None:
-            return Collator(self.processor, features, **options)
+            remember = not self.recipe.data.streamed
+            return Collator(self.processor, features, **options, remember=remember, positions=positions)
         with progress_bar("encoding texts", enabled=self.accelerator.is_main_process) as update:
             vectors = TextVectors.from_texts(
                 self.recipe.model.vision_encoder,
@@ -143,7 +160,7 @@ class Trainer(BaseTrainer):
         return TextOnlyCollator(self.processor, vectors, **options)
 
     def prepare_optimizer(self) -> None:
-        settings, groups = self.settings, self.train_groups
+        settings, groups = self.settings, known_groups(self.train_groups)
         images = settings.images_per_step // self.num_parts
         self.objectives = WeightedSum.from_recipe(self.recipe, self.model, self.processor, groups, images=images)
         optimizer = build_optimizer(
@@ -161,7 +178,7 @@ class Trainer(BaseTrainer):
 
     def begin(self) -> None:
         if self.text_before is not None:
-            self.tracker.log(0, {"text/perplexity": self.text_before.perplexity})
+            self.log({"text/perplexity": self.text_before.perplexity})
         super().begin()
 
     def take_steps(self) -> None:
@@ -174,7 +191,8 @@ class Trainer(BaseTrainer):
             self.train_collator,
             num_parts=self.num_parts,
             parts=range(rank * accumulation, (rank + 1) * accumulation),
-            in_memory=self.collator.features is not None or self.recipe.data.text_only is not None,
+            in_memory=not self.recipe.data.streamed
+            and (self.collator.features is not None or self.recipe.data.text_only is not None),
         )
 
     def step(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -280,7 +298,7 @@ class Trainer(BaseTrainer):
         if self.text_before is None or after is None:
             return
         unchanged = after.logits_sha256 == self.text_before.logits_sha256
-        self.tracker.log(self.progress.step, {"text/perplexity": after.perplexity, "text/unchanged": unchanged})
+        self.log({"text/perplexity": after.perplexity, "text/unchanged": unchanged})
         if self.accelerator.is_main_process:
             summary = {"text": self.recipe.evaluation.text, "unchanged": unchanged, "before": asdict(self.text_before)}
             write_text_atomic(self.output_dir / TEXT_FILE, json.dumps({**summary, "after": asdict(after)}, indent=2))

@@ -13,6 +13,7 @@ import stat
 import struct
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.request import urlopen
 
@@ -52,6 +53,33 @@ _DECODE_ERRORS = (
     RuntimeError,
     struct.error,
 )
+
+
+class StoredImage(type(Path())):  # type: ignore[misc] # a path of this system
+    """An image inside of another file, such as a tar: a path that names it in messages, and its bytes.
+
+    Pickled, as for another process, it keeps its name alone.
+
+    Args:
+        name: file and member: "shards/00000.tar/000000001.jpg".
+        data: the bytes of the image's file.
+
+    Example:
+        >>> image = StoredImage.of("shards/00000.tar/1.png", read_image(image_path))
+        >>> image.name, load_image(image).mode
+        ('1.png', 'RGB')
+    """
+
+    data: bytes
+
+    @classmethod
+    def of(cls, name: str | PathLike[str], data: bytes) -> StoredImage:
+        image = cls(name)
+        image.data = data
+        return image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path, (str(self),))
 
 
 @cache
@@ -95,6 +123,8 @@ def read_image(path: str | PathLike[str]) -> bytes:
         >>> read_image(image_path)[1:4]
         b'PNG'
     """
+    if isinstance(path, StoredImage):
+        return _not_empty(path.data, path)
     try:
         state = os.stat(path)  # before it is opened, which would wait for the other end of a pipe
         if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
@@ -108,6 +138,10 @@ def read_image(path: str | PathLike[str]) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = "missing" if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR) else "unreadable"
         raise BadImageError(reason, f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return _not_empty(data, path)
+
+
+def _not_empty(data: bytes, path: str | PathLike[str]) -> bytes:
     if not data:
         raise BadImageError("empty", f"{path}: the file has no bytes")
     return data

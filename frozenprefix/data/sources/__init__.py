@@ -17,37 +17,44 @@
 | llava | conversations of several turns about an image |
 | hf_dataset | `datasets`' saved folders, parquet and arrow files |
 | webdataset | tars of images and texts, such as img2dataset's |
+| objects | what `source_from` makes of lists and data sets in memory |
 | easy_vqa | drawings of coloured shapes, from PyPI |
 
-A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type.
+A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type;
+one from outside this package is registered by `@register_source("name")`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from frozenprefix.assets import resolve
 from frozenprefix.data.samples import Sample, check_unique_ids, with_one_name_per_image, with_valid_text
-from frozenprefix.data.sources.base import Holdout, SourceConfig
+from frozenprefix.data.sources.base import Holdout, SourceConfig, StreamedSource
 from frozenprefix.data.sources.detection import detect_sources, unread_tables
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
-from frozenprefix.errors import ConfigError, did_you_mean
+from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.registry import Registry
 
 __all__ = [
     "SOURCES",
     "Holdout",
     "SourceConfig",
+    "StreamedSource",
     "detect_sources",
     "load_source",
     "load_sources",
+    "open_source",
     "parse_source",
+    "register_source",
     "unread_tables",
 ]
 
@@ -69,13 +76,40 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "image_folder": f"{_HERE}.image_folder:ImageFolderSource",
         "karpathy": f"{_HERE}.karpathy:KarpathySource",
         "llava": f"{_HERE}.llava:LlavaSource",
+        "objects": f"{_HERE}.objects:ObjectsSource",
         "qa": f"{_HERE}.qa:QaSource",
         "visual_genome": f"{_HERE}.visual_genome:VisualGenomeSource",
         "vizwiz": f"{_HERE}.vizwiz:VizWizSource",
         "vqa_v2": f"{_HERE}.vqa_v2:VqaV2Source",
         "webdataset": f"{_HERE}.webdataset_tars:WebDatasetSource",
     },
+    group="frozenprefix.sources",
+    base=SourceConfig,
 )
+S = TypeVar("S", bound=type[SourceConfig])
+
+
+def register_source(name: str) -> Callable[[S], S]:
+    """Decorator for a data source of your own, which recipes then name: `train: [{type: NAME, path: …}]`.
+
+    An installed package can have it as an entry point of the group `frozenprefix.sources` instead.
+
+    Raises:
+        ConfigError: for a name that is taken, and for what is no `SourceConfig`.
+
+    Example:
+        >>> @register_source("file_names")
+        ... class FileNames(SourceConfig):
+        ...     type: str = "file_names"
+        ...     ending: str = ".png"
+        ...
+        ...     def read(self, root):
+        ...         files = sorted(root.glob(f"*{self.ending}"))
+        ...         return [Sample(file.name, (file,), (file.stem.replace("_", " "),)) for file in files]
+        >>> load_source({"type": "file_names", "path": str(images_folder)})[0].targets
+        ('blue circle',)
+    """
+    return SOURCES.register(name)
 
 
 def parse_source(config: dict[str, Any] | SourceConfig) -> SourceConfig:
@@ -151,6 +185,30 @@ def load_sources(
         samples += load_source(config, base=base, images=images)
     check_unique_ids(samples)
     return with_one_name_per_image(samples, where="sources") if images else samples
+
+
+def open_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = None) -> StreamedGroups:
+    """Open a source with `stream: true`: its samples are read from shards when a step needs them.
+
+    Raises:
+        ConfigError: for a source that cannot be streamed.
+        AssetError, DataError: as `load_source`, but a malformed row is met when it is read.
+
+    Example:
+        >>> open_source({"type": "captions", "path": str(data_folder)})
+        Traceback (most recent call last):
+        frozenprefix.errors.ConfigError: data source 'captions': cannot be streamed; ...
+    """
+    source = parse_source(config)
+    if not isinstance(source, StreamedSource):
+        raise ConfigError(
+            f"data source '{source.type}': cannot be streamed; write it as shards with `frozenprefix data build`"
+        )
+    groups = source.open(resolve(source.path, base=base), partial(_labelled, source=source))
+    if not len(groups):
+        raise DataError(f"{source.path}: got 0 samples, expected at least one")
+    log.info("%s %s: %d samples in %d shards, streamed", source.type, source.path, len(groups), len(groups.names))
+    return groups
 
 
 def _labelled(sample: Sample, source: SourceConfig) -> Sample:

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.hf_tables import Table, tables_of, take_images
+from frozenprefix.data.sources.base import StreamedSource
+from frozenprefix.data.sources.columns import ROLES, columns_fit, find_columns, sample_of_row
+from frozenprefix.data.sources.hf_tables import Table, image_value, tables_of, take_images
 from frozenprefix.data.sources.image_files import unpack_once
-from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
-from frozenprefix.errors import DataError, did_you_mean
+from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.errors import BadImageError
 from frozenprefix.utils import report_left_out
-
-# roles of columns, tried in this order when no column is named
-_USUAL = (
-    {"question": "question", "answers": "answers"},
-    {"question": "question", "answers": "answer"},
-    {"captions": "captions"},
-    {"captions": "caption"},
-    {"captions": "text"},
-    {"label": "label"},
-)
+from frozenprefix.utils.images import StoredImage
 
 
-class HfDatasetSource(SourceConfig):
+class HfDatasetSource(StreamedSource):
     """Rows with a column of images, and columns with captions, a question and its answers, or a label.
 
     Columns hold texts or lists of texts; a label may be a number that the data set has a name for. When no column is
@@ -40,6 +32,8 @@ class HfDatasetSource(SourceConfig):
     Images are unpacked into the user's cache when they are read for the first time, which needs their size once more.
     Rows without an image are left out and counted. Splits have the data set's own names; the split of a parquet file
     is the part of its name before -00000-of-00001. The id is SPLIT/ROW, or FILE/ROW.
+
+    With `stream`, nothing is unpacked: a row is read when a step needs it.
 
     Example:
         >>> HfDatasetSource(path="vqa", question="question", answers="answers").image
@@ -56,8 +50,7 @@ class HfDatasetSource(SourceConfig):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> HfDatasetSource:
-        named = [self.captions is not None, self.question is not None, self.label is not None]
-        if sum(named) > 1 or (self.question is None) != (self.answers is None):
+        if not columns_fit(self.captions, self.question, self.answers, self.label):
             raise ValueError("expected `captions`, or `question` and `answers`, or `label`")
         return self
 
@@ -69,6 +62,28 @@ class HfDatasetSource(SourceConfig):
             samples += self._samples(tables[number], root, without)
         report_left_out(root, len(samples) + sum(without.values()), without)
         return samples
+
+    def open(self, root: Path, finish: Callable[[Sample], Sample]) -> StreamedGroups:
+        from frozenprefix.data.streaming.tables import RowGroups, ShardedTable, TableGroups, sharded
+
+        tables, kept = tables_of(root, self.files), RowGroups(self.shuffle_images)
+        wanted = of_wanted({n: table.split for n, table in enumerate(tables)}, self.split, where=str(root))
+        columns = {tables[number].name: self._columns(tables[number]) for number in wanted}
+
+        def sample(values: dict[str, Any], shards: ShardedTable, number: int) -> Sample:
+            table = shards.table
+            where, roles = f"{table.files[0]}: row {number}", columns[table.name]
+            data, path = image_value(values.pop(self.image), f"{where}: column '{self.image}'")
+            if not data and path is None:
+                raise BadImageError("no image in the row", f"{where}: column '{self.image}': got no image")
+            image = StoredImage.of(f"{table.files[0]}/{number}", data) if data else root / str(path)
+            names = getattr(shards.features[roles["label"]], "names", None) if "label" in roles else None
+            if names is not None:
+                values[roles["label"]] = _named(values[roles["label"]], names)
+            return sample_of_row(Row(where, values), roles, f"{table.name}/{number}", (image,), table.split)
+
+        shards = [sharded(tables[n], [self.image, *columns[tables[n].name].values()], kept) for n in wanted]
+        return TableGroups(root, shards, sample, self.shuffle_images, finish)
 
     def _samples(self, table: Table, root: Path, without: Counter[str]) -> Iterator[Sample]:
         columns = self._columns(table)
@@ -84,43 +99,12 @@ class HfDatasetSource(SourceConfig):
             if names is not None:
                 values[columns["label"]] = _named(values[columns["label"]], names)
             row = Row(str(table.files[0]), values, f"row {number}")
-            yield _sample(row, columns, f"{table.name}/{number}", image, table.split)
+            yield sample_of_row(row, columns, f"{table.name}/{number}", (image,), table.split)
 
     def _columns(self, table: Table) -> dict[str, str]:
         """Role of a column → its name."""
-        roles = ("captions", "question", "answers", "label")
-        columns = {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
-        if not columns:
-            columns = next((usual for usual in _USUAL if set(usual.values()) <= set(table.columns)), {})
-        there = ", ".join(table.columns)
-        if not columns:
-            raise DataError(f"{table.files[0]}: got columns {there}; name those to read, e.g. `captions`")
-        for role, name in {"image": self.image, **columns}.items():
-            if name not in table.columns:
-                near = did_you_mean(name, table.columns)
-                raise DataError(f"{table.files[0]}: `{role}`: no column '{name}'{near}; columns: {there}")
-        return columns
-
-
-def _sample(row: Row, columns: dict[str, str], name: str, image: Path, split: str | None) -> Sample:
-    if "captions" in columns:
-        texts = tuple(text.strip() for text in row.texts(columns["captions"]))
-        return Sample(name, (image,), texts, split=split, where=row.where)
-    if "label" in columns:
-        labels = (row.text(columns["label"]),) if columns["label"] in row else ()
-        metadata = {"label": labels[0]} if labels else {}
-        return Sample(name, (image,), labels, split=split, task="classification", metadata=metadata, where=row.where)
-    answers = row.texts(columns["answers"])
-    return Sample(
-        id=name,
-        images=(image,),
-        targets=commonest(answers),
-        question=row.text(columns["question"]),
-        split=split,
-        task="vqa",
-        metadata={"answers": answers},
-        where=row.where,
-    )
+        named = {role: getattr(self, role) for role in ROLES}
+        return find_columns(table.columns, self.image, named, str(table.files[0]))
 
 
 def _named(label: int | None, names: list[str]) -> str | None:

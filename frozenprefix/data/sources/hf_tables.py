@@ -32,7 +32,7 @@ class Table:
 
 
 #: What datasets and pyarrow raise for files that are damaged, or of another kind.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 
 def tables_of(root: Path, pattern: str | None) -> list[Table]:
@@ -40,7 +40,7 @@ def tables_of(root: Path, pattern: str | None) -> list[Table]:
     if pattern is None and _is_saved(root):
         try:
             return _saved(root)
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error!r})") from error
     return _in_files(root, pattern or "**/*.parquet")
 
@@ -51,13 +51,17 @@ def take_images(table: Table, column: str, folder: Path) -> Iterator[dict[str, A
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(rows):
-        value = row[column]
-        if value is None or isinstance(value, bytes):
-            value = {"bytes": value, "path": None}
-        if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
-            raise DataError(f"{table.files[0]}: row {number}: column '{column}': got {value!r:.60}, expected an image")
-        data, path = value["bytes"], value["path"]
+        data, path = image_value(row[column], f"{table.files[0]}: row {number}: column '{column}'")
         yield {"file": write_image(folder, data, image_ending(path or "")) if data else None, "path": path}
+
+
+def image_value(value: Any, where: str) -> tuple[bytes | None, str | None]:
+    """The bytes and the path of an image in a table, of which one or both may be missing."""
+    if value is None or isinstance(value, bytes):
+        value = {"bytes": value, "path": None}
+    if not isinstance(value, dict) or not {"bytes", "path"} <= set(value):
+        raise DataError(f"{where}: got {value!r:.60}, expected an image")
+    return value["bytes"], value["path"]
 
 
 def _is_saved(root: Path) -> bool:
@@ -87,7 +91,7 @@ def _in_files(root: Path, pattern: str) -> list[Table]:
             else:
                 columns = pyarrow.parquet.read_schema(file).names
                 tables.append(Table(name, split, [file], columns, _parquet_loader(file)))
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise DataError(f"{file}: cannot be read as a table ({error}); fetch it again") from error
     return tables
 

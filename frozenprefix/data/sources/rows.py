@@ -86,11 +86,16 @@ class Row:
             raise self._wrong(field, value, "a number or a text")
         return str(value)
 
-    def rows(self, field: str) -> list[Row]:
-        """A list of objects."""
+    def values(self, field: str) -> list[Any]:
+        """A list."""
         value = self._get(field)
         if not isinstance(value, list):
-            raise self._wrong(field, value, "a list of objects")
+            raise self._wrong(field, value, "a list")
+        return value
+
+    def rows(self, field: str) -> list[Row]:
+        """A list of objects."""
+        value = self.values(field)
         part = f"{self._part}.{field}" if self._part else field
         return [Row(self._file, item, f"{part}[{number}]") for number, item in enumerate(value)]
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> dict[Path, str | None]:
     """The files that match a name or a glob pattern under `root`, sorted → the split in their names.
 
+    A pattern may have braces, as in WebDataset: `train-{00000..00099}.tar`, `{a,b}.tar`.
+
     Files of other splits are left out, so that they need not be read. The file's own name goes before those of its
     folders.
 
@@ -31,16 +33,32 @@ def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> 
     if pattern.startswith("**/"):
         passed_over: dict[Path, str] = {}
         walked = list(walk_files(root, passed_over=passed_over))
-        files = [path for path in walked if path.match(pattern.removeprefix("**/"))]
+        names = [one.removeprefix("**/") for one in _without_braces(pattern)]
+        files = [path for path in walked if any(path.match(name) for name in names)]
         report(root, len(walked) + len(passed_over), Counter(passed_over.values()), what="names", examples=passed_over)
     else:
-        files = [path for path in root.glob(pattern) if path.is_file()]
+        found = {one: [path for path in root.glob(one) if path.is_file()] for one in _without_braces(pattern)}
+        lost = [one for one, files in found.items() if not files]
+        if lost and len(found) > 1:
+            raise DataError(f"{root}: has no file '{lost[0]}' of '{pattern}' ({len(lost)} of {len(found)} are missing)")
+        files = [path for paths in found.values() for path in paths]
     if not files:
         raise DataError(f"{root}: has no file '{pattern}'; check `path` and the fields that name its files")
     splits = {}
     for file in sorted(files):
         splits[file] = split_in_name(file.name) or split_in_name(file.relative_to(root).parent.as_posix())
     return {file: splits[file] for file in of_wanted(splits, split, where=str(root / pattern))}
+
+
+def _without_braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    from braceexpand import braceexpand
+
+    try:
+        return list(dict.fromkeys(braceexpand(pattern)))
+    except ValueError as error:
+        raise DataError(f"'{pattern}': its braces do not match ({error}); expected e.g. {{000..099}}.tar") from error
 
 
 def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *, where: str) -> list[T]:

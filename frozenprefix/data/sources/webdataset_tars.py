@@ -5,35 +5,55 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from frozenprefix.data.cache_format import MANIFEST
 from frozenprefix.data.images import image_ending, is_hidden
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources.base import SourceConfig
+from frozenprefix.data.sources.base import StreamedSource
 from frozenprefix.data.sources.image_files import unpack_once, write_image
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
 from frozenprefix.data.sources.selection import files_of
-from frozenprefix.errors import DataError
+from frozenprefix.data.streaming.described import BUILT, sample_of
+from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.utils import parse_json, report_left_out
 
+T = TypeVar("T")
 _TEXTS = ("txt", "text", "caption", "cls")
 _HIDDEN = "__hidden__"  # field of a row that counts members and is no key
 
 
-class WebDatasetSource(SourceConfig):
+def built_samples(row: Row, images: Mapping[str, Path]) -> list[Sample]:
+    """The samples of a key of `data build`: its JSON names them, in `samples`; its images go by their names."""
+    paths = tuple(images[name] for name in sorted(images, key=_number))
+    return [sample_of(described, paths) for described in row.row("json").rows("samples")]
+
+
+def _number(member: str) -> int:
+    """Place of an image among those of its key: `0.jpg`, `1.png`, …; 0 for the only one."""
+    first = member.partition(".")[0]
+    return int(first) if first.isdecimal() else 0
+
+
+class WebDatasetSource(StreamedSource):
     """Local tars whose members `KEY.jpg`, `KEY.txt`, `KEY.json` are next to each other; a sample is a key.
 
     Images are unpacked into the user's cache when a tar is read for the first time (which needs their size once more),
     and found there by the tar's SHA-256 from then on. Keys without an image are left out and counted by reason, with
     those that img2dataset noted in `00000_stats.json` beside `00000.tar`. The id is TAR/KEY; the split is read from the
     tar's place under `path`.
+
+    With `stream`, nothing is unpacked: a tar is indexed once, and each sample is read from it when a step needs it. The
+    tar may then hold features in place of images, as `frozenprefix data build --recipe` writes them. Of tars that
+    `data build` wrote, samples are read as they were, several an image among them, unless a field is named here.
 
     A key ends at the first dot of a name, as in WebDataset. In a tar with texts such as `photo.2020.txt`, whose names
     have other dots, it ends at the last dot.
@@ -44,7 +64,7 @@ class WebDatasetSource(SourceConfig):
     """
 
     type: Literal["webdataset"] = "webdataset"
-    shards: str = Field("**/*.tar", description="tar under `path`, or pattern of several")
+    shards: str = Field("**/*.tar", description="tar under `path`, or pattern of several: train/{00000..00099}.tar")
     image: str | None = Field(None, description="member that is the image, e.g. jpg; the only one when not given")
     captions: str | None = Field("txt", description="member with the caption, or a field of one: json.caption")
     question: str | None = Field(None, description="member or field with a question; `captions` is not read then")
@@ -57,6 +77,8 @@ class WebDatasetSource(SourceConfig):
         return self
 
     def read(self, root: Path) -> list[Sample]:
+        if (root / MANIFEST).is_file():
+            raise DataError(f"{root}: holds features in place of images, which are only streamed; set `stream: true`")
         samples: list[Sample] = []
         without: Counter[str] = Counter()
         for shard, split in files_of(root, self.shards, self.split).items():
@@ -67,6 +89,9 @@ class WebDatasetSource(SourceConfig):
                     without["hidden"] += values[_HIDDEN]
                     continue
                 row = Row(str(shard), values, f"key {values['__key__']}")
+                if self._is_built(root):
+                    samples += built_samples(row, {m: folder / file for m, file in values["__images__"].items()})
+                    continue
                 image = self._image(row, values["__images__"])
                 if image is None:
                     without["no image in the tar"] += 1
@@ -76,7 +101,31 @@ class WebDatasetSource(SourceConfig):
         report_left_out(root, len(samples) + sum(without.values()), without)
         return samples
 
-    def _image(self, row: Row, images: dict[str, str]) -> str | None:
+    def open(self, root: Path, finish: Callable[[Sample], Sample]) -> StreamedGroups:
+        from frozenprefix.data.streaming.tars import TarGroups
+
+        splits = files_of(root, self.shards, self.split)
+
+        built = self._is_built(root)
+
+        def samples(tar: Path, key: str, members: dict[str, bytes], images: dict[str, Path]) -> list[Sample]:
+            values = {m: _text_member(tar, key, m, data) for m, data in members.items() if m in (*_TEXTS, "json")}
+            row = Row(str(tar), values, f"key {key}")
+            if built:
+                return built_samples(row, images)
+            image = self._image(row, images)
+            if image is None:
+                raise BadImageError("no image in the tar", f"{row.where}: got members {', '.join(members)}, no image")
+            name = tar.relative_to(root).with_suffix("").as_posix()
+            return [self._sample(row, image, f"{name}/{key}", splits[tar])]
+
+        return TarGroups(root, list(splits), self.shuffle_images, samples, finish)
+
+    def _is_built(self, root: Path) -> bool:
+        """Whether the samples are those that `data build` wrote into the JSON, and not to be made of other members."""
+        return (root / BUILT).is_file() and not self.model_fields_set & {"image", "captions", "question", "answers"}
+
+    def _image(self, row: Row, images: Mapping[str, T]) -> T | None:
         if self.image is None and len(images) > 1:
             raise DataError(f"{row.where}: got images {', '.join(images)}, expected one; name it in `image`")
         return images.get(self.image) if self.image is not None else next(iter(images.values()), None)
@@ -106,6 +155,15 @@ def _texts(row: Row, place: str) -> tuple[str, ...]:
     return row.texts(field)
 
 
+def _text_member(shard: Path, key: str, member: str, data: bytes) -> Any:
+    """The text of a member, or the value of a JSON one."""
+    try:
+        text = data.decode("utf-8-sig")
+        return parse_json(text) if member == "json" else text
+    except ValueError as error:
+        raise DataError(f"{shard}: key {key}: member '{member}' is not UTF-8 or JSON: {error}") from error
+
+
 def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Write the images of a tar; yield each key's other members, its images' names and the key."""
     hidden: list[str] = []
@@ -118,11 +176,7 @@ def _unpack(shard: Path, folder: Path) -> Iterator[dict[str, Any]]:
             if ending := image_ending(f"image.{member}"):
                 row["__images__"][member] = write_image(folder, data, ending)
             elif member in _TEXTS or member == "json":
-                try:
-                    text = data.decode("utf-8-sig")
-                    row[member] = parse_json(text) if member == "json" else text
-                except ValueError as error:
-                    raise DataError(f"{shard}: key {key}: member '{member}' is not UTF-8 or JSON: {error}") from error
+                row[member] = _text_member(shard, key, member, data)
         yield row
     if hidden:
         yield {_HIDDEN: len(hidden)}

@@ -2,24 +2,35 @@
 
 A fusion is a `Fusion`, an `nn.Module` whose constructor takes the keyword arguments `lm_dim` and `num_layers`, and
 options of its own. It holds the parameters that it trains. In the language model it registers hooks but no parameters,
-so that the LM's tensors stay as they are. A fusion of your own is found by an entry point of the group
-`frozenprefix.fusions`, or as `package.module:Class` if `allow_code` was called.
+so that the LM's tensors stay as they are. A fusion of your own is registered by `@register_fusion("name")` or by an
+entry point of the group `frozenprefix.fusions`, or named as `package.module:Class` if `allow_code` was called.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import FusionConfig
 from frozenprefix.models.fusion.base import Fusion, ImageContext, decoder_layers
-from frozenprefix.models.fusion.placeholders import fuse_prefix, index_placeholders
-from frozenprefix.models.options import option_problems
+from frozenprefix.models.fusion.placeholders import fuse, fuse_prefix, index_placeholders
+from frozenprefix.models.options import option_problems, register_part
 from frozenprefix.registry import Registry
 
-__all__ = ["FUSIONS", "Fusion", "ImageContext", "build_fusion", "fuse_prefix", "index_placeholders", "validate_fusion"]
+__all__ = [
+    "FUSIONS",
+    "Fusion",
+    "ImageContext",
+    "build_fusion",
+    "fuse",
+    "fuse_prefix",
+    "index_placeholders",
+    "register_fusion",
+    "validate_fusion",
+]
 
 FUSIONS: Registry[Any] = Registry(
     "fusion",
@@ -35,6 +46,25 @@ FUSIONS: Registry[Any] = Registry(
 )
 STRUCTURAL = {"lm_dim", "num_layers"}
 _FOR_ENCODER_DECODER = ("prefix", "deep_prefix")
+F = TypeVar("F", bound=type[Fusion])
+
+
+def register_fusion(name: str) -> Callable[[F], F]:
+    """Decorator for a fusion of your own, which recipes then name: `fusion: {type: NAME, …}`; see `register_mapper`.
+
+    Raises:
+        ConfigError: for a name that is taken, and for what is no `Fusion` that takes `lm_dim` and `num_layers`.
+
+    Example:
+        >>> from frozenprefix.models.fusion.prefix import PrefixFusion
+        >>> @register_fusion("quiet_prefix")
+        ... class QuietPrefix(PrefixFusion):
+        ...     def __init__(self, *, lm_dim, num_layers, loudness: float = 0.5):
+        ...         super().__init__(lm_dim=lm_dim, num_layers=num_layers)
+        >>> validate_fusion(FusionConfig(type="quiet_prefix", loudness=0.1))
+        []
+    """
+    return register_part(FUSIONS, name, STRUCTURAL)
 
 
 def build_fusion(config: FusionConfig, language_model: PreTrainedModel, lm_dim: int) -> Fusion:

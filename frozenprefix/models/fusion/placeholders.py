@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from frozenprefix.errors import DataError
+from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.models.language_model.base import FrozenLM, Rows, word_embeddings
 
 
 def index_placeholders(input_ids: Tensor, image_token_id: int, num_prefix_embeds: int) -> Tensor:
@@ -65,3 +68,41 @@ def fuse_prefix(
     # [images, P, D_lm] -> [images * P, D_lm]
     flat = prefix_embeds.flatten(0, 1).to(inputs_embeds.dtype)
     return inputs_embeds.index_put((is_image,), flat[prefix_index[is_image]])
+
+
+def fuse(
+    language_model: FrozenLM[Any] | PreTrainedModel,
+    text: Rows | Tensor,
+    prefix_embeds: Tensor | None,
+    *,
+    image_token_id: int | None = None,
+) -> Tensor:
+    """Input embeddings of a text with images in it, for any language model of transformers, wrapped or not.
+
+    Args:
+        text: packed rows, from `FrozenLM.layout`, or token ids int64[B, T] with the placeholders of the images.
+        prefix_embeds: float[images, P, D_lm], from a mapper; None for text only.
+        image_token_id: of the placeholders in token ids, for instance the first id after the vocabulary.
+
+    Returns:
+        inputs_embeds: float[B, T, D_lm] in the dtype of the language model.
+
+    Raises:
+        DataError: for more or fewer placeholders than prefix embeddings.
+        ConfigError: for token ids without `image_token_id`.
+
+    Example:
+        >>> ids = torch.tensor([[300, 300, 5, 6]])
+        >>> fuse(model.language_model, ids, torch.zeros(1, 2, 32), image_token_id=300).shape
+        torch.Size([1, 4, 32])
+    """
+    embeddings = language_model.embed if isinstance(language_model, FrozenLM) else word_embeddings(language_model)
+    count = 0 if prefix_embeds is None else len(prefix_embeds) * prefix_embeds.shape[1]
+    if not isinstance(text, Tensor):
+        held = int(text.prefix_index.max()) + 1
+        if held != count:
+            raise DataError(f"the rows hold {held} image placeholders, the images give {count} prefix embeddings")
+        return fuse_prefix(embeddings, text.input_ids, text.prefix_index, prefix_embeds)
+    if image_token_id is None:
+        raise ConfigError("fuse: image_token_id: missing; token ids do not say which of them stand for an image")
+    return fuse_prefix(embeddings, text, index_placeholders(text, image_token_id, count), prefix_embeds)

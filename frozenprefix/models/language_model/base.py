@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.freezing import freeze
 from frozenprefix.models.packing import PackedBatch
 
 
@@ -81,6 +82,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         model: the transformers model.
         num_virtual_tokens: tokens that an adapter puts before every text and keeps in the LM's cache.
         keeps_history: whether a text can be continued from its cache, as a dialog needs.
+        is_encoder_decoder: which kind of transformers' models the class wraps.
 
     Example:
         >>> model.lm.dim, model.lm.dtype, model.lm.start_token
@@ -90,11 +92,29 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
     """
 
     keeps_history: ClassVar[bool]
+    is_encoder_decoder: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = _one_pass_activations(model)
         self.num_virtual_tokens = 0
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> FrozenLM[Any]:
+        """Freeze any causal or encoder-decoder language model of transformers, in place, and wrap it.
+
+        Raises:
+            ConfigError: for a model that does not read embeddings, or is not causal.
+
+        Example:
+            >>> from transformers import AutoModelForCausalLM
+            >>> lm = FrozenLM.from_model(AutoModelForCausalLM.from_pretrained(lm_folder))
+            >>> lm.dim, any(parameter.requires_grad for parameter in lm.parameters())
+            (32, False)
+        """
+        encoder = bool(model.config.is_encoder_decoder)
+        kind = next(kind for kind in FrozenLM.__subclasses__() if kind.is_encoder_decoder == encoder)
+        return kind(freeze(model))
 
     @property
     def config(self) -> Any:
@@ -114,6 +134,11 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings: the size that a prefix starts with."""
+        return embedding_rms(self.model)
 
     @property
     def max_positions(self) -> int | None:

@@ -54,6 +54,7 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
     """
 
     keeps_history = False
+    is_encoder_decoder = True
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)

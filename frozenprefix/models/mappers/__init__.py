@@ -2,23 +2,27 @@
 
 A mapper is an `nn.Module` whose constructor takes the keyword arguments `encoder_dim`, `num_tokens`, `lm_dim` and
 `prefix_length`, and options of its own. Its `forward` maps float[B, num_tokens, encoder_dim] to
-float[B, prefix_length, lm_dim]. A mapper of your own is found by an entry point of the group `frozenprefix.mappers`, or
-as `package.module:Class` if `allow_code` was called.
+float[B, prefix_length, lm_dim]. A mapper of your own is registered by `@register_mapper("name")` or by an entry point
+of the group `frozenprefix.mappers`, or named as `package.module:Class` if `allow_code` was called.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
 from frozenprefix.models.mappers.blocks import PrefixScale
-from frozenprefix.models.options import option_problems
+from frozenprefix.models.options import option_problems, register_part
 from frozenprefix.registry import Registry
 
-__all__ = ["MAPPERS", "PrefixMapper", "PrefixScale", "build_mapper", "validate_mapper"]
+__all__ = ["MAPPERS", "PrefixMapper", "PrefixScale", "build_mapper", "register_mapper", "validate_mapper"]
+
+M = TypeVar("M", bound=type[nn.Module])
 
 MAPPERS: Registry[type[nn.Module]] = Registry(
     "mapper",
@@ -36,6 +40,31 @@ MAPPERS: Registry[type[nn.Module]] = Registry(
     base=nn.Module,
 )
 STRUCTURAL = {"encoder_dim", "num_tokens", "lm_dim", "prefix_length"}
+
+
+def register_mapper(name: str) -> Callable[[M], M]:
+    """Decorator for a mapper class of your own, which recipes then name: `mapper: {type: NAME, …}`.
+
+    The module with the class has to be imported before such a recipe or checkpoint is read. With an entry point of the
+    group `frozenprefix.mappers` in an installed package, this happens by itself.
+
+    Raises:
+        ConfigError: for a name that is taken, and a class without the arguments `encoder_dim`, `num_tokens`, `lm_dim`
+            and `prefix_length`.
+
+    Example:
+        >>> @register_mapper("repeat")
+        ... class Repeat(nn.Module):
+        ...     def __init__(self, *, encoder_dim, num_tokens, lm_dim, prefix_length, bias: bool = True):
+        ...         super().__init__()
+        ...         self.length, self.linear = prefix_length, nn.Linear(encoder_dim, lm_dim, bias=bias)
+        ...
+        ...     def forward(self, image_features):
+        ...         return self.linear(image_features.mean(dim=1, keepdim=True)).expand(-1, self.length, -1)
+        >>> validate_mapper(MapperConfig(type="repeat", bais=False))
+        ["model.mapper.bais: mapper 'repeat' has no such option (did you mean 'bias'?); it has: bias"]
+    """
+    return register_part(MAPPERS, name, STRUCTURAL)
 
 
 class PrefixMapper(nn.Sequential):

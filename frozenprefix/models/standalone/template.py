@@ -30,6 +30,7 @@ from frozenprefix.models.fusion.placeholders import fuse_prefix, index_placehold
 from frozenprefix.models.language_model.base import check_generate_arguments, positions_from_mask
 from frozenprefix.models.mappers import PrefixMapper
 from frozenprefix.models.mappers.blocks import PrefixScale
+from frozenprefix.models.serving import servable
 from frozenprefix.models.standalone.choices import ChosenFusion, ChosenMapper, load_encoder
 
 MAX_PIXELS = 89_478_485  # of an image
@@ -68,6 +69,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+@servable
 class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A frozen image encoder, a trained mapper, and a frozen language model that reads the prefix embeddings.
 
