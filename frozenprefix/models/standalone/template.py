@@ -231,7 +231,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue texts that are padded on the left; int64[B, new tokens], the continuation only.
+        """Continue texts that are padded on the left; int64[B, T + new tokens], prompts in front, as servers expect it.
 
         Args:
             args, kwargs: of transformers' `generate`: max_new_tokens, num_beams, streamer, …
@@ -245,7 +245,13 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         search: Any = self.language_model.generate
         with self.fusion.seeing(context):
-            return search(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+            found = search(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        new = found if isinstance(found, Tensor) else found.sequences
+        whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0).to(new.device), new], dim=1)
+        if isinstance(found, Tensor):
+            return whole
+        found.sequences = whole
+        return found
 
     # ── as a transformers model ──
 

@@ -90,7 +90,10 @@ def check_same(model, other, processor, images):
     torch.testing.assert_close(found[real], expected[real], rtol=tolerance, atol=tolerance)
     for beams in (1, 3) if model.lm.dtype == torch.float32 else ():
         options = {"max_new_tokens": 6, "num_beams": beams}
-        assert other.generate(**inputs, **options).tolist() == model.generate(**inputs, **options).tolist()
+        prompt, new = inputs["input_ids"], model.generate(**inputs, **options)
+        own = isinstance(other, FrozenPrefixForConditionalGeneration)
+        expected = new if own else torch.cat([prompt, new], dim=1)  # the code puts the prompt in front
+        assert other.generate(**inputs, **options).tolist() == expected.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,16 @@ def code(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("code") / "saved"
     saved(load(tiny_checkpoint), FrozenPrefixProcessor.from_pretrained(tiny_checkpoint), folder)
     return folder, module_of(folder)
+
+
+def test_several_texts_of_one_prompt_have_it_in_front(code):
+    folder, module = code
+    model = module.FrozenPrefixForConditionalGeneration.from_pretrained(folder)
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 2, "eos_token_id": None}
+    found = model.generate(prompt, return_dict_in_generate=True, **options)
+    assert found.sequences[:, :3].tolist() == [[5, 6, 7], [5, 6, 7], [8, 9, 10], [8, 9, 10]]
+    assert found.sequences.tolist() == model.generate(prompt, **options).tolist()
 
 
 def test_arguments_of_the_code(code, images):
