@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -18,8 +18,9 @@ def servable(model_class: Model) -> Model:
         >>> servable(type(model)).__name__
         'FrozenPrefixForConditionalGeneration'
     """
+    config_class: Any = model_class.config_class
     for name in SERVER_TABLES:
         table = getattr(modeling_auto, name, None)
         if table is not None:
-            table[model_class.config_class.model_type] = model_class.__name__
+            table[config_class.model_type] = model_class.__name__
     return model_class
