@@ -10,8 +10,11 @@ from frozenprefix.registry import allow_code, lazy_exports
 from frozenprefix.version import __version__
 
 if TYPE_CHECKING:
+    from frozenprefix.config.loading import load_recipe, recipe_from_dict
     from frozenprefix.config.recipe import Recipe
+    from frozenprefix.data.samples import Sample
     from frozenprefix.data.sources import register_source
+    from frozenprefix.data.sources.objects import source_from
     from frozenprefix.inference import Captioner
     from frozenprefix.models.configuration import FrozenPrefixConfig, MapperConfig
     from frozenprefix.models.fusion import fuse, register_fusion
@@ -31,24 +34,31 @@ __all__ = [
     "FrozenPrefixProcessor",
     "MapperConfig",
     "Recipe",
+    "Sample",
     "Target",
     "__version__",
     "allow_code",
     "build_mapper",
     "fuse",
+    "load_recipe",
     "pack",
+    "recipe_from_dict",
     "register_fusion",
     "register_mapper",
     "register_source",
     "register_vision_encoder",
+    "source_from",
     "train",
 ]
 
 __getattr__ = lazy_exports(
     __name__,
     {
+        "config.loading": ("load_recipe", "recipe_from_dict"),
         "config.recipe": ("Recipe",),
+        "data.samples": ("Sample",),
         "data.sources": ("register_source",),
+        "data.sources.objects": ("source_from",),
         "inference": ("Captioner",),
         "models.configuration": ("FrozenPrefixConfig", "MapperConfig"),
         "models.fusion": ("fuse", "register_fusion"),

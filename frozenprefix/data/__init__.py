@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from frozenprefix.data.samplers import ImageStream
     from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
     from frozenprefix.data.sources import SourceConfig, detect_sources, load_source, load_sources
+    from frozenprefix.data.sources.objects import source_from
 
 __all__ = [
     "BadImages",
@@ -41,6 +42,7 @@ __all__ = [
     "load_image",
     "load_source",
     "load_sources",
+    "source_from",
     "to_image",
 ]
 __getattr__ = lazy_exports(
@@ -55,5 +57,6 @@ __getattr__ = lazy_exports(
         "samplers": ("ImageStream",),
         "samples": ("ImageGroup", "Sample", "group_by_images"),
         "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources"),
+        "sources.objects": ("source_from",),
     },
 )

@@ -17,6 +17,7 @@
 | llava | conversations of several turns about an image |
 | hf_dataset | `datasets`' saved folders, parquet and arrow files |
 | webdataset | tars of images and texts, such as img2dataset's |
+| objects | what `source_from` makes of lists and data sets in memory |
 | easy_vqa | drawings of coloured shapes, from PyPI |
 
 A new source is a subclass of `SourceConfig` with `type`, its own fields and `read`, added to `SOURCES` under its type;
@@ -75,6 +76,7 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "image_folder": f"{_HERE}.image_folder:ImageFolderSource",
         "karpathy": f"{_HERE}.karpathy:KarpathySource",
         "llava": f"{_HERE}.llava:LlavaSource",
+        "objects": f"{_HERE}.objects:ObjectsSource",
         "qa": f"{_HERE}.qa:QaSource",
         "visual_genome": f"{_HERE}.visual_genome:VisualGenomeSource",
         "vizwiz": f"{_HERE}.vizwiz:VizWizSource",
@@ -193,9 +195,8 @@ def open_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = No
         AssetError, DataError: as `load_source`, but a malformed row is met when it is read.
 
     Example:
-        >>> open_source({"type": "captions", "path": str(data_folder)})
-        Traceback (most recent call last):
-        frozenprefix.errors.ConfigError: data source 'captions': cannot be streamed; ...
+        >>> len(open_source({"type": "captions", "path": str(data_folder), "stream": True}))
+        12
     """
     source = parse_source(config)
     if not isinstance(source, StreamedSource):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from frozenprefix.utils import file_sha256
 from frozenprefix.utils.damage import refusing_damage
 
 RANDOM_SEED = 0
+COPY = "model.safetensors"  # file of an encoder's weights in a checkpoint that holds its frozen parts
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _KEYS_IN_ERRORS = 8
 
@@ -86,6 +88,21 @@ def _tensors_only(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text says how to load it all the same
         raise ValueError("it holds code or other objects, which are never loaded") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the head of a weights file says; nothing for other files than safetensors.
+
+    Example:
+        >>> torch.save({"weight": torch.ones(2)}, tmp_path / "layer.pth")
+        >>> read_metadata(tmp_path / "layer.pth")
+        {}
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    message = f"{path.name} is not a file of plain tensors ({{reason}}); fetch it again"
+    with refusing_damage(AssetError, message), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()) -> None:
