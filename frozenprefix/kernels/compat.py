@@ -83,6 +83,34 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return private(config, "_attn_implementation", "torch's attention is used for packed rows")
 
 
+def config_option(config: PreTrainedConfig, name: str) -> Any:
+    """What an argument of `from_pretrained` was, of those that the Auto classes put into the config; else None.
+
+    Args:
+        name: "attn_implementation" or "experts_implementation".
+
+    Example:
+        >>> config_option(type(model.config)(attn_implementation="eager"), "attn_implementation")
+        'eager'
+    """
+    # absent in releases without the argument, which then refuse it themselves
+    return getattr(config, f"_{name}_internal", None)
+
+
+def follow_attention(config: PreTrainedConfig, language_model: PreTrainedModel | None) -> None:
+    """Let a config name the attention of the language model inside, where loading it again finds it.
+
+    Without a language model, and for experts, what transformers' constructor sets goes: it would look as if someone had
+    asked for it.
+    """
+    if config_option(config, "attn_implementation") is not None:
+        config._attn_implementation = (
+            None if language_model is None else attention_implementation(language_model.config)
+        )
+    if config_option(config, "experts_implementation") is not None:
+        config._experts_implementation = None
+
+
 def commit_hash(config: PreTrainedConfig) -> str | None:
     """Commit that a config was loaded from; None for a local folder.
 

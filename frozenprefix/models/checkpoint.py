@@ -15,16 +15,15 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.external import external_parts
-from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
+from frozenprefix.models.self_contained import locate, make_portable, write_frozen_parts
+from frozenprefix.models.standalone import forget_code
 from frozenprefix.models.state_dict import copy_into
 from frozenprefix.utils.sums import SUMS_FILE, check_sums
 from frozenprefix.utils.tensors import load_tensors, save_tensors
 
 Model = TypeVar("Model")
-LM_FOLDER = "language_model"
 
 
 def trainable_state(model: Any) -> dict[str, Tensor]:
@@ -47,6 +46,7 @@ def save_checkpoint(
     state_dict: dict[str, Tensor] | None = None,
     *,
     self_contained: bool = False,
+    code: bool = True,
     safe_serialization: bool = True,
     max_shard_size: int | str | None = None,
     **others: Any,
@@ -55,12 +55,16 @@ def save_checkpoint(
 
     Args:
         state_dict: values to write in place of the model's own; those of frozen parts are left out.
-        self_contained: write the language model too, into language_model/, including adapters that were unloaded.
+        self_contained: write the frozen parts too, into vision_encoder/ and language_model/, including adapters that
+            were unloaded.
+        code: with `self_contained`, write modeling_frozenprefix.py, by which transformers loads the checkpoint with
+            `trust_remote_code=True` where this package is not installed.
         safe_serialization, max_shard_size: as the Hub passes them; there is one small safetensors file in any case.
         others: further arguments of transformers' `save_pretrained`.
 
     Raises:
-        ConfigError: for arguments without effect here, and for adapters that were unloaded without `self_contained`.
+        ConfigError: for arguments without effect here, for adapters that were unloaded without `self_contained`, and
+            for parts that cannot be written, or that the code does not support.
 
     Example:
         >>> save_checkpoint(model, tmp_path / "copy")
@@ -83,13 +87,14 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMS_FILE).unlink(missing_ok=True)  # of the checkpoint that this one replaces
+    config = copy.deepcopy(model.config)
+    forget_code(config)
+    if self_contained:
+        write_frozen_parts(model, config, folder, code=code)
     own = trainable_state(model)
     state = own if state_dict is None else {name: state_dict[name] for name in own}
     save_tensors(state, folder / SAFE_WEIGHTS_NAME)
-    config = copy.deepcopy(model.config)
-    if self_contained:
-        _save_language_model(model, config, folder)
-    _make_portable(config, folder)
+    make_portable(config, folder)
     if parts := external_parts(config):
         config.external_parts = parts
     config.save_pretrained(folder)
@@ -99,39 +104,6 @@ def save_checkpoint(
     model.adapters.save(folder)
     for file in folder.rglob("*.safetensors"):  # libraries write them so that only their owner can read them
         file.chmod((folder / CONFIG_NAME).stat().st_mode)
-
-
-def _save_language_model(model: Any, config: Any, folder: Path) -> None:
-    """Write the language model as it is, and let the checkpoint's config name that copy."""
-    target = folder / LM_FOLDER
-    model.language_model.save_pretrained(target)
-    section = config.language_model
-    dtype = str(model.language_model.dtype).removeprefix("torch.")
-    values: dict[str, Any] = {"path": str(target.resolve()), "dtype": dtype, "revision": None}
-    config.language_model = LanguageModelConfig(**values) if section is None else section.model_copy(update=values)
-    config.identity = {**config.identity, "language_model": language_model_identity(model.language_model, target)}
-
-
-def _make_portable(config: Any, folder: Path) -> None:
-    """Name a local language model by its path from the checkpoint, so that both can move together.
-
-    Its absolute path is kept too, for a checkpoint that is copied without it.
-    """
-    section = getattr(config, "language_model", None)
-    if section is not None and (place := Path(section.path).expanduser()).exists():
-        config.language_model_location = str(place.resolve())
-        path = os.path.relpath(config.language_model_location, folder.resolve())
-        config.language_model = section.model_copy(update={"path": path})
-
-
-def _locate(config: Any, source: str | PathLike[Any]) -> None:
-    """Undo `_make_portable` for a checkpoint in the folder `source`."""
-    location = vars(config).pop("language_model_location", None)
-    if location is None:
-        return
-    place = Path(source) / config.language_model.path
-    path = str(place.resolve()) if place.exists() else location
-    config.language_model = config.language_model.model_copy(update={"path": path})
 
 
 def checkpoint_config(
@@ -165,7 +137,7 @@ def checkpoint_config(
         given = (*ready, *(["language_model"] if language_model is not None else []))
         for part in {"vision_encoder", "language_model", "text_tower"}.difference(given):
             check_references(getattr(config, part, None), f"{source}: {part}")
-    _locate(config, source)
+    locate(config, source)
     if language_model is not None:
         section = getattr(config, "language_model", None)
         if section is None:
@@ -196,7 +168,7 @@ def load_checkpoint(
         CheckpointError: for a folder without weights or with files that have changed, missing or unexpected keys, wrong
             shapes, or a frozen part that is not known to be the one trained with.
     """
-    check_options(options, part_names)
+    check_options(options, part_names, local=Path(source).is_dir())
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if Path(source).is_dir() and "subfolder" in hub:
         source = Path(source) / hub.pop("subfolder")
@@ -205,17 +177,17 @@ def load_checkpoint(
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
     ready = [name for name in part_names if options.get(name) is not None]
-    own_config = options.get("config")
+    own_config = copy.deepcopy(options.get("config"))  # changed below, by what the arguments say
     config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, **hub)
     tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
     check_named(config.identity, [name for name in part_names if name not in ready], str(source))
-    apply_options(config, options)
     parts = {name: options[name] for name in ready}
+    apply_options(config, options, parts)
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source, **hub)
     if model.can_generate():
-        own = _generation_config(source, hub)
+        own = checkpoint_generation_config(source, hub)
         model.generation_config = options.get("generation_config") or own or model.generation_config
     device = device_of(options.get("device_map"))
     model = (model if device is None else model.to(device)).eval()
@@ -225,10 +197,17 @@ def load_checkpoint(
     return model, {**empty, "error_msgs": []}  # type: ignore[return-value]
 
 
-def _generation_config(source: str | PathLike[Any], hub: dict[str, Any]) -> GenerationConfig | None:
-    """The generation config of a checkpoint; None for one from before they were saved."""
+def checkpoint_generation_config(
+    source: str | PathLike[str], hub: dict[str, Any] | None = None
+) -> GenerationConfig | None:
+    """The generation config of a checkpoint; None for one from before they were saved.
+
+    Example:
+        >>> checkpoint_generation_config(checkpoint).eos_token_id
+        2
+    """
     try:
-        return GenerationConfig.from_pretrained(source, **hub)
+        return GenerationConfig.from_pretrained(source, **(hub or {}))
     except OSError:
         return None
 

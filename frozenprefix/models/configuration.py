@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from transformers import PreTrainedConfig
 
 from frozenprefix.models.encoder_configuration import VISION_ENCODER, VisionEncoderConfig
@@ -22,6 +22,9 @@ class MapperConfig(PartConfig):
 
     type: str = "mlp"
     prefix_length: int = Field(10, ge=1, description="prefix embeddings per image")
+    output_norm: Literal["layer", "none"] = Field(
+        "layer", description="layer norm behind the mapper; 'none' can be exported to other engines"
+    )
 
 
 class FusionConfig(PartConfig):
@@ -83,7 +86,11 @@ class SectionedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; ready-made parts, which have the names of sections, are left to the model."""
         check_external_parts(config_dict)
-        parts = {name: value for name, value in kwargs.items() if name in cls.sections and hasattr(value, "forward")}
+        parts = {
+            name: value
+            for name, value in kwargs.items()
+            if name in cls.sections and not isinstance(value, dict | BaseModel | None)
+        }
         others = {name: value for name, value in kwargs.items() if name not in parts}
         result: Any = super().from_dict(config_dict, **others)
         return (result[0], {**result[1], **parts}) if kwargs.get("return_unused_kwargs") else result

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.compat import CACHE, follow_attention
 from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.base import ImageModel
 from frozenprefix.models.configuration import FrozenPrefixConfig
@@ -22,12 +22,13 @@ from frozenprefix.models.contrastive.heads import ContrastiveHeads
 from frozenprefix.models.freezing import freeze
 from frozenprefix.models.fusion import ImageContext, build_fusion, fuse_prefix, index_placeholders
 from frozenprefix.models.language_model import embedding_rms, load_language_model, wrap_language_model
-from frozenprefix.models.language_model.base import BeamOptions
+from frozenprefix.models.language_model.base import BeamOptions, check_generate_arguments
 from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.mappers import build_mapper
 from frozenprefix.models.packing import PackedBatch
 from frozenprefix.models.peft import AdapterSet
 from frozenprefix.models.peft.adapter_set import freeze_around, split_peft_model
+from frozenprefix.models.serving import servable
 from frozenprefix.models.vision import VisionEncoder, build_vision_encoder
 from frozenprefix.models.vision.training import train_encoder
 
@@ -49,6 +50,7 @@ class FrozenPrefixOutput(ModelOutput):
     prefix_embeds: Tensor | None = None
 
 
+@servable
 class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
     """A frozen vision encoder, a trainable mapper, and a frozen LM into which a fusion puts the mapper's output.
 
@@ -113,6 +115,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         heads = config.contrastive
         self.contrastive = None if heads is None else ContrastiveHeads(self.lm.dim, dim=heads.dim, loss=heads.loss)
         self._start_token = None if self.fusion.is_prefix else self.lm.start_token
+        follow_attention(config, language_model)
         self.post_init()
 
     def _freeze_encoder(self, vision_encoder: VisionEncoder) -> VisionEncoder:
@@ -274,7 +277,8 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             and no `scores` of every step; ask for `output_logits` to have transformers' search, which also serves all
             other options.
         """
-        self.lm.check_generate(attention_mask, kwargs)
+        # transformers' second argument by position
+        check_generate_arguments(attention_mask, {"generation_config": args[0], **kwargs} if args else kwargs)
         input_ids = inputs if input_ids is None else input_ids
         prefix_embeds = self.prefix(pixel_values, image_features)
         if packed is not None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
-from frozenprefix.errors import ConfigError, DataError, did_you_mean
+from frozenprefix.errors import ConfigError, DataError, did_you_mean, shorten
 from frozenprefix.models.chat_template import image_template
+from frozenprefix.models.standalone import name_processor_code
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
 
 IMAGE_TOKEN = "<image>"
 # Stands inside the special tokens of a user's text, so that they are read as text. It does not occur in ordinary text.
 _JOINER = "\u2060"
+_OF_GENERATE = ("streamer", "stopping_criteria", "logits_processor", "num_beams", "do_sample", "temperature", "top_p")
 DEFAULT_PROMPTS = {"caption": "", "vqa": "Question: {question} Answer:", "classification": "A photo of a"}
 
 
@@ -61,6 +64,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
         options["trust_remote_code"] = False
         return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write tokenizer, image processor and prompts, as transformers does, beside a checkpoint's code if any."""
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        name_processor_code(Path(save_directory))
+        return written
 
     def prompt_for(
         self, task: str, question: str | None = None, *, template: str | None = None, images: int = 1
@@ -312,7 +321,9 @@ def _check_arguments(options: dict[str, Any], padding: bool | str | None, max_le
         if name == "truncation" and value not in neutral[name]:
             raise ConfigError("truncation: would cut images out of a prompt; shorten the text")
         if value not in (None, {}, *neutral.get(name, ())):
-            raise ConfigError(f"processor: {name}={value!r} has no effect here{did_you_mean(name, known)}; remove it")
+            fix = "a pipeline passes it to `generate` in generate_kwargs" if name in _OF_GENERATE else "remove it"
+            hint = "" if name in _OF_GENERATE else did_you_mean(name, known)
+            raise ConfigError(f"processor: {name}={shorten(value)} has no effect here{hint}; {fix}")
 
 
 def glued(prompt: str, target: str) -> str:

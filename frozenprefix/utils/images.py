@@ -5,6 +5,7 @@ Nothing else in this package decodes or converts images before they go to an ima
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import os
@@ -29,7 +30,7 @@ MAX_ASPECT = 200
 #: Longer files are refused before they are read: `MAX_PIXELS` of four 16-bit channels without compression have 0.7 GB.
 MAX_BYTES = 1 << 30
 
-#: What `to_image` takes: a path, an http(s) address, the bytes of a file, a PIL image, an array or a tensor.
+#: What `to_image` takes: a path, an http(s) or `data:` address, the bytes of a file, a PIL image, an array or a tensor.
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | Image.Image | np.ndarray | Any"
 
 # Formats that Pillow renders by starting another program or a system library.
@@ -165,10 +166,10 @@ def to_image(image: ImageLike, name: str = "image") -> Image.Image:
     """Turn anything that holds an image into what `load_image` gives for its file.
 
     Args:
-        image: a path, an http(s) address, the bytes of a file, a PIL image of any mode, or an array or tensor of shape
-            [H, W], [H, W, C] or [C, H, W] with 1 to 4 channels. Arrays of 8-bit and 16-bit integers are read as files
-            of that depth. Floating-point channels go from 0 to 1 or from 0 to 255; a single one is stretched from
-            its least to its greatest value, as a floating-point TIFF is.
+        image: a path, an http(s) or `data:` address, the bytes of a file, a PIL image of any mode, or an array or
+            tensor of shape [H, W], [H, W, C] or [C, H, W] with 1 to 4 channels. Arrays of 8-bit and 16-bit integers are
+            read as files of that depth. Floating-point channels go from 0 to 1 or from 0 to 255; a single one is
+            stretched from its least to its greatest value, as a floating-point TIFF is.
 
     Raises:
         BadImageError: as `load_image`; `unsupported` for an array of another shape or range, such as normalised pixels.
@@ -186,6 +187,8 @@ def to_image(image: ImageLike, name: str = "image") -> Image.Image:
         return decode_image(bytes(image), name)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return decode_image(_download(image), image)
+    if isinstance(image, str) and image.startswith("data:"):
+        return decode_image(_from_base64(image), f"{image[:30]}…")
     if isinstance(image, (str, PathLike)):
         return load_image(image)
     if hasattr(image, "detach"):  # a tensor, without importing torch
@@ -276,6 +279,16 @@ def _tiff_depth(data: bytes) -> str | None:
         return f"{len(bits)} channels of {bits[0]} bits"
     except _DECODE_ERRORS:
         return None
+
+
+def _from_base64(address: str) -> bytes:
+    try:
+        data = base64.b64decode(address.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise BadImageError("not_an_image", f"{address[:30]}…: not base64 ({error})") from error
+    if not data:
+        raise BadImageError("empty", f"{address[:30]}…: has no bytes")
+    return data
 
 
 def _download(address: str) -> bytes:

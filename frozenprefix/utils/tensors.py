@@ -15,8 +15,13 @@ from frozenprefix.errors import DataError
 from frozenprefix.utils.system_errors import system_error
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, with the permissions that every other new file gets.
+
+    Args:
+        metadata: texts by name, kept in the head of the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -30,7 +35,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> No
     mode = path.stat().st_mode & 0o777
     try:
         save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt", **(metadata or {})},
         )
     except SafetensorError as error:  # before 0.8 for a full disk, too
         number = system_error(error)

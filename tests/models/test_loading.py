@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 
 from frozenprefix.errors import AssetError, CheckpointError, ConfigError
 from frozenprefix.models.configuration import LanguageModelConfig
@@ -78,11 +86,52 @@ def test_a_subfolder(tiny_checkpoint, tmp_path):
         ({"attn_implementation": "paged"}, r"attn_implementation: Input should be 'sdpa' or 'eager', got 'paged'"),
         ({"device_map": {"lm": 0, "mapper": "cpu"}}, r"device_map: got .*, expected one device for the whole model"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config: expected bitsandbytes"),
+        ({"quantization_config": "int8"}, r"quantization_config: got 'int8', expected a BitsAndBytesConfig"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, r"load_in_4bit and load_in_8bit: got both"),
+        ({"device_map": "disk"}, r"device_map: got 'disk', expected 'auto', or a device of this machine: cpu"),
+        ({"device_map": {"": "cuda:99"}}, r"device_map: got 'cuda:99', expected 'auto', or a device of this machine"),
+        ({"revision": "v2"}, r"revision: got 'v2', but a folder has no revisions"),
+        ({"generation_config": {"num_beams": 2}}, r"generation_config: got .*, expected a GenerationConfig"),
+        ({"language_model": 3}, r"language_model: got 3, expected a model, or the folder of one"),
+        ({"vision_encoder": "vit"}, r"vision_encoder: got 'vit', expected a ready-made module"),
     ],
 )
-def test_what_has_no_effect_is_refused_by_name(tiny_checkpoint, options, message):
+@pytest.mark.parametrize("how", [load, AutoModelForImageTextToText.from_pretrained])
+def test_what_has_no_effect_is_refused_by_name(tiny_checkpoint, how, options, message):
     with pytest.raises(ConfigError, match=message):
-        load(tiny_checkpoint, **options)
+        how(tiny_checkpoint, **options)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("how", [load, AutoModelForImageTextToText.from_pretrained, AutoModel.from_pretrained])
+def test_attention_reaches_the_language_model(tiny_checkpoint, how, name):
+    model = how(tiny_checkpoint, attn_implementation=name)
+    assert {c._attn_implementation for c in (model.config, model.language_model.config)} == {name}
+
+
+def test_what_the_auto_classes_put_into_the_config_is_refused_too(tiny_checkpoint):
+    with pytest.raises(ConfigError, match="attn_implementation: Input should be 'sdpa' or 'eager', got 'flash_atten"):
+        AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, attn_implementation="flash_attention_2")
+
+
+def test_the_config_that_is_passed_stays_as_it_is(tiny_checkpoint):
+    config = load(tiny_checkpoint).config
+    load(tiny_checkpoint, config=config, dtype="bfloat16")
+    assert config.language_model.dtype == config.vision_encoder.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "dtype: got bfloat16, but the language_model that was passed has float32"),
+        ({"attn_implementation": "eager"}, "attn_implementation: got 'eager'; load the language_model with it"),
+        ({"load_in_8bit": True}, "load_in_8bit: has no effect on a language_model that was passed"),
+    ],
+)
+def test_what_a_ready_made_part_cannot_follow_is_refused(tiny_checkpoint, sharp_lm, options, message):
+    lm = AutoModelForCausalLM.from_pretrained(sharp_lm)
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, language_model=lm, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can hold quantised weights")
@@ -110,12 +159,53 @@ def test_a_replaced_or_edited_generation_config_counts_and_is_saved(built, pixel
     assert load(tmp_path).generate(**inputs).shape == (1, 3)
 
 
-@pytest.mark.parametrize("name", ["assistant_model", "prompt_lookup_num_tokens", "inputs_embeds"])
+@pytest.mark.parametrize(
+    "name",
+    ["assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "inputs_embeds", "guidance_scale"],
+)
 def test_arguments_that_need_token_ids_are_refused_by_name(built, pixels, name):
     model, processor = built("llama")
     value = model.language_model if name == "assistant_model" else torch.ones(1, 1, 32) if "embeds" in name else 2
+    inputs = inputs_of(processor, PROMPTS[:1], pixels[:1])
     with pytest.raises(ConfigError, match=f"^generate: {name}: needs a prompt of token ids"):
-        model.generate(**inputs_of(processor, PROMPTS[:1], pixels[:1]), **{name: value})
+        model.generate(**inputs, **{name: value})
+    if hasattr(GenerationConfig(), name):
+        with pytest.raises(ConfigError, match=f"^generate: {name}: needs a prompt of token ids"):
+            model.generate(**inputs, generation_config=GenerationConfig(**{name: value}))
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_generation_configs_of_one_call(built, pixels, by_position):
+    model, processor = built("llama")
+    inputs = inputs_of(processor, PROMPTS[:1], pixels[:1])
+
+    def generate(config):
+        if by_position:
+            return model.generate(inputs["input_ids"], config, pixel_values=inputs["pixel_values"])
+        return model.generate(**inputs, generation_config=config)
+
+    assert generate(GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=0)).shape == (1, 3)
+    with pytest.raises(ConfigError, match="max_length counts the image's prefix"):
+        generate(GenerationConfig(max_length=9))
+    with pytest.raises(ConfigError, match="generation_config: got dict, expected a GenerationConfig"):
+        generate({"max_new_tokens": 3})
+
+
+class StopAfterTwo(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= 2] * len(input_ids))
+
+
+def test_streamers_stopping_criteria_and_logits_processors_act(built, pixels):
+    model, processor = built("llama")
+    inputs = {**inputs_of(processor, PROMPTS[:1], pixels[:1]), "max_new_tokens": 4, "eos_token_id": None}
+    words = model.generate(**inputs)
+    streamer = TextIteratorStreamer(processor.tokenizer)
+    assert model.generate(**inputs, streamer=streamer).tolist() == words.tolist()
+    assert "".join(streamer) == processor.tokenizer.decode(words[0])
+    assert model.generate(**inputs, stopping_criteria=[StopAfterTwo()]).tolist() == words[:, :2].tolist()
+    last = model.generate(**inputs, logits_processor=[lambda ids, scores: scores * 0 + torch.arange(scores.shape[1])])
+    assert last.tolist() == [[299] * 4]
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.kernels.compat import follow_attention
 from frozenprefix.models.base import ImageModel
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig, ProjectionConfig
 from frozenprefix.models.contrastive.losses import LogitScale, contrastive_loss
@@ -89,6 +90,7 @@ class LockedImageTextModel(ImageModel):
         self.text_projection = build_projection(text_projection, text_tower.output_dim, size, "text_projection")
         self.logit_scale = LogitScale(config.objective)
         self.adapters = AdapterSet()  # none: the whole tower may be trained
+        follow_attention(config, None)
         self.post_init()
 
     def train(self, mode: bool = True) -> LockedImageTextModel:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from frozenprefix.errors import ConfigError
@@ -39,7 +39,10 @@ class Rows(Protocol):
 
 RowsT = TypeVar("RowsT", bound=Rows)
 # arguments of `generate` that read the prompt's token ids, or would replace its embeddings
-NEED_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids")
+NEED_TOKENS = (
+    "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "inputs_embeds", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "guidance_scale",
+)  # fmt: skip
 
 
 @dataclass
@@ -241,21 +244,6 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
             kwargs: further arguments of the transformers model.
         """
 
-    @staticmethod
-    def check_generate(attention_mask: Tensor | None, arguments: Mapping[str, Any]) -> None:
-        """Raise `ConfigError` for arguments of transformers' `generate` that do not go with images in the prompt.
-
-        Args:
-            attention_mask: int64[B, T], 0 on padding, which has to be on the left.
-        """
-        if "max_length" in arguments:
-            raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
-        refused = [name for name in NEED_TOKENS if arguments.get(name) is not None]
-        if refused:
-            raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
-        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-            raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
-
     def beam_options(self, prompt_length: int, options: dict[str, Any]) -> BeamOptions | None:
         """Options of this package's beam search for `generate`; None where transformers has to search.
 
@@ -289,6 +277,30 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
             their sum.
         """
         raise ConfigError(f"{self.name} does not continue packed rows; continue texts one by one")
+
+
+def check_generate_arguments(attention_mask: Tensor | None, arguments: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for arguments of transformers' `generate` that do not go with images in the prompt.
+
+    Args:
+        attention_mask: int64[B, T], 0 on padding, which has to be on the left.
+    """
+    config = arguments.get("generation_config")
+    if not (config is None or isinstance(config, GenerationConfig)):
+        raise ConfigError(
+            f"generate: generation_config: got {type(config).__name__}, expected a GenerationConfig; give options "
+            "by their names"
+        )
+    # generation configs of older releases of transformers have 20 where nothing was set
+    counted = config is not None and config.max_length not in (None, 20) and config.max_new_tokens is None
+    if "max_length" in arguments or (counted and arguments.get("max_new_tokens") is None):
+        raise ConfigError("max_length counts the image's prefix for some models; give max_new_tokens instead")
+    asked = {name: arguments.get(name, getattr(config, name, None)) for name in NEED_TOKENS}
+    refused = [name for name, value in asked.items() if value is not None and (name, value) != ("guidance_scale", 1)]
+    if refused:
+        raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
+    if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+        raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
 
 
 def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,48 @@ An encoder of your own is registered by `@register_vision_encoder("name")` or by
 `frozenprefix.vision_encoders`, or named as `source: package.module:Class` if `allow_code` was called. Its section is a
 `CustomEncoderConfig`.
 """
+
+
+SAVERS: dict[str, str] = {
+    "timm": "frozenprefix.models.vision.timm_encoder:save_timm",
+    "open_clip": "frozenprefix.models.vision.open_clip_encoder:save_open_clip_visual",
+    "transformers": "frozenprefix.models.vision.transformers_encoder:save_transformers",
+}
+"""Functions (config section, folder) -> the section's fields that name the copy, for encoders that can be written."""
+
+
+def save_vision_encoder(config: VisionEncoderConfig | None, folder: Path) -> VisionEncoderConfig:
+    """Write the frozen weights that `config` names into a folder, as the library itself does.
+
+    Returns:
+        The section that names the copy.
+
+    Raises:
+        ConfigError: for encoders that cannot be written.
+
+    Example:
+        >>> section = save_vision_encoder(model.config.vision_encoder, tmp_path / "encoder")
+        >>> section.weights == str(tmp_path / "encoder" / "model.safetensors")
+        True
+    """
+    source = None if config is None else config.source
+    if config is None or source not in SAVERS:
+        known = ", ".join(map(repr, SAVERS))
+        raise ConfigError(
+            f"self_contained: a vision encoder of source {source!r} cannot be written into a checkpoint; it can for "
+            f"{known}"
+        )
+    module, name = SAVERS[source].split(":")
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("cpu"):
+        fields = getattr(import_module(module), name)(config, folder)
+    return config.model_copy(update=fields)
+
+
+def read_identity(config: VisionEncoderConfig) -> dict[str, str]:
+    """The identity that `build_vision_encoder` gives the encoder of a section."""
+    with torch.device("cpu"):
+        return VISION_SOURCES.get(config.source)(config).identity
 
 
 def build_vision_encoder(config: VisionEncoderConfig) -> BuiltEncoder:

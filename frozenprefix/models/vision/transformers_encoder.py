@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
@@ -137,6 +137,27 @@ def build(config: TransformersEncoderConfig) -> BuiltEncoder:
     processor, image_size = _load_processor(place, config)
     encoder = TransformersEncoder(model, image_size=image_size, **reading_options(config))
     return BuiltEncoder(encoder, processor, identity)
+
+
+def save_transformers(config: TransformersEncoderConfig, folder: Path) -> dict[str, str | None]:
+    """Write the vision model and its image processor as transformers does, before they are cast or trained.
+
+    Returns:
+        The fields of the section that name the copy.
+
+    Raises:
+        ConfigError: for a tower that transformers cannot save apart from its model.
+    """
+    place = str(resolve(config.name)) if is_pypi(config.name) else config.name
+    model = _load(place, config)
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"model.vision_encoder.name: '{config.name}' has a {type(model).__name__}, which transformers cannot save "
+            "apart from its model"
+        )
+    model.save_pretrained(folder)
+    _load_processor(place, config)[0].save_pretrained(folder)
+    return {"name": str(folder), "revision": None}
 
 
 def _load(place: str, config: TransformersEncoderConfig) -> Any:

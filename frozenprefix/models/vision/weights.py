@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from frozenprefix.models.state_dict import misfits
 from frozenprefix.utils import file_sha256
 
 RANDOM_SEED = 0
+COPY = "model.safetensors"  # file of an encoder's weights in a checkpoint that holds its frozen parts
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _KEYS_IN_ERRORS = 8
 
@@ -80,6 +81,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise AssetError(f"{path.name} holds no mapping from names to tensors; give the file of a state dict")
     return dict(content)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the head of a weights file says; nothing for other files than safetensors.
+
+    Example:
+        >>> torch.save({"weight": torch.ones(2)}, tmp_path / "layer.pth")
+        >>> read_metadata(tmp_path / "layer.pth")
+        {}
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise AssetError(f"{path.name} is not a file of plain tensors ({error}); fetch it again") from error
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()) -> None:
