@@ -75,7 +75,7 @@ def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *,
         return list(splits)
     names = [wanted] if isinstance(wanted, str) else wanted
     if None not in splits.values():
-        _check_splits(names, splits.values(), where)
+        check_splits(names, splits.values(), where)
     return [item for item, split in splits.items() if split is None or split in names]
 
 
@@ -103,11 +103,11 @@ def of_split(samples: list[Sample], split: str | list[str] | None, *, where: str
     if split is None:
         return samples
     names = [split] if isinstance(split, str) else split
-    _check_splits(names, (sample.split for sample in samples), where)
+    check_splits(names, (sample.split for sample in samples), where)
     return [sample for sample in samples if sample.split in names]
 
 
-def _check_splits(names: list[str], splits: Iterable[str | None], where: str) -> None:
+def check_splits(names: list[str], splits: Iterable[str | None], where: str) -> None:
     known = sorted({split for split in splits if split is not None})
     for name in names:
         if name not in known:
