@@ -227,6 +227,14 @@ def test_encoders_that_others_do_not_have(tiny_checkpoint, source, tmp_path):
         Source.load(tiny_checkpoint).vit()
     with pytest.raises(ExportError, match=r"has a class token.*export llava"):
         export_gguf(source("clip", "quick_gelu"), tmp_path / "gguf")
+    crops = source("siglip", "gelu")
+    crops.processor.image_processor.do_center_crop, crops.processor.image_processor.size = (
+        True,
+        {"height": 40, "width": 40},
+    )
+    crops.processor.image_processor.crop_size = {"height": SIZE, "width": SIZE}
+    with pytest.raises(ExportError, match=r"crops images, even those of 32 x 32 pixels.*resize=squash"):
+        export_gguf(crops, tmp_path / "gguf")
     wide = source("siglip", "gelu", hidden_dim=40)
     with pytest.raises(ExportError, match=r"40 hidden units, but Llava's has the width of the language model, 32"):
         export_llava(wide, tmp_path / "llava")
