@@ -12,7 +12,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,11 @@ from frozenprefix.config import load_recipe, write_yaml
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_writer import FeatureCacheWriter
 from frozenprefix.data.images import load_image
-from frozenprefix.data.sources import load_source
-from frozenprefix.errors import FrozenPrefixError
+from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.sources import load_source, open_source
+from frozenprefix.data.streaming.build import build_shards
+from frozenprefix.data.streaming.index import beside
+from frozenprefix.errors import BadImageError, FrozenPrefixError
 from frozenprefix.evaluation.journal import Journal
 from frozenprefix.models.checkpoint import read_checkpoint
 from frozenprefix.models.vision.precomputed import FeatureTable
@@ -131,10 +134,40 @@ def _files_of_users(folder: Path) -> list[Reader]:
         Reader("recipe", recipe, lambda: load_recipe(recipe)),
         Reader("image", image, lambda: load_image(image)),
         Reader("image", folder / "image.jpg", lambda: load_image(folder / "image.jpg")),
-        Reader("captions", captions, lambda: load_source({"type": "captions", "path": str(captions)})),
+        Reader("captions", captions, lambda: load_source({"type": "captions", "path": str(folder)})),
+        Reader("captions, streamed", captions, lambda: read_stream({"type": "captions", "path": str(folder)})),
+        *_shards(folder),
         Reader("feature table", table, read_table),
         Reader("feature table", folder / "table.json", read_table),
     ]
+
+
+def _shards(folder: Path) -> list[Reader]:
+    """A tar, its index, and the tar as one without an index."""
+    images = [folder / "image.png", folder / "image.jpg"]
+    groups = [ImageGroup((image,), (Sample(image.name, (image,), ("a cat", "two cats")),)) for image in images]
+    for name in ("shards", "bare"):
+        build_shards(groups, folder / name, workers=0)
+    beside(folder / "bare/00000.tar").unlink()
+
+    def reading(name: str) -> Callable[[], Any]:
+        return lambda: read_stream({"type": "webdataset", "path": str(folder / name), "shards": "*.tar"})
+
+    tar = folder / "shards/00000.tar"
+    return [
+        Reader("shard", tar, reading("shards")),
+        Reader("index of a shard", beside(tar), reading("shards")),
+        Reader("shard without an index", folder / "bare/00000.tar", reading("bare")),
+    ]
+
+
+def read_stream(source: dict[str, Any]) -> None:
+    """Read every sample of a stream, with its images."""
+    groups = open_source({**source, "stream": True})
+    for number in range(len(groups)):
+        with suppress(BadImageError):  # which a step leaves out
+            for image in groups[number].images:
+                load_image(image)
 
 
 def _files_of_runs(folder: Path) -> list[Reader]:
