@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from frozenprefix.cli import ask, cache, caption, chat, compare, data, evaluate, plan, search, train, video
+from frozenprefix.cli import ask, cache, caption, card, chat, compare, data, evaluate, plan, search, train, video
 from frozenprefix.errors import ConfigError, FrozenPrefixError
 from frozenprefix.registry import allow_code
 from frozenprefix.version import __version__
@@ -71,6 +71,7 @@ app.command("video")(video.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("compare")(compare.command)
+app.command("card")(card.command)
 app.add_typer(data.app, name="data")
 
 
