@@ -34,11 +34,25 @@ from benchmarks.fuzzing import fuzz
 from benchmarks.plan_check import small_llama
 from benchmarks.recipes import save_random_lm, synthetic_photos
 from frozenprefix.config import write_yaml
+from frozenprefix.data.streaming.build import build_shards, open_all
 from frozenprefix.training import read_log
 
 STEPS = 12
 LOSSES = ("repeated", "lost")
-KINDS = ("mapper", "mapper, no cache", "LoRA", "contrastive", "mapper, two processes", "LoRA, two processes")
+KINDS = (
+    "mapper",
+    "mapper, no cache",
+    "LoRA",
+    "contrastive",
+    "mapper, two processes",
+    "LoRA, two processes",
+    "mapper, streamed",
+    "mapper, streamed by weight",
+    "LoRA, streamed",
+    "contrastive, streamed",
+    "mapper, streamed, two processes",
+    "LoRA, streamed, two processes",
+)
 # One interpreter imports everything once, and forks for every run. Each step logs the ids of its samples.
 SERVER = """
 import os, sys
@@ -221,13 +235,24 @@ def recipes_of(folder: Path) -> dict[str, tuple[dict[str, Any], int]]:
         "data": {**data, "feature_cache": str(folder / "pooled")},
         "training": training,
     }
+    shards = {"type": "webdataset", "path": str(folder / "shards"), "stream": True, "shuffle_images": 6}
+    build_shards(open_all([source]), folder / "shards", images_per_shard=3, workers=0)
+    streamed = {**data, "train": [shards], "feature_cache": "off"}
+    mixed = [{**source, "weight": 0.7}, {**shards, "weight": 0.3, "name": "shards"}]
+    with_lora = {**base["model"], "language_model": lora}
     return {
         "mapper": (base, 1),
         "mapper, no cache": ({**base, "data": {**data, "feature_cache": "off"}}, 1),
-        "LoRA": ({**base, "model": {**base["model"], "language_model": lora}}, 1),
+        "LoRA": ({**base, "model": with_lora}, 1),
         "contrastive": (contrastive, 1),
         "mapper, two processes": (base, 2),
-        "LoRA, two processes": ({**base, "model": {**base["model"], "language_model": lora}}, 2),
+        "LoRA, two processes": ({**base, "model": with_lora}, 2),
+        "mapper, streamed": ({**base, "data": streamed}, 1),
+        "mapper, streamed by weight": ({**base, "data": {**streamed, "train": mixed}}, 1),
+        "LoRA, streamed": ({**base, "model": with_lora, "data": streamed}, 1),
+        "contrastive, streamed": ({**contrastive, "data": streamed}, 1),
+        "mapper, streamed, two processes": ({**base, "data": streamed}, 2),
+        "LoRA, streamed, two processes": ({**base, "model": with_lora, "data": streamed}, 2),
     }
 
 
@@ -285,7 +310,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, own_home(Path(name) / "home"):
         folder = Path(name)
         with Runs(folder / "errors") as runs:
-            names, killed = (["mapper"], 2) if arguments.quick else (list(KINDS), arguments.runs)
+            names, killed = (["mapper", "mapper, streamed"], 1) if arguments.quick else (list(KINDS), arguments.runs)
             rows = list(survive(runs, folder, names, killed))
         inputs, foreign = fuzz(folder / "fuzz", arguments.inputs or (500 if arguments.quick else 100_000), seed=0)
     total = Counter[str]()

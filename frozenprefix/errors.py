@@ -84,6 +84,10 @@ class CheckpointError(FrozenPrefixError):
     """A checkpoint whose keys, shapes or frozen parts differ from those expected."""
 
 
+class ExportError(FrozenPrefixError):
+    """A checkpoint that another engine cannot hold: why, and what could be exported instead."""
+
+
 class TrainingError(FrozenPrefixError):
     """Training that cannot continue, for instance because the loss is not finite."""
 

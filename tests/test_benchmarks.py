@@ -18,14 +18,17 @@ from benchmarks import (
     common,
     generation,
     latency,
+    loading,
     memory,
     packing_curve,
     products,
     step_profile,
+    streaming,
     training_step,
 )
 from benchmarks.baselines import clipcap_beam_search
-from benchmarks.recipes import synthetic_photos
+from benchmarks.plan_check import small_llama
+from benchmarks.recipes import save_random_lm, synthetic_photos
 from benchmarks.workloads import features_of, our_model, shapes, synthetic_captions
 from frozenprefix.config import write_yaml
 from frozenprefix.kernels.linear import prepackable_dtypes
@@ -47,6 +50,28 @@ def test_memory_of_an_arm(monkeypatch):
     report = memory.main(["--quick", "--json", os.devnull])
     assert report["arms"]["rows padded"]["mb"] > 100
     assert "rows padded" in memory.markdown(report)
+
+
+def test_streamed_and_listed_samples_are_read(tmp_path):
+    sizes = streaming.Sizes(samples=200, per_shard=50, read=64, rated=64, kills=0, rounds=1)
+    save_random_lm(tmp_path / "lm", small_llama(48, 2))
+    rates = streaming.measure_rates(tmp_path, sizes)
+    assert rates.keys() == {"images", "features"}
+    assert all(row["streamed_per_s"] > 0 < row["list_per_s"] for row in rates.values())
+    streaming.write_all(tmp_path / "shards", sizes.samples, sizes, images=False)
+    assert streaming.memory_arm(tmp_path / "shards", 2, 64)["samples"] == 100
+    out = tmp_path / "steps.jsonl"
+    for steps, workers, parts in ((1, 0, 1), (2, 1, 2)):
+        streaming.order_arm(tmp_path / "shards", out, steps, workers, parts)
+    streaming.order_arm(tmp_path / "shards", tmp_path / "whole.jsonl", 2, 0, 1)
+    killed, whole = (streaming.read_steps(path) for path in (out, tmp_path / "whole.jsonl"))
+    assert [sorted(step) for step in killed] == [sorted(step) for step in whole]
+
+
+def test_rows_are_loaded():
+    report = loading.main(["--quick", "--json", os.devnull])
+    assert report["arms"]["stream"]["images"] > report["arms"]["list"]["images"] > 0
+    assert loading.markdown(report).count("\n") == 4
 
 
 @pytest.mark.skipif(not prepackable_dtypes(), reason="PyTorch has no oneDNN here")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +21,17 @@ from frozenprefix.cli.common import (
     print_left_out,
     shown,
 )
-from frozenprefix.errors import DataError
+from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.inference import Caption
+    from frozenprefix.inference import Caption, Captioner
+
+
+class Engine(str, Enum):
+    """What runs the language model."""
+
+    torch = "torch"
+    llama_cpp = "llama.cpp"
 
 
 def command(
@@ -31,11 +39,14 @@ def command(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH", help="Images, and folders of them.", show_default=False)
     ],
-    beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
+    beams: Annotated[int | None, typer.Option(min=1, help="Beams; 1 is greedy.", show_default="5")] = None,
     max_new_tokens: MaxNewTokens = 30,
     prompt: Prompt = None,
     language_model: LanguageModel = None,
     precision: Precision = Arithmetic.auto,
+    engine: Annotated[
+        Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
+    ] = Engine.torch,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
     force: Force = False,
 ) -> None:
@@ -50,10 +61,9 @@ def command(
 
         check_output(out, {"image", "caption", "score"}, exact=True, force=force)
     images = list_images(paths)
-    from frozenprefix.inference import Captioner
-
+    captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
     bad = BadImages()
-    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
+    beams = beams or (5 if engine is Engine.torch else 1)
     captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:
@@ -64,6 +74,23 @@ def command(
     print_left_out(bad, "PATH", len(images))
     if len(bad):
         raise typer.Exit(1)
+
+
+def load_captioner(engine: Engine, beams: int | None, checkpoint: str, **options: Any) -> Captioner:
+    """Load a checkpoint, with its language model in the engine.
+
+    Raises:
+        ConfigError: for beams that the engine does not have.
+    """
+    if engine is Engine.torch:
+        from frozenprefix.inference import Captioner
+
+        return Captioner.from_pretrained(checkpoint, **options)
+    if beams not in (None, 1):
+        raise ConfigError(f"--beams: got {beams}, but --engine llama.cpp searches greedily; give --beams 1")
+    from frozenprefix.inference.llama_cpp import LlamaCppCaptioner
+
+    return LlamaCppCaptioner.from_pretrained(checkpoint, **options)
 
 
 def write_captions(captions: Iterable[Caption], out: Path) -> None:

@@ -9,7 +9,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from frozenprefix.cli import ask, cache, caption, card, chat, compare, data, evaluate, plan, search, train, video
+from frozenprefix.cli import (
+    ask,
+    cache,
+    caption,
+    card,
+    chat,
+    compare,
+    data,
+    evaluate,
+    export,
+    import_,
+    plan,
+    search,
+    train,
+    video,
+)
 from frozenprefix.errors import ConfigError, FrozenPrefixError
 from frozenprefix.registry import allow_code
 from frozenprefix.version import __version__
@@ -73,6 +88,8 @@ app.command("search")(search.command)
 app.command("compare")(compare.command)
 app.command("card")(card.command)
 app.add_typer(data.app, name="data")
+app.add_typer(export.app, name="export")
+app.add_typer(import_.app, name="import")
 
 
 def _message(error: FrozenPrefixError) -> str:

@@ -314,7 +314,7 @@ def encode_images(
     if batch_size < 1 or workers < 1:
         raise CacheError(f"batch_size and workers must be >= 1, got {batch_size} and {workers}")
     bad = BadImages() if bad is None else bad
-    unique = list(dict.fromkeys(Path(path) for path in paths))
+    unique = list(dict.fromkeys(path if isinstance(path, Path) else Path(path) for path in paths))
     mine = unique[rank::world_size]
     with FeatureCacheWriter(folder, fingerprint, dtype=dtype, images_per_shard=images_per_shard, rank=rank) as writer:
         keys = ImageKeys(writer.folder, rank)

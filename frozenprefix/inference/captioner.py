@@ -213,7 +213,7 @@ class Captioner:
             **generate,
         }
         encoded = [[self.processor.encode_prompt(prompt) for prompt in prompts] for prompts in groups]
-        counts = _images_per_group(groups)
+        counts = images_per_group(groups)
         if features is not None and sum(counts) != len(features):
             raise DataError(
                 f"images: got {len(features)} for {sum(counts)} {IMAGE_TOKEN} marks; every {IMAGE_TOKEN} in the "
@@ -282,7 +282,7 @@ class Captioner:
         return (steps.masked_fill(~real, 0).sum(-1) / real.sum(-1)).tolist()
 
 
-def _images_per_group(groups: Sequence[Sequence[str]]) -> list[int]:
+def images_per_group(groups: Sequence[Sequence[str]]) -> list[int]:
     """How many images the prompts of each group show."""
     counts = []
     for prompts in groups:

@@ -13,18 +13,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from frozenprefix.data.images import BadImages
-from frozenprefix.errors import CacheError, ConfigError, DataError
+from frozenprefix.data.cache import ImageKeys, image_key
+from frozenprefix.data.images import BadImages, read_image
+from frozenprefix.errors import BadImageError, CacheError, ConfigError, DataError
 from frozenprefix.inference.captioner import batched
 from frozenprefix.inference.embedding import Embedder
 from frozenprefix.utils import content_hash, parse_json, user_cache, write_bytes_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index.json"
-FORMAT = 1
-
-Stamp = tuple[int, int]
-"""Size and modification time (ns) of a file; a file whose stamp has not changed is taken to be unchanged."""
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,20 @@ class ImageIndex:
     """Unit vectors of images, with the files that they belong to.
 
     Args:
-        paths: image files; embeds: float32[n, D], a row each; stamps: their state when they were embedded.
+        paths: image files; embeds: float32[n, D], a row each; keys: of the content that was embedded, see `image_key`.
         fingerprint: of the model; see `Embedder.fingerprint`.
 
     Example:
-        >>> index = ImageIndex([image_path], np.array([[0.6, 0.8]]), [(1024, 0)], fingerprint="model")
+        >>> index = ImageIndex([image_path], np.array([[0.6, 0.8]]), ["5f3a"], fingerprint="model")
         >>> hit = index.search(np.array([0.6, 0.8]), k=1)[0][0]
         >>> hit.path.name, round(hit.score, 3)
         ('red_circle.png', 1.0)
     """
 
-    def __init__(self, paths: Sequence[Path], embeds: np.ndarray, stamps: Sequence[Stamp], fingerprint: str):
-        if not len(paths) == len(embeds) == len(stamps):
-            raise CacheError(f"index: got {len(paths)} paths, {len(embeds)} vectors and {len(stamps)} stamps")
-        self.paths, self.stamps = list(paths), [(int(size), int(time)) for size, time in stamps]
+    def __init__(self, paths: Sequence[Path], embeds: np.ndarray, keys: Sequence[str], fingerprint: str):
+        if not len(paths) == len(embeds) == len(keys):
+            raise CacheError(f"index: got {len(paths)} paths, {len(embeds)} vectors and {len(keys)} keys")
+        self.paths, self.keys = list(paths), list(keys)
         self.embeds = np.ascontiguousarray(embeds, dtype=np.float32)
         self.fingerprint = fingerprint
         self._faiss: Any = None
@@ -90,13 +88,15 @@ class ImageIndex:
         paths: Iterable[str | Path],
         *,
         previous: ImageIndex | None = None,
+        key_of: Callable[[Path], str] | None = None,
         bad: BadImages | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ImageIndex:
         """Embed images.
 
         Args:
-            previous: an index whose vectors are taken over for files that have not changed since.
+            previous: an index whose vectors are taken over for images with the same content, whatever their names.
+            key_of: image file → key of its content; by default the file is hashed.
             bad: collects the images that cannot be read, which are left out; without it the first one raises.
             progress: called with (images embedded, images to embed).
 
@@ -107,10 +107,10 @@ class ImageIndex:
         fingerprint = embedder.fingerprint()
         if previous is not None:
             previous.check(fingerprint)
-        known = {} if previous is None else dict(zip(zip(previous.paths, previous.stamps), previous.embeds))  # noqa: B905
-        stamps = {path: _stamp(path) for path in dict.fromkeys(Path(p).absolute() for p in paths)}
-        vectors = {path: known[path, stamp] for path, stamp in stamps.items() if (path, stamp) in known}
-        missing = [path for path in stamps if path not in vectors]
+        known = {} if previous is None else dict(zip(previous.keys, previous.embeds, strict=True))
+        keys = {path: _key(path, key_of) for path in dict.fromkeys(Path(p).absolute() for p in paths)}
+        vectors = {path: known[key] for path, key in keys.items() if key in known}
+        missing = [path for path in keys if path not in vectors]
         for done, batch in enumerate(batched(missing, embedder.batch_size)):
             read, embeds = embedder.embed_images(batch, bad)
             vectors |= dict(zip(read, embeds, strict=True))
@@ -118,9 +118,9 @@ class ImageIndex:
                 progress(min(len(missing), (done + 1) * embedder.batch_size), len(missing))
         if not vectors:
             raise DataError("index: got no image that can be read, expected at least one")
-        kept = [path for path in stamps if path in vectors]
+        kept = [path for path in keys if path in vectors]
         embeds = np.stack([vectors[path] for path in kept])
-        return cls(kept, embeds, [stamps[path] for path in kept], fingerprint)
+        return cls(kept, embeds, [keys[path] for path in kept], fingerprint)
 
     def search(self, queries: np.ndarray, k: int = 5, *, faiss: bool = False) -> list[list[Hit]]:
         """The `k` nearest images of each query, best first; of equal ones the first in the index.
@@ -161,7 +161,7 @@ class ImageIndex:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "embeds": name,
-            "images": [[str(path), *stamp] for path, stamp in zip(self.paths, self.stamps, strict=True)],
+            "images": [[str(path), key] for path, key in zip(self.paths, self.keys, strict=True)],
         }
         write_text_atomic(folder / INDEX_FILE, json.dumps(content, ensure_ascii=False))
         for old in folder.glob("embeds-*.safetensors"):
@@ -181,9 +181,11 @@ class ImageIndex:
         path = Path(folder) / INDEX_FILE
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
-            rows = [(Path(name), (size, time)) for name, size, time in content["images"]]
+            if content["format"] != FORMAT:
+                raise ValueError(f"format: got {content['format']}, expected {FORMAT}")
+            rows = [(Path(name), str(key)) for name, key in content["images"]]
             embeds = load_file(Path(folder) / content["embeds"])["embeds"]
-            index = cls([name for name, _ in rows], embeds, [stamp for _, stamp in rows], content["fingerprint"])
+            index = cls([name for name, _ in rows], embeds, [key for _, key in rows], content["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CacheError(
                 f"{path}: the index cannot be read ({error}); remove the folder to have it built again"
@@ -228,15 +230,16 @@ def open_index(
         1
     """
     previous = ImageIndex.load(folder, embedder.fingerprint()) if (folder / INDEX_FILE).is_file() else None
-    index = ImageIndex.build(embedder, images, previous=previous, bad=bad, progress=progress)
-    if previous is None or (index.paths, index.stamps) != (previous.paths, previous.stamps):
+    keys = ImageKeys(folder)  # remembers them, so that a file is hashed once
+    index = ImageIndex.build(embedder, images, previous=previous, key_of=keys.key_of, bad=bad, progress=progress)
+    if previous is None or (index.paths, index.keys) != (previous.paths, previous.keys):
         index.save(folder)
+        keys.save()
     return index
 
 
-def _stamp(path: Path) -> Stamp:
+def _key(path: Path, key_of: Callable[[Path], str] | None) -> str:
     try:
-        state = path.stat()
-    except OSError:
-        return (-1, -1)  # reading it says what is wrong
-    return state.st_size, state.st_mtime_ns
+        return image_key(read_image(path)) if key_of is None else key_of(path)
+    except BadImageError:
+        return ""  # reading it for the encoder says what is wrong

@@ -21,6 +21,7 @@ from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, chec
 from frozenprefix.models.self_contained import locate, make_portable, write_frozen_parts
 from frozenprefix.models.standalone import forget_code
 from frozenprefix.models.state_dict import copy_into
+from frozenprefix.utils.damage import refusing_damage
 from frozenprefix.utils.sums import SUMS_FILE, check_sums
 from frozenprefix.utils.tensors import load_tensors, save_tensors
 
@@ -137,7 +138,9 @@ def checkpoint_config(
     """
     name, source = name or source, local_checkpoint(source, **hub)
     if not isinstance(config, config_class):
-        config = config_class.from_pretrained(source if config is None else config)
+        place = source if config is None else config
+        with refusing_damage(CheckpointError, f"{place}: {CONFIG_NAME} cannot be read ({{reason}})"):
+            config = config_class.from_pretrained(place)
     # the Auto classes pass a config that came with the checkpoint, so it is not trusted either
     given = (*ready, *(["language_model"] if language_model is not None else []))
     for part in set(PARTS).difference(given):
@@ -191,7 +194,7 @@ def load_checkpoint(
     copy_into(trainable_state(model), tensors, str(source))
     model.adapters.load(source)
     if model.can_generate():
-        own = _generation_config(source)
+        own = checkpoint_generation_config(source)
         model.generation_config = options.get("generation_config") or own or model.generation_config
     device = device_of(options.get("device_map"))
     model = (model if device is None else model.to(device)).eval()
@@ -201,12 +204,24 @@ def load_checkpoint(
     return model, {**empty, "error_msgs": []}  # type: ignore[return-value]
 
 
-def _generation_config(source: Path) -> GenerationConfig | None:
-    """The generation config of a checkpoint; None for one from before they were saved."""
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:
+def checkpoint_generation_config(
+    source: str | PathLike[str], hub: dict[str, Any] | None = None
+) -> GenerationConfig | None:
+    """The generation config of a checkpoint; None for one from before they were saved.
+
+    Raises:
+        CheckpointError: it cannot be read.
+
+    Example:
+        >>> checkpoint_generation_config(checkpoint).eos_token_id
+        2
+    """
+    hub = hub or {}
+    # also finds it in a local folder
+    if cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
         return None
+    with refusing_damage(CheckpointError, f"{source}: {GENERATION_CONFIG_NAME} cannot be read ({{reason}})"):
+        return GenerationConfig.from_pretrained(source, **hub)
 
 
 def read_checkpoint(source: str | PathLike[Any], **hub: Any) -> dict[str, Tensor]:

@@ -22,6 +22,9 @@ class MapperConfig(PartConfig):
 
     type: str = "mlp"
     prefix_length: int = Field(10, ge=1, description="prefix embeddings per image")
+    output_norm: Literal["layer", "none"] = Field(
+        "layer", description="layer norm behind the mapper; 'none' can be exported to other engines"
+    )
 
 
 class FusionConfig(PartConfig):

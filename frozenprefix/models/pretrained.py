@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from frozenprefix.assets import is_hub_id
 from frozenprefix.errors import AssetError, FrozenPrefixError, did_you_mean
-from frozenprefix.utils import report
+from frozenprefix.utils import parse_json, report
+from frozenprefix.utils.damage import refusing_damage
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -84,10 +84,8 @@ def _check_config(folder: Path, field: str) -> None:
         raise AssetError(f"{field}: '{folder}' {_without_config(folder)}")
     if is_lfs_pointer(file):
         return  # reported with the other files
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{field}: '{file}' is not JSON ({error}); fetch it again") from error
+    with refusing_damage(AssetError, f"{field}: '{file}' is not JSON ({{reason}}); fetch it again"):
+        values = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise AssetError(f"{field}: '{file}' names no model_type; expected the config of a model of transformers")
 
@@ -121,11 +119,9 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
 def _shards(index: Path, field: str) -> list[Path]:
     if is_lfs_pointer(index):
         return [index]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    with refusing_damage(AssetError, f"{field}: '{index}' is damaged ({{reason}}); fetch it again"):
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [index.with_name(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(f"{field}: '{index}' is damaged ({error!r}); fetch it again") from error
     lost = [file.name for file in files if not file.is_file()]
     if lost or not files:
         raise AssetError(

@@ -19,11 +19,13 @@ from frozenprefix.planning.calibration import black_image, time_encoding
 from frozenprefix.planning.costs import StepShape
 from frozenprefix.planning.hardware import HARDWARE, Hardware
 from frozenprefix.planning.step_costs import StepCosts, step_costs
-from frozenprefix.planning.workload import MachinePlan, Workload
-from frozenprefix.training.setup import images_of, load_parts
+from frozenprefix.planning.workload import MachinePlan, Workload, count_steps
+from frozenprefix.training.mixture import Mixture, without_cache
+from frozenprefix.training.setup import images_of, load_parts, load_validation
 
 LOOK_UP_SECONDS = 1e-6  # of an image whose features are looked up
 SCALES = (1_000_000, 100_000_000)
+_OF_STREAMS = ("stream", "shuffle_images", "weight")
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ def plan(
     """
     machines = {name: HARDWARE.get(name) for name in hardware}
     recipe = resolve_precision(recipe)
-    samples = load_parts(recipe.data)
-    groups = {part: group_by_images(listed) for part, listed in samples.items()}
+    recipe, groups, train_images = _read_data(recipe)
     paths = _images_to_encode(recipe, groups)
     encoder = ImageEncoder.from_config(recipe.model.vision_encoder)
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
@@ -129,7 +130,7 @@ def plan(
         flops=step.flops,
         bytes=step.bytes,
         encoder_flops=images.flops,
-        images={"all": len(paths), "cached": len(paths) - workload.to_encode, "train": len(groups["train"])},
+        images={"all": len(paths), "cached": len(paths) - workload.to_encode, "train": train_images},
         cache_bytes_per_image=per_image,
         cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, paths),
         machines=planned,
@@ -137,10 +138,31 @@ def plan(
     )
 
 
+def _read_data(recipe: Any) -> tuple[Any, dict[str, list[ImageGroup]], int]:
+    """The recipe, its images, and the number of those to train on.
+
+    Of streams, the first images stand for all: the recipe is then that of a run with as many steps.
+    """
+    if not recipe.data.streamed:
+        samples = load_parts(recipe.data)
+        groups = {part: group_by_images(listed) for part, listed in samples.items()}
+        return recipe, groups, len(groups["train"])
+    mixture = Mixture.load(recipe.data)
+    images = mixture.training_set(group_by_images(mixture.listed))
+    listed = [{key: value for key, value in source.items() if key not in _OF_STREAMS} for source in recipe.data.train]
+    data = without_cache(recipe.data, mixture.streams).model_copy(update={"train": listed})
+    training = recipe.training.model_copy(update={"max_steps": count_steps(recipe, len(images)), "epochs": None})
+    groups = {"train": images.to_check()}
+    if recipe.data.validation:
+        groups["validation"] = group_by_images(load_validation(recipe.data))
+    return recipe.model_copy(update={"data": data, "training": training}), groups, len(images)
+
+
 def _images_to_encode(recipe: Recipe | ContrastiveRecipe, groups: dict[str, list[ImageGroup]]) -> list[Path]:
     """Image files of all parts; training on text alone reads none of its own."""
     unread = ("train",) if isinstance(recipe, Recipe) and recipe.data.text_only is not None else ()
-    return images_of(group for part, listed in groups.items() if part not in unread for group in listed)
+    paths = images_of(group for part, listed in groups.items() if part not in unread for group in listed)
+    return [path for path in paths if path.suffix != ".npy"]  # features of shards need no encoding
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, load_image
 from frozenprefix.data.samples import ImageGroup, Sample, group_by_images, with_images, with_targets
 from frozenprefix.data.sources import load_sources
-from frozenprefix.errors import BadImageError
+from frozenprefix.errors import BadImageError, ConfigError
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.contrastive.configuration import LockedImageTextConfig
 from frozenprefix.models.contrastive.modeling import LockedImageTextModel
@@ -128,6 +128,11 @@ def load_parts(data: DataSection, *, without_images: bool = False) -> dict[str, 
         without_images: keep training samples that show no image. They teach a language model that has trained parts,
             and a frozen one nothing. Validation, which compares right and wrong images, always leaves them out.
     """
+    if data.streamed:
+        raise ConfigError(
+            "data.train: got streamed sources, whose features are not cached one by one; write them into shards with "
+            "`frozenprefix data build SOURCE OUT --recipe RECIPE`"
+        )
     train = load_samples(data.train, "train", images=data.text_only is None)
     samples = {"train": train if without_images else with_images(train, where="data.train")}
     return samples | ({"validation": load_validation(data)} if data.validation else {})

@@ -32,25 +32,57 @@ def read_jsonl(path: str | PathLike[str], *, skip_damaged: bool = False) -> Iter
         [(1, {'id': 1}), (2, {'id': 2})]
     """
     total = damaged = 0
+    for number, _, line in read_lines(path):
+        total += 1
+        try:
+            value = parse_line(path, number, line)
+        except DataError:
+            if not skip_damaged:
+                raise
+            damaged += 1
+        else:
+            yield number, value
+    report(path, total, {"unfinished": damaged}, what="lines")
+
+
+def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number (from 1), place in the file and bytes of every line that is not blank.
+
+    Raises:
+        DataError: the file cannot be read.
+
+    Example:
+        >>> write_jsonl(tmp_path / "rows.jsonl", [{"id": 1}, {"id": 2}])
+        >>> list(read_lines(tmp_path / "rows.jsonl"))[1]
+        (2, 10, b'{"id": 2}\\n')
+    """
+    place = 0
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-                if not line.strip():
-                    continue
-                total += 1
-                try:
-                    value = parse_json(line.decode("utf-8"))
-                except ValueError as error:
-                    if not skip_damaged:
-                        raise DataError(_reason(path, number, line, error)) from error
-                    damaged += 1
-                else:
-                    yield number, value
+                start, place = place, place + len(line)
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # byte order mark
+                    start, line = 3, line[3:]
+                if line.strip():
+                    yield number, start, line
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; expected a file of JSON lines there") from error
-    report(path, total, {"unfinished": damaged}, what="lines")
+
+
+def parse_line(path: str | PathLike[str], number: int, line: bytes) -> Any:
+    """The value of a line.
+
+    Raises:
+        DataError: naming file and line, it is not UTF-8 or not JSON.
+
+    Example:
+        >>> parse_line("rows.jsonl", 1, b"[1]")
+        [1]
+    """
+    try:
+        return parse_json(line.decode("utf-8"))
+    except ValueError as error:
+        raise DataError(_reason(path, number, line, error)) from error
 
 
 def parse_json(text: str) -> Any:

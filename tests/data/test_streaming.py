@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tarfile
 from collections import Counter
@@ -12,9 +13,11 @@ import pytest
 
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import BlockOrder, ImageStream, MixedOrder, ShuffledOrder, whole_shares
+from frozenprefix.data.samples import group_by_images
 from frozenprefix.data.sources import load_source, open_source, parse_source
 from frozenprefix.data.streaming.groups import TrainingSet
 from frozenprefix.data.streaming.index import beside, ensure_indexes, open_index
+from frozenprefix.data.streaming.lines import group_rows
 from frozenprefix.errors import BadImageError, ConfigError, DataError
 from tests.helpers.shards import streamed, tiny_png, write_shards, write_tar
 
@@ -257,6 +260,38 @@ def test_steps_do_not_depend_on_the_number_of_parts(shards):
         for parts in (2, 3):
             shared = [stream.step(step)[part::parts] for part in range(parts)]
             assert sorted(chain.from_iterable(shared)) == sorted(whole)
+
+
+# ── rows of captions.jsonl ──
+
+
+def test_streamed_lines_are_the_rows_of_the_file(tmp_path):
+    names = ["a.png", "b.png", "a.png", "c.png", "b.png", "a.png"]
+    rows = [{"image": n, "captions": [f"row {i}"], "split": "train" if i < 5 else "val"} for i, n in enumerate(names)]
+    text = "\n".join(json.dumps(row) for row in rows).replace("\n", "\n\n", 1)
+    (tmp_path / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for name in set(names):
+        (tmp_path / name).write_bytes(tiny_png(ord(name[0])))
+    source = {"type": "captions", "path": str(tmp_path)}
+    for options in ({}, {"split": "train"}, {"split": ["val"]}):
+        listed = group_by_images(load_source({**source, **options}))
+        streamed_groups = list(open_source({**source, **options, "stream": True}))
+        assert streamed_groups == listed
+    with pytest.raises(DataError, match="split 'test' is not there"):
+        open_source({**source, "split": "test", "stream": True})
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "captions": ["a"]}\n{"image"\n')
+    with pytest.raises(DataError, match=r"captions.jsonl:2: not JSON"):
+        open_source({**source, "stream": True})
+
+
+def test_rows_are_grouped_in_the_order_of_their_first_ones():
+    draw = np.random.default_rng(0)
+    keys = draw.integers(0, 40, 200).astype("<u8")
+    order, ends = group_rows(keys)
+    expected: dict[int, list[int]] = {}
+    for row, key in enumerate(keys.tolist()):
+        expected.setdefault(key, []).append(row)
+    assert [part.tolist() for part in np.split(order, ends[:-1])] == list(expected.values())
 
 
 # ── tables ──

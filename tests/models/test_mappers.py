@@ -57,6 +57,28 @@ def test_shape_size_and_gradient(kind, num_tokens, prefix_length, options):
     assert not dead, f"parameters without any effect: {dead}"
 
 
+@pytest.mark.parametrize("kind", [*FREE, "attention_pool", "pixel_shuffle"])
+def test_without_output_norm_the_last_layer_sets_the_size(kind):
+    options = {"hidden_dim": 32} if kind == "transformer" else {}
+    mapper = build(kind, 9, 9, rms=0.037, output_norm="none", **options)
+    assert not [name for name in mapper.state_dict() if name.startswith("scale.")]
+    prefix_embeds = mapper(torch.randn(64, 9, D_ENC))
+    assert prefix_embeds.pow(2).mean().sqrt().item() == pytest.approx(0.037, rel=0.2)
+    with_norm = build(kind, 9, 9, rms=0.037, **options)
+    assert size_of(mapper) == size_of(with_norm) - scale_parameters()
+
+
+def test_building_without_output_norm_draws_no_random_numbers():
+    build("mlp", 9, 9)
+    expected = torch.rand(1)
+    build("mlp", 9, 9, output_norm="none")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_transformer_of_the_lms_width_without_output_norm_keeps_its_size():
+    assert build("transformer", 1, 4, output_norm="none").body.output_layer is None
+
+
 def scale_parameters() -> int:
     return 2 * D_LM
 
@@ -124,7 +146,10 @@ def test_dropout_only_while_training():
             r"hiden_dim: mapper 'mlp' has no such option \(did you mean 'hidden_dim'\?\)",
         ),
         ({"type": "linear", "num_layers": 2}, r"num_layers: mapper 'linear' has no such option; it has: input_norm"),
-        ({"type": "mlp", "activation": "swish"}, r"model.mapper.activation: .*'tanh', 'gelu' or 'relu', got 'swish'"),
+        (
+            {"type": "mlp", "activation": "swish"},
+            r"model.mapper.activation: .*'tanh', 'gelu', 'gelu_tanh' or 'relu', got 'swish'",
+        ),
         ({"type": "mlp", "num_layers": 0}, r"model.mapper.num_layers: .*greater than or equal to 1, got 0"),
         ({"type": "mlp", "hidden_dim": 0}, r"model.mapper.hidden_dim: .*greater than or equal to 1, got 0"),
         ({"type": "transformer", "dropout": 1.5}, r"model.mapper.dropout: .*less than 1, got 1.5"),
@@ -154,3 +179,30 @@ def test_all_problems_at_once():
 def test_an_option_without_effect_is_refused(kind, num_tokens, options, message):
     with pytest.raises(ConfigError, match=message):
         build(kind, num_tokens, **options)
+
+
+def test_recipe_and_checkpoint_keep_the_missing_norm(tiny_recipe, tmp_path):
+    from frozenprefix import FrozenPrefixForConditionalGeneration
+    from frozenprefix.config import load_recipe
+    from frozenprefix.training.setup import build_model
+
+    recipe = tiny_recipe(tmp_path, "model.mapper.output_norm=none")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml").model.mapper.output_norm == "none"
+    model, _ = build_model(recipe)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded.mapper.scale, torch.nn.Identity)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.prefix(pixels), model.eval().prefix(pixels))
+    with pytest.raises(ConfigError, match=r"model.mapper.output_norm: .*'layer' or 'none'"):
+        tiny_recipe(tmp_path, "model.mapper.output_norm=batch")
+
+
+def test_the_closed_form_needs_the_norm():
+    from frozenprefix.models.mappers.closed_form import NamedVectors, fit_last_layer
+
+    mapper = build("linear", output_norm="none")
+    with pytest.raises(ConfigError, match="output_norm: got 'none', expected 'layer'"):
+        fit_last_layer(mapper, NamedVectors(torch.randn(3, D_ENC), ["a", "b", "c"]), torch.randn(3, 4, D_LM))

@@ -9,7 +9,8 @@ import pytest
 
 from frozenprefix.config import recipe_from_dict
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
-from frozenprefix.training import Trainer, train
+from frozenprefix.planning import plan
+from frozenprefix.training import Trainer, fill_cache, train
 from tests.helpers.recipes import tiny_recipe_dict
 from tests.helpers.shards import streamed, tiny_png, write_shards, write_tar
 from tests.helpers.training import assert_same_tensors, losses_of, run_python
@@ -132,6 +133,14 @@ def test_lists_are_mixed_by_weight_with_their_features_cached(recipe_of, shapes,
     drawn = [trainer.stream.order.at(place)[1] for place in range(1000)]
     assert sum(image < 8 for image in drawn) == 900
     assert trainer.step(trainer.batches())["loss"] > 0
+
+
+def test_a_streamed_run_is_planned_from_its_first_images(recipe_of, shards, tmp_path):
+    made = plan(recipe_of(tmp_path, "training.max_steps=null", "training.epochs=2"), ["h100"], calibrate=0)
+    assert made.images["train"] == 25
+    assert made.machines["h100"].steps == 13
+    with pytest.raises(ConfigError, match="data build"):
+        fill_cache(recipe_of(tmp_path, feature_cache="auto"))
 
 
 def test_what_does_not_fit_is_said_before_anything_is_read(recipe_of, shapes, shards, tmp_path):

@@ -195,9 +195,8 @@ def open_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = No
         AssetError, DataError: as `load_source`, but a malformed row is met when it is read.
 
     Example:
-        >>> open_source({"type": "captions", "path": str(data_folder)})
-        Traceback (most recent call last):
-        frozenprefix.errors.ConfigError: data source 'captions': cannot be streamed; ...
+        >>> len(open_source({"type": "captions", "path": str(data_folder), "stream": True}))
+        12
     """
     source = parse_source(config)
     if not isinstance(source, StreamedSource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -75,7 +76,7 @@ def of_wanted(splits: Mapping[T, str | None], wanted: str | list[str] | None, *,
         return list(splits)
     names = [wanted] if isinstance(wanted, str) else wanted
     if None not in splits.values():
-        _check_splits(names, splits.values(), where)
+        check_splits(names, splits.values(), where)
     return [item for item, split in splits.items() if split is None or split in names]
 
 
@@ -103,11 +104,11 @@ def of_split(samples: list[Sample], split: str | list[str] | None, *, where: str
     if split is None:
         return samples
     names = [split] if isinstance(split, str) else split
-    _check_splits(names, (sample.split for sample in samples), where)
+    check_splits(names, (sample.split for sample in samples), where)
     return [sample for sample in samples if sample.split in names]
 
 
-def _check_splits(names: list[str], splits: Iterable[str | None], where: str) -> None:
+def check_splits(names: list[str], splits: Iterable[str | None], where: str) -> None:
     known = sorted({split for split in splits if split is not None})
     for name in names:
         if name not in known:
@@ -177,7 +178,8 @@ def check_images_exist(samples: list[Sample], *, where: str) -> None:
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
     images = list(dict.fromkeys(image for sample in samples for image in sample.images))
-    if images and not any(image.exists() for image in images):
+    # os.path: False for a name that no file can have
+    if images and not any(os.path.exists(image) for image in images):
         raise DataError(
             f"{where}: none of its {len(images)} images exists, first looked for {images[0]}; "
             "check the source's `path` and where its images are"

@@ -105,7 +105,7 @@ class WebDatasetSource(StreamedSource):
         from frozenprefix.data.streaming.tars import TarGroups
 
         splits = files_of(root, self.shards, self.split)
-
+        names = {tar: tar.relative_to(root).with_suffix("").as_posix() for tar in splits}
         built = self._is_built(root)
 
         def samples(tar: Path, key: str, members: dict[str, bytes], images: dict[str, Path]) -> list[Sample]:
@@ -116,8 +116,7 @@ class WebDatasetSource(StreamedSource):
             image = self._image(row, images)
             if image is None:
                 raise BadImageError("no image in the tar", f"{row.where}: got members {', '.join(members)}, no image")
-            name = tar.relative_to(root).with_suffix("").as_posix()
-            return [self._sample(row, image, f"{name}/{key}", splits[tar])]
+            return [self._sample(row, image, f"{names[tar]}/{key}", splits[tar])]
 
         return TarGroups(root, list(splits), self.shuffle_images, samples, finish)
 

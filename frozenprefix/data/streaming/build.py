@@ -32,7 +32,7 @@ from frozenprefix.data.cache_format import FEATURES, SCALE, Manifest, StorageDTy
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages, decode_image, read_image
 from frozenprefix.data.samples import ImageGroup, group_by_images
-from frozenprefix.data.sources import StreamedSource, load_sources, open_source, parse_source
+from frozenprefix.data.sources import SourceConfig, StreamedSource, load_sources, open_source, parse_source
 from frozenprefix.data.streaming.described import BUILT, describe
 from frozenprefix.data.streaming.groups import TrainingSet
 from frozenprefix.data.streaming.index import Jobs, Span, beside, write_index
@@ -171,6 +171,8 @@ def build_shards(
 def open_all(configs: Iterable[dict[str, Any]]) -> TrainingSet:
     """The images of sources, to be written as shards: of tars and tables one by one, of other formats as a list.
 
+    Images that sources in lists share are joined.
+
     Raises:
         FrozenPrefixError: as `load_source` and `open_source`.
 
@@ -179,10 +181,17 @@ def open_all(configs: Iterable[dict[str, Any]]) -> TrainingSet:
         12
     """
     sources = [parse_source(config) for config in configs]
-    streamed = [source.model_copy(update={"stream": True}) for source in sources if isinstance(source, StreamedSource)]
-    listed = [source for source in sources if not isinstance(source, StreamedSource)]
+    streamed = [source for source in sources if _in_shards(source)]
+    listed = [source for source in sources if not _in_shards(source)]
     groups: list[Sequence[ImageGroup]] = [group_by_images(load_sources(listed))] if listed else []
     return TrainingSet([*groups, *map(open_source, streamed)])
+
+
+def _in_shards(source: SourceConfig) -> bool:
+    """Whether the images of a source lie in tars or tables, or its recipe streams it."""
+    if source.holdout is not None or source.limit is not None or not isinstance(source, StreamedSource):
+        return False
+    return source.stream or source.type in ("webdataset", "hf_dataset")
 
 
 def tar_of(folder: Path, number: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -94,6 +94,9 @@ class StreamedGroups(Sequence[ImageGroup], ABC):
         if not with_targets:
             raise BadImageError("no target", f"{self.name_of(index)}: got no target, expected a text")
         return ImageGroup(with_targets[0].images, with_targets)
+
+    def __iter__(self) -> Iterator[ImageGroup]:
+        return (self[number] for number in range(len(self)))  # an IndexError in `read` is not the end
 
     def name_of(self, index: int) -> str:
         """Shard and row, for messages."""

@@ -28,7 +28,6 @@ from frozenprefix.utils import content_hash, file_state, parse_json, progress_ba
 FORMAT = 1
 ENTRY = struct.Struct("<QII")
 DIRECTORY = (tarfile.DIRTYPE,)
-EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 #: Fields that only Python's pickle reads, which would run what they hold.
 PICKLED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})
 Rule = Literal["first dot", "last dot"]
@@ -256,15 +255,31 @@ def members_of(span: bytes, rule: Rule) -> tuple[str, dict[str, bytes]]:
     """
     key, members, place = "", {}, 0
     while place < len(span):
-        info = tarfile.TarInfo.frombuf(span[place : place + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        if info.type in EXTENDED:  # long names: Python's reader puts them together
+        header = _plain_header(span[place : place + tarfile.BLOCKSIZE])
+        if header is None:
             return _members_by_library(span, rule)
+        name, size = header
         start = place + tarfile.BLOCKSIZE
-        if info.isreg() and not is_hidden(info.name):
-            key, member = split_name(info.name, rule)
-            members[member] = span[start : start + info.size]
-        place = start + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if not is_hidden(name):
+            key, member = split_name(name, rule)
+            members[member] = span[start : start + size]
+        place = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return key, members
+
+
+def _plain_header(block: bytes) -> tuple[str, int] | None:
+    """Name and size of a plain file; None for what Python's reader has to understand, such as a long name.
+
+    It checks nothing: the same bytes were checked by `tarfile` when the tar was indexed.
+    """
+    if block[156:157] not in tarfile.REGULAR_TYPES or block[124] & 0x80:
+        return None
+    try:
+        size = int(block[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return None
+    folder = block[345:500].partition(tarfile.NUL)[0] + b"/" if block[257:263] == b"ustar\0" and block[345] else b""
+    return (folder + block[:100].partition(tarfile.NUL)[0]).decode("utf-8", "surrogateescape"), size
 
 
 def _members_by_library(span: bytes, rule: Rule) -> tuple[str, dict[str, bytes]]:

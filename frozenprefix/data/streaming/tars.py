@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class TarGroups(StreamedGroups):
         super().__init__(root, names, [index.samples for index in self._indexes], block, finish)
         self._samples = samples
         self._open: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        weakref.finalize(self, _close, self._open)
         if (root / MANIFEST).is_file():
             self.manifest = load_manifest(root)
 
@@ -104,7 +106,12 @@ class TarGroups(StreamedGroups):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __del__(self) -> None:
-        for descriptors in self.__dict__.get("_open", {}).values():
-            for descriptor in descriptors:
-                os.close(descriptor)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        weakref.finalize(self, _close, self._open)
+
+
+def _close(opened: OrderedDict[int, tuple[int, int]]) -> None:
+    for descriptors in opened.values():
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from frozenprefix.errors import AssetError
+from frozenprefix.models.language_model.gguf_header import read_gguf_header
 from frozenprefix.models.pretrained import is_lfs_pointer
 from frozenprefix.utils import build_once, file_sha256, user_cache
 
@@ -47,6 +48,7 @@ def _convert(gguf_path: Path, target: Path) -> None:
         raise AssetError(
             f"reading the GGUF file '{gguf_path}' needs the gguf package: run `pip install frozenprefix[gguf]`"
         )
+    read_gguf_header(gguf_path)  # its sizes are true before a reader allocates them
     logger.info("converting %s, once", gguf_path)
     try:
         model, tokenizer = _load(gguf_path)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from frozenprefix.errors import ConfigError
@@ -72,7 +73,7 @@ class PrefixMapper(nn.Sequential):
 
     Args:
         body: the mapper, float[B, N, D_enc] -> float[B, P, D_lm].
-        scale: the layer norm.
+        scale: the layer norm, or the identity with `output_norm: none`.
 
     Example:
         >>> mapper = PrefixMapper(torch.nn.Linear(4, 8), PrefixScale(8, embedding_rms=0.1))
@@ -81,9 +82,9 @@ class PrefixMapper(nn.Sequential):
     """
 
     body: nn.Module
-    scale: PrefixScale
+    scale: PrefixScale | nn.Identity
 
-    def __init__(self, body: nn.Module, scale: PrefixScale):
+    def __init__(self, body: nn.Module, scale: PrefixScale | nn.Identity):
         super().__init__(OrderedDict(body=body, scale=scale))
 
 
@@ -117,7 +118,27 @@ def build_mapper(
         prefix_length=config.prefix_length,
         **config.options,
     )
+    if config.output_norm == "none":
+        _scale_last_layer(body, (num_tokens, encoder_dim), embedding_rms)
+        return PrefixMapper(body, nn.Identity())
     return PrefixMapper(body, PrefixScale(lm_dim, embedding_rms))
+
+
+@torch.no_grad()
+def _scale_last_layer(body: nn.Module, shape: tuple[int, int], embedding_rms: float) -> None:
+    """Scale the weights of the last layer so that features of unit variance give prefixes of this size.
+
+    A mapper that ends in a residual stream (the transformer of the LM's width) starts with its own size, as in ClipCap.
+    """
+    last = getattr(body, "output_layer", None)
+    if last is None:
+        return
+    features = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    training, _ = body.training, body.eval()
+    factor = embedding_rms / body(features).pow(2).mean().sqrt()
+    body.train(training)
+    for parameter in last.parameters():
+        parameter *= factor
 
 
 def validate_mapper(config: MapperConfig) -> list[str]:

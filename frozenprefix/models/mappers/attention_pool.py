@@ -52,6 +52,11 @@ class AttentionPoolMapper(nn.Module):
         self.attention = Attention(dim, num_heads, context_dim=encoder_dim, bias=True)
         self.project_out = nn.Linear(dim, lm_dim)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.project_out
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc]
         visual = self.norm_visual(image_features)

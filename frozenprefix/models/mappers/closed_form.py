@@ -162,7 +162,7 @@ def insert_classifier(
         ConfigError: for any other mapper.
     """
     hidden, last = _two_layers(mapper, tuple(classes.vectors.shape))
-    lm_dim = mapper.scale.norm.normalized_shape[0]
+    lm_dim = _layer_norm(mapper).normalized_shape[0]
     _check_targets(targets, (len(classes.names), last.out_features // lm_dim, lm_dim))
     hidden.weight.copy_(classes.vectors)
     hidden.bias.fill_(-threshold)
@@ -248,9 +248,19 @@ def _set_scale(mapper: PrefixMapper, targets: Tensor) -> Tensor:
     centre = targets.mean(dim=(0, 1))
     residuals = targets - centre
     spread = residuals.square().mean().sqrt()
-    mapper.scale.norm.bias.copy_(centre)
-    mapper.scale.norm.weight.fill_(spread)
+    norm = _layer_norm(mapper)
+    norm.bias.copy_(centre)
+    norm.weight.fill_(spread)
     return residuals / spread
+
+
+def _layer_norm(mapper: PrefixMapper) -> nn.LayerNorm:
+    if isinstance(mapper.scale, nn.Identity):
+        raise ConfigError(
+            "model.mapper.output_norm: got 'none', expected 'layer': the closed form puts mean and spread of the names "
+            "into the layer norm behind the mapper"
+        )
+    return mapper.scale.norm
 
 
 def _two_layers(mapper: PrefixMapper, shape: tuple[int, ...]) -> tuple[nn.Linear, nn.Linear]:

@@ -30,6 +30,11 @@ class LinearMapper(nn.Module):
         self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         self.project = nn.Linear(encoder_dim, self.tokens_out * lm_dim)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.project
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc] -> [B, 1 or P, D_enc]
         tokens = self.input_norm(image_features)

@@ -48,6 +48,11 @@ class MAPLMapper(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(hidden_dim, num_heads, ratio, dropout) for _ in range(num_layers))
         self.project_out = nn.Linear(hidden_dim, lm_dim)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.project_out
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc] -> [B, N, D]
         visual = self.project_in(image_features)

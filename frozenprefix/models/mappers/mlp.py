@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,7 +12,12 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.models.mappers.blocks import pool_tokens
 from frozenprefix.models.options import Count, Dropout
 
-ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
 
 
 class MLPMapper(nn.Module):
@@ -20,7 +27,7 @@ class MLPMapper(nn.Module):
         encoder_dim, num_tokens, lm_dim, prefix_length: shapes of image features and prefix, as in `build_mapper`.
         hidden_dim: width of the hidden layers; by default ClipCap's `lm_dim * prefix_length / 2`, at least `lm_dim`.
         num_layers: number of linear layers.
-        activation: "tanh", "gelu" or "relu".
+        activation: "tanh", "gelu", "gelu_tanh" (GELU's approximation by tanh, as llama.cpp computes it) or "relu".
         tokens: how a patch grid is read. "per_token" maps each token to one embedding; a grid with more tokens than the
             prefix is averaged first, in raster order. "flatten" maps all tokens together.
         input_norm: layer norm on the features, for encoders whose features are not normalized.
@@ -44,7 +51,7 @@ class MLPMapper(nn.Module):
         prefix_length: int,
         hidden_dim: Count | None = None,
         num_layers: Count = 2,
-        activation: Literal["tanh", "gelu", "relu"] = "tanh",
+        activation: Literal["tanh", "gelu", "gelu_tanh", "relu"] = "tanh",
         tokens: Literal["per_token", "flatten"] = "per_token",
         input_norm: bool = False,
         dropout: Dropout = 0.0,
@@ -68,6 +75,11 @@ class MLPMapper(nn.Module):
             layers += [nn.Linear(width_in, hidden_dim), ACTIVATIONS[activation](), nn.Dropout(dropout)]
             width_in = hidden_dim
         self.layers = nn.Sequential(*layers, nn.Linear(width_in, width_out))
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.layers[-1]
 
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc]

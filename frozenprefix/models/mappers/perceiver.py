@@ -64,6 +64,11 @@ class PerceiverMapper(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.project_out = nn.Linear(dim, lm_dim)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.project_out
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc] -> [B, N, D]
         visual = self.project_in(image_features) + self.positions

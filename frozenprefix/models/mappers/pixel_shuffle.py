@@ -59,6 +59,11 @@ class PixelShuffleMapper(nn.Module):
             width = hidden_dim
         self.layers = nn.Sequential(*layers, nn.Linear(width, lm_dim))
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.layers[-1]
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc] -> [B, P, s² * D_enc]
         tokens = join_squares(self.input_norm(image_features), self.shuffle)

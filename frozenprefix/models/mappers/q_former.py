@@ -84,6 +84,11 @@ class QFormerMapper(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.project_out = nn.Linear(hidden_dim, lm_dim)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer that gives the prefix its size."""
+        return self.project_out
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc]
         visual = self.input_norm(image_features)

@@ -72,6 +72,11 @@ class TransformerMapper(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(dim, num_heads, ratio, dropout) for _ in range(num_layers))
         self.project_out = nn.Linear(dim, lm_dim) if dim != lm_dim else nn.Identity()
 
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The layer that gives the prefix its size; None with the LM's width, where that is a residual stream."""
+        return self.project_out if isinstance(self.project_out, nn.Linear) else None
+
     def forward(self, image_features: Tensor) -> Tensor:
         # [B, N, D_enc] -> [B, L, D]
         visual = self.project_in(image_features).flatten(1).unflatten(1, (self.visual_length, -1))

@@ -1,0 +1,131 @@
+"""A checkpoint as two GGUF files for llama.cpp: the language model, and encoder with mapper (mmproj)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from frozenprefix.errors import ExportError
+from frozenprefix.export.gguf_language_model import write_language_model
+from frozenprefix.export.gguf_tensors import FileType, write_tensors
+from frozenprefix.export.mlp import PlainMLP
+from frozenprefix.export.source import Source
+from frozenprefix.export.vit import PlainViT
+from frozenprefix.utils import atomic_folder
+
+LM_FILE = "language_model.gguf"
+MMPROJ_FILE = "mmproj.gguf"
+
+
+def export_gguf(source: Source, out: str | Path, file_type: FileType = "f32") -> Path:
+    """Write `language_model.gguf` and `mmproj.gguf`.
+
+    Args:
+        file_type: of matrices; vectors are float32.
+
+    Raises:
+        ExportError: for an encoder, a mapper, a language model or a tokenizer that llama.cpp does not have.
+
+    Example:
+        >>> export_gguf(Source(checkpoint, model, processor), tmp_path / "gguf")
+        Traceback (most recent call last):
+        frozenprefix.errors.ExportError: model.mapper.output_norm: got 'layer', a layer norm ...
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("writing GGUF files needs the gguf package: run `pip install frozenprefix[gguf]`")
+    mlp, vit = source.mlp(), source.vit()
+    if vit.has_class_token:
+        raise ExportError(
+            f"model.vision_encoder: '{source.model.vision_encoder.name}' has a class token, which llama.cpp puts "
+            "behind the patches instead of in front of them, so that no file gives the same features; use a SigLIP "
+            "encoder, `frozenprefix export llava`, or `caption --engine llama.cpp`, which encodes images here"
+        )
+    projector = projector_of(vit)
+    with atomic_folder(out) as folder:
+        _write_language_model(source, folder / LM_FILE, file_type)
+        _write_mmproj(source, vit, mlp, projector, folder / MMPROJ_FILE, file_type)
+    return Path(out)
+
+
+def _write_language_model(source: Source, path: Path, file_type: FileType) -> None:
+    config: Any = source.model.config
+    place = str(getattr(config.language_model, "path", ""))
+    write_language_model(
+        source.model.language_model,
+        path,
+        file_type,
+        tokenizer=source.processor.tokenizer,
+        gguf_path=place if place.split("#")[0].endswith(".gguf") else "",
+        sha256=config.identity.get("language_model", {}).get("sha256"),
+    )
+
+
+def projector_of(vit: PlainViT) -> str:
+    """llama.cpp's graph: `janus_pro` uses the encoder's activation in the projector too, `mlp` uses GELU there.
+
+    Raises:
+        ExportError: for blocks that the graph `mlp` would misread.
+    """
+    if vit.gelu != "quick":
+        return "janus_pro"
+    if vit.inner == vit.width:
+        raise ExportError(
+            "model.vision_encoder: its feed-forward layers are as wide as its tokens, which llama.cpp takes for layers "
+            "in the wrong order; use another encoder"
+        )
+    return "mlp"
+
+
+def _write_mmproj(
+    source: Source, vit: PlainViT, mlp: PlainMLP, projector: str, path: Path, file_type: FileType
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "clip")
+    images: Any = source.processor.image_processor
+    writer.add_string("general.name", f"{source.model.vision_encoder.name} with a mapper of frozenprefix")
+    writer.add_string("clip.projector_type", projector)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", vit.gelu != "quick")
+    numbers = {
+        "embedding_length": vit.width,
+        "attention.head_count": vit.heads,
+        "feed_forward_length": vit.inner,
+        "block_count": vit.blocks,
+        "projection_dim": mlp.down.shape[0],
+        "image_size": vit.image_size,
+        "patch_size": vit.patch_size,
+    }
+    for name, value in numbers.items():
+        writer.add_uint32(f"clip.vision.{name}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vit.eps)
+    writer.add_array("clip.vision.image_mean", [float(value) for value in images.image_mean])
+    writer.add_array("clip.vision.image_std", [float(value) for value in images.image_std])
+    if projector == "mlp":  # otherwise that graph leaves out the last block
+        writer.add_array("clip.vision.feature_layer", [vit.blocks])
+    second = "mm.1" if projector == "janus_pro" else "mm.2"
+    tensors = {
+        **{_vision_name(name): tensor for name, tensor in vit.tensors.items()},
+        **{"mm.0.weight": mlp.up, "mm.0.bias": mlp.up_bias},
+        **{f"{second}.weight": mlp.down, f"{second}.bias": mlp.down_bias},
+    }
+    write_tensors(writer, tensors, file_type)
+
+
+def _vision_name(name: str) -> str:
+    """The name of a tensor of `PlainViT` in an mmproj file."""
+    whole = {
+        **{"patch.weight": "v.patch_embd.weight", "patch.bias": "v.patch_embd.bias"},
+        **{"position": "v.position_embd.weight", "class": "v.class_embd"},
+    }
+    if name in whole:
+        return whole[name]
+    if not name.startswith("blocks."):
+        return "v." + name.replace("_norm", "_ln")
+    _, number, part, kind = name.split(".")
+    parts = {
+        **{"norm1": "ln1", "norm2": "ln2", "up": "ffn_up", "down": "ffn_down"},
+        **{one: f"attn_{one}" for one in ("q", "k", "v", "out")},
+    }
+    return f"v.blk.{number}.{parts[part]}.{kind}"
