@@ -57,6 +57,13 @@ def gguf(
     verify: Verify = None,
     no_verify: NoVerify = False,
     file_type: Annotated[FileType, typer.Option(help="What matrices are stored in.")] = FileType.f32,
+    only_language_model: Annotated[
+        bool,
+        typer.Option(
+            "--only-language-model",
+            help="Write it alone, for `caption --engine llama.cpp` with any encoder and mapper.",
+        ),
+    ] = False,
     language_model: LanguageModel = None,
     max_new_tokens: MaxNewTokens = 30,
 ) -> None:
@@ -64,6 +71,10 @@ def gguf(
     source = _open(checkpoint, out, verify, language_model)
     from frozenprefix.export import export_gguf, verify_gguf
 
+    if only_language_model:
+        export_gguf(source, out, file_type.value, only_language_model=True)
+        typer.echo(f"{out}: language_model.gguf for `frozenprefix caption --engine llama.cpp --language-model`")
+        return
     if not no_verify:
         from frozenprefix.inference.llama_cpp.library import llama_cpp
 

@@ -25,7 +25,6 @@ class Recipe(BaseRecipe):
         "training": (
             *SAME_TRAINING,
             "learning_rates",
-            "gradient_accumulation_steps",
             "packing",
             "tokens_per_row",
             "max_target_tokens",

@@ -223,6 +223,9 @@ class RunSection(RecipeSection):
         description="steps in a row that may be left out because loss or gradient is not finite",
     )
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
+    process_timeout: float = Field(
+        60.0, gt=0, description="seconds without an answer of a process, or in which it loads a batch, that end the run"
+    )
 
     @field_validator("betas")
     @classmethod

@@ -29,6 +29,14 @@ class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> Any:
+        # in other quotes these separators are read as spaces
+        style = '"' if set(data) & set("\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
 
 def read_yaml(text: str, name: str) -> Any:
     """Parse YAML 1.2: `1e-4` is a number, `off` and `1:30` are text, a repeated key is an error.

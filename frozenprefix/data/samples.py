@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -202,7 +203,7 @@ def digest_samples(samples: Sequence[Sample], image_key: Callable[[Path], str] |
 
 
 def _content_of(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else f"{path.name} missing"
+    return file_sha256(path) if os.path.isfile(path) else f"{path.name} missing"
 
 
 def with_valid_text(samples: Iterable[Sample], *, where: str) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from frozenprefix.errors import DataError
 from frozenprefix.evaluation.bootstrap import paired_bootstrap
 from frozenprefix.evaluation.scoring import rows_of
 from frozenprefix.utils import parse_json, read_jsonl, report
+from frozenprefix.utils.damage import refusing_damage
 from frozenprefix.utils.hashing import hash_file
 
 Row = dict[str, Any]
@@ -45,16 +47,17 @@ class Evaluation:
         if not isinstance(result["metrics"], dict) or not isinstance(result["predictions"], str):
             raise DataError(f"{file}: got other metrics or predictions than evaluate writes; expected {_EXPECTED}")
         predictions = Path(result["predictions"])
-        if not predictions.is_file():
+        if not os.path.isfile(predictions):  # False for a name that no file can have
             predictions = file.parent / predictions.name  # both were moved together
-        if not predictions.is_file():
+        if not os.path.isfile(predictions):
             raise DataError(f"{file}: predictions: {result['predictions']} does not exist; evaluate again")
         if hash_file(predictions) != result.get("predictions_sha256"):
             raise DataError(
                 f"{file}: predictions_sha256: {predictions} is not the file that was scored; a later evaluation wrote "
                 "to the same place: evaluate again, with another --predictions"
             )
-        return cls(file, result, {row["id"]: row for _, row in read_jsonl(predictions)})
+        with refusing_damage(DataError, f"{predictions}: these are no predictions of evaluate ({{reason}})"):
+            return cls(file, result, {row["id"]: row for _, row in read_jsonl(predictions)})
 
 
 def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -74,6 +77,11 @@ def compare(a: Evaluation, b: Evaluation, *, n: int = 1000, seed: int = 0) -> di
         >>> compare(result, result)["metrics"]["accuracy"]["difference"]
         0.0
     """
+    with refusing_damage(DataError, f"{a.file}, {b.file}: these are no results of evaluate ({{reason}})"):
+        return _compare(a, b, n, seed)
+
+
+def _compare(a: Evaluation, b: Evaluation, n: int, seed: int) -> dict[str, Any]:
     _check_same(a, b)
     ids = list(a.rows)
     images = [tuple(a.rows[key]["images"]) for key in ids]

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from frozenprefix.errors import AssetError
 from frozenprefix.models.configuration import FrozenPrefixConfig, LanguageModelConfig, MapperConfig
 from frozenprefix.models.encoder_configuration import vision_encoder_config
+from frozenprefix.models.language_model.loading import language_model_identity
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
+from frozenprefix.models.self_contained import LM_FOLDER
 from frozenprefix.models.state_dict import misfits
 from frozenprefix.models.vision import BuiltEncoder, build_vision_encoder
 from frozenprefix.models.vision.weights import read_weights
@@ -105,6 +107,17 @@ def save_imported(
     if end_tokens:
         model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, *end_tokens})
     with atomic_folder(out) as folder:
-        model.save_pretrained(folder, self_contained=own_language_model is not None)
+        if own_language_model is not None:
+            _save_language_model(model, tokenizer, folder / LM_FOLDER)
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return model
+
+
+def _save_language_model(model: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Write a language model with weights of its own into the checkpoint, and let the config name it there."""
+    model.language_model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    identity = language_model_identity(model.language_model, target)
+    model.config.identity = {**model.config.identity, "language_model": identity}
+    model.config.language_model = model.config.language_model.model_copy(update={"path": str(target)})

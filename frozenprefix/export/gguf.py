@@ -18,11 +18,14 @@ LM_FILE = "language_model.gguf"
 MMPROJ_FILE = "mmproj.gguf"
 
 
-def export_gguf(source: Source, out: str | Path, file_type: FileType = "f32") -> Path:
+def export_gguf(
+    source: Source, out: str | Path, file_type: FileType = "f32", *, only_language_model: bool = False
+) -> Path:
     """Write `language_model.gguf` and `mmproj.gguf`.
 
     Args:
         file_type: of matrices; vectors are float32.
+        only_language_model: for a checkpoint whose encoder and mapper run here, as with `LlamaCppCaptioner`.
 
     Raises:
         ExportError: for an encoder, a mapper, a language model or a tokenizer that llama.cpp does not have.
@@ -34,6 +37,10 @@ def export_gguf(source: Source, out: str | Path, file_type: FileType = "f32") ->
     """
     if importlib.util.find_spec("gguf") is None:
         raise ExportError("writing GGUF files needs the gguf package: run `pip install frozenprefix[gguf]`")
+    if only_language_model:
+        with atomic_folder(out) as folder:
+            _write_language_model(source, folder / LM_FILE, file_type)
+        return Path(out)
     mlp, vit = source.mlp(), source.vit()
     if vit.has_class_token:
         raise ExportError(

@@ -193,9 +193,9 @@ def _copy_tokenizer(writer: Any, path: Path) -> None:
     for field in gguf.GGUFReader(path).fields.values():
         if not field.name.startswith("tokenizer."):
             continue
-        kind = field.types[0]
-        value = field.contents()
-        if kind == gguf.GGUFValueType.ARRAY:
-            writer.add_array(field.name, value)
+        is_text = field.types[-1] == gguf.GGUFValueType.STRING
+        values = [bytes(field.parts[i]).decode() if is_text else field.parts[i].tolist()[0] for i in field.data]
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(field.name, values)
         else:
-            writer.add_key_value(field.name, value, kind)
+            writer.add_key_value(field.name, values[0], field.types[0])

@@ -25,6 +25,7 @@ from frozenprefix.models.processing import IMAGE_TOKEN
 from frozenprefix.models.vision.image_processing import FrozenPrefixImageProcessor
 from frozenprefix.utils import atomic_folder
 
+_NORMED_SINCE = "transformers 5.18"
 _ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu", "any": "gelu"}
 
 
@@ -60,6 +61,7 @@ def export_llava(source: Source, out: str | Path) -> Path:
         }
     )
     load_tower(model.model.vision_tower, vision_state(vit))
+    _check_normed(model.model.vision_tower, vit)
     rows = config.text_config.vocab_size
     text = {name: _with_rows(name, tensor, rows) for name, tensor in lm.base_model.state_dict().items()}
     model.model.language_model.load_state_dict(text)
@@ -152,6 +154,23 @@ def load_tower(tower: Any, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state.get(name, torch.ones(1) if "norm.weight" in name else torch.zeros(1)))
+
+
+@torch.no_grad()
+def _check_normed(tower: Any, vit: PlainViT) -> None:
+    """Refuse features that this release of transformers does not let Llava read.
+
+    Raises:
+        ExportError: the last hidden state is given without the layer norm behind it.
+    """
+    if not vit.normed:
+        return
+    out = tower(torch.zeros(1, 3, vit.image_size, vit.image_size), output_hidden_states=True)
+    if not torch.equal(out.hidden_states[-1], out.last_hidden_state):
+        raise ExportError(
+            "model.vision_encoder.layer: got -1, the features behind the last layer norm, which Llava reads with "
+            f"{_NORMED_SINCE} or later; install it, or train with layer=-2"
+        )
 
 
 def _with_rows(name: str, tensor: Tensor, rows: int) -> Tensor:

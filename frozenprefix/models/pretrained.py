@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +19,17 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    cached_file,
 )
 from transformers.utils import logging as transformers_logging
 
 from frozenprefix.assets import is_hub_id
 from frozenprefix.errors import AssetError, FrozenPrefixError, did_you_mean
-from frozenprefix.utils import report
+from frozenprefix.utils import parse_json, report
+from frozenprefix.utils.damage import refusing_damage
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_POINTER = 1024  # bytes
 _READ_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt")  # configs and tokenizers
 
@@ -81,10 +84,8 @@ def _check_config(folder: Path, field: str) -> None:
         raise AssetError(f"{field}: '{folder}' {_without_config(folder)}")
     if is_lfs_pointer(file):
         return  # reported with the other files
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{field}: '{file}' is not JSON ({error}); fetch it again") from error
+    with refusing_damage(AssetError, f"{field}: '{file}' is not JSON ({{reason}}); fetch it again"):
+        values = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise AssetError(f"{field}: '{file}' names no model_type; expected the config of a model of transformers")
 
@@ -118,11 +119,9 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
 def _shards(index: Path, field: str) -> list[Path]:
     if is_lfs_pointer(index):
         return [index]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    with refusing_damage(AssetError, f"{field}: '{index}' is damaged ({{reason}}); fetch it again"):
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [index.with_name(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(f"{field}: '{index}' is damaged ({error!r}); fetch it again") from error
     lost = [file.name for file in files if not file.is_file()]
     if lost or not files:
         raise AssetError(
@@ -193,6 +192,23 @@ def read_config(place: str, field: str, revision: str | None = None) -> Any:
     with reading(place, field, "a model of transformers"):
         config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
     return config
+
+
+def hub_commit(place: str, field: str, revision: str | None = None) -> str:
+    """The commit of the Hub that a model's id and revision (a branch, a tag or a commit) stand for now.
+
+    Without the Hub it is the one that was fetched before. Newer releases of transformers keep it in no config.
+
+    Raises:
+        AssetError: the Hub does not give it.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    with reading(place, field, "a model of transformers"):
+        file = Path(str(cached_file(place, CONFIG_NAME, revision=revision or "main")))
+        if not _COMMIT.fullmatch(file.parent.name):  # the cache keeps each commit in a folder of its name
+            raise AssetError(f"{field}: '{place}': the commit of {file} is not known; give a revision")
+        return file.parent.name
 
 
 def check_loaded(info: dict[str, Any], place: str, field: str) -> None:

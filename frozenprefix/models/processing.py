@@ -13,6 +13,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 import frozenprefix.models.vision.image_processing  # noqa: F401 - registers the image processor that checkpoints name
 from frozenprefix.errors import ConfigError, DataError, did_you_mean, shorten
 from frozenprefix.models.chat_template import image_template
+from frozenprefix.models.pretrained import reading
 from frozenprefix.models.standalone import name_processor_code
 from frozenprefix.utils import replace_surrogates
 from frozenprefix.utils.images import to_images
@@ -63,7 +64,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
         """Load a checkpoint's processor, as transformers does; code that the checkpoint names is never run."""
         options["trust_remote_code"] = False
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+        with reading(str(pretrained_model_name_or_path), "processor", "a processor of this package"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Write tokenizer, image processor and prompts, as transformers does, beside a checkpoint's code if any."""

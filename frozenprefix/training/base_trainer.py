@@ -13,7 +13,6 @@ from typing import Any, ClassVar, cast
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
@@ -39,15 +38,17 @@ from frozenprefix.training.checkpoints import (
     load_training_state,
     save_training_state,
 )
-from frozenprefix.training.guards import check_distributed, report_bad_step, warn_of_leaks
+from frozenprefix.training.guards import report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
 from frozenprefix.training.setup import PreparedImages, find_shared_images, prepare_images
+from frozenprefix.training.sharding import make_accelerator, requested_sharding
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
+from frozenprefix.training.watchdog import Watchdog
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
 
@@ -64,6 +65,7 @@ class BaseTrainer(ABC):
     Args:
         recipe: the experiment.
         mixed_precision: accelerate's setting; "fp16" scales the loss.
+        accumulation: micro-batches of each process in a step.
         callbacks: of transformers' kind; see `Callbacks`.
 
     Example:
@@ -83,13 +85,12 @@ class BaseTrainer(ABC):
     tracker: Tracker
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
-    def __init__(self, recipe: Any, *, mixed_precision: str = "no", callbacks: Sequence[Callback] = ()):
+    def __init__(
+        self, recipe: Any, *, mixed_precision: str = "no", accumulation: int = 1, callbacks: Sequence[Callback] = ()
+    ):
         self.callbacks = Callbacks(callbacks)
-        check_distributed()
-        self.accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # without it, processes without a GPU do not form a group
-        )
+        self.sharding = requested_sharding()
+        self.accelerator = make_accelerator(mixed_precision, self.sharding)
         self.recipe = recipe = resolve_precision(recipe)
         self.settings = recipe.training
         keep_freed_memory()
@@ -97,8 +98,11 @@ class BaseTrainer(ABC):
         self.output_dir = Path(recipe.output_dir)
         self.folder = RunFolder(self.output_dir, keep_last=self.settings.keep_last)
         self.best_by = "loss"
-        self.progress = Progress(fingerprint=recipe.fingerprint())
+        # micro-batches of a step, over all processes
+        self.num_parts = accumulation * self.accelerator.num_processes
+        self.progress = Progress(fingerprint=recipe.fingerprint(), num_parts=self.num_parts)
         self.clock = Clock(self.settings.max_minutes, self.accelerator.device)
+        self.watchdog = Watchdog(self.settings.process_timeout)
 
     def run(self, resume: str = "auto") -> TrainingResult:
         """Set up, train, and save the best and the last checkpoint.
@@ -120,7 +124,7 @@ class BaseTrainer(ABC):
             check_run_folder(self.output_dir)
         if resume not in ("auto", "never"):
             check_state(Path(resume))  # before images are encoded
-        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar:
+        with disk_errors(self.output_dir), self.folder.lock() if main else nullcontext(), bar, self.watchdog:
             self.setup()
             self.restore(resume)
             step = self.progress.step
@@ -243,9 +247,9 @@ class BaseTrainer(ABC):
         generator = torch.Generator()
         loader = DataLoader(dataset, batch_size=None, sampler=remaining, num_workers=workers, generator=generator)
         if not dataset.streamed:
-            return iter(loader)
+            return self.watchdog.loading(loader)
         left_out = LeftOut(self.output_dir / "bad_images.jsonl", self.recipe.data.max_bad_share)
-        return left_out.watch(loader, self.settings.images_per_step // num_parts)
+        return left_out.watch(self.watchdog.loading(loader), self.settings.images_per_step // num_parts)
 
     # ── loop ──
 
@@ -435,9 +439,9 @@ class BaseTrainer(ABC):
             self.folder.begin(None, 0)
             return
         self.read_model(folder)
-        state = self.accelerator.state
+        rank = self.accelerator.process_index
         self.progress = load_training_state(
-            folder, self.optimizer, self.progress.fingerprint, rank=state.process_index, processes=state.num_processes
+            folder, self.optimizer, self.progress.fingerprint, rank=rank, num_parts=self.num_parts
         )
         if self.average is not None:
             load_average(folder, self.average, updates=self.progress.step)

@@ -47,6 +47,7 @@ class Progress:
         fingerprint: keys of the recipe that a resumed run must share.
         bad_validations: validations since the best one; validated_step: the step of the latest one.
         bad_steps: steps that were left out since the last good one.
+        num_parts: micro-batches of a step, over all processes.
         scaler: state of the loss scaler, with fp16.
 
     Example:
@@ -62,6 +63,7 @@ class Progress:
     bad_validations: _Count = 0
     validated_step: int = -1
     bad_steps: _Count = 0
+    num_parts: _Count = 1
     fingerprint: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
 
@@ -164,12 +166,13 @@ def load_training_state(
     fingerprint: dict[str, Any],
     *,
     rank: int = 0,
-    processes: int = 1,
+    num_parts: int = 1,
 ) -> Progress:
     """Restore what `save_training_state` wrote, and the random state of process `rank`.
 
-    With another number of processes than before, the steps see the same images, but other random numbers (dropout,
-    sampling) than in an undisturbed run; a warning says so.
+    Args:
+        num_parts: micro-batches of a step, over all processes. With another number than before, the steps see the same
+            images, but other random numbers (dropout, sampling) than in an undisturbed run; a warning says so.
 
     Raises:
         CheckpointError: when the folder holds no state, or belongs to another recipe.
@@ -183,13 +186,15 @@ def load_training_state(
             f"{folder} holds no training state that can be read ({error}); use --resume never"
         ) from error
     _check_fingerprint(folder, progress.fingerprint, fingerprint)
-    if len(random_states) != processes:
+    if progress.num_parts != num_parts:
         logger.warning(
-            "%s was saved by %d processes and is resumed by %d: dropout and sampling will draw other numbers",
+            "%s was saved with %d micro-batches a step (processes x gradient_accumulation_steps), now there are %d: "
+            "dropout and sampling will draw other numbers",
             folder,
-            len(random_states),
-            processes,
+            progress.num_parts,
+            num_parts,
         )
+        progress.num_parts = num_parts
     try:
         set_random_state(random_states[rank if rank in random_states else 0])
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:

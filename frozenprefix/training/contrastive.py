@@ -28,6 +28,7 @@ from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.setup import build_locked_model, load_parts, load_validation
+from frozenprefix.training.sharding import average_gradients
 from frozenprefix.training.validation import batch_bounds, contrastive_scores, embed_by_length
 from frozenprefix.utils import report
 
@@ -66,6 +67,8 @@ class ContrastiveTrainer(BaseTrainer):
 
     def __init__(self, recipe: ContrastiveRecipe, *, callbacks: Sequence[Callback] = ()):
         super().__init__(recipe, callbacks=callbacks)
+        if self.sharding is not None:
+            raise ConfigError("accelerate: got FSDP2 for a contrastive recipe, whose text tower is small; use DDP")
         per_step, processes = self.settings.images_per_step, self.accelerator.num_processes
         if per_step % processes:
             raise ConfigError(
@@ -144,7 +147,7 @@ class ContrastiveTrainer(BaseTrainer):
     def batches(self) -> Iterator[dict[str, Any]]:
         return self.load_steps(
             self.train_collator,
-            num_parts=self.accelerator.num_processes,
+            num_parts=self.num_parts,
             parts=[self.accelerator.process_index],
             in_memory=self.collator.features is not None and not self.recipe.data.streamed,
         )
@@ -165,7 +168,7 @@ class ContrastiveTrainer(BaseTrainer):
             loss = loss_of(self._embed_images(features), texts)
             loss.backward()
             loss = loss.detach()
-        self._average_gradients()
+        average_gradients(self.accelerator, self.trained)  # the loss was gathered: it is the same everywhere
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm or float("inf")))
         problem = find_not_finite(float(loss), norm)
         bad: dict[str, Any] = {}
@@ -198,15 +201,6 @@ class ContrastiveTrainer(BaseTrainer):
     def _embed_texts(self, chunk: dict[str, Tensor]) -> Tensor:
         with self._autocast():
             return self.model.encode_text(**{name: value.to(self.accelerator.device) for name, value in chunk.items()})
-
-    def _average_gradients(self) -> None:
-        """As DDP does; the loss is the same on all processes, and its gradient was gathered as a sum."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
-        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for p, part in zip(self.trained, mean.split([g.numel() for g in gradients]), strict=True):
-            p.grad = part.view_as(p)
 
     # ── validation ──
 

@@ -7,20 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from accelerate.utils import parse_flag_from_env
-
 from frozenprefix.data.check import Leak
-from frozenprefix.errors import ConfigError, TrainingError
+from frozenprefix.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 MIN_CAPTIONS = 3  # fewer captions may be the same by chance
 MOST_NAMED = 20  # sample ids in one message
 MAX_PREFIX_SCALE = 5.0  # the prefix starts as large as the word embeddings
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
 
 
 def find_not_finite(loss: float, gradient_norm: float) -> str | None:
@@ -138,20 +131,6 @@ def warn_of_leaks(leaks: Sequence[Leak]) -> None:
             len(leaks),
             examples,
         )
-
-
-def check_distributed() -> None:
-    """Refuse ways to train with several processes that would silently become DDP.
-
-    Raises:
-        ConfigError: if accelerate's configuration asks for FSDP, DeepSpeed or Megatron-LM.
-    """
-    for name, variable in SHARDING.items():
-        if parse_flag_from_env(variable):
-            raise ConfigError(
-                f"accelerate: got {name} ({variable}), expected plain data parallelism (DDP), the only way to train on "
-                "several devices so far; run `accelerate config` again, or start with torchrun"
-            )
 
 
 def check_frozen_text(unchanged: bool, *, trained: bool) -> None:

@@ -35,8 +35,10 @@ from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.sampling import greedy_captions, greedy_cider_d
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, load_validation
+from frozenprefix.training.sharding import average_gradients, shard_frozen_layers
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
+from frozenprefix.utils.random_state import seed_all
 
 logger = logging.getLogger(__name__)
 TEXT_FILE = "text_ability.json"
@@ -79,13 +81,29 @@ class Trainer(BaseTrainer):
         half = recipe.training.precision == "fp16"
         if half and not torch.accelerator.is_available():
             raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        super().__init__(recipe, mixed_precision="fp16" if half else "no", callbacks=callbacks)
+        super().__init__(
+            recipe,
+            mixed_precision="fp16" if half else "no",
+            accumulation=recipe.training.gradient_accumulation_steps,
+            callbacks=callbacks,
+        )
+        self._check_sharding()
         per_step = recipe.training.images_per_step
-        self.num_parts = recipe.training.gradient_accumulation_steps * self.accelerator.num_processes
         if per_step % self.num_parts:
             raise ConfigError(
                 f"training.images_per_step: got {per_step}, expected a multiple of gradient_accumulation_steps x "
                 f"processes = {self.num_parts}"
+            )
+
+    def _check_sharding(self) -> None:
+        """What needs a different number of forward passes on each process cannot be sharded."""
+        if self.sharding is None:
+            return
+        if self.settings.precision == "fp16":
+            raise ConfigError("training.precision: got fp16 with FSDP2, expected bf16 or fp32")
+        if self.recipe.objectives.self_critical is not None:
+            raise ConfigError(
+                "objectives.self_critical: got FSDP2, under which all processes have to generate equally long; use DDP"
             )
 
     # ── set-up ──
@@ -94,6 +112,9 @@ class Trainer(BaseTrainer):
         if self.settings.init_from is not None:
             check_checkpoint(self.settings.init_from, field="training.init_from")  # before the parts are loaded
         self.model, self.processor = build_model(self.recipe)
+        if self.sharding is not None:
+            layers = shard_frozen_layers(self.model.language_model, self.sharding)
+            logger.info("FSDP2: %d layers in %d processes", layers, self.accelerator.num_processes)
         self.model.to(self.accelerator.device)
         problem = self.model.lm.packing_problem() if self.settings.packing != "none" else None
         if problem is not None:
@@ -172,7 +193,10 @@ class Trainer(BaseTrainer):
             part_rates=settings.learning_rates,
         )
         self.model.adapters.set_total_steps(self.total_steps)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
+        if self.sharding is None:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.objectives, optimizer)
+        else:
+            self.wrapped, self.optimizer = self.objectives, optimizer
 
     # ── loop ──
 
@@ -182,7 +206,9 @@ class Trainer(BaseTrainer):
         super().begin()
 
     def take_steps(self) -> None:
-        with prepacked_frozen_weights(self.model.language_model):
+        # a prepacked copy would be whole on each process
+        whole = prepacked_frozen_weights(self.model.language_model) if self.sharding is None else nullcontext()
+        with whole:
             super().take_steps()
 
     def batches(self) -> Iterator[Batch]:
@@ -229,9 +255,10 @@ class Trainer(BaseTrainer):
         """Accumulate the gradient of all micro-batches; returns the loss of each term over all processes."""
         losses = {name: torch.zeros((), device=self.accelerator.device) for name in weights}
         finite = []
-        for number, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
-            last = number == len(parts)
+        for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+            last = number == len(parts) - 1
             self.accelerator.sync_gradients = last
+            seed_all(self.recipe.seed, "forward", self._number(number))
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self.wrapped(part, share)
                 # DDP averages gradients over processes; the shares already add up to one
@@ -240,13 +267,20 @@ class Trainer(BaseTrainer):
             finite.append(total.detach().isfinite())
             for name, loss in terms.items():
                 losses[name] += loss.detach()
+        if self.sharding is not None:
+            average_gradients(self.accelerator, self.wrapped.parameters())
         self._bad_parts = [number for number, good in enumerate(finite) if not good]
         return {name: float(self.accelerator.reduce(loss, "sum")) for name, loss in losses.items()}
 
     def _next_part(self, batches: Iterator[Batch], number: int) -> Batch:
-        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
         batch = to_device(next(batches), self.accelerator.device)
-        return self.objectives.prepare(batch, self.progress.step * self.num_parts + rank * accumulation + number)
+        seed_all(self.recipe.seed, "prepare", self._number(number))
+        return self.objectives.prepare(batch, self._number(number))
+
+    def _number(self, part: int) -> int:
+        """Number of a micro-batch of this process and step, 0 and up, among those of all processes and steps."""
+        accumulation, rank = self.settings.gradient_accumulation_steps, self.accelerator.process_index
+        return self.progress.step * self.num_parts + rank * accumulation + part
 
     def _shares(self, parts: list[Batch]) -> tuple[list[dict[str, float]], int]:
         """Share of the step that each micro-batch holds, for each term of the loss; and the targets of the step."""

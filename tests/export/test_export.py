@@ -9,6 +9,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from typer.testing import CliRunner
 
@@ -56,7 +58,7 @@ def source(sharp_lm, shapes, tmp_path_factory):
         folder = tmp_path_factory.mktemp(kind)
         recipe = tiny_recipe_dict(sharp_lm, shapes, folder / "run")
         tower = save_tower(folder / "tower", kind, encoder_activation)
-        options = options if "type" in options else {**GELU, **options}
+        options = {"layer": -2, **({} if "type" in options else GELU), **options}
         return Source.load(save_checkpoint(recipe, tower, folder / "checkpoint", **options))
 
     return make
@@ -76,10 +78,10 @@ def is_equal(results, tolerance: float) -> bool:
     ("kind", "activation", "options"),
     [
         ("siglip", "gelu_pytorch_tanh", {}),
-        ("siglip", "gelu", {"activation": "gelu", "layer": -2}),
+        ("siglip", "gelu", {"activation": "gelu"}),
         ("siglip", "quick_gelu", {"layer": 3, "hidden_dim": 32}),  # all blocks, without the norm behind them
-        ("clip", "quick_gelu", {"type": "pixel_shuffle", "layer": -2}),
-        ("clip", "quick_gelu", {"hidden_dim": 30}),
+        ("clip", "quick_gelu", {"type": "pixel_shuffle"}),
+        ("clip", "quick_gelu", {"hidden_dim": 30, "layer": -1}),
     ],
 )
 def test_llava_is_equal_on_ten_images(kind, activation, options, source, ten, tmp_path):
@@ -89,11 +91,22 @@ def test_llava_is_equal_on_ten_images(kind, activation, options, source, ten, tm
 
 
 @pytest.mark.parity
+def test_llava_reads_normed_features_with_newer_releases(source, ten, tmp_path):
+    one = source("siglip", "gelu_pytorch_tanh", layer=-1)
+    if Version(transformers.__version__) < Version("5.18"):
+        with pytest.raises(ExportError, match=r"layer: got -1, .* transformers 5.18 or later.*layer=-2"):
+            export_llava(one, tmp_path / "llava")
+        return
+    export_llava(one, tmp_path / "llava")
+    assert is_equal(verify_llava(one, tmp_path / "llava", ten, max_new_tokens=12), 1e-5)
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("activation", "options"),
     [
-        ("gelu_pytorch_tanh", {}),
-        ("gelu", {"activation": "gelu", "layer": -2}),
+        ("gelu_pytorch_tanh", {"layer": -1}),
+        ("gelu", {"activation": "gelu"}),
         ("quick_gelu", {"layer": 3, "hidden_dim": 48}),
         ("gelu_pytorch_tanh", {"type": "linear"}),
     ],

@@ -14,6 +14,7 @@ from frozenprefix import Captioner
 from frozenprefix.cli.main import app
 from frozenprefix.errors import AssetError, CheckpointError, ConfigError
 from frozenprefix.export.gguf_language_model import write_language_model
+from frozenprefix.utils import read_jsonl
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
 from frozenprefix.inference.llama_cpp import LlamaCppCaptioner, LlamaCppModel
@@ -76,16 +77,23 @@ def test_end_tokens_end_a_text(ours, gguf):
     assert ended[1].ids == expected
 
 
-def test_command(tiny_checkpoint, gguf, shapes, ours):
+def test_commands(tiny_checkpoint, shapes, ours, tmp_path):
+    """The language model of any checkpoint is written by one command and read by the other."""
+
+    def call(*arguments, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result.output
+
     image = shapes / "images" / "red_circle.png"
-    arguments = ["caption", str(tiny_checkpoint), str(image), "--engine", "llama.cpp", "--language-model", str(gguf)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    text = next(ours.caption([image], num_beams=1)).text
-    assert " ".join(text.split())[:5] in result.output
-    result = CliRunner().invoke(app, [*arguments, "--beams", "3"])
-    assert result.exit_code == 2
-    assert "--beams: got 3, but --engine llama.cpp searches greedily" in result.output
+    caption = ["caption", tiny_checkpoint, image, "--engine", "llama.cpp", "--out", tmp_path / "captions.jsonl"]
+    assert "--only-language-model" in call(*caption, code=2)
+    call("export", "gguf", tiny_checkpoint, "--out", tmp_path / "lm", "--only-language-model")
+    caption += ["--language-model", tmp_path / "lm" / "language_model.gguf"]
+    call(*caption)
+    [(_, row)] = read_jsonl(tmp_path / "captions.jsonl")
+    assert row["caption"] == next(ours.caption([image], num_beams=1)).text
+    assert "--beams: got 3, but --engine llama.cpp searches greedily" in call(*caption, "--beams", 3, code=2)
 
 
 def test_other_weights_are_refused(tiny_checkpoint, ours, gguf, tmp_path):

@@ -64,13 +64,13 @@ def test_every_process_gets_its_own_random_state(tmp_path, caplog):
         random.gauss(), np.random.randn()  # these keep a second number for later
         states.append(random_state())
         expected.append(draws())
-    save_training_state(tmp_path, optimizer, Progress(), states)
+    save_training_state(tmp_path, optimizer, Progress(num_parts=2), states)
     for rank in (0, 1):
-        load_training_state(tmp_path, optimizer, {}, rank=rank, processes=2)
+        load_training_state(tmp_path, optimizer, {}, rank=rank, num_parts=2)
         assert draws() == expected[rank]
     assert not caplog.messages
-    load_training_state(tmp_path, optimizer, {}, rank=2, processes=3)
-    assert "saved by 2 processes and is resumed by 3: dropout and sampling" in caplog.text
+    load_training_state(tmp_path, optimizer, {}, rank=2, num_parts=3)
+    assert "saved with 2 micro-batches a step (processes x gradient_accumulation_steps), now there are 3" in caplog.text
 
 
 def test_another_recipe_is_refused_with_the_key(tmp_path):

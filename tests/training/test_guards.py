@@ -199,13 +199,6 @@ def test_images_that_are_trained_on_and_validated_are_counted(recipe_of, tmp_pat
     assert f"{files['val'][0]} = {files['train'][0]}" in warning
 
 
-@pytest.mark.parametrize(("name", "variable"), [("FSDP", "FSDP"), ("DeepSpeed", "DEEPSPEED")])
-def test_sharding_that_would_become_ddp_is_refused(recipe_of, tmp_path, monkeypatch, name, variable):
-    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
-    with pytest.raises(ConfigError, match=f"accelerate: got {name} .*expected plain data parallelism"):
-        train(recipe_of(tmp_path))
-
-
 def test_early_stopping(recipe_of, tmp_path, monkeypatch):
     values = iter([9.0, 5.0, 4.0, 4.5, 4.1, 1.0])
     monkeypatch.setattr(

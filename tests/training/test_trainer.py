@@ -20,7 +20,7 @@ from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
 from frozenprefix.training.validation import batch_bounds, validation_losses
-from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, losses_of, run_python, run_with_hashes
+from tests.helpers.training import assert_same_tensors, losses_of, run_python, run_with_hashes
 
 # dropout: a resumed run must also go on with the same random numbers
 DROPOUT = "model.mapper.dropout=0.2"
@@ -269,20 +269,6 @@ def test_a_step_is_divided_evenly(recipe_of, tmp_path):
         ConfigError, match=r"images_per_step: got 4, expected a multiple of gradient_accumulation_steps 3"
     ):
         train(recipe_of(tmp_path, "training.gradient_accumulation_steps=3"))
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(plain_descent, recipe_of, tmp_path):
-    """torchrun, because `accelerate launch --cpu --num_processes 2` starts one process only."""
-    rate = "training.learning_rate=1"
-    train(recipe_of(tmp_path / "one", rate))
-    (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "two", rate).to_yaml())
-    (tmp_path / "train.py").write_text(PLAIN_DESCENT)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
-    assert done.returncode == 0, done.stderr
-    assert_same_tensors(tmp_path / "one/last/model.safetensors", tmp_path / "two/last/model.safetensors", atol=1e-5)
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
 # ── validation, reproducibility ──

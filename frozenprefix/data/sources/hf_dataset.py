@@ -18,8 +18,9 @@ from frozenprefix.data.sources.image_files import unpack_once
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.selection import of_wanted
 from frozenprefix.data.streaming.groups import StreamedGroups
-from frozenprefix.errors import BadImageError
+from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.utils import report_left_out
+from frozenprefix.utils.damage import refusing_damage
 from frozenprefix.utils.images import StoredImage
 
 
@@ -59,7 +60,9 @@ class HfDatasetSource(StreamedSource):
         without: Counter[str] = Counter()
         tables = tables_of(root, self.files)
         for number in of_wanted({n: table.split for n, table in enumerate(tables)}, self.split, where=str(root)):
-            samples += self._samples(tables[number], root, without)
+            damaged = f"{tables[number].files[0]}: cannot be read as a table ({{reason}}); fetch it again"
+            with refusing_damage(DataError, damaged):
+                samples += self._samples(tables[number], root, without)
         report_left_out(root, len(samples) + sum(without.values()), without)
         return samples
 

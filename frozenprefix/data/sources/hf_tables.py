@@ -12,6 +12,7 @@ from frozenprefix.data.images import image_ending
 from frozenprefix.data.sources.image_files import write_image
 from frozenprefix.data.sources.selection import files_of
 from frozenprefix.errors import DataError
+from frozenprefix.utils.damage import refusing_damage
 
 try:
     import datasets
@@ -31,17 +32,11 @@ class Table:
     load: Callable[[list[str]], datasets.Dataset]
 
 
-#: What datasets and pyarrow raise for files that are damaged, or of another kind.
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
-
-
 def tables_of(root: Path, pattern: str | None) -> list[Table]:
     """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files."""
     if pattern is None and _is_saved(root):
-        try:
+        with refusing_damage(DataError, f"{root}: cannot be read as a folder of save_to_disk ({{reason}})"):
             return _saved(root)
-        except READ_ERRORS as error:
-            raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error!r})") from error
     return _in_files(root, pattern or "**/*.parquet")
 
 
@@ -85,14 +80,12 @@ def _in_files(root: Path, pattern: str) -> list[Table]:
         shard = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
         split = shard.group(1) if shard else split
         name = file.relative_to(root).with_suffix("").as_posix()
-        try:
+        with refusing_damage(DataError, f"{file}: cannot be read as a table ({{reason}}); fetch it again"):
             if file.suffix == ".arrow":
                 tables.append(_table(datasets.Dataset.from_file(str(file)), name, split))
             else:
                 columns = pyarrow.parquet.read_schema(file).names
                 tables.append(Table(name, split, [file], columns, _parquet_loader(file)))
-        except READ_ERRORS as error:
-            raise DataError(f"{file}: cannot be read as a table ({error}); fetch it again") from error
     return tables
 
 

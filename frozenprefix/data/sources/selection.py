@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -186,7 +187,8 @@ def check_images_exist(samples: list[Sample], *, where: str) -> None:
     if not samples:
         raise DataError(f"{where}: got 0 samples, expected at least one; check split, holdout and limit")
     images = list(dict.fromkeys(image for sample in samples for image in sample.images))
-    if images and not any(image.exists() for image in images):
+    # os.path: False for a name that no file can have
+    if images and not any(os.path.exists(image) for image in images):
         raise DataError(
             f"{where}: none of its {len(images)} images exists, first looked for {images[0]}; "
             "check the source's `path` and where its images are"

@@ -19,10 +19,11 @@ import pyarrow
 import pyarrow.parquet
 
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources.hf_tables import READ_ERRORS, Table
+from frozenprefix.data.sources.hf_tables import Table
 from frozenprefix.data.streaming.groups import StreamedGroups
 from frozenprefix.errors import DataError
 from frozenprefix.utils import content_hash
+from frozenprefix.utils.damage import refusing_damage
 
 ROWS = 1000  # rows of an arrow file that count as a shard
 _EDGE = 1 << 16  # bytes at both ends of a file that tell its content
@@ -64,11 +65,9 @@ class ParquetShards(ShardedTable):
     def __init__(self, table: Table, columns: Sequence[str], kept: RowGroups):
         super().__init__(table, columns)
         file = table.files[0]
-        try:
+        with refusing_damage(DataError, f"{file}: cannot be read as a table ({{reason}}); fetch it again"):
             metadata = pyarrow.parquet.read_metadata(file)
             self.features = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
-        except READ_ERRORS as error:
-            raise DataError(f"{file}: cannot be read as a table ({error}); fetch it again") from error
         self.sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._kept = kept
 
@@ -113,7 +112,9 @@ class ArrowShards(ShardedTable):
 
     def row(self, shard: int, row: int) -> Values:
         place = shard * ROWS + row
-        return self._rows[place : place + 1].to_pylist()[0]
+        one = self._rows[place : place + 1]
+        one.validate(full=True)  # offsets of a damaged file would point anywhere in memory
+        return one.to_pylist()[0]
 
 
 def sharded(table: Table, columns: Sequence[str], kept: RowGroups) -> ShardedTable:
@@ -173,8 +174,7 @@ class TableGroups(StreamedGroups):
 
     def read(self, shard: int, row: int) -> list[Sample]:
         part = self._parts[shard]
-        try:
+        where = f"{self.names[shard]}: row {row}"
+        with refusing_damage(DataError, f"{where} cannot be read ({{reason}}); fetch the file again"):
             values = part.table.row(part.shard, row)
-        except READ_ERRORS as error:
-            raise DataError(f"{self.names[shard]}: row {row} cannot be read ({error}); fetch the file again") from error
         return [self._sample(values, part.table, part.first + row)]

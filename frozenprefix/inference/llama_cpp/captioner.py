@@ -259,7 +259,7 @@ def find_gguf(config: FrozenPrefixConfig, checkpoint: str | Path) -> Path:
     if not path.split("#")[0].endswith(".gguf"):
         raise ConfigError(
             f"engine: llama.cpp reads GGUF files, but the language model of '{checkpoint}' is '{path}'; write one with "
-            f"`frozenprefix export gguf {checkpoint} --out DIR`, and give its file as --language-model"
+            f"`frozenprefix export gguf {checkpoint} --out DIR --only-language-model`, and give it as --language-model"
         )
     return resolve(path)
 
@@ -271,5 +271,5 @@ def _check_same(config: FrozenPrefixConfig, gguf: Path, llama: LlamaCppModel, ch
         return
     raise CheckpointError(
         f"language_model: '{gguf}' does not hold the weights that '{checkpoint}' was trained with; give the GGUF file "
-        f"of the training, or one that `frozenprefix export gguf {checkpoint} --out DIR` has written"
+        f"of the training, or one that `frozenprefix export gguf` has written"
     )

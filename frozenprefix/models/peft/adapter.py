@@ -14,13 +14,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.peft.virtual_tokens import VirtualTokens
 from frozenprefix.models.state_dict import check_fit, copy_into, misfits
+from frozenprefix.utils.damage import refusing_damage
 
 NAME = "default"  # peft's name for the adapter; its files are then in the folder itself
 
@@ -139,11 +139,9 @@ class Adapter:
         Raises:
             CheckpointError: for another method, missing or unexpected keys, or wrong shapes.
         """
-        try:
+        with refusing_damage(CheckpointError, f"{source}: {subfolder} cannot be read ({{reason}})"):
             saved = PeftConfig.from_pretrained(str(source), subfolder=subfolder, **hub)
             tensors = load_peft_weights(str(source), device="cpu", subfolder=subfolder, **hub)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{source}: {subfolder} cannot be read ({error})") from error
         if saved.peft_type != self.config.peft_type:
             raise CheckpointError(f"{source}: {subfolder} holds {saved.peft_type}, expected {self.config.peft_type}")
         self.prepare_for(saved)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -83,7 +83,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FrozenPrefixConfig, vision_encoder: Any, language_model: PreTrainedModel):
         super().__init__(config)
-        options = {key: value for key, value in config.mapper.items() if key not in ("type", "prefix_length")}
+        own = ("type", "prefix_length", "output_norm")
+        options = {key: value for key, value in config.mapper.items() if key not in own}
         layers = decoder_layers(language_model)
         words: Any = language_model.get_input_embeddings()
         lm_dim = words.weight.shape[1]
@@ -95,7 +96,8 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **options,
         )
         self.vision_encoder = vision_encoder
-        self.mapper = PrefixMapper(body, PrefixScale(lm_dim, embedding_rms=1.0))
+        has_norm = config.mapper.get("output_norm", "layer") == "layer"
+        self.mapper = PrefixMapper(body, PrefixScale(lm_dim, embedding_rms=1.0) if has_norm else nn.Identity())
         self.language_model = language_model
         fusion_options = {key: value for key, value in config.fusion.items() if key != "type"}
         self.fusion = ChosenFusion(lm_dim=lm_dim, num_layers=len(layers), **fusion_options)

@@ -6,9 +6,10 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError
 from frozenprefix.models.state_dict import misfits
 from frozenprefix.utils import file_sha256
+from frozenprefix.utils.damage import refusing_damage
 
 RANDOM_SEED = 0
 COPY = "model.safetensors"  # file of an encoder's weights in a checkpoint that holds its frozen parts
@@ -67,20 +69,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         >>> read_weights(tmp_path / "layer.pth")
         {'weight': tensor([1., 1.])}
     """
-    try:
+    fix = "save the weights as .safetensors and give that file"
+    with refusing_damage(AssetError, f"{path.name} is not a file of plain tensors ({{reason}}); {fix}"):
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AssetError(
-            f"{path.name} is not a file of plain tensors ({error}); save the weights as .safetensors and give that file"
-        ) from error
+        content = _tensors_only(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise AssetError(f"{path.name} holds no mapping from names to tensors; give the file of a state dict")
     return dict(content)
+
+
+def _tensors_only(path: Path) -> Any:
+    """The content of a torch file; nothing in it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text says how to load it all the same
+        raise ValueError("it holds code or other objects, which are never loaded") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -93,11 +100,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise AssetError(f"{path.name} is not a file of plain tensors ({error}); fetch it again") from error
+    message = f"{path.name} is not a file of plain tensors ({{reason}}); fetch it again"
+    with refusing_damage(AssetError, message), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()) -> None:

@@ -46,6 +46,7 @@ CASES = {
         for kind in MAPPERS.names()
     },
     **{f"fusion {kind}": [section("fusion", kind, **FUSION_OPTIONS.get(kind, {}))] for kind in FUSIONS.names()},
+    "mapper without a norm": [section("mapper", "mlp", prefix_length=4, output_norm="none", activation="gelu_tanh")],
     "convolutional encoder": ["model.vision_encoder.name=test_resnet", "model.mapper={type: mlp, prefix_length: 2}"],
     "inner layers": ["model.vision_encoder.layer=[-2, -1]", "model.vision_encoder.grid=2"],
     "trained encoder": ["model.vision_encoder.trainable=1", "data.feature_cache=off"],
