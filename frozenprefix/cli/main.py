@@ -13,6 +13,7 @@ from frozenprefix.cli import (
     ask,
     cache,
     caption,
+    card,
     chat,
     compare,
     data,
@@ -85,6 +86,7 @@ app.command("video")(video.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("compare")(compare.command)
+app.command("card")(card.command)
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")

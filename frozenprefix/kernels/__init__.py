@@ -2,7 +2,7 @@
 
 from frozenprefix.kernels.allocator import keep_freed_memory
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind, matmul_attention
-from frozenprefix.kernels.compat import CACHE, attention_implementation, commit_hash, is_recurrent
+from frozenprefix.kernels.compat import CACHE, attention_implementation, is_recurrent
 from frozenprefix.kernels.linear import head_tiles, prepackable_dtypes
 from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights
 
@@ -11,7 +11,6 @@ __all__ = [
     "additive_mask",
     "attention_for_rows",
     "attention_implementation",
-    "commit_hash",
     "head_tiles",
     "is_recurrent",
     "keep_freed_memory",

