@@ -186,6 +186,7 @@ def load_checkpoint(
     ready = [name for name in part_names if options.get(name) is not None]
     own_config = copy.deepcopy(options.get("config"))  # changed below, by what the arguments say
     config = checkpoint_config(config_class, source, config=own_config, language_model=moved, ready=ready, name=place)
+    _check_parts(config, ready, place)
     tensors = read_checkpoint(source)  # first, as building the parts takes longer
     check_named(config.identity, [name for name in part_names if name not in ready], str(source))
     parts = {name: options[name] for name in ready}
@@ -202,6 +203,15 @@ def load_checkpoint(
         return model
     empty: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     return model, {**empty, "error_msgs": []}  # type: ignore[return-value]
+
+
+def _check_parts(config: Any, ready: Collection[str], source: Any) -> None:
+    """Refuse a config without a part that nobody gave."""
+    missing = sorted(name for name in {*PARTS, "mapper"}.difference(ready) if getattr(config, name, ready) is None)
+    if missing:
+        raise CheckpointError(
+            f"{source}: {CONFIG_NAME} describes no {missing[0]}; take another checkpoint, or give one"
+        )
 
 
 def checkpoint_generation_config(

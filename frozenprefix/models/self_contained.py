@@ -98,7 +98,7 @@ def locate(config: Any, source: str | PathLike[Any]) -> None:
             place = Path(source).resolve() / value
             config.vision_encoder = encoder.model_copy(update={name: str(place)})
     location = vars(config).pop("language_model_location", None)
-    if location is None:
+    if location is None or config.language_model is None:
         return
     place = Path(source) / config.language_model.path
     path = str(place.resolve()) if place.exists() else location

@@ -69,7 +69,7 @@ class HfDatasetSource(StreamedSource):
     def open(self, root: Path, finish: Callable[[Sample], Sample]) -> StreamedGroups:
         from frozenprefix.data.streaming.tables import RowGroups, ShardedTable, TableGroups, sharded
 
-        tables, kept = tables_of(root, self.files), RowGroups(self.shuffle_images)
+        tables, kept = tables_of(root, self.files, check=False), RowGroups(self.shuffle_images)
         wanted = of_wanted({n: table.split for n, table in enumerate(tables)}, self.split, where=str(root))
         columns = {tables[number].name: self._columns(tables[number]) for number in wanted}
 

@@ -16,6 +16,7 @@ from frozenprefix.utils.damage import refusing_damage
 
 try:
     import datasets
+    import pyarrow.ipc
     import pyarrow.parquet
 except ImportError as error:
     raise DataError(f"data source 'hf_dataset' needs the library datasets ({error}); pip install datasets") from error
@@ -32,12 +33,26 @@ class Table:
     load: Callable[[list[str]], datasets.Dataset]
 
 
-def tables_of(root: Path, pattern: str | None) -> list[Table]:
-    """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files."""
+def tables_of(root: Path, pattern: str | None, *, check: bool = True) -> list[Table]:
+    """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files.
+
+    Args:
+        check: read each arrow file as a whole first. They are mapped into memory, where pyarrow believes the offsets and
+            sizes in them, and crashes on a damaged file.
+    """
     if pattern is None and _is_saved(root):
         with refusing_damage(DataError, f"{root}: cannot be read as a folder of save_to_disk ({{reason}})"):
+            if check:
+                for file in sorted(root.rglob("*.arrow")):
+                    _check_arrow(file)
             return _saved(root)
-    return _in_files(root, pattern or "**/*.parquet")
+    return _in_files(root, pattern or "**/*.parquet", check)
+
+
+def _check_arrow(file: Path) -> None:
+    with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def take_images(table: Table, column: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -74,7 +89,7 @@ def _table(rows: datasets.Dataset, name: str, split: str | None) -> Table:
     return Table(name, split, files, rows.column_names, rows.select_columns)
 
 
-def _in_files(root: Path, pattern: str) -> list[Table]:
+def _in_files(root: Path, pattern: str, check: bool) -> list[Table]:
     tables = []
     for file, split in files_of(root, pattern).items():
         shard = re.match(r"(.+)-\d{5}-of-\d{5}$", file.stem)
@@ -82,6 +97,8 @@ def _in_files(root: Path, pattern: str) -> list[Table]:
         name = file.relative_to(root).with_suffix("").as_posix()
         with refusing_damage(DataError, f"{file}: cannot be read as a table ({{reason}}); fetch it again"):
             if file.suffix == ".arrow":
+                if check:
+                    _check_arrow(file)
                 tables.append(_table(datasets.Dataset.from_file(str(file)), name, split))
             else:
                 columns = pyarrow.parquet.read_schema(file).names
