@@ -108,6 +108,7 @@ def test_llava_reads_normed_features_with_newer_releases(source, ten, tmp_path):
         ("gelu", {"activation": "gelu"}),
         ("quick_gelu", {"layer": 3, "hidden_dim": 48}),
         ("gelu_pytorch_tanh", {"type": "linear"}),
+        ("gelu_pytorch_tanh", {"hidden_norm": True, "output_norm": "layer"}),
     ],
 )
 def test_llama_cpp_is_equal_on_ten_images(activation, options, source, ten, tmp_path):
@@ -163,6 +164,7 @@ def test_a_linear_mapper_is_an_mlp(size):
     ("options", "num_tokens", "message"),
     [
         ({"output_norm": "layer"}, 9, "output_norm: got 'layer'.*train with model.mapper.output_norm=none"),
+        ({"hidden_norm": True}, 9, "hidden_norm: got true without output_norm.*train with both"),
         ({"input_norm": True}, 9, "input_norm: got true.*train without it"),
         ({"activation": "tanh"}, 9, "activation: got Tanh.*activation=gelu_tanh"),
         ({"num_layers": 3}, 9, "num_layers: got 3.*num_layers=2"),
@@ -235,6 +237,11 @@ def test_encoders_that_others_do_not_have(tiny_checkpoint, source, tmp_path):
     crops.processor.image_processor.crop_size = {"height": SIZE, "width": SIZE}
     with pytest.raises(ExportError, match=r"crops images, even those of 32 x 32 pixels.*resize=squash"):
         export_gguf(crops, tmp_path / "gguf")
+    normed = source("siglip", "gelu", hidden_norm=True, output_norm="layer")
+    with pytest.raises(
+        ExportError, match=r"hidden_norm: got true, but Llava's projector has no layer norms.*export gguf"
+    ):
+        export_llava(normed, tmp_path / "llava")
     wide = source("siglip", "gelu", hidden_dim=40)
     with pytest.raises(ExportError, match=r"40 hidden units, but Llava's has the width of the language model, 32"):
         export_llava(wide, tmp_path / "llava")
