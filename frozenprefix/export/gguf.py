@@ -6,11 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from frozenprefix.errors import ExportError
 from frozenprefix.export.gguf_language_model import write_language_model
 from frozenprefix.export.gguf_tensors import FileType, write_tensors
 from frozenprefix.export.mlp import PlainMLP
-from frozenprefix.export.source import Source
+from frozenprefix.export.source import Source, built_in_images
 from frozenprefix.export.vit import PlainViT
 from frozenprefix.utils import atomic_folder
 
@@ -49,6 +51,7 @@ def export_gguf(
             "encoder, `frozenprefix export llava`, or `caption --engine llama.cpp`, which encodes images here"
         )
     projector = projector_of(vit)
+    _check_pixels(source)
     with atomic_folder(out) as folder:
         _write_language_model(source, folder / LM_FILE, file_type)
         _write_mmproj(source, vit, mlp, projector, folder / MMPROJ_FILE, file_type)
@@ -66,6 +69,25 @@ def _write_language_model(source: Source, path: Path, file_type: FileType) -> No
         gguf_path=place if place.split("#")[0].endswith(".gguf") else "",
         sha256=config.identity.get("language_model", {}).get("sha256"),
     )
+
+
+def _check_pixels(source: Source) -> None:
+    """Refuse an image processor that changes images of the encoder's own size: llama.cpp takes those as they are.
+
+    Raises:
+        ExportError: for one that crops.
+    """
+    size = source.image_size
+    processor: Any = source.processor.image_processor
+    image = built_in_images(size)[1]
+    mean, std = (np.array(value, np.float32) for value in (processor.image_mean, processor.image_std))
+    expected = (np.asarray(image, np.float32) / 255 - mean) / std
+    got = source.pixel_values(image)[0].permute(1, 2, 0).numpy()
+    if got.shape != expected.shape or np.abs(got - expected).max() > 1e-3:
+        raise ExportError(
+            f"model.vision_encoder.resize: the encoder's image processor crops images, even those of {size} x {size} "
+            "pixels, but llama.cpp shows them whole; train with model.vision_encoder.resize=squash"
+        )
 
 
 def projector_of(vit: PlainViT) -> str:
