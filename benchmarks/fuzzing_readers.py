@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,11 @@ from frozenprefix.config import load_recipe, recipe_from_dict, write_yaml
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.cache_writer import FeatureCacheWriter
 from frozenprefix.data.images import load_image
-from frozenprefix.data.sources import load_source
+from frozenprefix.data.samples import ImageGroup, Sample
+from frozenprefix.data.sources import load_source, open_source
+from frozenprefix.data.streaming.build import build_shards
+from frozenprefix.data.streaming.index import beside
+from frozenprefix.errors import BadImageError
 from frozenprefix.evaluation import Evaluation, compare
 from frozenprefix.evaluation.journal import Journal
 from frozenprefix.models.checkpoint import read_checkpoint
@@ -64,6 +69,7 @@ def make_readers(folder: Path) -> list[Reader]:
         *_files_of_sources(folder / "sources"),
         *_files_of_runs(folder),
         *_files_of_caches(folder),
+        *_files_of_streams(folder),
         *_files_of_models(folder / "models"),
         *_files_of_results(folder / "results"),
     ]
@@ -150,6 +156,31 @@ def _files_of_caches(folder: Path) -> list[Reader]:
     return [Reader("feature cache", file, read) for file in sorted(cache.iterdir()) if file.suffix in (".json", ".tar")]
 
 
+def _files_of_streams(folder: Path) -> list[Reader]:
+    """Streamed rows; a tar, its index, and a tar without one."""
+    images = [folder / "image.png", folder / "image.jpg"]
+    groups = [ImageGroup((image,), (Sample(image.name, (image,), ("a cat", "two cats")),)) for image in images]
+    for name in ("shards", "bare"):
+        build_shards(groups, folder / name, workers=0)
+    beside(folder / "bare/00000.tar").unlink()
+    shards, bare = (partial(_read_stream, {"type": "webdataset", "path": str(folder / n)}) for n in ("shards", "bare"))
+    return [
+        Reader("streams", folder / "captions.jsonl", partial(_read_stream, {"type": "captions", "path": str(folder)})),
+        Reader("streams", folder / "shards/00000.tar", shards),
+        Reader("streams", beside(folder / "shards/00000.tar"), shards),
+        Reader("streams", folder / "bare/00000.tar", bare),
+    ]
+
+
+def _read_stream(source: dict[str, Any]) -> None:
+    """Read every sample of a stream, with its images."""
+    groups = open_source({**source, "stream": True})
+    for number in range(len(groups)):
+        with suppress(BadImageError):  # which a step leaves out
+            for image in groups[number].images:
+                load_image(image)
+
+
 def _files_of_sources(folder: Path) -> list[Reader]:
     """The files of each source that is read by code of its own."""
     folder.mkdir()
@@ -212,8 +243,11 @@ def _tables(folder: Path) -> list[Reader]:
     saved.to_parquet(folder / "parquet" / "train.parquet")
     read_saved = partial(load_source, {"type": "hf_dataset", "path": str(folder / "saved")})
     read_parquet = partial(load_source, {"type": "hf_dataset", "path": str(folder / "parquet")})
-    files = [(file, read_saved) for file in sorted((folder / "saved").iterdir()) if file.is_file()]
-    files.append((folder / "parquet" / "train.parquet", read_parquet))
+    stream_saved = partial(_read_stream, {"type": "hf_dataset", "path": str(folder / "saved")})
+    stream_parquet = partial(_read_stream, {"type": "hf_dataset", "path": str(folder / "parquet")})
+    saved_files = [file for file in sorted((folder / "saved").iterdir()) if file.is_file()]
+    files = [(file, read) for file in saved_files for read in (read_saved, stream_saved)]
+    files += [(folder / "parquet" / "train.parquet", read) for read in (read_parquet, stream_parquet)]
     return [Reader("tables", file, read, cost=10, forked=True) for file, read in files]
 
 

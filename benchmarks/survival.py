@@ -55,7 +55,7 @@ KINDS = (
 )
 # One interpreter imports everything once, and forks for every run. Each step logs the ids of its samples.
 SERVER = """
-import os, sys
+import os, sys, traceback
 import frozenprefix.training.trainer, frozenprefix.training.contrastive
 from frozenprefix.cli.main import app
 from frozenprefix.training import ContrastiveTrainer, Trainer
@@ -84,6 +84,8 @@ for line in sys.stdin:
                 app(["train", recipe])
             except SystemExit as stop:
                 os._exit(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         children.append(child)

@@ -71,7 +71,7 @@ def build(
     `torchrun` starts share the shards.
     """
     from frozenprefix.errors import ConfigError
-    from frozenprefix.utils import progress_bar
+    from frozenprefix.utils import progress_bar, summary
 
     if len(paths) < 2:
         raise ConfigError(f"data build: got {len(paths)} paths, expected one or more sources and the folder to write")
@@ -93,7 +93,9 @@ def build(
     if is_main_process():
         typer.echo(f"folder: {out}")
         typer.echo(f"shards: {built.shards}, {built.written} written now; images: {built.images}")
-        typer.echo(f"left out: {counted(built.left_out)}")
+        if built.left_out:
+            total = built.images + sum(built.left_out.values())
+            typer.echo(summary(out, total, built.left_out, what="images", examples=["bad_images.jsonl"]))
         typer.echo(f"train with: {{type: webdataset, path: {out}, stream: true}}")
 
 

@@ -381,7 +381,7 @@ class BaseTrainer(ABC):
 
     def ended_early(self) -> bool:
         """Whether a callback has stopped the run, or it is out of patience."""
-        return self.callbacks.stopped or self.out_of_patience()
+        return self.callbacks.stopped(self) or self.out_of_patience()
 
     def out_of_patience(self) -> bool:
         patience = self.settings.early_stopping_patience

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from frozenprefix.errors import ConfigError
 
 Callback = TrainerCallback | type[TrainerCallback]
-_SWITCHES = ("should_log", "should_evaluate", "should_save", "should_training_stop")
+_FOR_ONE_STEP = ("should_log", "should_evaluate", "should_save")
 
 
 class Callbacks:
@@ -53,10 +53,9 @@ class Callbacks:
     def __bool__(self) -> bool:
         return bool(self._callbacks)
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the training is to end."""
-        return self.control.should_training_stop
+    def stopped(self, trainer: Any) -> bool:
+        """Whether a callback of any process has ended the training; all processes must call it."""
+        return bool(self._callbacks) and any(trainer.all_of(self.control.should_training_stop))
 
     def call(self, event: str, trainer: Any, **values: Any) -> None:
         """Call a method of all callbacks.
@@ -81,13 +80,11 @@ class Callbacks:
         if not self._callbacks:
             return self.control
         self.call("on_step_end", trainer)
-        wanted = trainer.all_of([getattr(self.control, name) for name in _SWITCHES])
-        for name, values in zip(_SWITCHES, zip(*wanted, strict=True), strict=True):
-            setattr(self.control, name, any(values))
-        done = TrainerControl(**{name: getattr(self.control, name) for name in _SWITCHES})
-        for name in _SWITCHES[:-1]:  # these hold for one step
+        wanted = trainer.all_of([getattr(self.control, name) for name in _FOR_ONE_STEP])
+        for name in _FOR_ONE_STEP:
             setattr(self.control, name, False)
-        return done
+        agreed = map(any, zip(*wanted, strict=True))
+        return TrainerControl(**dict(zip(_FOR_ONE_STEP, agreed, strict=True)))
 
     def _update(self, trainer: Any) -> None:
         """Write into `state` how far the run is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from frozenprefix.data.samples import (
 from frozenprefix.data.sources import load_source, open_source, parse_source
 from frozenprefix.data.streaming.groups import StreamedGroups, TrainingSet
 from frozenprefix.errors import BadImageError, ConfigError, DataError
-from frozenprefix.utils import append_jsonl
+from frozenprefix.utils import append_jsonl, report
 
 logger = logging.getLogger(__name__)
 _FEW = 1000  # images after which the share of bad ones is judged
@@ -139,8 +140,9 @@ class LeftOut:
             found = batch.pop("bad", [])
             for item in found:
                 self.bad.record(item.name, BadImageError(item.reason, item.message))
-                logger.warning("left out of a step: %s", item.message)
             if found:
+                reasons, messages = Counter(item.reason for item in found), [item.message for item in found]
+                report("data.train, one step", images_per_batch, reasons, what="images", examples=messages)
                 if self.path is not None:
                     rows = [{"image": item.name, "reason": item.reason, "message": item.message} for item in found]
                     append_jsonl(self.path, rows)

@@ -97,7 +97,7 @@ def parse_json(text: str) -> Any:
         ValueError: field 'a' occurs twice in an object
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("lists or objects are nested too deeply") from error
 
@@ -109,6 +109,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"field '{repeated}' occurs twice in an object")
     return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # `json.loads` would make one for every text
 
 
 def write_jsonl(path: str | PathLike[str], rows: Iterable[Any]) -> None:

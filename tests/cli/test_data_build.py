@@ -86,7 +86,7 @@ def test_bad_images_are_left_out(tmp_path):
     rows = [{"image": f"{number}.png", "captions": ["a dog"]} for number in range(4)]
     (tmp_path / "data" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run("build", tmp_path / "data", tmp_path / "out")
-    assert "left out: not_an_image 1" in result.output
+    assert "1 of 4 images are left out: not_an_image 1" in result.output
     assert json.loads((tmp_path / "out" / "00000_stats.json").read_text())["status_dict"]["success"] == 3
     strict = run("build", tmp_path / "data", tmp_path / "strict", "--max-bad-share", 0)
     assert strict.exit_code == 2

@@ -18,6 +18,7 @@ from frozenprefix.data.sources import load_source, open_source, parse_source
 from frozenprefix.data.streaming.groups import TrainingSet
 from frozenprefix.data.streaming.index import beside, ensure_indexes, open_index
 from frozenprefix.data.streaming.lines import group_rows
+from frozenprefix.data.streaming.remote import check_host
 from frozenprefix.errors import BadImageError, ConfigError, DataError
 from tests.helpers.shards import streamed, tiny_png, write_shards, write_tar
 
@@ -233,6 +234,46 @@ def test_what_a_stream_cannot_do_is_said():
             parse_source({"type": "webdataset", "path": "p", "stream": True, **options})
     with pytest.raises(ConfigError, match="shuffle_images"):
         parse_source({"type": "webdataset", "path": "p", "shuffle_images": 5})
+
+
+# ── shards at an address ──
+
+
+@pytest.fixture
+def address(shards):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for tar in shards.glob("*.tar"):
+        memory.pipe_file(f"/there/{tar.name}", tar.read_bytes())
+    yield "memory://there"
+    memory.rm("/there", recursive=True)
+
+
+def test_shards_are_fetched_when_they_are_needed_and_few_are_kept(shards, address, cache):
+    source = streamed(shards, path=address, shards="{00000..00004}.tar", remote_gb=25e-6)
+    groups, local = open_source(source), open_source(streamed(shards))
+    assert (len(groups), groups.digest()) == (len(local), local.digest())
+    (folder,) = (cache / "remote").iterdir()
+    for number in (24, 0, 8, 15, 3):
+        assert [s.targets for s in groups[number].samples] == [s.targets for s in local[number].samples]
+        assert load_image(groups[number].images[0]).tobytes() == load_image(local[number].images[0]).tobytes()
+        assert sum(tar.stat().st_size for tar in folder.glob("*.tar")) <= 25_000
+    assert len(list(folder.glob("*.index"))) == len(SIZES), "indexes stay"
+    with pytest.raises(BadImageError, match="remote_gb"):
+        open_source({**source, "remote_gb": 1e-6, "shards": "00004.tar"})[0]
+    with pytest.raises(DataError, match="is not there"):
+        open_source({**source, "shards": "00009.tar"})
+
+
+def test_no_address_is_opened_that_was_not_asked_for(shards):
+    with pytest.raises(ConfigError, match="remote_gb"):
+        parse_source(streamed(shards, path="https://example.com/shards"))
+    with pytest.raises(ConfigError, match="remote_gb"):
+        parse_source(streamed(shards, remote_gb=1))
+    for host in ("127.0.0.1", "10.0.0.1", "169.254.169.254", "[::1]", "localhost"):
+        with pytest.raises(DataError, match="not a public address"):
+            check_host(f"http://{host}:8000/shards")
 
 
 # ── several sources ──

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import TrainerCallback
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.training import train, train_recipe
+from frozenprefix.training import Callbacks, train, train_recipe
 from frozenprefix.training.tracking import read_log
 from tests.helpers.training import assert_same_tensors, losses_of
 
@@ -93,6 +95,25 @@ def test_a_callback_asks_for_something_once(tiny_recipe, tmp_path, switch, expec
     train(tiny_recipe(tmp_path / "run", "training.max_steps=3", *seldom), callbacks=[Asking(switch, 1), recorder])
     assert expected in recorder.events
     assert (expected[0], 2) not in recorder.events
+
+
+def test_what_one_process_asks_for_all_do():
+    """The other process asks for a log, and has ended the training."""
+    trainer = SimpleNamespace(
+        all_of=lambda mine: [mine, True if isinstance(mine, bool) else [True, False, False]],
+        progress=SimpleNamespace(step=1, best_value=None, best_step=0),
+        settings=SimpleNamespace(images_per_step=4),
+        accelerator=SimpleNamespace(is_main_process=False, is_local_main_process=False),
+        **dict.fromkeys(("model", "processor", "optimizer", "recipe"), None),
+        train_groups=[None] * 8,
+        total_steps=2,
+    )
+    callbacks = Callbacks([Asking("should_save", 1)])
+    agreed = callbacks.end_step(trainer)
+    assert (agreed.should_log, agreed.should_evaluate, agreed.should_save) == (True, False, True)
+    assert not callbacks.control.should_save
+    assert callbacks.state.epoch == 0.5
+    assert callbacks.stopped(trainer)
 
 
 def test_a_run_without_callbacks_learns_the_same(tiny_recipe, tmp_path):

@@ -41,6 +41,7 @@ from frozenprefix.data.sources.base import Holdout, SourceConfig, StreamedSource
 from frozenprefix.data.sources.detection import detect_sources, unread_tables
 from frozenprefix.data.sources.selection import check_images_exist, first_images, hold_out, of_split
 from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.data.streaming.remote import is_address
 from frozenprefix.errors import ConfigError, DataError, did_you_mean
 from frozenprefix.registry import Registry
 
@@ -203,7 +204,8 @@ def open_source(config: dict[str, Any] | SourceConfig, *, base: Path | None = No
         raise ConfigError(
             f"data source '{source.type}': cannot be streamed; write it as shards with `frozenprefix data build`"
         )
-    groups = source.open(resolve(source.path, base=base), partial(_labelled, source=source))
+    root = Path(source.path) if is_address(source.path) else resolve(source.path, base=base)
+    groups = source.open(root, partial(_labelled, source=source))
     if not len(groups):
         raise DataError(f"{source.path}: got 0 samples, expected at least one")
     log.info("%s %s: %d samples in %d shards, streamed", source.type, source.path, len(groups), len(groups.names))

@@ -34,11 +34,11 @@ def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> 
     if pattern.startswith("**/"):
         passed_over: dict[Path, str] = {}
         walked = list(walk_files(root, passed_over=passed_over))
-        names = [one.removeprefix("**/") for one in _without_braces(pattern)]
+        names = [one.removeprefix("**/") for one in without_braces(pattern)]
         files = [path for path in walked if any(path.match(name) for name in names)]
         report(root, len(walked) + len(passed_over), Counter(passed_over.values()), what="names", examples=passed_over)
     else:
-        found = {one: [path for path in root.glob(one) if path.is_file()] for one in _without_braces(pattern)}
+        found = {one: [path for path in root.glob(one) if path.is_file()] for one in without_braces(pattern)}
         lost = [one for one, files in found.items() if not files]
         if lost and len(found) > 1:
             raise DataError(f"{root}: has no file '{lost[0]}' of '{pattern}' ({len(lost)} of {len(found)} are missing)")
@@ -51,7 +51,16 @@ def files_of(root: Path, pattern: str, split: str | list[str] | None = None) -> 
     return {file: splits[file] for file in of_wanted(splits, split, where=str(root / pattern))}
 
 
-def _without_braces(pattern: str) -> list[str]:
+def without_braces(pattern: str) -> list[str]:
+    """The names, or patterns, that a pattern with braces stands for.
+
+    Raises:
+        DataError: the braces do not match.
+
+    Example:
+        >>> without_braces("{00..02}.tar")
+        ['00.tar', '01.tar', '02.tar']
+    """
     if "{" not in pattern:
         return [pattern]
     from braceexpand import braceexpand

@@ -20,9 +20,10 @@ from frozenprefix.data.sources.base import StreamedSource
 from frozenprefix.data.sources.image_files import unpack_once, write_image
 from frozenprefix.data.sources.qa import commonest
 from frozenprefix.data.sources.rows import Row, read_json_object
-from frozenprefix.data.sources.selection import files_of
+from frozenprefix.data.sources.selection import files_of, without_braces
 from frozenprefix.data.streaming.described import BUILT, sample_of
 from frozenprefix.data.streaming.groups import StreamedGroups
+from frozenprefix.data.streaming.remote import is_address
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.utils import parse_json, report_left_out
 
@@ -69,9 +70,14 @@ class WebDatasetSource(StreamedSource):
     captions: str | None = Field("txt", description="member with the caption, or a field of one: json.caption")
     question: str | None = Field(None, description="member or field with a question; `captions` is not read then")
     answers: str = Field("json.answers", description="member or field with the answer(s) to the question")
+    remote_gb: float | None = Field(None, gt=0, description="let `path` be an address; GB of its shards that are kept")
 
     @model_validator(mode="after")
     def _reads_something(self) -> WebDatasetSource:
+        if is_address(self.path) != (self.remote_gb is not None):
+            raise ValueError("`path` is an address exactly if `remote_gb` says how much of it may be kept on disk")
+        if self.remote_gb is not None and not self.stream:
+            raise ValueError("`remote_gb` needs `stream: true`")
         if self.captions is None and self.question is None:
             raise ValueError("got neither `captions` nor `question`, expected one of them")
         return self
@@ -102,9 +108,18 @@ class WebDatasetSource(StreamedSource):
         return samples
 
     def open(self, root: Path, finish: Callable[[Sample], Sample]) -> StreamedGroups:
+        from frozenprefix.data.streaming.remote import RemoteShards
         from frozenprefix.data.streaming.tars import TarGroups
 
-        splits = files_of(root, self.shards, self.split)
+        remote = None
+        if self.remote_gb is None:
+            splits = files_of(root, self.shards, self.split)
+        else:
+            names_there = without_braces(self.shards)
+            if any(char in self.shards for char in "*?["):
+                raise DataError(f"{self.path}: `shards`: got a pattern, expected names: {{00000..00099}}.tar")
+            remote = RemoteShards(self.path, names_there, limit=int(self.remote_gb * 1e9))
+            root, splits = remote.folder, dict.fromkeys(remote.paths())
         names = {tar: tar.relative_to(root).with_suffix("").as_posix() for tar in splits}
         built = self._is_built(root)
 
@@ -118,7 +133,7 @@ class WebDatasetSource(StreamedSource):
                 raise BadImageError("no image in the tar", f"{row.where}: got members {', '.join(members)}, no image")
             return [self._sample(row, image, f"{names[tar]}/{key}", splits[tar])]
 
-        return TarGroups(root, list(splits), self.shuffle_images, samples, finish)
+        return TarGroups(root, list(splits), self.shuffle_images, samples, finish, remote)
 
     def _is_built(self, root: Path) -> bool:
         """Whether the samples are those that `data build` wrote into the JSON, and not to be made of other members."""

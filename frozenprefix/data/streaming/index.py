@@ -102,12 +102,17 @@ def write_index(path: Path, *, size: int, rule: Rule, spans: Sequence[Span], sta
     write_bytes_atomic(path, json.dumps({**head, "state": list(state)}).encode() + b"\n" + entries)
 
 
-def open_index(tar: Path) -> TarIndex | None:
+def open_index(tar: Path, *, remote: bool = False) -> TarIndex | None:
     """The index of a tar, from beside it or from the user's cache; None when there is none that fits.
+
+    Args:
+        remote: the tar may be absent; its index is beside its place.
 
     Raises:
         DataError: there is no such tar; the index beside it is damaged, or of a tar of another size.
     """
+    if remote and not tar.is_file():
+        return _read_head(beside(tar), tar)[0]
     try:
         state = file_state(tar)
     except OSError as error:
@@ -173,8 +178,8 @@ class Jobs(Dataset):
         return self.function(self.items[number])
 
 
-def index_tar(tar: Path) -> None:
-    """Read a tar and write its index into the user's cache."""
+def index_tar(tar: Path, *, into: Path | None = None) -> None:
+    """Read a tar and write its index, by default into the user's cache."""
     state = file_state(tar)  # before it is read: a tar that changes meanwhile is indexed again
     members = list(tar_members(tar))
     rule = key_rule(member.name for member in members)
@@ -183,7 +188,7 @@ def index_tar(tar: Path) -> None:
             (start, end - start, zlib.crc32(os.pread(file.fileno(), end - start, start)))
             for start, end in _spans(tar, members, rule)
         ]
-    write_index(_in_cache(tar), size=state[0], rule=rule, spans=spans, state=state)
+    write_index(into or _in_cache(tar), size=state[0], rule=rule, spans=spans, state=() if into else state)
 
 
 def tar_members(tar: Path) -> Iterator[Member]:
@@ -337,13 +342,13 @@ def _read_head(path: Path, tar: Path) -> tuple[TarIndex, list[int]]:
         raise DataError(f"{path}: damaged index ({error}); delete it, and it is made again") from error
 
 
-def indexed(tars: Sequence[Path]) -> list[TarIndex]:
-    """The indexes of tars that all have one.
+def indexed(tars: Sequence[Path], *, remote: bool = False) -> list[TarIndex]:
+    """The indexes of tars that all have one; see `open_index`.
 
     Raises:
         DataError: an index is missing or damaged.
     """
-    indexes = [open_index(tar) for tar in tars]
+    indexes = [open_index(tar, remote=remote) for tar in tars]
     for tar, index in zip(tars, indexes, strict=True):
         if index is None:
             raise DataError(f"{tar}: it changed while it was read; wait until it is complete, and run again")

@@ -15,12 +15,14 @@ from frozenprefix.data.cache_format import FEATURES, MANIFEST, SCALE, load_manif
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.streaming.groups import StreamedGroups
 from frozenprefix.data.streaming.index import ENTRY, TarIndex, ensure_indexes, indexed, members_of
+from frozenprefix.data.streaming.remote import RemoteShards
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.utils import content_hash
 from frozenprefix.utils.images import StoredImage, image_endings
 from frozenprefix.utils.processes import current_processes
 
 _OPEN = 64  # tars that a process keeps open
+_OPEN_REMOTE = 4  # a file that is removed keeps its space for as long as it is open
 
 
 class TarGroups(StreamedGroups):
@@ -32,6 +34,7 @@ class TarGroups(StreamedGroups):
         block: images that are shuffled together.
         samples: a tar, key, members and images (or features) → the samples of the key.
         finish: see `StreamedGroups`.
+        remote: where the tars are fetched from.
 
     Raises:
         DataError: a tar cannot be read, or does not fit its index.
@@ -44,11 +47,16 @@ class TarGroups(StreamedGroups):
         block: int,
         samples: Callable[[Path, str, dict[str, bytes], dict[str, Path]], list[Sample]],
         finish: Callable[[Sample], Sample],
+        remote: RemoteShards | None = None,
     ):
         processes = current_processes()
-        ensure_indexes(tars, rank=processes.process_index, processes=processes.num_processes)
+        rank, count = processes.process_index, processes.num_processes
+        if remote is None:
+            ensure_indexes(tars, rank=rank, processes=count)
+        else:
+            remote.prepare(rank, count)
         processes.wait_for_everyone()
-        self._indexes = indexed(tars)
+        self._indexes, self._remote = indexed(tars, remote=remote is not None), remote
         names = [tar.relative_to(root).with_suffix("").as_posix() for tar in tars]
         super().__init__(root, names, [index.samples for index in self._indexes], block, finish)
         self._samples = samples
@@ -93,12 +101,14 @@ class TarGroups(StreamedGroups):
             return kept
         index: TarIndex = self._indexes[shard]
         index.check_entries()
+        if self._remote is not None:
+            self._remote.fetch(index.tar)
         try:
             opened = os.open(index.tar, os.O_RDONLY), os.open(index.path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{index.tar}: {error.strerror or error}; it was there when the run began") from error
         self._open[shard] = opened
-        if len(self._open) > _OPEN:
+        if len(self._open) > (_OPEN if self._remote is None else _OPEN_REMOTE):
             for descriptor in self._open.popitem(last=False)[1]:
                 os.close(descriptor)
         return opened
