@@ -102,7 +102,7 @@ def quick_report() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lm.gguf"
         write_language_model(model.language_model, path, "f32")
-        runner = LlamaCppModel(path, prompts=4, positions=PREFIX + 8, threads=torch.get_num_threads())
+        runner = LlamaCppModel(path, prompts=4, positions=PREFIX + 8)
         ids, ends = [model.config.image_token_id] * PREFIX, [2]
         searches = {"ours_fp32": ours(model, ids, ends, 6), "llama_f32": llama(model, runner, ids, ends, 6)}
         return compare(searches, features_of(4), 4, 1)
@@ -123,7 +123,7 @@ def real_report(arguments: argparse.Namespace) -> dict[str, Any]:
     ids = full.processor.encode_prompt(full.processor.prompt_for("caption"))
     ends = end_tokens(full.model, full.processor.tokenizer)
     length = len(ids) + arguments.new_tokens
-    options = {"prompts": arguments.batch, "positions": length, "threads": torch.get_num_threads()}
+    options = {"prompts": arguments.batch, "positions": length}
     searches = {f"ours_{name}": ours(one.model, ids, ends, arguments.new_tokens) for name, one in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lm.gguf"

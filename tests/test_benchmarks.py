@@ -18,6 +18,7 @@ from benchmarks import (
     common,
     generation,
     latency,
+    llama_cpp,
     loading,
     memory,
     packing_curve,
@@ -93,6 +94,14 @@ def test_a_step_is_accounted_for():
         assert all(0 < share < 1 for share in made["shares"].values()), "nothing is counted twice"
     assert step_profile.kind_of("aten::addmm") != step_profile.kind_of("aten::add_")
     assert step_profile.kind_of("aten::empty") == step_profile.REST
+
+
+def test_llama_cpp_gives_the_same_captions(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    report = llama_cpp.main(["--quick", "--json", str(tmp_path / "a.json")])
+    assert report["same_as_fp32"] == {"ours_fp32": 1.0, "llama_f32": 1.0}
+    assert len({tuple(ids) for ids in report["texts"]["llama_f32"]}) > 1
+    assert "| llama.cpp, the same weights as float32 | " in llama_cpp.markdown(report)
 
 
 def test_packing_gives_the_curve_of_plain_batches():

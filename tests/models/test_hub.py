@@ -117,4 +117,4 @@ def test_publishing_and_loading(tiny_checkpoint, sharp_lm, tmp_path):
     assert "holds no model.safetensors" in lines["me/vanished"]
     fetched = {request.split(" ", 1)[1] for request in hub.requests if "/resolve/" in request}
     assert not any(path.endswith(".py") for path in fetched)
-    assert all(f"/me/lm/resolve/{commit}/" in path for path in fetched if path.startswith("/me/lm/"))
+    assert [path for path in fetched if path.startswith("/me/lm/") and f"/resolve/{commit}/" not in path] == []

@@ -89,7 +89,7 @@ class LlamaCppCaptioner(Captioner):
         batch_size: int = 8,
         language_model: str | Path | None = None,
         precision: str = "auto",
-        threads: int = 0,
+        threads: int | None = None,
         positions: int = 512,
     ) -> LlamaCppCaptioner:
         """Load a checkpoint without its language model, and that into llama.cpp.
@@ -98,7 +98,7 @@ class LlamaCppCaptioner(Captioner):
             batch_size: texts generated at once.
             language_model: GGUF file, if it is not where the checkpoint says, or was written by `export gguf`.
             precision: of the encoder; "auto" is fp32.
-            threads: of llama.cpp; 0 for its own choice.
+            threads: of llama.cpp; as many as torch uses by default.
             positions: longest prompt and text together, in tokens.
 
         Raises:

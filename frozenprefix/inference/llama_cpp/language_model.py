@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from frozenprefix.errors import AssetError, ConfigError
@@ -39,11 +40,12 @@ class LlamaCppModel:
         path: a GGUF file of a language model.
         prompts: how many texts are generated at once.
         positions: longest text, prompt included, in tokens.
-        threads: 0 for llama.cpp's own choice.
+        threads: as many as torch uses by default; llama.cpp's own default is 4 on any machine.
 
     Attributes:
         dim: width of its embeddings, D_lm.
         vocab_size: number of words.
+        threads: that llama.cpp computes with.
 
     Raises:
         AssetError: a file that is damaged, or that llama.cpp does not read.
@@ -55,7 +57,7 @@ class LlamaCppModel:
         frozenprefix.errors.AssetError: GGUF file 'missing.gguf' does not exist
     """
 
-    def __init__(self, path: str | Path, *, prompts: int = 8, positions: int = 512, threads: int = 0):
+    def __init__(self, path: str | Path, *, prompts: int = 8, positions: int = 512, threads: int | None = None):
         self.path = Path(path)
         self.header = read_gguf_header(self.path)
         self.library = llama_cpp()
@@ -79,8 +81,8 @@ class LlamaCppModel:
         self._context = call.llama_init_from_model(self._model, params)
         if not self._context:
             raise AssetError(f"GGUF file '{self.path}': llama.cpp could not start it ({self.library.reason()})")
-        if threads:
-            call.llama_set_n_threads(self._context, threads, threads)
+        self.threads = threads or torch.get_num_threads()
+        call.llama_set_n_threads(self._context, self.threads, self.threads)
 
     def close(self) -> None:
         """Free llama.cpp's memory."""

@@ -25,7 +25,6 @@ class LlamaCppVision:
     Args:
         path: the mmproj GGUF file.
         model: the language model that reads its embeddings.
-        threads: 0 for llama.cpp's own choice.
 
     Raises:
         AssetError: a file that is damaged, of another kind, or for another language model.
@@ -36,7 +35,7 @@ class LlamaCppVision:
         frozenprefix.errors.AssetError: GGUF file 'missing.gguf' does not exist
     """
 
-    def __init__(self, path: str | Path, model: LlamaCppModel, *, threads: int = 0):
+    def __init__(self, path: str | Path, model: LlamaCppModel):
         self._context = None
         self.path = Path(path)
         header = read_gguf_header(self.path)
@@ -49,8 +48,7 @@ class LlamaCppVision:
         params = self.library.defaults(VisionParams)
         params.use_gpu = params.print_timings = params.warmup = False
         params.flash_attn_type = 0
-        if threads:
-            params.n_threads = threads
+        params.n_threads = model.threads
         self.library.errors.clear()
         self._context = self.library.call.mtmd_init_from_file(str(path).encode(), model.model_pointer, params)
         if not self._context:
