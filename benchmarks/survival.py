@@ -312,7 +312,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, own_home(Path(name) / "home"):
         folder = Path(name)
         with Runs(folder / "errors") as runs:
-            names, killed = (["mapper", "mapper, streamed"], 1) if arguments.quick else (list(KINDS), arguments.runs)
+            names, killed = (["mapper", "mapper, streamed"], 2) if arguments.quick else (list(KINDS), arguments.runs)
             rows = list(survive(runs, folder, names, killed))
         inputs, foreign = fuzz(folder / "fuzz", arguments.inputs or (500 if arguments.quick else 100_000), seed=0)
     total = Counter[str]()

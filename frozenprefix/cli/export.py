@@ -115,6 +115,10 @@ def _open(checkpoint: str, out: Path, verify: Sequence[Path] | None, language_mo
     check_new_folder(out)
     check_files(list(verify or []), "--verify")
     from frozenprefix.export import Source
+    from frozenprefix.utils.images import to_image
+
+    for path in verify or []:
+        to_image(path)  # an image that cannot be read ends the command before anything is written
 
     return Source.load(checkpoint, language_model)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from frozenprefix.data.images import BadImages, find_images, load_image, to_image
     from frozenprefix.data.samplers import ImageStream
     from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
-    from frozenprefix.data.sources import SourceConfig, detect_sources, load_source, load_sources
+    from frozenprefix.data.sources import SourceConfig, detect_sources, load_source, load_sources, open_source
     from frozenprefix.data.sources.objects import source_from
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "load_image",
     "load_source",
     "load_sources",
+    "open_source",
     "source_from",
     "to_image",
 ]
@@ -56,7 +57,7 @@ __getattr__ = lazy_exports(
         "images": ("BadImages", "find_images", "load_image", "to_image"),
         "samplers": ("ImageStream",),
         "samples": ("ImageGroup", "Sample", "group_by_images"),
-        "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources"),
+        "sources": ("SourceConfig", "detect_sources", "load_source", "load_sources", "open_source"),
         "sources.objects": ("source_from",),
     },
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from frozenprefix.errors import ExportError
 from frozenprefix.export.gguf_language_model import write_language_model
@@ -50,7 +51,7 @@ def export_gguf(
             "behind the patches instead of in front of them, so that no file gives the same features; use a SigLIP "
             "encoder, `frozenprefix export llava`, or `caption --engine llama.cpp`, which encodes images here"
         )
-    projector = projector_of(vit)
+    projector = projector_of(vit, mlp)
     _check_pixels(source)
     with atomic_folder(out) as folder:
         _write_language_model(source, folder / LM_FILE, file_type)
@@ -90,13 +91,14 @@ def _check_pixels(source: Source) -> None:
         )
 
 
-def projector_of(vit: PlainViT) -> str:
-    """llama.cpp's graph: `janus_pro` uses the encoder's activation in the projector too, `mlp` uses GELU there.
+def projector_of(vit: PlainViT, mlp: PlainMLP) -> str:
+    """llama.cpp's graph: `janus_pro` uses the encoder's activation in the projector too; `mlp` uses GELU there, and has
+    room for layer norms.
 
     Raises:
         ExportError: for blocks that the graph `mlp` would misread.
     """
-    if vit.gelu != "quick":
+    if vit.gelu != "quick" and mlp.norms is None:
         return "janus_pro"
     if vit.inner == vit.width:
         raise ExportError(
@@ -133,13 +135,27 @@ def _write_mmproj(
     writer.add_array("clip.vision.image_std", [float(value) for value in images.image_std])
     if projector == "mlp":  # otherwise that graph leaves out the last block
         writer.add_array("clip.vision.feature_layer", [vit.blocks])
-    second = "mm.1" if projector == "janus_pro" else "mm.2"
-    tensors = {
-        **{_vision_name(name): tensor for name, tensor in vit.tensors.items()},
-        **{"mm.0.weight": mlp.up, "mm.0.bias": mlp.up_bias},
-        **{f"{second}.weight": mlp.down, f"{second}.bias": mlp.down_bias},
-    }
-    write_tensors(writer, tensors, file_type)
+    tensors = {_vision_name(name): tensor for name, tensor in vit.tensors.items()}
+    write_tensors(writer, tensors | _mlp_tensors(mlp, projector, vit.eps), file_type)
+
+
+def _mlp_tensors(mlp: PlainMLP, projector: str, eps: float) -> dict[str, Tensor]:
+    """The mapper's tensors by llama.cpp's names.
+
+    Its layer norms have the encoder's `eps`. Scaling their input by c is the same as dividing eps by c², so the linear
+    layers before them are scaled by c = √(eps / own eps).
+    """
+    if mlp.norms is None:
+        second = "mm.1" if projector == "janus_pro" else "mm.2"
+        names = {"mm.0": (mlp.up, mlp.up_bias), second: (mlp.down, mlp.down_bias)}
+    else:
+        hidden, output = mlp.norms
+        first, last = ((eps / norm.eps) ** 0.5 for norm in mlp.norms)
+        names = {
+            **{"mm.0": (mlp.up * first, mlp.up_bias * first), "mm.1": (hidden.weight, hidden.bias)},
+            **{"mm.3": (mlp.down * last, mlp.down_bias * last), "mm.4": (output.weight, output.bias)},
+        }
+    return {f"{name}.{part}": pair[i] for name, pair in names.items() for i, part in enumerate(("weight", "bias"))}
 
 
 def _vision_name(name: str) -> str:

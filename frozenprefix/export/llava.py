@@ -45,6 +45,11 @@ def export_llava(source: Source, out: str | Path) -> Path:
     mlp, vit = source.mlp(), source.vit()
     lm: Any = source.model.language_model
     _check_language_model(lm)
+    if mlp.norms is not None:
+        raise ExportError(
+            "model.mapper.hidden_norm: got true, but Llava's projector has no layer norms; use "
+            "`frozenprefix export gguf`, or train with hidden_norm=false and output_norm=none"
+        )
     if mlp.hidden > source.model.lm.dim:
         raise ExportError(
             f"model.mapper.hidden_dim: a mapper with {mlp.hidden} hidden units, but Llava's has the width of the "

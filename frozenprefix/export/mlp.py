@@ -19,12 +19,26 @@ _FORM = "engines have linear, GELU, linear, applied to every image token"
 
 
 @dataclass(frozen=True)
+class PlainNorm:
+    """A layer norm: weight and bias, float32[D], and eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> PlainNorm:
+        return cls(norm.weight.detach().float().cpu(), norm.bias.detach().float().cpu(), norm.eps)
+
+
+@dataclass(frozen=True)
 class PlainMLP:
     """`up`, GELU, `down`, for each image token.
 
     Attributes:
         up: float32[hidden, D_enc]; down: float32[D_lm, hidden]; biases float32[hidden] and float32[D_lm].
         gelu: "erf" (the definition), "tanh" (the approximation), or "any" where both give the same result.
+        norms: layer norms in front of GELU and behind `down`; None for neither.
     """
 
     up: Tensor
@@ -32,6 +46,7 @@ class PlainMLP:
     down: Tensor
     down_bias: Tensor
     gelu: Literal["erf", "tanh", "any"]
+    norms: tuple[PlainNorm, PlainNorm] | None = None
 
     @property
     def hidden(self) -> int:
@@ -74,9 +89,13 @@ def plain_mlp(mapper: PrefixMapper, num_tokens: int, prefix_length: int) -> Plai
         last = body.project if isinstance(body, LinearMapper) else body.layers[0]
         return _as_mlp(last)
     first, last = body.layers[0], body.layers[-1]
-    gelu = "tanh" if body.layers[1].approximate == "tanh" else "erf"
+    activation = next(layer for layer in body.layers if isinstance(layer, nn.GELU))
+    gelu: Literal["erf", "tanh"] = "tanh" if activation.approximate == "tanh" else "erf"
     up, up_bias, down, down_bias = (p.detach().float().cpu() for p in (*_parts(first), *_parts(last)))
-    return PlainMLP(up, up_bias, down, down_bias, gelu)  # type: ignore[arg-type]
+    norms = None
+    if not isinstance(mapper.scale, nn.Identity):
+        norms = (PlainNorm.of(body.layers[1]), PlainNorm.of(mapper.scale.norm))
+    return PlainMLP(up, up_bias, down, down_bias, gelu, norms)
 
 
 def _problem(mapper: PrefixMapper, body: Any, num_tokens: int, prefix_length: int) -> str | None:
@@ -87,10 +106,16 @@ def _problem(mapper: PrefixMapper, body: Any, num_tokens: int, prefix_length: in
             f"model.mapper.type: a {name} has no form in other engines ({_FORM}); train 'mlp', 'linear' or "
             "'pixel_shuffle' on patch features"
         )
-    if not isinstance(mapper.scale, nn.Identity):
+    has_norm = isinstance(body, MLPMapper) and any(isinstance(layer, nn.LayerNorm) for layer in body.layers)
+    if has_norm and isinstance(mapper.scale, nn.Identity):
+        return (
+            "model.mapper.hidden_norm: got true without output_norm; llama.cpp has both norms or none: train with both"
+        )
+    if not has_norm and not isinstance(mapper.scale, nn.Identity):
         return (
             "model.mapper.output_norm: got 'layer', a layer norm behind the mapper, which other engines do not have "
-            "there, and which no linear layer can contain; train with model.mapper.output_norm=none"
+            "there, and which no linear layer can contain; train with model.mapper.output_norm=none, or "
+            "for llama.cpp with model.mapper.hidden_norm=true"
         )
     if not isinstance(body.input_norm, nn.Identity):
         return "model.mapper.input_norm: got true, a layer norm that other engines do not have; train without it"
@@ -108,7 +133,7 @@ def _problem(mapper: PrefixMapper, body: Any, num_tokens: int, prefix_length: in
     if isinstance(body, LinearMapper):
         return None
     linears = [layer for layer in body.layers if isinstance(layer, nn.Linear)]
-    others = [layer for layer in body.layers if not isinstance(layer, nn.Linear | nn.Dropout)]
+    others = [layer for layer in body.layers if not isinstance(layer, nn.Linear | nn.LayerNorm | nn.Dropout)]
     if len(linears) > 2:
         return f"model.mapper.num_layers: got {len(linears)}, but {_FORM}; train with num_layers=2"
     if any(not isinstance(layer, nn.GELU) for layer in others):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from frozenprefix.config import load_checkpoint_recipe, recipe_from_dict
 from frozenprefix.data import Sample, load_image, load_source, source_from
 from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.training import train
 from tests.helpers.drawings import draw_shape
 from tests.helpers.recipes import tiny_recipe_dict
@@ -188,3 +189,5 @@ def test_a_run_on_objects_equals_one_on_files_and_is_resumed(tiny_lm, shapes, tm
     assert_same_tensors(tmp_path / "files/last/model.safetensors", result.output_dir / "last/model.safetensors")
     sources = load_checkpoint_recipe(result.best).data.validation
     assert sources == objects["data"]["validation"]
+    scores = evaluate_checkpoint(result.best, task="caption", num_beams=1)
+    assert scores["n"] == len(load_source(sources[0]))

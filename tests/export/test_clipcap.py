@@ -114,8 +114,13 @@ def test_wrong_dimensions_are_named(gpt, tiny_lm, features, tmp_path):
 
 
 class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return (open, ("/tmp/frozenprefix-was-here", "w"))
+        return (open, (str(self.trace), "w"))
 
 
 def bad_files(folder):
@@ -128,10 +133,14 @@ def bad_files(folder):
 
     add(
         "code.pt",
-        lambda path: path.write_bytes(pickle.dumps({"clip_project.model.0.weight": Harmful()})),
+        lambda path: path.write_bytes(pickle.dumps({"clip_project.model.0.weight": Harmful(folder / "trace")})),
         "not a file of",
     )
-    add("harm.pt", lambda path: torch.save({"clip_project.a": Harmful()}, path), "not a file of plain tensors")
+    add(
+        "harm.pt",
+        lambda path: torch.save({"clip_project.a": Harmful(folder / "trace")}, path),
+        "not a file of plain tensors",
+    )
     add("noise.pt", lambda path: path.write_bytes(bytes(range(256)) * 20), "noise.pt")
     add("empty.pt", lambda path: path.write_bytes(b""), "empty.pt")
     add("list.pt", lambda path: torch.save([1, 2], path), "no mapping from names to tensors")
@@ -152,6 +161,7 @@ def test_bad_files_are_one_error_each(tiny_lm, features, tmp_path):
         with pytest.raises(AssetError, match=message):
             import_clipcap(file, tmp_path / "out", vision_encoder=features(512), language_model=str(tiny_lm("gpt2")))
         assert not (tmp_path / "out").exists(), name
+    assert not (tmp_path / "trace").exists(), "code in a file was run"
 
 
 def test_command(gpt, tiny_lm, features, tmp_path):

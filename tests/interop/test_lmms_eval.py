@@ -34,7 +34,7 @@ LMMS_EVAL = [
 ]
 LMMS_EVAL += ["pytz", "tenacity", "pytablewriter", "DataProperty", "mbstrdecoder", "pathvalidate", "tabledata"]
 LMMS_EVAL += ["tcolorpy", "typepy", "chardet", "python-dateutil"]
-PHOTOS = 16
+PHOTOS = 8
 
 
 def test_the_entry_point_names_the_manifest():

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from frozenprefix.errors import CheckpointError
+from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.hub import local_checkpoint, pin_parts
 from tests.helpers.hub import standing_in
 
 # Client and endpoint are chosen when huggingface_hub is imported, so that each side of the test is a process.
@@ -117,4 +120,66 @@ def test_publishing_and_loading(tiny_checkpoint, sharp_lm, tmp_path):
     assert "holds no model.safetensors" in lines["me/vanished"]
     fetched = {request.split(" ", 1)[1] for request in hub.requests if "/resolve/" in request}
     assert not any(path.endswith(".py") for path in fetched)
-    assert all(f"/me/lm/resolve/{commit}/" in path for path in fetched if path.startswith("/me/lm/"))
+    assert [path for path in fetched if path.startswith("/me/lm/") and f"/resolve/{commit}/" not in path] == []
+
+
+# ── what a config may name ──
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TIMM = {"source": "timm", "name": "resnet18", "weights": "pretrained"}
+CLIP = {"source": "open_clip", "name": "ViT-B-32", "weights": "openai"}
+VIT = {"source": "transformers", "name": "google/vit-base-patch16-224"}
+
+
+def config_of(encoder=None, encoder_identity=None, lm_identity=None, path="me/lm"):
+    return FrozenPrefixConfig(
+        vision_encoder=encoder or {**TIMM, "weights": "random"},
+        mapper={"type": "mlp"},
+        language_model={"path": path},
+        identity={"vision_encoder": encoder_identity or {}, "language_model": lm_identity or {}},
+    )
+
+
+def test_parts_get_the_commit_of_their_identity_and_are_named(caplog):
+    config = config_of(VIT, {"revision": COMMIT}, {"revision": COMMIT})
+    pin_parts(config, "me/checkpoint", given=())
+    assert config.language_model.revision == config.vision_encoder.revision == COMMIT
+    assert f"language_model: 'me/lm' comes from the Hub at revision {COMMIT}" in caplog.text
+    assert f"vision_encoder: '{VIT['name']}' comes from the Hub at revision {COMMIT}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (config_of(), "language_model: 'me/lm'"),
+        (config_of(lm_identity={"revision": "main"}), "language_model: 'me/lm'"),
+        (config_of(lm_identity={"revision": "None"}), "language_model: 'me/lm'"),
+        (config_of(TIMM, path="lm.gguf"), "vision_encoder: 'resnet18, pretrained'"),
+        (config_of(CLIP, {"weights": "openai"}, path="lm.gguf"), "vision_encoder: 'ViT-B-32, openai'"),
+        (
+            config_of(
+                {"source": "fused", "encoders": [TIMM, VIT], "image_size": 64},
+                {"0.sha256": "a" * 64, "1.name": VIT["name"]},
+                path="lm.gguf",
+            ),
+            f"vision_encoder: '{VIT['name']}'",
+        ),
+    ],
+)
+def test_parts_without_a_pin_are_refused(config, part):
+    with pytest.raises(CheckpointError, match=f"^me/checkpoint: {part} would be fetched from the Hub, but config.json"):
+        pin_parts(config, "me/checkpoint", given=())
+    pin_parts(config, "me/checkpoint", given=("language_model", "vision_encoder"))
+
+
+def test_parts_on_this_machine_and_those_with_a_hash_need_no_commit(tmp_path, caplog):
+    pin_parts(config_of(TIMM, {"sha256": "a" * 64}, path=str(tmp_path)), "me/checkpoint", given=())
+    assert "vision_encoder: 'resnet18, pretrained' comes from the Hub" in caplog.text
+    assert "language_model" not in caplog.text
+
+
+def test_a_checkpoint_that_the_hub_does_not_give():
+    with pytest.raises(CheckpointError, match=r"^checkpoint: 'me/nothing' cannot be fetched from the Hub \("):
+        local_checkpoint("me/nothing")
+    with pytest.raises(CheckpointError, match=r"got '\.\./nothing', expected a checkpoint folder or a Hub id"):
+        local_checkpoint("../nothing")

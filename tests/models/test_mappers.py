@@ -206,3 +206,18 @@ def test_the_closed_form_needs_the_norm():
     mapper = build("linear", output_norm="none")
     with pytest.raises(ConfigError, match="output_norm: got 'none', expected 'layer'"):
         fit_last_layer(mapper, NamedVectors(torch.randn(3, D_ENC), ["a", "b", "c"]), torch.randn(3, 4, D_LM))
+
+
+def test_a_norm_in_front_of_each_activation():
+    mapper = build("mlp", 9, 9, hidden_norm=True, num_layers=3, activation="gelu")
+    kinds = [type(layer).__name__ for layer in mapper.body.layers]
+    assert kinds == [*["Linear", "LayerNorm", "GELU", "Dropout"] * 2, "Linear"]
+    features = torch.randn(2, 9, D_ENC)
+    first, norm = mapper.body.layers[:2]
+    with torch.no_grad():
+        hidden = norm(first(features))
+        assert hidden.mean(-1).abs().max() < 1e-5
+        expected = mapper.scale(mapper.body.layers[2:](hidden))
+        assert torch.allclose(mapper(features), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="num_layers: with 1 there is no hidden layer, so hidden_dim, hidden_norm"):
+        build("mlp", 9, 9, hidden_norm=True, num_layers=1)

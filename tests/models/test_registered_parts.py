@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 import frozenprefix
-from frozenprefix import FrozenPrefixForConditionalGeneration, register_mapper, register_source, register_vision_encoder
+from frozenprefix import (
+    FrozenPrefixForConditionalGeneration,
+    MapperConfig,
+    build_mapper,
+    register_mapper,
+    register_source,
+    register_vision_encoder,
+)
 from frozenprefix.config import load_checkpoint_recipe, recipe_from_dict
 from frozenprefix.data import Sample, SourceConfig, load_source
 from frozenprefix.errors import CheckpointError, ConfigError
@@ -192,6 +199,28 @@ def test_names_and_classes_are_checked_when_they_are_registered():
     with pytest.raises(ConfigError, match=r"got <class 'dict'>, expected a subclass of Module"):
         register_mapper("dict")(dict)
     assert not {"short", "dict"} & set(MAPPERS.names())
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda features: features, r"gives \(2, 4, 6\), expected \(2, 3, 8\): \[images, prefix_length, lm_dim\]"),
+        (lambda features: None, r"gives NoneType, expected \(2, 3, 8\)"),
+        (
+            lambda features: features @ torch.ones(5, 5),
+            r"fails \(RuntimeError: .*\); expected an output of \(2, 3, 8\)",
+        ),
+    ],
+)
+def test_a_mapper_of_another_shape_is_refused_before_it_is_used(output, message):
+    class Wrong(Gated):
+        def forward(self, image_features):
+            return output(image_features)
+
+    register_mapper("wrong")(Wrong)
+    shapes = {"encoder_dim": 6, "num_tokens": 4, "lm_dim": 8, "embedding_rms": 0.1}
+    with pytest.raises(ConfigError, match=r"mapper 'wrong', given image_features of shape \(2, 4, 6\), " + message):
+        build_mapper(MapperConfig(type="wrong", prefix_length=3), **shapes)
 
 
 def test_a_cell_that_is_run_again_replaces_its_class():

@@ -108,6 +108,7 @@ def _build_transformers(config: TextTowerConfig) -> BuiltTextTower:
         model, info = AutoModel.from_pretrained(
             place,
             revision=commit or "main",
+            adapter_kwargs={"revision": commit or "main"},
             dtype=torch.float32,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, by name

@@ -146,6 +146,7 @@ def load_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, d
         model, info = auto_class.from_pretrained(
             resolved.location,
             revision=resolved.revision or "main",
+            adapter_kwargs={"revision": resolved.revision or "main"},  # for which older releases take "main"
             dtype=getattr(torch, config.dtype),
             attn_implementation=_attention(config, lm_config),
             trust_remote_code=False,

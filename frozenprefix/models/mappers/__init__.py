@@ -19,7 +19,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.models.configuration import MapperConfig
 from frozenprefix.models.mappers.blocks import PrefixScale
 from frozenprefix.models.options import option_problems, register_part
-from frozenprefix.registry import Registry
+from frozenprefix.registry import Registry, is_external
 
 __all__ = ["MAPPERS", "PrefixMapper", "PrefixScale", "build_mapper", "register_mapper", "validate_mapper"]
 
@@ -100,7 +100,8 @@ def build_mapper(
         embedding_rms: root mean square of the LM's word embeddings; the prefix starts with this size.
 
     Raises:
-        ConfigError: for an unknown mapper or wrong options, with all problems at once.
+        ConfigError: for an unknown mapper or wrong options, with all problems at once; and for a mapper from outside
+            this package whose output has another shape.
 
     Example:
         >>> config = MapperConfig(type="mlp", prefix_length=5)
@@ -118,10 +119,30 @@ def build_mapper(
         prefix_length=config.prefix_length,
         **config.options,
     )
+    if is_external(config.type, "frozenprefix.mappers"):
+        _check_shape(config, body, (num_tokens, encoder_dim), lm_dim)
     if config.output_norm == "none":
         _scale_last_layer(body, (num_tokens, encoder_dim), embedding_rms)
         return PrefixMapper(body, nn.Identity())
     return PrefixMapper(body, PrefixScale(lm_dim, embedding_rms))
+
+
+@torch.no_grad()
+def _check_shape(config: MapperConfig, body: nn.Module, shape: tuple[int, int], lm_dim: int) -> None:
+    """Refuse a mapper from outside this package whose output would be put into wrong places of the text."""
+    training, _ = body.training, body.eval()
+    what = f"model.mapper.type: mapper '{config.type}', given image_features of shape {(2, *shape)},"
+    expected = (2, config.prefix_length, lm_dim)
+    try:
+        output = body(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ConfigError(
+            f"{what} fails ({type(error).__name__}: {error}); expected an output of {expected}"
+        ) from error
+    got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if got != expected:
+        raise ConfigError(f"{what} gives {got}, expected {expected}: [images, prefix_length, lm_dim]")
+    body.train(training)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ class MLPMapper(nn.Module):
         tokens: how a patch grid is read. "per_token" maps each token to one embedding; a grid with more tokens than the
             prefix is averaged first, in raster order. "flatten" maps all tokens together.
         input_norm: layer norm on the features, for encoders whose features are not normalized.
+        hidden_norm: layer norm in front of each activation, as in Yi's LLaVA; together with the one behind the mapper
+            llama.cpp holds such a mapper exactly.
         dropout: on the hidden layers, in training mode.
 
     Raises:
@@ -54,15 +56,16 @@ class MLPMapper(nn.Module):
         activation: Literal["tanh", "gelu", "gelu_tanh", "relu"] = "tanh",
         tokens: Literal["per_token", "flatten"] = "per_token",
         input_norm: bool = False,
+        hidden_norm: bool = False,
         dropout: Dropout = 0.0,
     ):
         super().__init__()
         if tokens == "flatten" and num_tokens == 1:
             raise ConfigError("model.mapper.tokens: 'flatten' has no effect on a pooled feature; remove it")
-        if num_layers == 1 and (hidden_dim is not None or activation != "tanh" or dropout):
+        if num_layers == 1 and (hidden_dim is not None or activation != "tanh" or dropout or hidden_norm):
             raise ConfigError(
-                "model.mapper.num_layers: with 1 there is no hidden layer, so hidden_dim, activation and dropout have "
-                "no effect; remove them, or set num_layers to 2"
+                "model.mapper.num_layers: with 1 there is no hidden layer, so hidden_dim, hidden_norm, activation and "
+                "dropout have no effect; remove them, or set num_layers to 2"
             )
         self.prefix_length = prefix_length
         self.together = num_tokens == 1 or tokens == "flatten"
@@ -72,7 +75,8 @@ class MLPMapper(nn.Module):
         self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):
-            layers += [nn.Linear(width_in, hidden_dim), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+            norm = [nn.LayerNorm(hidden_dim)] if hidden_norm else []
+            layers += [nn.Linear(width_in, hidden_dim), *norm, ACTIVATIONS[activation](), nn.Dropout(dropout)]
             width_in = hidden_dim
         self.layers = nn.Sequential(*layers, nn.Linear(width_in, width_out))
 

