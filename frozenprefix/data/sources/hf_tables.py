@@ -37,8 +37,8 @@ def tables_of(root: Path, pattern: str | None, *, check: bool = True) -> list[Ta
     """The tables of a folder of `save_to_disk`; or of the files that match `pattern`, by default all parquet files.
 
     Args:
-        check: read each arrow file as a whole first. They are mapped into memory, where pyarrow believes the offsets and
-            sizes in them, and crashes on a damaged file.
+        check: read each arrow file as a whole first. Arrow files are mapped into memory, where pyarrow trusts their
+            offsets and sizes, and crashes if the file is damaged.
     """
     if pattern is None and _is_saved(root):
         with refusing_damage(DataError, f"{root}: cannot be read as a folder of save_to_disk ({{reason}})"):
