@@ -14,8 +14,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from frozenprefix.errors import StoppedError
+
 logger = logging.getLogger(__name__)
 INTERVAL = 2.0  # seconds between two looks
+GRACE = 10.0  # seconds for a process to end by itself when another one has
+RUNNING, DONE, FAILED = 0.0, 1.0, 2.0
 Item = TypeVar("Item")
 
 
@@ -38,7 +42,8 @@ class Watchdog:
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._since = 0.0  # when the process began to load the present batch; 0.0 while it does something else
-        self._done = threading.Event()
+        self._status = RUNNING
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -50,8 +55,11 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._done.set()
-        if self._thread is not None and kind is None:
+        # a run that is told to stop ends in all processes
+        self._status = DONE if kind is None or issubclass(kind, StoppedError) else FAILED
+        self._ended.set()
+        if self._thread is not None:
+            # nobody leaves while another process is still writing, and would miss it
             self._thread.join()
 
     def loading(self, batches: Iterable[Item]) -> Iterator[Item]:
@@ -68,26 +76,36 @@ class Watchdog:
             yield batch
 
     def _watch(self, group: dist.ProcessGroup) -> None:
-        while True:
-            # before the wait: all processes leave after the same look
-            done = self._done.wait(INTERVAL)
+        """Look at all processes until all are done, or one of them is lost."""
+        problem = None
+        while problem is None:
+            self._ended.wait(INTERVAL)
             try:
                 dist.monitored_barrier(group, timeout=timedelta(seconds=self.seconds), wait_all_ranks=True)
                 since = self._since
-                mine = torch.tensor([time.monotonic() - since if since else 0.0, float(done)])
+                mine = torch.tensor([time.monotonic() - since if since else 0.0, self._status])
                 looks = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
                 dist.all_gather(looks, mine, group)
             except RuntimeError as error:
-                if not self._done.is_set():
-                    _end(f"a process has not answered for {self.seconds:.0f} s: {_first_line(error)}")
+                problem = f"a process is lost, or has not answered for {self.seconds:.0f} s: {_first_line(error)}"
+                break
+            waited, status = torch.stack(looks).unbind(1)
+            if bool((status == DONE).all()):
                 return
-            waited, finished = torch.stack(looks).unbind(1)
-            if finished.any():
-                return
-            stuck = [rank for rank, seconds in enumerate(waited.tolist()) if seconds > self.seconds]
-            if stuck and (waited == 0).any():
-                named = ", ".join(map(str, stuck))
-                _end(f"process {named} of {len(looks)} has been loading a batch for over {self.seconds:.0f} s")
+            problem = self._problem(waited.tolist(), status.tolist())
+        if not self._ended.wait(GRACE):  # with the others it may have failed itself, and say so
+            _end(str(problem))
+
+    def _problem(self, waited: list[float], status: list[float]) -> str | None:
+        """What is wrong with a process, from the seconds that each has been loading a batch, and its status."""
+        failed = [rank for rank, value in enumerate(status) if value == FAILED]
+        if failed:
+            return f"process {', '.join(map(str, failed))} of {len(status)} has failed"
+        stuck = [rank for rank, seconds in enumerate(waited) if seconds > self.seconds]
+        if stuck and 0.0 in waited:
+            named = ", ".join(map(str, stuck))
+            return f"process {named} of {len(status)} has been loading a batch for over {self.seconds:.0f} s"
+        return None
 
 
 def _first_line(error: Exception) -> str:
