@@ -111,6 +111,16 @@ def follow_attention(config: PreTrainedConfig, language_model: PreTrainedModel |
         config._experts_implementation = None
 
 
+def layer_class_names(language_model: PreTrainedModel) -> tuple[str, ...]:
+    """Class names of the layers that transformers keeps on one device: the decoder layers; none if it does not tell.
+
+    Example:
+        >>> layer_class_names(model.language_model)
+        ('LlamaDecoderLayer',)
+    """
+    return tuple(private(language_model, "_no_split_modules", "FSDP2 has to be told the class of the layers") or ())
+
+
 def is_recurrent(language_model: PreTrainedModel) -> bool:
     """Whether a language model has layers with a state that cannot go back to an earlier token.
 

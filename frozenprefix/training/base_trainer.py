@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 import rich.style  # noqa: F401 - draws a random number when it is first imported, which must come before the seed
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
@@ -83,6 +83,7 @@ class BaseTrainer(ABC):
     stream: ImageStream
     total_steps: int
     tracker: Tracker
+    sharding: FullyShardedDataParallelPlugin | None = None  # with FSDP2
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.kernels.compat import layer_class_names
 
 FSDP = "ACCELERATE_USE_FSDP"
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -75,7 +77,7 @@ def make_accelerator(mixed_precision: str, sharding: FullyShardedDataParallelPlu
             os.environ[FSDP] = flag
 
 
-def shard_frozen_layers(language_model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> int:
+def shard_frozen_layers(language_model: PreTrainedModel, plugin: FullyShardedDataParallelPlugin) -> int:
     """Shard the frozen parameters of the decoder layers with torch's FSDP2, in place.
 
     Each process keeps its share of a layer, and all of it only while the layer computes. Trained parameters (LoRA),
@@ -92,7 +94,7 @@ def shard_frozen_layers(language_model: nn.Module, plugin: FullyShardedDataParal
     Raises:
         ConfigError: the layers are not known, or quantized.
     """
-    names = plugin.transformer_cls_names_to_wrap or getattr(language_model, "_no_split_modules", None) or ()
+    names = plugin.transformer_cls_names_to_wrap or layer_class_names(language_model)
     layers = [module for module in language_model.modules() if type(module).__name__ in set(names)]
     if not layers:
         raise ConfigError(

@@ -351,7 +351,12 @@ training: {epochs: null, max_steps: 40}
     )
     loaded = load_recipe(recipe, ["model.mapper.hidden_dim=16"])
     assert (loaded.name, loaded.output_dir) == ("own", Path("runs/own"))
-    assert loaded.model.mapper.model_dump() == {"type": "mlp", "prefix_length": 8, "hidden_dim": 16}
+    assert loaded.model.mapper.model_dump() == {
+        "type": "mlp",
+        "prefix_length": 8,
+        "output_norm": "layer",
+        "hidden_dim": 16,
+    }
     assert loaded.data.train == [{"type": "captions", "path": "other"}], "lists are replaced"
     assert (loaded.training.epochs, loaded.training.max_steps) == (None, 40)
     assert loaded.model.language_model.path == "/models/tiny"

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from frozenprefix.errors import BadImageError, ConfigError, DataError
+from frozenprefix.kernels.compat import config_option
 from frozenprefix.kernels.precision import autocast_to
 from frozenprefix.models.fusion.base import ImageContext, decoder_layers
 from frozenprefix.models.fusion.placeholders import fuse_prefix, index_placeholders
@@ -131,7 +132,7 @@ class FrozenPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
         for_lm = {name: options.pop(name) for name in _FOR_LANGUAGE_MODEL if options.get(name) is not None}
         # what the Auto classes take out of the call, they put into the config
-        asked = getattr(config, "_attn_implementation_internal", None)
+        asked = config_option(config, "attn_implementation")
         for_lm |= {"attn_implementation": asked} if asked and "attn_implementation" not in for_lm else {}
         unknown = [
             name
