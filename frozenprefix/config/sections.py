@@ -224,7 +224,7 @@ class RunSection(RecipeSection):
     )
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better one")
     process_timeout: float = Field(
-        60.0, gt=0, description="seconds without an answer of a process, or in which it loads a batch, that end the run"
+        60.0, gt=0, description="seconds that a process may not answer, or load a batch or validate while others wait"
     )
 
     @field_validator("betas")

@@ -412,7 +412,7 @@ class BaseTrainer(ABC):
         if not self.validation_groups:
             self.save_best()
             return
-        with progress_bar("validating", enabled=self.accelerator.is_main_process):
+        with progress_bar("validating", enabled=self.accelerator.is_main_process), self.watchdog.watched():
             values = self.measure()
         metrics = {f"validation/{name}": value for name, value in values.items()}
         self.log(metrics)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -30,8 +31,8 @@ class Watchdog:
     is ten minutes or more, and does not always name the process.
 
     Args:
-        seconds: a process that does not answer for so long, or loads a batch for so long while another has its own,
-            ends the run: all others say which one it is, and stop. States that were saved before are whole.
+        seconds: a process that does not answer for so long, or loads a batch or validates for so long while another has
+            done so, ends the run: all others say which one it is, and stop. States that were saved before are whole.
 
     Example:
         >>> with Watchdog(seconds=60) as watchdog:
@@ -41,7 +42,7 @@ class Watchdog:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._since = 0.0  # when the process began to load the present batch; 0.0 while it does something else
+        self._since = 0.0  # when what is watched began; 0.0 if nothing is
         self._status = RUNNING
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,17 +63,24 @@ class Watchdog:
             # nobody leaves while another process is still writing, and would miss it
             self._thread.join()
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block the process does what the others do too, and must not take longer than they by `seconds`."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = 0.0
+
     def loading(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Pass on batches, noting while one is waited for."""
+        """Pass on batches, each of which is loaded in `watched`."""
         iterator = iter(batches)
         while True:
-            self._since = time.monotonic()
             try:
-                batch = next(iterator)
+                with self.watched():
+                    batch = next(iterator)
             except StopIteration:
                 return
-            finally:
-                self._since = 0.0
             yield batch
 
     def _watch(self, group: dist.ProcessGroup) -> None:
@@ -97,14 +105,16 @@ class Watchdog:
             _end(str(problem))
 
     def _problem(self, waited: list[float], status: list[float]) -> str | None:
-        """What is wrong with a process, from the seconds that each has been loading a batch, and its status."""
+        """What is wrong with a process, from the seconds of what is watched in each, and its status."""
         failed = [rank for rank, value in enumerate(status) if value == FAILED]
         if failed:
             return f"process {', '.join(map(str, failed))} of {len(status)} has failed"
         stuck = [rank for rank, seconds in enumerate(waited) if seconds > self.seconds]
         if stuck and 0.0 in waited:
             named = ", ".join(map(str, stuck))
-            return f"process {named} of {len(status)} has been loading a batch for over {self.seconds:.0f} s"
+            return (
+                f"process {named} of {len(status)} has been loading a batch or validating for over {self.seconds:.0f} s"
+            )
         return None
 
 

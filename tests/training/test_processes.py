@@ -31,7 +31,7 @@ collate = Collator.__call__
 
 def hang(self, *arguments):
     calls.append(1)
-    if os.environ["RANK"] == "1" and trainer.progress.step == 3:
+    if os.environ["RANK"] == "1" and trainer.progress.step == (3 if how == "validating" else 4):
         os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(600)
     return collate(self, *arguments)
 
@@ -90,9 +90,9 @@ def test_a_state_does_not_depend_on_how_it_was_trained(recipe_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stopped", "loading"])
+@pytest.mark.parametrize("how", ["stopped", "loading", "validating"])
 def test_a_process_that_hangs_ends_the_run_and_is_named(recipe_of, tmp_path, how):
-    """Process 1 is stopped by a signal, or its data never come, in the third step."""
+    """Process 1 is stopped by a signal, or its data never come, in a step or a validation."""
     (tmp_path / "run.yaml").write_text(
         recipe_of(tmp_path / "run", "training.process_timeout=4", "training.save_every=2").to_yaml()
     )
@@ -102,7 +102,7 @@ def test_a_process_that_hangs_ends_the_run_and_is_named(recipe_of, tmp_path, how
     done = run_python(*launcher, str(tmp_path / "hang.py"), how, str(tmp_path / "run.yaml"))
     assert time.monotonic() - before < 120  # torchrun waits 30 s for the stopped process
     assert done.returncode != 0
-    named = "Ranks 1 failed to pass" if how == "stopped" else "process 1 of 2 has been loading a batch"
+    named = "Ranks 1 failed to pass" if how == "stopped" else "process 1 of 2 has been loading a batch or validating"
     assert named in done.stderr, done.stderr[-3000:]
     assert (tmp_path / "run" / "last" / "training_state.json").is_file()
 

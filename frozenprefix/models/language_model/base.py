@@ -5,6 +5,7 @@ Shape letters: R rows, T row length, B texts, L target length, K predicting node
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -301,6 +302,21 @@ def check_generate_arguments(attention_mask: Tensor | None, arguments: Mapping[s
         raise ConfigError(f"generate: {', '.join(refused)}: needs a prompt of token ids alone; remove it")
     if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
         raise ConfigError("input_ids are padded on the right; generation needs padding_side='left'")
+
+
+def with_one_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` in which a generation config holds the options that were given beside it.
+
+    transformers warns of both together, and its own pipelines give both.
+
+    Example:
+        >>> arguments = with_one_config({"generation_config": GenerationConfig(num_beams=2), "max_new_tokens": 5})
+        >>> list(arguments), arguments["generation_config"].max_new_tokens
+        (['generation_config'], 5)
+    """
+    rest = dict(arguments)
+    config = copy.deepcopy(rest.pop("generation_config", None))
+    return rest if config is None else {"generation_config": config, **config.update(**rest)}
 
 
 def word_embeddings(language_model: PreTrainedModel) -> nn.Embedding:

@@ -19,7 +19,13 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.attention import attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.models.freezing import evaluating
-from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput, positions_from_mask
+from frozenprefix.models.language_model.base import (
+    BeamOptions,
+    FrozenLM,
+    LMOutput,
+    positions_from_mask,
+    with_one_config,
+)
 from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
 from frozenprefix.models.language_model.trie_reader import Prompts
 from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
@@ -287,7 +293,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         self.check_length(inputs_embeds.shape[1], kwargs.get("max_new_tokens") or 1)
         if beams is None:
-            generate = cast(Any, self.model).generate
+            generate, kwargs = cast(Any, self.model).generate, with_one_config(kwargs)
             return generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return _output(*self._search(beams)(Prompts.from_mask(inputs_embeds, attention_mask)), beams)
 

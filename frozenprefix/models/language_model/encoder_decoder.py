@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from frozenprefix.errors import ConfigError
-from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput
+from frozenprefix.models.language_model.base import BeamOptions, FrozenLM, LMOutput, with_one_config
 from frozenprefix.models.packing import PackedBatch
 
 IGNORE_INDEX = -100
@@ -140,6 +140,7 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
         self.check_length(inputs_embeds.shape[1])
         self.check_length(1, kwargs.get("max_new_tokens") or 1, what="max_new_tokens: the start")
         lm: Any = self.model
+        kwargs = with_one_config(kwargs)
         output = lm.generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         if isinstance(output, Tensor):
             return output[:, 1:]
