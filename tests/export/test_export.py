@@ -116,7 +116,9 @@ def test_llama_cpp_is_equal_on_ten_images(activation, options, source, ten, tmp_
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     one = source("siglip", activation, **options)
     export_gguf(one, tmp_path / "gguf")
-    assert is_equal(verify_gguf(one, tmp_path / "gguf", ten, max_new_tokens=12), 1e-3)
+    # the layer norm behind the table enlarges what it rounds
+    tolerance = 2e-3 if "hidden_norm" in options else 1e-3
+    assert is_equal(verify_gguf(one, tmp_path / "gguf", ten, max_new_tokens=12), tolerance)
 
 
 def test_all_three_engines_give_one_text(source, ten, tmp_path):

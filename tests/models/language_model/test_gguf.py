@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +20,7 @@ from frozenprefix.utils import file_sha256
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install frozenprefix[gguf]")
 
+OLD = Version(transformers.__version__) < Version("5.18")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ Ġ", "Ġ b", "l u", "lu e", "Ġb lue"]
 VOCABULARY = [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
@@ -161,7 +164,9 @@ class TestTokenizer:
         tokenizer = self.load(llama, tmp_path, "smollm")
         assert tokenizer.convert_ids_to_tokens(tokenizer(" blue").input_ids) == ["Ġblue"]
         for text in (" blue", "a blue , blue .", "don't  \n x", "héllo 日本 🙂 12,5", "<|im_start|>user\nx<|im_end|>"):
-            assert tokenizer.decode(tokenizer(text).input_ids) == text
+            decoded = tokenizer.decode(tokenizer(text).input_ids)
+            # 5.12 drops the space at the start
+            assert decoded == text or (OLD and decoded == text.lstrip())
         assert tokenizer("<|im_end|>").input_ids == [2]
         assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[1], SPECIAL[2], SPECIAL[0])
 
