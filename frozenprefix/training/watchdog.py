@@ -99,6 +99,8 @@ class Watchdog:
                 break
             waited, status = torch.stack(looks).unbind(1)
             if bool((status == DONE).all()):
+                # waits for the threads of gloo, one of which may else meet the end of the interpreter, and abort
+                dist.destroy_process_group(group)
                 return
             problem = self._problem(waited.tolist(), status.tolist())
         if not self._ended.wait(GRACE):  # with the others it may have failed itself, and say so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,13 @@ def run_with_hashes(trainer: BaseTrainer) -> tuple[TrainingResult, list[str]]:
     trainer.build_model = build_and_hash
     result = trainer.run("auto")
     return result, [*hashes, hash_tensors(frozen_tensors(trainer.model))]
+
+
+def free_port() -> str:
+    """A port that no process uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

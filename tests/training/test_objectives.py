@@ -18,7 +18,7 @@ from frozenprefix.training.objectives import Distillation
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
-from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, losses_of, run_python
+from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, free_port, losses_of, run_python
 
 CONTRASTIVE = "objectives.contrastive={dim: 8}"
 ADAPTERS = "model.fusion={type: adapters}"
@@ -235,7 +235,7 @@ def test_two_processes_are_one(plain_descent, recipe_of, tmp_path, accumulation)
     cut = f"training.gradient_accumulation_steps={accumulation}"
     (tmp_path / "recipe.yaml").write_text(recipe_of(tmp_path / "two", *settings, cut).to_yaml())
     (tmp_path / "train.py").write_text(PLAIN_DESCENT)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
     one, two = (tmp_path / name / "last/model.safetensors" for name in ("one", "two"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ from frozenprefix.errors import ConfigError
 from frozenprefix.training.sharding import requested_sharding
 from frozenprefix.training.trainer import Trainer, train
 from tests.helpers import ROOT
-from tests.helpers.training import assert_same_tensors, losses_of, run_python
+from tests.helpers.training import assert_same_tensors, free_port, losses_of, run_python
 
 STEPS = ("training.max_steps=20", "training.log_every=1", "training.precision=fp32", "model.mapper.dropout=0.2")
 LORA = "model.language_model.peft={type: lora, r: 2, lora_dropout: 0.1}"
@@ -44,12 +43,6 @@ trainer.run()
 @pytest.fixture(scope="module")
 def recipe_of(tiny_recipe, sharp_lm):
     return lambda folder, *overrides, **options: tiny_recipe(folder, *STEPS, *overrides, lm=sharp_lm, **options)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launch(config: str, recipe, folder, *arguments: str, **environment: str):

@@ -12,7 +12,7 @@ from frozenprefix.evaluation.samples import folder_samples
 from frozenprefix.training import load_samples, train
 from frozenprefix.training.setup import load_parts
 from frozenprefix.training.trainer import Trainer
-from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, losses_of, run_python
+from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, free_port, losses_of, run_python
 
 LORA = "model.language_model.peft={type: lora, r: 2, target_modules: all-linear}"
 
@@ -56,7 +56,7 @@ def test_two_processes_are_one(plain_descent, mixed_recipe, shapes, tmp_path):
     recipe = mixed_recipe(LORA, *steps, f"output_dir={tmp_path / 'two'}")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     (tmp_path / "train.py").write_text(PLAIN_DESCENT)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     done = run_python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
     trainer = Trainer(recipe)

@@ -20,7 +20,7 @@ from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
 from frozenprefix.training.validation import batch_bounds, validation_losses
-from tests.helpers.training import assert_same_tensors, losses_of, run_python, run_with_hashes
+from tests.helpers.training import assert_same_tensors, free_port, losses_of, run_python, run_with_hashes
 
 # dropout: a resumed run must also go on with the same random numbers
 DROPOUT = "model.mapper.dropout=0.2"
@@ -187,7 +187,7 @@ def test_two_processes_resumed_are_the_undisturbed_two(recipe_of, shapes, tmp_pa
     for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
         recipe = recipe_of(tmp_path / name, DROPOUT, *overrides, f"training.max_steps={steps}")
         (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633")
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
         done = run_python(*launcher, "recipes/train.py", str(tmp_path / "recipe.yaml"))
         assert done.returncode == 0, done.stderr
     for file in ("model.safetensors", "language_adapter/adapter_model.safetensors"):
