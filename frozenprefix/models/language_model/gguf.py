@@ -84,6 +84,7 @@ def _load(gguf_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, name = str(gguf_path.parent), gguf_path.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     _split_digits(gguf_path, tokenizer)
+    _name_special_tokens(gguf_path, tokenizer)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         # versions that have this class refuse to save a model loaded without it
@@ -105,6 +106,17 @@ def _split_digits(gguf_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+
+
+def _name_special_tokens(gguf_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the special tokens from the file: releases of transformers before 5.18 take another one for the end."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_path).fields
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
 
 
 def _narrowest_exact_dtype(model: PreTrainedModel) -> torch.dtype:
