@@ -185,9 +185,11 @@ class BaseTrainer(ABC):
         return mixture
 
     def mixed_groups(
-        self, mixture: Mixture, prepared: PreparedImages
-    ) -> tuple[dict[str, Sequence[ImageGroup]], FeatureCache | None]:
-        """The groups with the training set of a mixture, and the features that its steps read."""
+        self, mixture: Mixture | None, prepared: PreparedImages
+    ) -> tuple[Mapping[str, Sequence[ImageGroup]], FeatureCache | None]:
+        """The groups, with the training set of a mixture if there is one, and the features that steps read."""
+        if mixture is None:
+            return prepared.groups, prepared.features
         groups = {**prepared.groups, "train": mixture.training_set(prepared.groups["train"])}
         fingerprint = ImageEncoder.from_model(self.model, self.processor).fingerprint
         streamed = streamed_features(mixture.streams, fingerprint, prepared.features)

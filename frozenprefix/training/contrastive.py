@@ -90,11 +90,8 @@ class ContrastiveTrainer(BaseTrainer):
         else:
             samples = {"train": mixture.listed, "validation": load_validation(self.recipe.data)}
         prepared = self.encode_images(samples)
-        if mixture is not None:
-            groups, train_features = self.mixed_groups(mixture, prepared)
-            self.use_data(groups, prepared.features, train_features)
-        else:
-            self.use_data(prepared.groups, prepared.features, prepared.features)
+        groups, train_features = self.mixed_groups(mixture, prepared)
+        self.use_data(groups, prepared.features, train_features)
 
     def use_data(
         self,

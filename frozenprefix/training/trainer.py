@@ -138,11 +138,8 @@ class Trainer(BaseTrainer):
         unread = {"train": group_by_images(samples.pop("train"))} if self.recipe.data.text_only else {}
         prepared = self.encode_images(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
-        if mixture is not None:
-            groups, train_features = self.mixed_groups(mixture, prepared)
-            self.use_data(groups, prepared.features, train_features)
-        else:
-            self.use_data(prepared.groups | unread, prepared.features, prepared.features)
+        groups, train_features = self.mixed_groups(mixture, prepared)
+        self.use_data({**groups, **unread}, prepared.features, train_features)
 
     def use_data(
         self,
