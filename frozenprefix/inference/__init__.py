@@ -4,9 +4,10 @@ from frozenprefix.inference.captioner import Caption, Captioner, Generation
 from frozenprefix.inference.classifier import Classification, Classifier
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
+from frozenprefix.inference.evidence import EvidenceScorer, WordEvidence
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
 from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, open_index
-from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods
+from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods, token_log_likelihoods
 from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
 from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
 from frozenprefix.inference.zero_shot import LabelledImage, ZeroShotClassifier
@@ -20,6 +21,7 @@ __all__ = [
     "Dialog",
     "Embedder",
     "Episode",
+    "EvidenceScorer",
     "Frame",
     "Generation",
     "Hit",
@@ -31,6 +33,7 @@ __all__ = [
     "Shot",
     "StreamCaptioner",
     "VideoCaptioner",
+    "WordEvidence",
     "ZeroShotClassifier",
     "choose_answers",
     "index_folder",
@@ -38,5 +41,6 @@ __all__ = [
     "likeliest_of_groups",
     "log_likelihoods",
     "open_index",
+    "token_log_likelihoods",
     "write_answers",
 ]
