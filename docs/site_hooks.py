@@ -1,7 +1,7 @@
 """MkDocs hooks: the pages of the site that lie outside docs/ or are made from code.
 
-Documents of the repository link to each other by their paths there, so that the links work on any view of it. Here a link
-to a file becomes one to the page that shows it; a file without a page stays as text.
+Documents of the repository link to each other by their paths there, so that the links work on any view of it. Here a
+link to a file becomes one to the page that shows it; a file without a page stays as text.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 # file of the repository -> page
 OUTSIDE = {
+    "README.md": "project/readme.md",
     "ARCHITECTURE.md": "project/architecture.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
@@ -88,7 +89,7 @@ def page_of(path: str) -> str | None:
     """The page that shows a file or folder of the repository, with its anchor, or None."""
     if path in OUTSIDE:
         return OUTSIDE[path]
-    if path in ("README.md", "docs"):
+    if path == "docs":
         return "index.md"
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
@@ -152,7 +153,8 @@ def commands_page() -> str:
         parts.append(f"## {name.removeprefix('frozenprefix ')}")
         parts.append(f"```text\n{name} {arguments}[OPTIONS]\n```\n\n{clean(command.help)}")
         rows = [
-            f"| {names_of(p)} | {cell(p.help)} | {default_of(p)} |" for p in sorted(shown, key=lambda p: p.param_type_name)
+            f"| {names_of(p)} | {cell(p.help)} | {default_of(p)} |"
+            for p in sorted(shown, key=lambda p: p.param_type_name)
         ]
         parts.append("\n".join(["| | | default |", "|---|---|---|", *rows]))
 
@@ -213,8 +215,13 @@ def api_page(package: str) -> str:
         below = {name: other for other in api_pages() if other != package for name in public_names(other)}
         links = "".join(f"- [`{name}`][{below[name]}.{name}]\n" for name in names if name in below)
         names = [name for name in names if name not in below]
-    members = "".join(f"        - {name}\n" for name in names)
-    return f"# {package}\n\n::: {package}\n    options:\n      members:\n{members}\n{links}"
+    # a function may have the name of its module, which is then what the path `package.name` names
+    hidden = [name for name in names if (ROOT / package.replace(".", "/") / f"{name}.py").exists()]
+    members = "".join(f"        - {name}\n" for name in names if name not in hidden)
+    parts = [f"# {package}", f"::: {package}\n    options:\n      members:\n{members}", links]
+    options = "    options:\n      show_root_heading: true\n      show_root_toc_entry: true\n"
+    parts += [f"::: {package}.{name}.{name}\n{options}" for name in hidden]
+    return "\n\n".join(parts) + "\n"
 
 
 # ── notebooks ──
@@ -257,6 +264,6 @@ def output_of(output: dict[str, Any]) -> str:
     if "image/png" in data:
         return f'<img alt="output of the cell above" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
     if "text/html" in data:
-        return f"<div>{''.join(data['text/html'])}</div>"
+        return f'<div class="notebook-table">{"".join(data["text/html"])}</div>'
     text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
     return f'<div class="output" markdown>\n\n```text\n{text}\n```\n\n</div>' if text else ""
