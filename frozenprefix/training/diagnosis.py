@@ -124,8 +124,8 @@ def _advice_by_loss(measured: Measured, rate: str) -> str:
     loss, shuffled, first = measured.losses["loss"], measured.losses["shuffled_loss"], measured.first_loss
     if not measured.blind:
         return (
-            f"length of the run: the loss is lower with the right images ({loss:.3f}) than with wrong ones ({shuffled:.3f}), so "
-            f"the images are used; train longer, or raise {rate}"
+            f"length of the run: the loss is lower with the right images ({loss:.3f}) than with wrong ones "
+            f"({shuffled:.3f}), so the images are used; train longer, or raise {rate}"
         )
     if first is not None and loss > LEARNED * first:
         return f"learning rate: the loss has hardly fallen ({first:.3f} at first, now {loss:.3f}); raise {rate}"
