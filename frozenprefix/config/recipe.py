@@ -28,6 +28,8 @@ class Recipe(BaseRecipe):
             "packing",
             "tokens_per_row",
             "max_target_tokens",
+            "label_smoothing",
+            "word_dropout",
         ),
     }
 

@@ -260,6 +260,12 @@ class TrainingSection(RunSection):
     packing: Packing = "trie"
     tokens_per_row: int | None = Field(None, ge=1, description="null lets the packer choose")
     max_target_tokens: int = Field(40, ge=2, description="a longer target is cut; the end token counts")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a target token's probability that is spread over the vocabulary"
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of a target's words that the language model reads as zeros, while training"
+    )
     init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
     learning_rates: dict[Literal["vision_encoder", "mapper", "fusion", "language_model"], PositiveFloat] = Field(
         {}, description="of parts of the model that differ from learning_rate; adapters belong to the part they are in"
