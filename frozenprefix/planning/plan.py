@@ -81,6 +81,7 @@ def plan(
     hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"),
     *,
     calibrate: float = 4.0,
+    here: Hardware | None = None,
 ) -> Plan:
     """Compute the cost of a recipe.
 
@@ -91,6 +92,7 @@ def plan(
     Args:
         hardware: names in `HARDWARE`.
         calibrate: seconds of real training steps for the time on this machine; 0 leaves this machine out.
+        here: rates of this machine, by which "here" is then calculated; for `calibrate` 0.
 
     Raises:
         ConfigError: for a name that is not in the table.
@@ -121,6 +123,11 @@ def plan(
     if step.seconds is not None:
         seconds, validation = step.seconds
         planned["here"] = workload.on_machine("this machine", seconds, images.seconds, validation, None)
+    elif here is not None:
+        half = recipe.training.precision != "fp32"
+        seconds = here.seconds(sum(step.flops.values()), sum(step.bytes.values()), half=half, layers=step.layers)
+        per_image = seconds / recipe.training.images_per_step
+        planned["here"] = workload.on_machine(here.label, seconds, images.seconds, per_image, None)
     half = recipe.training.precision != "fp32"
     planned |= {
         name: _on_machine(machine, workload, step, images, half=half, images_per_step=recipe.training.images_per_step)
@@ -136,7 +143,12 @@ def plan(
         flops=step.flops,
         bytes=step.bytes,
         encoder_flops=images.flops,
-        images={"all": in_all, "cached": in_all - workload.to_encode, "train": train_images},
+        images={
+            "all": in_all,
+            "cached": in_all - workload.to_encode,
+            "train": train_images,
+            "validation": len(groups.get("validation", [])),
+        },
         cache_bytes_per_image=per_image,
         cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, [*paths, *len(views) * training]),
         machines=planned,
