@@ -21,16 +21,21 @@ def command(
         str,
         typer.Option(metavar="auto|never|PATH", help="Resume the run's last state, start over, or resume a folder."),
     ] = "auto",
-    plan_first: Annotated[
-        bool, typer.Option("--plan", help="Measure first, and say how long each stage of the run will take.")
-    ] = False,
+    plan: Annotated[
+        bool | None,
+        typer.Option(
+            "--plan/--no-plan",
+            help="Measure some steps first, and say how long each stage will take; else estimate roughly.",
+            show_default="a rough estimate",
+        ),
+    ] = None,
 ) -> None:
     """Train the mapper of a recipe. With `kind: contrastive` train a text tower for a locked image encoder."""
     from frozenprefix.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import
-    if plan_first and is_main_process():
-        _say_stages(loaded)
+    if plan is not False and is_main_process():
+        _say_stages(loaded, measure=bool(plan))
     from frozenprefix.training.registry import train_recipe
 
     result = train_recipe(loaded, resume=resume)
@@ -40,12 +45,20 @@ def command(
         typer.echo(f"best checkpoint: {result.best}{value}")
 
 
-def _say_stages(recipe: Recipe | ContrastiveRecipe) -> None:
+def _say_stages(recipe: Recipe | ContrastiveRecipe, *, measure: bool) -> None:
     from frozenprefix.cli.plan import duration
-    from frozenprefix.planning.plan import plan
+    from frozenprefix.planning.stages import estimate_stages, stages_of
     from frozenprefix.utils import progress_bar
 
-    with progress_bar("planning"):
-        stages = plan(recipe, (), calibrate=CALIBRATE).stages("here")
-    named = ", ".join(f"{stage} ({duration(seconds)})" for stage, seconds in stages)
-    typer.echo(f"stages: {named}; {duration(sum(seconds for _, seconds in stages))} in all")
+    if measure:
+        from frozenprefix.planning.plan import plan
+
+        with progress_bar("planning"):
+            stages = stages_of(plan(recipe, (), calibrate=CALIBRATE), recipe)
+    else:
+        stages = estimate_stages(recipe)
+    about = "" if measure else "about "
+    times = ["" if stage.seconds is None else f" ({about}{duration(stage.seconds)})" for stage in stages]
+    named = ", ".join(stage.name + time for stage, time in zip(stages, times, strict=True))
+    known = [stage.seconds for stage in stages if stage.seconds is not None]
+    typer.echo(f"stages: {named}" + (f"; {about}{duration(sum(known))} in all" if known else ""))
