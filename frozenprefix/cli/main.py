@@ -20,6 +20,7 @@ from frozenprefix.cli import (
     evaluate,
     export,
     import_,
+    new,
     plan,
     search,
     train,
@@ -76,6 +77,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("new")(new.command)
 app.command("train")(train.command)
 app.command("cache")(cache.command)
 app.command("plan")(plan.command)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.common import Overrides, RecipeFile, is_main_process
-
-if TYPE_CHECKING:
-    from frozenprefix.config import ContrastiveRecipe, Recipe
-
-CALIBRATE = 2.0  # seconds of steps, and half as many of encoding
+from frozenprefix.cli.common import Overrides, RecipeFile, is_main_process, say_stages
 
 
 def command(
@@ -30,7 +25,7 @@ def command(
 
     loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import
     if plan_first and is_main_process():
-        _say_stages(loaded)
+        say_stages(loaded)
     from frozenprefix.training.registry import train_recipe
 
     result = train_recipe(loaded, resume=resume)
@@ -38,14 +33,3 @@ def command(
         value = "" if result.best_value is None else f", validation {result.best_by} {result.best_value:.4f}"
         typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")
         typer.echo(f"best checkpoint: {result.best}{value}")
-
-
-def _say_stages(recipe: Recipe | ContrastiveRecipe) -> None:
-    from frozenprefix.cli.plan import duration
-    from frozenprefix.planning.plan import plan
-    from frozenprefix.utils import progress_bar
-
-    with progress_bar("planning"):
-        stages = plan(recipe, (), calibrate=CALIBRATE).stages("here")
-    named = ", ".join(f"{stage} ({duration(seconds)})" for stage, seconds in stages)
-    typer.echo(f"stages: {named}; {duration(sum(seconds for _, seconds in stages))} in all")

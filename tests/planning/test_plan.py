@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.recipes import small_parts
-from frozenprefix.cli import train
+from frozenprefix.cli import common
 from frozenprefix.cli.main import app
 from frozenprefix.cli.plan import duration
 from frozenprefix.config import load_recipe, write_yaml
@@ -175,7 +175,7 @@ def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
 
 
 def test_training_says_its_stages_first(tiny_lm, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CALIBRATE", 0.01)
+    monkeypatch.setattr(common, "CALIBRATE", 0.01)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
     result = CliRunner().invoke(app, ["train", str(recipe), "--plan", f"data.feature_cache={tmp_path / 'cache'}"])
