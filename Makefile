@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-oldest bench lint format clean
+.PHONY: help install quickstart test test-slow test-oldest bench docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ $(OLDEST)/.installed: pyproject.toml
 bench: install ## run every benchmark
 	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
+docs: install ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: install ## formatting, lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,5 +59,5 @@ format: install ## put the code into shape
 	$(BIN)/ruff format .
 
 clean: ## remove what tests and builds leave behind, but not .venv
-	rm -rf build dist .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

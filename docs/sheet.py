@@ -60,6 +60,17 @@ class Sheet:
         self.parts.append(f'<path d="M{x:g} {y:g}H{to_x:g}" stroke="#999999"/>')
         self._grow(to_x, y)
 
+    def box(self, x: float, y: float, width: float, height: float, *, fill: str, ink: str = "#999999") -> None:
+        """A filled rectangle with a thin frame."""
+        place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+        self.parts.append(f'<rect {place} fill="{fill}" stroke="{ink}"/>')
+        self._grow(x + width, y + height)
+
+    def arrow(self, x: float, y: float, to_x: float) -> None:
+        """A horizontal line with a head at its end."""
+        self.parts.append(f'<path d="M{x:g} {y:g}H{to_x:g}m-5 -4l5 4l-5 4" stroke="#666666" fill="none"/>')
+        self._grow(to_x, y + 4)
+
     def save(self, path: Path) -> None:
         width, height = round(self.width + MARGIN), round(self.height + MARGIN)
         head = (

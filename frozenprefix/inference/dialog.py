@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, StoppingCriteriaList
 
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
+from frozenprefix.inference.streaming import stream_pieces
 from frozenprefix.kernels.compat import CACHE, is_recurrent
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -127,7 +126,8 @@ class Dialog:
                 the history stays as it was.
             ConfigError: for options that need several rows, such as `num_beams`.
         """
-        return self._pieces(self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate}))
+        turn = self._begin(text, images, {"max_new_tokens": max_new_tokens, **generate})
+        return stream_pieces(self.processor.tokenizer, lambda streaming: self._reply(turn, streaming))
 
     def _begin(self, text: str, images: Images, options: dict[str, Any]) -> _Turn:
         beams = {"num_beams": _ONE_CACHE} if options.get("num_beams", 1) != 1 else {}
@@ -164,27 +164,8 @@ class Dialog:
             prefix_embeds = self.model.map_features(features.to(self.model.device))
         return prefix_embeds if self._prefix_embeds is None else torch.cat([self._prefix_embeds, prefix_embeds])
 
-    def _pieces(self, turn: _Turn) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            reply = pool.submit(self._reply, turn, streamer, stopped)
-            reply.add_done_callback(lambda _: streamer.end())  # also when it failed
-            try:
-                begun = False
-                for piece in streamer:
-                    piece = piece if begun else piece.lstrip()
-                    begun = begun or bool(piece)
-                    if piece:
-                        yield piece
-            finally:
-                stopped.set()
-        reply.result()
-
     @torch.no_grad()
-    def _reply(
-        self, turn: _Turn, streamer: TextIteratorStreamer | None = None, stopped: threading.Event | None = None
-    ) -> str:
+    def _reply(self, turn: _Turn, streaming: dict[str, Any] | None = None) -> str:
         """Let the LM continue, and put question and reply into the history."""
         language_model = cast(Any, self.model.language_model)
         ids = torch.tensor([turn.ids], device=self.model.device)
@@ -199,15 +180,14 @@ class Dialog:
             "pad_token_id": padding_token(self.model, self.processor.tokenizer),
             **turn.options,
         }
-        if stopped is not None:
-            criteria = options.get("stopping_criteria") or []
-            options["stopping_criteria"] = StoppingCriteriaList([*criteria, _Until(stopped)])
+        if streaming is not None:
+            criteria = [*(options.get("stopping_criteria") or []), *streaming["stopping_criteria"]]
+            options |= {**streaming, "stopping_criteria": StoppingCriteriaList(criteria)}
         with self.model.fusion.seeing(images):
             new = language_model.generate(
                 None,
                 inputs_embeds=inputs_embeds,  # the whole history, of which transformers takes what the cache lacks
                 attention_mask=torch.ones_like(ids),
-                streamer=streamer,
                 **{CACHE: cache},
                 **options,
             )[0].tolist()
@@ -239,13 +219,3 @@ class Dialog:
         if shared < held:
             cache.crop(shared - held)
         return cache
-
-
-class _Until:
-    """Stops generation after the token at which an event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)

@@ -81,6 +81,7 @@ def plan(
     hardware: Sequence[str] = ("h100", "a100", "rtx4090", "cpu"),
     *,
     calibrate: float = 4.0,
+    here: Hardware | None = None,
 ) -> Plan:
     """Compute the cost of a recipe.
 
@@ -91,6 +92,7 @@ def plan(
     Args:
         hardware: names in `HARDWARE`.
         calibrate: seconds of real training steps for the time on this machine; 0 leaves this machine out.
+        here: rates of this machine, by which "here" is then calculated; for `calibrate` 0.
 
     Raises:
         ConfigError: for a name that is not in the table.
@@ -108,13 +110,24 @@ def plan(
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
     step = step_costs(recipe, groups, encoder, calibrate=calibrate)
     images = _image_costs(recipe, encoder, paths, calibrate / 2)
-    workload = Workload.from_recipe(recipe, groups, len(paths) - _count_cached(recipe, encoder, paths))
+    # every view of a training image is encoded as an image of its own
+    views = [] if recipe.data.augmentation is None else recipe.data.augmentation.views[1:]
+    training = images_of(groups["train"]) if views else []
+    in_all = len(paths) + len(views) * len(training)
+    cached = _count_cached(recipe, encoder, paths)
+    cached += sum(_count_cached(recipe, replace(encoder, view=view), training) for view in views)
+    workload = Workload.from_recipe(recipe, groups, in_all - cached)
     if step.encodes:
         workload = replace(workload, to_encode=0, cached=True)  # the time of a step holds that of its images
     planned: dict[str, MachinePlan] = {}
     if step.seconds is not None:
         seconds, validation = step.seconds
         planned["here"] = workload.on_machine("this machine", seconds, images.seconds, validation, None)
+    elif here is not None:
+        half = recipe.training.precision != "fp32"
+        seconds = here.seconds(sum(step.flops.values()), sum(step.bytes.values()), half=half, layers=step.layers)
+        per_image = seconds / recipe.training.images_per_step
+        planned["here"] = workload.on_machine(here.label, seconds, images.seconds, per_image, None)
     half = recipe.training.precision != "fp32"
     planned |= {
         name: _on_machine(machine, workload, step, images, half=half, images_per_step=recipe.training.images_per_step)
@@ -130,9 +143,14 @@ def plan(
         flops=step.flops,
         bytes=step.bytes,
         encoder_flops=images.flops,
-        images={"all": len(paths), "cached": len(paths) - workload.to_encode, "train": train_images},
+        images={
+            "all": in_all,
+            "cached": in_all - workload.to_encode,
+            "train": train_images,
+            "validation": len(groups.get("validation", [])),
+        },
         cache_bytes_per_image=per_image,
-        cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, paths),
+        cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, [*paths, *len(views) * training]),
         machines=planned,
         scale=[_at_scale(count, per_image, recipe.training.images_per_step, planned) for count in SCALES],
     )

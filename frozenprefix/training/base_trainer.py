@@ -17,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_li
 from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
+from frozenprefix.data.augmentation import Augmentation
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -41,6 +42,7 @@ from frozenprefix.training.checkpoints import (
 from frozenprefix.training.guards import report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory
 from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
+from frozenprefix.training.overview import overview
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
@@ -48,6 +50,7 @@ from frozenprefix.training.setup import PreparedImages, find_shared_images, prep
 from frozenprefix.training.sharding import make_accelerator, requested_sharding
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
+from frozenprefix.training.waiting import DataClock
 from frozenprefix.training.watchdog import Watchdog
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
@@ -84,6 +87,7 @@ class BaseTrainer(ABC):
     total_steps: int
     tracker: Tracker
     sharding: FullyShardedDataParallelPlugin | None = None  # with FSDP2
+    augmentation: Augmentation | None = None
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(
@@ -140,6 +144,8 @@ class BaseTrainer(ABC):
             self.build_model()
         self.prepare_data()
         self.prepare_optimizer()
+        if self.accelerator.is_main_process:
+            logger.info("%s", overview(self.model, self.optimizer, self.output_dir))
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.average = None if self.settings.ema is None else WeightAverage(trained, self.settings.ema)
 
@@ -242,6 +248,7 @@ class BaseTrainer(ABC):
             targets_per_image=self.settings.targets_per_image,
             num_parts=num_parts,
             parts=parts,
+            augmentation=self.augmentation,
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         self.steps = dataset
@@ -279,7 +286,8 @@ class BaseTrainer(ABC):
     def take_steps(self) -> None:
         """Take steps until the run is complete, out of time or out of patience."""
         settings, progress = self.settings, self.progress
-        batches = self.batches()
+        waiting = DataClock(WINDOW)
+        batches = waiting.watch(self.batches())
         window: list[tuple[float, int, float]] = []
         self.model.train()
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
@@ -290,12 +298,15 @@ class BaseTrainer(ABC):
                     values = self.step(batches)
                 window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
                 window = window[-WINDOW:]
+                waiting.end_step(window[-1][2])
                 rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
                 note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
                 update(progress.step, self.total_steps, note)
                 asked = self.callbacks.end_step(self)
                 if progress.step % settings.log_every == 0 or "bad_samples" in values or asked.should_log:
-                    self.log({**values, "targets_per_s": rate})
+                    self.log({**values, "targets_per_s": rate, "data_wait_share": waiting.share})
+                    workers = self.recipe.data.workers
+                    waiting.warn_if_slow(progress.step, workers=workers, cached=self.recipe.data.feature_cache != "off")
                 if progress.step % settings.validate_every == 0 or asked.should_evaluate:
                     self.validate()
                 if progress.step % settings.save_every == 0 or asked.should_save:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from frozenprefix.data.check import Leak
 from frozenprefix.errors import TrainingError
 
 logger = logging.getLogger(__name__)
-MIN_CAPTIONS = 3  # fewer captions may be the same by chance
 MOST_NAMED = 20  # sample ids in one message
-MAX_PREFIX_SCALE = 5.0  # the prefix starts as large as the word embeddings
 
 
 def find_not_finite(loss: float, gradient_norm: float) -> str | None:
@@ -57,66 +54,6 @@ def report_bad_step(problem: str, samples: Sequence[str], *, in_a_row: int, allo
     logger.warning(
         "%s: the step changes nothing (%d in a row, limit %d); samples: %s", problem, in_a_row, allowed, named
     )
-
-
-def looks_blind(validation_loss: float, shuffled_loss: float, *, margin: float = 0.01) -> bool:
-    """Whether the loss with wrong images is as low as with the right ones.
-
-    Example:
-        >>> looks_blind(3.0, shuffled_loss=3.005), looks_blind(3.0, shuffled_loss=3.2)
-        (True, False)
-    """
-    return shuffled_loss - validation_loss < margin
-
-
-def warn_if_blind(step: int, losses: Mapping[str, float]) -> None:
-    """Warn if the validation losses show that the model ignores the image."""
-    if looks_blind(losses["loss"], losses["shuffled_loss"]):
-        logger.warning(
-            "step %d: validation loss is %.3f with the right image and %.3f with a wrong one: the model does not "
-            "look at the image",
-            step,
-            losses["loss"],
-            losses["shuffled_loss"],
-        )
-
-
-def warn_if_same_captions(
-    step: int,
-    captions: Sequence[str],
-    losses: Mapping[str, float],
-    *,
-    prefix_scale: float,
-    learning_rate: float,
-) -> None:
-    """Warn if at most one of the captions of different images differs from the others, and say what to change.
-
-    Args:
-        losses: `loss` and `shuffled_loss`.
-        prefix_scale: size of the prefix embeddings relative to the word embeddings.
-    """
-    if len(captions) < MIN_CAPTIONS:
-        return
-    caption, count = Counter(captions).most_common(1)[0]
-    if count < len(captions) - 1:
-        return
-    if prefix_scale > MAX_PREFIX_SCALE:
-        advice = (
-            f"the prefix is {prefix_scale:.1f} times as large as the word embeddings: lower training.learning_rate "
-            f"(now {learning_rate:.1e})"
-        )
-    elif looks_blind(losses["loss"], losses["shuffled_loss"]):
-        advice = (
-            f"the loss is the same with wrong images ({losses['loss']:.3f} and {losses['shuffled_loss']:.3f}): raise "
-            f"training.learning_rate (now {learning_rate:.1e}), and check that captions belong to their images"
-        )
-    else:
-        advice = (
-            f"the loss is lower with the right images ({losses['loss']:.3f}) than with wrong ones "
-            f"({losses['shuffled_loss']:.3f}), so training works: train longer, or raise training.learning_rate (now "
-            f"{learning_rate:.1e})"
-        )
-    logger.warning("step %d: %d of %d images get the caption %r; %s", step, count, len(captions), caption, advice)
 
 
 def warn_of_leaks(leaks: Sequence[Leak]) -> None:

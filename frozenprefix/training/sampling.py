@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -66,6 +67,48 @@ def generate_ids(
     return [cut_after_end(row, ends) for row in generated.tolist()]
 
 
+@dataclass(frozen=True)
+class CaptionSamples:
+    """Greedy captions of a few images, always the same ones, and what was measured with them.
+
+    Attributes:
+        images: path of the first image of each; captions: in the same order.
+        ended: share of the captions that the model ended itself, before the limit of tokens.
+        fits: share of the reference captions that end within this limit.
+        prefix_scale: root mean square of the prefix embeddings relative to that of the word embeddings.
+        prefix_spread, feature_spread: root mean square of the differences between images relative to that of the
+            values: 0 where prefix embeddings, or image features, are the same for all images.
+
+    Example:
+        >>> CaptionSamples(["1.jpg", "2.jpg"], ["a dog", "a dog"], 1.0, 1.0, 1.2, 0.1, 0.7).distinct
+        1
+    """
+
+    images: list[str]
+    captions: list[str]
+    ended: float
+    fits: float
+    prefix_scale: float
+    prefix_spread: float
+    feature_spread: float
+
+    @property
+    def distinct(self) -> int:
+        """Number of different captions."""
+        return len(set(self.captions))
+
+    def values(self) -> dict[str, Any]:
+        """What the log of a run keeps."""
+        return {
+            "captions": self.captions,
+            "caption_images": self.images,
+            "distinct_captions": self.distinct,
+            "ended_share": self.ended,
+            "prefix_scale": self.prefix_scale,
+            "prefix_spread": self.prefix_spread,
+        }
+
+
 def greedy_captions(
     model: FrozenPrefixForConditionalGeneration,
     processor: FrozenPrefixProcessor,
@@ -73,25 +116,46 @@ def greedy_captions(
     groups: Sequence[ImageGroup],
     *,
     count: int = 8,
-    max_new_tokens: int = 12,
-) -> tuple[list[str], float]:
-    """Short greedy captions of the first `count` groups that have a caption.
+    max_new_tokens: int = 30,
+) -> CaptionSamples | None:
+    """Greedy captions of the first `count` groups that have a caption; None if there are none.
 
-    Returns:
-        The captions, and the root mean square of their prefix embeddings relative to that of the word embeddings.
+    Example:
+        >>> from frozenprefix.training import Trainer
+        >>> trainer = Trainer(recipe)
+        >>> trainer.setup()
+        >>> parts = trainer.model, trainer.processor, trainer.collator, trainer.validation_groups
+        >>> len(greedy_captions(*parts, count=2, max_new_tokens=3).captions)
+        2
     """
     captioned = ((group, sample) for group in groups for sample in group.samples[:1] if sample.task == "caption")
     pairs = list(islice(captioned, count))
     if not pairs:
-        return [], 1.0
+        return None
     prompts = [processor.encode_prompt(prompt_of(sample, processor)) for _, sample in pairs]
     inputs = collator.image_inputs([path for group, _ in pairs for path in group.images])
     images = {name: value.to(model.device) for name, value in inputs.items()}
     ids = generate_ids(model, processor, prompts, images, max_new_tokens=max_new_tokens)
+    ends = end_tokens(model, processor.tokenizer)
     with evaluating(model):
-        prefix_embeds = cast(Tensor, model.prefix(**images)).float()
-    scale = float(prefix_embeds.square().mean().sqrt()) / embedding_rms(model.language_model)
-    return [processor.decode(text) for text in ids], scale
+        features = images["image_features"] if "image_features" in images else model.encode(images["pixel_values"])
+        prefix_embeds = cast(Tensor, model.prefix(image_features=features)).float()
+    targets = processor.tokenizer([text for _, sample in pairs for text in sample.targets], add_special_tokens=False)
+    return CaptionSamples(
+        images=[str(group.images[0]) for group, _ in pairs],
+        captions=[processor.decode(text) for text in ids],
+        ended=sum(text[-1] in ends for text in ids if text) / len(ids),
+        fits=sum(len(text) < max_new_tokens for text in targets["input_ids"]) / len(targets["input_ids"]),
+        prefix_scale=float(prefix_embeds.square().mean().sqrt()) / embedding_rms(model.language_model),
+        prefix_spread=_spread(prefix_embeds),
+        feature_spread=_spread(features.float()),
+    )
+
+
+def _spread(values: Tensor) -> float:
+    """Root mean square of the differences from the mean over the first axis, relative to that of the values."""
+    size = float(values.square().mean().sqrt())
+    return float((values - values.mean(0)).square().mean().sqrt()) / size if size else 0.0
 
 
 def greedy_cider_d(

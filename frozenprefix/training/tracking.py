@@ -14,6 +14,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 
 from frozenprefix.config.sections import TrackingSection
 from frozenprefix.errors import DataError, TrainingError
+from frozenprefix.training.diagnosis import text_of
 from frozenprefix.utils import append_jsonl, read_jsonl, report, write_jsonl, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -71,15 +72,19 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the values of a step. Numbers that are not finite become the words "nan", "inf" and "-inf".
 
-        Trackers other than the log take numbers only.
+        Other trackers take numbers only; TensorBoard the sample captions too.
         """
         if not self.enabled:
             return
         append_jsonl(self.path, [{"step": step, **{name: _plain(value) for name, value in values.items()}}])
+        texts = text_of(values)
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
         for tracker in self.trackers:
             # accelerate before 1.14 does not hand the step on to trackio
             (tracker.tracker if tracker.name == "trackio" else tracker).log(numbers, step=step)
+            if tracker.name == "tensorboard":
+                for name, text in texts.items():
+                    tracker.writer.add_text(name, text, step)
 
     def __enter__(self) -> Tracker:
         return self

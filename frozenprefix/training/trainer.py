@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from frozenprefix.assets import check_checkpoint
 from frozenprefix.config.recipe import Recipe
+from frozenprefix.data.augmentation import Augmentation
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, group_by_images
@@ -27,13 +30,14 @@ from frozenprefix.models.freezing import count_parameters
 from frozenprefix.training.base_trainer import BaseTrainer
 from frozenprefix.training.callbacks import Callback
 from frozenprefix.training.checkpoints import RandomStates, load_initial
-from frozenprefix.training.guards import check_frozen_text, find_not_finite, warn_if_blind, warn_if_same_captions
+from frozenprefix.training.diagnosis import Measured, show_captions, warn_of_symptoms
+from frozenprefix.training.guards import check_frozen_text, find_not_finite
 from frozenprefix.training.objectives.base import Batch
 from frozenprefix.training.objectives.weighted_sum import WeightedSum
 from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
-from frozenprefix.training.sampling import greedy_captions, greedy_cider_d
+from frozenprefix.training.sampling import CaptionSamples, greedy_captions, greedy_cider_d
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, load_validation
 from frozenprefix.training.sharding import average_gradients, shard_frozen_layers
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
@@ -87,6 +91,8 @@ class Trainer(BaseTrainer):
             accumulation=recipe.training.gradient_accumulation_steps,
             callbacks=callbacks,
         )
+        self._first_loss: float | None = None  # of the validation before the first step
+        self._norms: deque[float] = deque(maxlen=50)
         self._check_sharding()
         per_step = recipe.training.images_per_step
         if per_step % self.num_parts:
@@ -139,6 +145,9 @@ class Trainer(BaseTrainer):
         prepared = self.encode_images(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
         groups, train_features = self.mixed_groups(mixture, prepared)
+        if self.recipe.data.augmentation is not None:
+            views, image_processor = self.recipe.data.augmentation.views, self.processor.image_processor
+            self.augmentation = Augmentation(views, prepared.view_features, image_processor, self.recipe.seed)
         self.use_data({**groups, **unread}, prepared.features, train_features)
 
     def use_data(
@@ -233,6 +242,7 @@ class Trainer(BaseTrainer):
         # with loss scaling, an infinite gradient only lowers the scale: the scaler skips such a step
         checked = norm if self.accelerator.scaler is None else 0.0
         problem = find_not_finite(loss, checked)
+        self._norms.append(norm)
         ranks: dict[str, Any] = {}
         if problem is None:
             self.optimizer.step()
@@ -300,17 +310,28 @@ class Trainer(BaseTrainer):
         """Loss with the right and with shuffled images, a few captions, and the metrics of the objectives."""
         size = self.settings.images_per_step
         losses = validation_losses(self.model, self.collator, self.validation_groups, size)
-        captions, scale = greedy_captions(self.model, self.processor, self.collator, self.validation_groups)
-        if 3 * self.progress.step > self.total_steps:
-            warn_if_blind(self.progress.step, losses)
-            rate = self.settings.learning_rate
-            warn_if_same_captions(self.progress.step, captions, losses, prefix_scale=scale, learning_rate=rate)
-        examples = {"captions": captions, "prefix_scale": scale} if captions else {}
+        samples = greedy_captions(self.model, self.processor, self.collator, self.validation_groups)
+        if samples is not None:
+            self._judge(samples, losses)
+        examples = {} if samples is None else samples.values()
         values = losses | examples | self.objectives.validate(self.collator, self.validation_groups, size)
         if self.settings.best_by == "cider_d" and "cider_d" not in values:
             parts = (self.model, self.processor, self.collator, self.validation_groups)
             values["cider_d"] = greedy_cider_d(*parts, images_per_batch=size)
         return values
+
+    def _judge(self, samples: CaptionSamples, losses: dict[str, float]) -> None:
+        """Show sample captions, and warn of what is wrong with them from the second third of the run on."""
+        step = self.progress.step
+        if step == 0:
+            self._first_loss = losses["loss"]
+        if self.accelerator.is_main_process:
+            show_captions(step, samples)
+        if 3 * step > self.total_steps:
+            settings = self.settings
+            norm = median(self._norms) if self._norms else None
+            known = {"first_loss": self._first_loss, "gradient_norm": norm, "max_grad_norm": settings.max_grad_norm}
+            warn_of_symptoms(step, Measured(samples, losses, learning_rate=settings.learning_rate, **known))
 
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
         if self.settings.best_by == "cider_d":

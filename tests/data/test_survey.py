@@ -227,7 +227,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_the_time_is_told(tmp_path, photos, monkeypatch):
     table(photos)
     asked = []
-    monkeypatch.setattr("frozenprefix.cli.new.say_stages", lambda recipe: asked.append(recipe.name))
+    monkeypatch.setattr("frozenprefix.cli.new.say_stages", lambda recipe, measure: asked.append(recipe.name))
     monkeypatch.setattr("frozenprefix.cli.new.find_spec", lambda name: None)
     output = new(photos, "--out", tmp_path / "r.yaml")
     assert "next:\n  pip install 'frozenprefix[gguf]'\n  frozenprefix train" in output

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.recipes import small_parts
-from frozenprefix.cli import common
+from frozenprefix.cli import train
 from frozenprefix.cli.main import app
 from frozenprefix.cli.plan import duration
 from frozenprefix.config import load_recipe, write_yaml
@@ -24,12 +24,13 @@ from frozenprefix.kernels.linear import prepackable_dtypes
 from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes
 from frozenprefix.models.configuration import LanguageModelConfig
 from frozenprefix.models.freezing import count_parameters
-from frozenprefix.planning import costs
+from frozenprefix.planning import costs, stages
 from frozenprefix.planning.calibration import step_trainer
 from frozenprefix.planning.costs import LanguageModelShape, OptimizerCosts, StepShape, cache_size, cached_bytes
 from frozenprefix.planning.counting import KeptMeter
 from frozenprefix.planning.hardware import COMPUTE_SHARE, HARDWARE
 from frozenprefix.planning.plan import plan
+from frozenprefix.planning.stages import estimate_stages
 from frozenprefix.planning.step_costs import counted_costs, language_model_shape, step_costs
 from frozenprefix.training.averaging import WeightAverage
 from frozenprefix.training.caching import fill_cache
@@ -174,20 +175,34 @@ def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
     assert h100["encode_hours"] == pytest.approx(100 * million["machines"]["h100"]["encode_hours"])
 
 
-def test_training_says_its_stages_first(tiny_lm, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "CALIBRATE", 0.01)
+@pytest.mark.parametrize(("option", "about"), [("--plan", ""), (None, "about "), ("--no-plan", None)])
+def test_training_says_its_stages_first(tiny_lm, shapes, tmp_path, monkeypatch, option, about):
+    monkeypatch.setattr(train, "CALIBRATE", 0.01)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
-    result = CliRunner().invoke(app, ["train", str(recipe), "--plan", f"data.feature_cache={tmp_path / 'cache'}"])
+    options = [] if option is None else [option]
+    result = CliRunner().invoke(app, ["train", str(recipe), *options, f"data.feature_cache={tmp_path / 'cache'}"])
     assert result.exit_code == 0, result.output
-    number = r"\d+ (s|min|h)"
+    number = rf"{about}\d+ (s|min|h)"
     first = result.stdout.splitlines()[0]
-    assert re.fullmatch(
-        rf"stages: encode 12 images \({number}\), train 6 steps \({number}\), validate meanwhile \({number}\); "
-        rf"{number} in all",
-        first,
-    ), first
+    expected = (
+        rf"stages: encode 12 images \({number}\), train 6 steps \({number}\), validate meanwhile \({number}\), "
+        rf"evaluate 4 images afterwards \({number}\); {number} in all"
+    )
+    assert bool(re.fullmatch(expected, first)) == (about is not None), first
     assert "6 steps, " in result.stdout
+
+
+def test_an_estimate_never_fails_and_says_nothing(tiny_recipe, tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path, "training.validate_every=3")
+    missing = recipe.data.model_copy(update={"train": [{"type": "captions", "path": "/nowhere"}]})
+    names = ["encode images", "train 6 steps", "validate meanwhile", "evaluate afterwards"]
+    assert [stage.name for stage in estimate_stages(recipe.model_copy(update={"data": missing}))] == names
+    monkeypatch.setattr(stages, "MOST_TEXT", 0)
+    assert [stage.name for stage in estimate_stages(recipe)] == names, "large data are not read twice"
+    assert [stage.seconds for stage in estimate_stages(recipe)] == [None] * 4
+    assert caplog.messages == []
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_stages_add_up_to_the_run(tiny_recipe, tmp_path):

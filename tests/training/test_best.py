@@ -97,7 +97,7 @@ def test_a_run_that_chose_its_best_keeps_it(recipe_of, tmp_path, monkeypatch, ca
     trainer = Trainer(recipe_of(tmp_path))
     result = trainer.run()
     assert result.best_value == 3.0
-    assert "best" not in caplog.text
+    assert "is the same as 'last'" not in caplog.text
     with pytest.raises(AssertionError):
         assert_same_tensors(result.best / "model.safetensors", tmp_path / "last" / "model.safetensors")
 

@@ -12,6 +12,7 @@ import pytest
 from frozenprefix.config.sections import TrackingSection
 from frozenprefix.errors import TrainingError
 from frozenprefix.training.tracking import Tracker, read_log
+from tests.helpers.training import run_python
 
 
 def write_steps(folder, steps, **options):
@@ -96,8 +97,11 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
     with Tracker(tmp_path, TrackingSection(tensorboard=True)) as tracker:
         tracker.log(3, {"loss": 0.25, "note": "text"})
+        tracker.log(4, {"validation/captions": ["a dog"], "validation/caption_images": ["photos/1.jpg"]})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    (text,) = events.Tensors("validation/captions/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (4, [b"- 1.jpg: a dog"])
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.25)]
 
@@ -174,3 +178,26 @@ def test_trackio_goes_on_in_the_run_of_the_same_name(tmp_path, library):
         ("log", {"loss": 0.5}, 1),
         ("log", {"loss": 0.5}, 5),
     ]
+
+
+@pytest.mark.slow
+def test_trackio_itself_keeps_steps_of_a_resumed_run(tmp_path):
+    """In another process: trackio reads its folder once, and accelerate's trackers need its state."""
+    pytest.importorskip("trackio", reason="needs the extra trackio: pip install 'frozenprefix[trackio]'")
+    script = """
+import sys
+from accelerate import PartialState
+from frozenprefix.config.sections import TrackingSection
+from frozenprefix.training.tracking import Tracker
+PartialState()
+for resume_step in (0, 2):
+    with Tracker(sys.argv[1], TrackingSection(trackio=True), resume_step=resume_step, config={"seed": 1}) as tracker:
+        for step in (resume_step + 1, resume_step + 2):
+            tracker.log(step, {"loss": step / 2, "validation/captions": ["a dog"]})
+import trackio
+(run,) = trackio.Api().runs("frozenprefix")
+print(run.name, [(row["step"], row["value"]) for row in run.history("loss")])
+"""
+    done = run_python("-c", script, str(tmp_path / "run"), TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "run [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]"

@@ -27,8 +27,8 @@ class CsvSource(SourceConfig):
     named are guessed by their names and contents (`frozenprefix new` shows the guess). The image of a row is found by
     name among all images under `images`: with or without ending and folders, also by a path of another machine, or a
     name that an export has changed (`IMG_1-2.jpg` for `IMG_1`). All captions of an image make one sample; every
-    question is a sample of its own. Rows without an image, a question or a label are left out and counted; an image that is not there
-    is counted as missing when images are read.
+    question is a sample of its own. Rows without an image, a question or a label are left out and counted; an
+    image that is not there is counted as missing when images are read.
 
     Example:
         >>> _ = (tmp_path / "t.csv").write_text("Photo;Text\\nred_circle;a red circle\\nred_circle.png;a circle\\n")
