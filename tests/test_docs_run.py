@@ -74,7 +74,8 @@ def other_lines(text: str) -> Iterator[str]:
     blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     without = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     blocks += re.findall(r"(?:^ {4}.*\n?)+", without, flags=re.MULTILINE)
-    programs = r"(?:python|make|pip|torchrun|accelerate|lmms-eval|vllm|hf|transformers|mkdocs|llama-\S+|py-spy|srun|head|export)"
+    names = ("python", "make", "pip", "torchrun", "accelerate", "lmms-eval", "vllm", "hf", "transformers", "mkdocs")
+    programs = "(?:" + "|".join([*names, r"llama-\S+", "py-spy", "srun", "head", "export"]) + ")"
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         if re.match(rf"\s*{programs} (?!=)", line):
             yield line.strip()
