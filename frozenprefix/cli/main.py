@@ -18,6 +18,7 @@ from frozenprefix.cli import (
     compare,
     data,
     evaluate,
+    explain,
     export,
     import_,
     plan,
@@ -85,6 +86,7 @@ app.command("chat")(chat.command)
 app.command("video")(video.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
+app.command("explain")(explain.command)
 app.command("compare")(compare.command)
 app.command("card")(card.command)
 app.add_typer(data.app, name="data")

@@ -58,7 +58,7 @@ class ContrastiveRecipe(BaseRecipe):
 
     def problems(self) -> list[Problem]:
         problems = super().problems()
-        for name in ("prompts", "text_only", "retrieval"):
+        for name in ("prompts", "text_only", "retrieval", "augmentation"):
             if getattr(self.data, name) not in (None, DEFAULT_PROMPTS):
                 problems.append(Problem("has no effect in a contrastive recipe; remove it", (f"data.{name}",)))
         encoder, key = self.model.vision_encoder, "model.vision_encoder"

@@ -21,13 +21,15 @@ class Recipe(BaseRecipe):
 
     same_on_resume: ClassVar[dict[str, tuple[str, ...]]] = {
         "": ("seed", "model", "objectives"),
-        "data": ("train", "prompts", "text_only", "retrieval"),
+        "data": ("train", "prompts", "text_only", "retrieval", "augmentation"),
         "training": (
             *SAME_TRAINING,
             "learning_rates",
             "packing",
             "tokens_per_row",
             "max_target_tokens",
+            "label_smoothing",
+            "word_dropout",
         ),
     }
 
@@ -42,6 +44,7 @@ class Recipe(BaseRecipe):
             *super().problems(),
             *self._best_problems(),
             *self._cache_problems(),
+            *self._augmentation_problems(),
             *self._adalora_problems(),
             *self._text_only_problems(),
             *self._stream_problems(),
@@ -64,6 +67,12 @@ class Recipe(BaseRecipe):
                 got = f"got '{self.data.feature_cache}', expected 'off' with {key}{value}"
                 problems.append(Problem(f"{got}: the features change with every step", ("data.feature_cache", key)))
         return problems
+
+    def _augmentation_problems(self) -> list[Problem]:
+        if self.data.augmentation is None or self.model.vision_encoder.source != "features":
+            return []
+        text = "got a block of keys, expected null with precomputed features, which are of whole images"
+        return [Problem(text, ("data.augmentation", "model.vision_encoder.source"))]
 
     def _adalora_problems(self) -> list[Problem]:
         """AdaLoRA's ranks follow the number of steps; a time limit would leave them half-way."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
 from frozenprefix.config.errors import collect_problems
+from frozenprefix.data.augmentation import MAX_CROPS, View, make_views
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
 from frozenprefix.data.features import FeatureStorage
@@ -80,6 +81,28 @@ class TextOnlySection(RecipeSection):
     noise: float = Field(0.016, ge=0, description="variance of the noise on a text's embedding")
 
 
+class AugmentationSection(RecipeSection):
+    """Views of the training images besides the whole image; each is encoded and cached once.
+
+    Example:
+        >>> [view.name for view in AugmentationSection(crops=1).views]
+        ['whole', 'mirrored', 'crop-1-of-0.85']
+    """
+
+    flip: bool = Field(True, description="the mirror image; not for images whose texts say left or right")
+    crops: int = Field(2, ge=0, le=MAX_CROPS, description="at corners, then at the centre")
+    crop_size: float = Field(0.85, gt=0.1, lt=1, description="share of width and height that a crop keeps")
+
+    @property
+    def views(self) -> list[View]:
+        return make_views(flip=self.flip, crops=self.crops, crop_size=self.crop_size)
+
+    def problems(self) -> list[Problem]:
+        if self.flip or self.crops:
+            return []
+        return [Problem("got no flip and 0 crops, which has no effect; give one, or remove the block", ("crops",))]
+
+
 class DataSection(RecipeSection):
     """Where samples come from, and how their images are read.
 
@@ -97,6 +120,7 @@ class DataSection(RecipeSection):
     workers: int = Field(2, ge=0, description="processes that decode images")
     text_only: TextOnlySection | None = Field(None, description="train on texts alone, without reading images")
     retrieval: RetrievalOptions | None = Field(None, description="captions of similar images in caption prompts")
+    augmentation: AugmentationSection | None = Field(None, description="crops and mirror images of training images")
 
     @property
     def feature_storage(self) -> FeatureStorage:
@@ -139,6 +163,9 @@ class DataSection(RecipeSection):
         if self.feature_cache == "off" and self.feature_dtype != "float16":
             text = f"got '{self.feature_dtype}', which has no effect with feature_cache 'off'; remove it"
             problems.append(Problem(text, ("feature_dtype", "feature_cache")))
+        if self.augmentation is not None and self.text_only is not None:
+            text = "got a block of keys, expected null with data.text_only, which reads no training image"
+            problems.append(Problem(text, ("augmentation", "text_only")))
         if self.retrieval is not None:
             because = "with data.retrieval, which compares features"
             if self.feature_cache == "off":
@@ -171,7 +198,7 @@ class DataSection(RecipeSection):
             text = "missing, expected one here as the other sources of data.train have one"
             problems.append(Problem(text, (f"train.{weighted.index(False)}.weight",)))
         if self.mixed:
-            keys = [key for key in ("text_only", "retrieval") if getattr(self, key) is not None]
+            keys = [key for key in ("text_only", "retrieval", "augmentation") if getattr(self, key) is not None]
             text = "needs all samples in one list, without `stream` and `weight` in data.train; remove one"
             problems += [Problem(text, (key, "train")) for key in keys]
         return problems
@@ -260,6 +287,12 @@ class TrainingSection(RunSection):
     packing: Packing = "trie"
     tokens_per_row: int | None = Field(None, ge=1, description="null lets the packer choose")
     max_target_tokens: int = Field(40, ge=2, description="a longer target is cut; the end token counts")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a target token's probability that is spread over the vocabulary"
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of a target's words that the language model reads as zeros, while training"
+    )
     init_from: str | None = Field(None, description="a checkpoint folder, whose weights training starts from")
     learning_rates: dict[Literal["vision_encoder", "mapper", "fusion", "language_model"], PositiveFloat] = Field(
         {}, description="of parts of the model that differ from learning_rate; adapters belong to the part they are in"

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from frozenprefix.data.augmentation import Augmentation
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samplers import ImageStream, choose_targets
@@ -67,9 +68,20 @@ class Collator:
         self._prompt_ids: dict[str, list[int]] = {}
         self._target_ids: dict[tuple[str, str], list[int]] = {}
 
-    def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
-        """Collate images with the (sample, target) pairs chosen for each."""
-        batch: dict[str, Any] = self.image_inputs([path for group in groups for path in group.images])
+    def __call__(
+        self,
+        groups: Sequence[ImageGroup],
+        chosen: Sequence[Sequence[tuple[Sample, str]]],
+        image_inputs: dict[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Collate images with the (sample, target) pairs chosen for each.
+
+        Args:
+            image_inputs: what the model sees of the images, in place of the whole ones; see `Augmentation`.
+        """
+        if image_inputs is None:
+            image_inputs = self.image_inputs([path for group in groups for path in group.images])
+        batch: dict[str, Any] = {**image_inputs}
         batch["packed"] = self.pack(chosen, [len(group.images) for group in groups])
         if self.keep_samples:
             batch["samples"] = list(zip(groups, chosen, strict=True))
@@ -208,6 +220,7 @@ class StepDataset(Dataset):
         targets_per_image: targets of an image in one step; None takes all.
         num_parts: micro-batches that a step is divided into, over all processes.
         parts: numbers of those of this process.
+        augmentation: the views of the images; None shows the whole ones.
 
     Example:
         >>> sample = Sample("1", (image_path,), ("a dog",))
@@ -226,7 +239,9 @@ class StepDataset(Dataset):
         targets_per_image: int | None = None,
         num_parts: int = 1,
         parts: Sequence[int] = (0,),
+        augmentation: Augmentation | None = None,
     ):
+        self.augmentation = augmentation
         self.groups, self.stream, self.collator = groups, stream, collator
         self.streamed = isinstance(groups, TrainingSet) and groups.streamed
         self.num_steps, self.targets_per_image = num_steps, targets_per_image
@@ -287,7 +302,8 @@ class StepDataset(Dataset):
         for epoch, image, group in read:
             pairs = [(sample, text) for sample in group.samples for text in sample.targets]
             chosen.append(choose_targets(pairs, self.targets_per_image, seed=seed, image=image, epoch=epoch))
-        return self.collator([group for _, _, group in read], chosen)
+        views = {} if self.augmentation is None else {"image_inputs": self.augmentation.inputs(read)}
+        return self.collator([group for _, _, group in read], chosen, **views)
 
 
 class BadImage(NamedTuple):

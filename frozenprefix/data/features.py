@@ -43,12 +43,15 @@ class FeatureStorage:
 def feature_folder(storage: FeatureStorage, fingerprint: Fingerprint) -> Path:
     """Folder of the feature cache. With "auto" it is in the user's cache and is named by the fingerprint.
 
+    The features of views other than the whole image are in folders of their own.
+
     Example:
         >>> feature_folder(FeatureStorage("my/cache"), {"encoder.name": "vit"})
         PosixPath('my/cache')
     """
     if storage.feature_cache != "auto":
-        return Path(storage.feature_cache)
+        folder = Path(storage.feature_cache)
+        return folder / str(fingerprint["view"]) if "view" in fingerprint else folder
     name = content_hash(json.dumps(fingerprint, sort_keys=True))[:16]
     dtype = storage.feature_dtype
     return user_cache() / "features" / (name if dtype == "float16" else f"{name}-{dtype}")

@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from frozenprefix.data.augmentation import View
 from frozenprefix.data.images import BadImages, processing, to_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.models.encoder_configuration import VisionEncoderConfig
@@ -32,6 +33,7 @@ class ImageEncoder:
         module: the vision encoder.
         image_processor: a transformers image processor.
         config, identity: the encoder's config section and the identity of its weights, for the fingerprint.
+        view: what is encoded of each image; None: the whole.
 
     Example:
         >>> encoder = ImageEncoder.from_model(model, processor)
@@ -43,6 +45,7 @@ class ImageEncoder:
     image_processor: Any
     config: VisionEncoderConfig | None = None
     identity: dict[str, str] = field(default_factory=dict)
+    view: View | None = None
 
     @classmethod
     def from_config(cls, config: VisionEncoderConfig) -> ImageEncoder:
@@ -65,6 +68,7 @@ class ImageEncoder:
             **{f"encoder.{name}": json.dumps(value) for name, value in self.config.feature_fields().items()},
             **{f"weights.{name}": value for name, value in self.identity.items()},
             "preprocessing": self.image_processor.to_json_string(),
+            **({} if self.view is None else {"view": self.view.name}),
         }
 
     @property
@@ -84,7 +88,8 @@ class ImageEncoder:
 
     def pixel_values(self, images: Sequence[Image]) -> Tensor:
         """RGB images -> float[n, 3, H, W]."""
-        return self.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        shown = list(images) if self.view is None else [self.view(image) for image in images]
+        return self.image_processor(shown, return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
     def encode(self, pixel_values: Tensor) -> Tensor:

@@ -105,7 +105,13 @@ class TextOnlyCollator(Collator):
         super().__init__(processor, **options)
         self.vectors = vectors
 
-    def __call__(self, groups: Sequence[ImageGroup], chosen: Sequence[Sequence[tuple[Sample, str]]]) -> dict[str, Any]:
+    def __call__(
+        self,
+        groups: Sequence[ImageGroup],
+        chosen: Sequence[Sequence[tuple[Sample, str]]],
+        image_inputs: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """As `Collator.__call__`; `image_inputs` are not used."""
         pairs = [pair for listed in chosen for pair in listed]
         for sample, _ in pairs:
             if len(sample.images) != 1:

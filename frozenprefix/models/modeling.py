@@ -229,10 +229,25 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             output = self.lm(inputs_embeds, attention_mask, labels, **kwargs)
         return FrozenPrefixOutput(output.loss, output.logits, output.cache, prefix_embeds)
 
-    def packed_loss(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
-        """Mean loss over the trained tokens of packed rows: a float32 scalar."""
+    def packed_loss(
+        self,
+        packed: PackedBatch,
+        prefix_embeds: Tensor | None,
+        *,
+        label_smoothing: float = 0.0,
+        word_dropout: float = 0.0,
+    ) -> Tensor:
+        """Mean loss over the trained tokens of packed rows: a float32 scalar.
+
+        Args:
+            label_smoothing: share of a token's probability that is spread evenly over the vocabulary.
+            word_dropout: share of the target's words that the LM reads as zeros (Bowman et al. 2016, section 3.1), so
+                that it has to rely on the image; causal LMs only.
+        """
         with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
-            return self.lm.loss(rows, inputs_embeds) / packed.num_tokens
+            if word_dropout:
+                inputs_embeds = inputs_embeds.masked_fill(packed.draw_words(word_dropout)[..., None], 0.0)
+            return self.lm.loss(rows, inputs_embeds, label_smoothing) / packed.num_tokens
 
     def packed_hidden(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Tensor:
         """Last hidden states at the nodes of packed rows that predict something: float[K, D_lm].

@@ -110,7 +110,13 @@ def plan(
     tokens, dim = encoder.module.num_tokens, encoder.module.encoder_dim
     step = step_costs(recipe, groups, encoder, calibrate=calibrate)
     images = _image_costs(recipe, encoder, paths, calibrate / 2)
-    workload = Workload.from_recipe(recipe, groups, len(paths) - _count_cached(recipe, encoder, paths))
+    # every view of a training image is encoded as an image of its own
+    views = [] if recipe.data.augmentation is None else recipe.data.augmentation.views[1:]
+    training = images_of(groups["train"]) if views else []
+    in_all = len(paths) + len(views) * len(training)
+    cached = _count_cached(recipe, encoder, paths)
+    cached += sum(_count_cached(recipe, replace(encoder, view=view), training) for view in views)
+    workload = Workload.from_recipe(recipe, groups, in_all - cached)
     if step.encodes:
         workload = replace(workload, to_encode=0, cached=True)  # the time of a step holds that of its images
     planned: dict[str, MachinePlan] = {}
@@ -138,13 +144,13 @@ def plan(
         bytes=step.bytes,
         encoder_flops=images.flops,
         images={
-            "all": len(paths),
-            "cached": len(paths) - workload.to_encode,
+            "all": in_all,
+            "cached": in_all - workload.to_encode,
             "train": train_images,
             "validation": len(groups.get("validation", [])),
         },
         cache_bytes_per_image=per_image,
-        cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, paths),
+        cache_bytes=costs.cache_size(recipe.data.feature_dtype, tokens, dim, [*paths, *len(views) * training]),
         machines=planned,
         scale=[_at_scale(count, per_image, recipe.training.images_per_step, planned) for count in SCALES],
     )

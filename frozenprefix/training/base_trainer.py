@@ -17,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_li
 from torch.utils.data import DataLoader
 
 from frozenprefix.config import resolve_precision
+from frozenprefix.data.augmentation import Augmentation
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import StepDataset
 from frozenprefix.data.image_encoder import ImageEncoder
@@ -86,6 +87,7 @@ class BaseTrainer(ABC):
     total_steps: int
     tracker: Tracker
     sharding: FullyShardedDataParallelPlugin | None = None  # with FSDP2
+    augmentation: Augmentation | None = None
     average: WeightAverage | None = None  # with `training.ema`, set by `setup`
 
     def __init__(
@@ -246,6 +248,7 @@ class BaseTrainer(ABC):
             targets_per_image=self.settings.targets_per_image,
             num_parts=num_parts,
             parts=parts,
+            augmentation=self.augmentation,
         )
         remaining = range(self.progress.step * len(parts), len(dataset))
         self.steps = dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,6 +150,7 @@ class PreparedImages:
     Attributes:
         groups: for each part, the groups whose images can be read.
         features: the features of their images, if they are cached or precomputed.
+        view_features: of the training images with `data.augmentation`, a cache for each view, the whole image first.
         bad: images that cannot be read.
         images: number of image files, bad ones included; encoded: number of those that were encoded now.
     """
@@ -159,6 +160,7 @@ class PreparedImages:
     bad: BadImages
     images: int
     encoded: int
+    view_features: list[FeatureCache] | None = None
 
 
 def prepare_images(
@@ -188,7 +190,7 @@ def prepare_images(
     groups = {part: group_by_images(listed) for part, listed in samples.items()}
     paths = images_of(group for listed in groups.values() for group in listed)
     bad = BadImages()
-    features, encoded = None, 0
+    features, encoded, view_features = None, 0, None
 
     table = feature_table(encoder.module)
     try:
@@ -201,16 +203,10 @@ def prepare_images(
             mine = paths[processes.process_index :: processes.num_processes]
             find_unreadable(mine, bad, workers=max(1, data.workers), progress=progress)
         else:
-            features, encoded = fill_feature_cache(
-                encoder,
-                paths,
-                data.feature_storage,
-                bad=bad,
-                max_bad_share=data.max_bad_share,
-                workers=data.workers,
-                processes=processes,
-                progress=progress,
-            )
+            caches, encoded = _fill_caches(encoder, paths, images_of(groups["train"]), data, bad, processes, progress)
+            features = caches[0]
+            if data.augmentation is not None:
+                view_features = [cache for cache in caches if cache is not None]
         share_bad_images(bad)
     finally:
         if bad_list is not None:
@@ -222,7 +218,45 @@ def prepare_images(
     readable = {
         part: [g for g in listed if not any(path in bad for path in g.images)] for part, listed in groups.items()
     }
-    return PreparedImages(readable, features, bad, len(paths), sum(gather_object([encoded])))
+    return PreparedImages(readable, features, bad, len(paths), sum(gather_object([encoded])), view_features)
+
+
+def _fill_caches(
+    encoder: ImageEncoder,
+    paths: Sequence[Path],
+    training: Sequence[Path],
+    data: DataSection,
+    bad: BadImages,
+    processes: PartialState,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[FeatureCache | None], int]:
+    """A feature cache of all images, and one of the training images for each further view; and how many were encoded.
+
+    A cache is None when not one image can be read.
+    """
+    views = [] if data.augmentation is None else data.augmentation.views[1:]
+    caches, encoded, done = [], 0, 0
+    in_all = len(paths) + len(views) * len(training)
+    for view in (None, *views):
+        listed = list(paths) if view is None else [path for path in training if path not in bad]
+
+        def count(images: int, _: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + images, in_all)
+
+        cache, added = fill_feature_cache(
+            replace(encoder, view=view),
+            listed,
+            data.feature_storage,
+            bad=bad,
+            max_bad_share=data.max_bad_share,
+            workers=data.workers,
+            processes=processes,
+            progress=count,
+        )
+        caches.append(cache)
+        encoded, done = encoded + added, done + len(listed)
+    return caches, encoded
 
 
 def find_shared_images(prepared: PreparedImages) -> list[Leak]:

@@ -17,6 +17,7 @@ import torch
 
 from frozenprefix.assets import check_checkpoint
 from frozenprefix.config.recipe import Recipe
+from frozenprefix.data.augmentation import Augmentation
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.collation import Collator
 from frozenprefix.data.samples import ImageGroup, group_by_images
@@ -144,6 +145,9 @@ class Trainer(BaseTrainer):
         prepared = self.encode_images(samples)
         self.retriever = add_similar_captions(prepared, self.recipe.data)
         groups, train_features = self.mixed_groups(mixture, prepared)
+        if self.recipe.data.augmentation is not None:
+            views, image_processor = self.recipe.data.augmentation.views, self.processor.image_processor
+            self.augmentation = Augmentation(views, prepared.view_features, image_processor, self.recipe.seed)
         self.use_data({**groups, **unread}, prepared.features, train_features)
 
     def use_data(

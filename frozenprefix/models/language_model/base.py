@@ -210,7 +210,7 @@ class FrozenLM(nn.Module, ABC, Generic[RowsT]):
         """
 
     @abstractmethod
-    def loss(self, rows: RowsT, inputs_embeds: Tensor) -> Tensor:
+    def loss(self, rows: RowsT, inputs_embeds: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum over trained tokens of weight times -log p, as a float32 scalar; `inputs_embeds`: float[R, T, D_lm]."""
 
     @abstractmethod

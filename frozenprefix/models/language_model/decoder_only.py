@@ -237,10 +237,10 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         # [R, T, D_lm] -> [K, D_lm]
         return hidden.flatten(0, 1)[rows.predict_index]
 
-    def loss(self, rows: PackedBatch, inputs_embeds: Tensor) -> Tensor:
+    def loss(self, rows: PackedBatch, inputs_embeds: Tensor, label_smoothing: float = 0.0) -> Tensor:
         hidden = self._to_head(self.hidden(rows, inputs_embeds))
         edges = (rows.edge_source, rows.edge_label, rows.edge_weight)
-        return next_token_loss(hidden, self.head, *edges, softcap=self.softcap)
+        return next_token_loss(hidden, self.head, *edges, softcap=self.softcap, label_smoothing=label_smoothing)
 
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         logits = self.head(self._to_head(hidden))

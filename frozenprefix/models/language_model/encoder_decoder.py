@@ -83,9 +83,10 @@ class EncoderDecoderLM(FrozenLM[SourcesAndTargets]):
         """Divide each row into source and target."""
         return divide(packed, self.end_token)
 
-    def loss(self, rows: SourcesAndTargets, inputs_embeds: Tensor) -> Tensor:
+    def loss(self, rows: SourcesAndTargets, inputs_embeds: Tensor, label_smoothing: float = 0.0) -> Tensor:
         logits = self._logits_at(inputs_embeds, rows.attention_mask, rows.labels)
-        return (cross_entropy(logits, rows.labels, reduction="none") * rows.weights.flatten()).sum()
+        losses = cross_entropy(logits, rows.labels, reduction="none", label_smoothing=label_smoothing)
+        return (losses * rows.weights.flatten()).sum()
 
     def _logits_at(self, inputs_embeds: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         """float[B, L, V] at the places of `labels`; each sees the source and the labels before it."""
@@ -197,8 +198,7 @@ def divide(packed: PackedBatch, end_token: int) -> SourcesAndTargets:
     return SourcesAndTargets(ids, mask, prefix_index, latest_index, labels, weights)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of float[B, L, V] and int64[B, L], in float32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-    )
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, **options)

@@ -3,7 +3,7 @@
 The loss of an edge (node, next token) is `log sum_v exp(logit_v) - logit_label`. Its gradient with respect to the
 hidden state is `sum_v p_v * head_v - head_label`, where `head_v` is the head's row for word v and p the softmax. Both
 are sums over the words, so the words are visited in tiles: the sums are kept up to date, and the logits of a tile are
-dropped.
+dropped. Label smoothing (Szegedy et al. 2016, section 7) adds the mean of all logits, which is a sum over words, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ ROWS = 512  # hidden states at a time: their logits for `TILE` words stay near t
 
 
 def next_token_loss(
-    hidden: Tensor, head: nn.Module, source: Tensor, label: Tensor, weight: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    head: nn.Module,
+    source: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Sum over edges of `weight * -log p(label | hidden[source])`.
 
@@ -28,6 +34,8 @@ def next_token_loss(
         head: the LM's output layer, `head(hidden) -> float[K, V]`.
         source: int64[E], index into the K hidden states; label: int64[E], the next token; weight: float32[E].
         softcap: Gemma 2's cap on the logits.
+        label_smoothing: share of the label's probability that is spread evenly over all words, as in
+            `torch.nn.functional.cross_entropy`.
 
     Returns:
         float32 scalar, not averaged.
@@ -42,9 +50,10 @@ def next_token_loss(
     """
     frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
     if frozen:
-        return _FrozenHeadLoss.apply(hidden, head, source, label, weight, softcap)
+        return _FrozenHeadLoss.apply(hidden, head, source, label, weight, softcap, label_smoothing)
     logits = cap(head(hidden).float(), softcap)
-    return (weight * (logits.logsumexp(dim=-1)[source] - logits[source, label])).sum()
+    wanted = (1 - label_smoothing) * logits[source, label] + label_smoothing * logits.mean(dim=-1)[source]
+    return (weight * (logits.logsumexp(dim=-1)[source] - wanted)).sum()
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -57,43 +66,58 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Linear, source: Tensor, label: Tensor, weight: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        head: nn.Linear,
+        source: Tensor,
+        label: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        smoothing: float,
     ) -> Tensor:
         tiles = head_tiles(head)
         order, spans = _by_tile(source, label, len(hidden), len(tiles))
         source, label, weight = source[order], label[order], weight[order]
         # [K, 1]: each row's softmax counts as often as the row has edges
         row_weight = torch.zeros(len(hidden), 1, device=hidden.device).index_add_(0, source, weight[:, None])
-        label_logit = torch.empty_like(weight)
+        label_logit, mean_logit = torch.empty_like(weight), torch.zeros(len(hidden), device=hidden.device)
         log_total = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for block, start in enumerate(range(0, len(hidden), ROWS)):
             rows = slice(start, start + ROWS)
             softmax = _RunningSoftmax(hidden[rows], softcap, with_gradient=gradient is not None)
+            mean = _MeanLogit(hidden[rows], softcap, with_gradient=gradient is not None) if smoothing else None
             for number, (tile, edges) in enumerate(zip(tiles, spans[block], strict=True)):
                 # [rows, TILE]
                 logits = tile.forward(hidden[rows])
                 if softcap is not None:
                     logits = cap(logits.float(), softcap)
                 label_logit[edges] = logits[source[edges] - start, label[edges] - number * TILE].float()
+                if mean is not None:
+                    mean.add(logits, tile)
                 softmax.add(logits, tile)
                 del logits  # before the next tile's are computed
             log_total[rows] = softmax.log_total()
+            if mean is not None:
+                mean_logit[rows] = mean.value()
             if gradient is not None:
                 edges = slice(spans[block][0].start, spans[block][-1].stop)
-                scale = weight[edges]
+                scale = weight[edges] * (1 - smoothing)
                 if softcap is not None:
                     scale = scale * _cap_slope(label_logit[edges], softcap)
                 label_rows = head.weight[label[edges]].float() * scale[:, None]
                 expected_rows = softmax.expected_row() * row_weight[rows]
+                if mean is not None:
+                    expected_rows -= mean.row() * (smoothing * row_weight[rows])
                 gradient[rows] = expected_rows.index_add_(0, source[edges] - start, label_rows, alpha=-1)
         ctx.save_for_backward(gradient)
-        return (weight * (log_total[source] - label_logit)).sum()
+        wanted = (1 - smoothing) * label_logit + smoothing * mean_logit[source]
+        return (weight * (log_total[source] - wanted)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None, None
 
 
 class _RunningSoftmax:
@@ -128,6 +152,32 @@ class _RunningSoftmax:
     def expected_row(self) -> Tensor:
         """Mean of the head's rows under the softmax: float32[rows, D]."""
         return self._row_sum / self._total
+
+
+class _MeanLogit:
+    """Mean of a row's logits over all words, and of the head's rows (times the cap's slope): its gradient."""
+
+    def __init__(self, hidden: Tensor, softcap: float | None, *, with_gradient: bool):
+        self._softcap, self._with_gradient, self._words = softcap, with_gradient, 0
+        self._sum = torch.zeros(len(hidden), device=hidden.device)
+        self._row_sum = torch.zeros(hidden.shape if with_gradient else 0, device=hidden.device)
+
+    def add(self, logits: Tensor, tile: PlainWeight | PrepackedWeight) -> None:
+        """Add the next tile's logits, capped, float[rows, words]."""
+        self._words += logits.shape[1]
+        self._sum += logits.sum(dim=-1, dtype=torch.float32)
+        if self._with_gradient and self._softcap is not None:
+            self._row_sum += tile.backward(_cap_slope(logits, self._softcap))
+        elif self._with_gradient:  # the same for every row
+            self._row_sum += tile.backward(torch.ones_like(logits[:1]))
+
+    def value(self) -> Tensor:
+        """float32[rows]"""
+        return self._sum / self._words
+
+    def row(self) -> Tensor:
+        """float32[rows, D]"""
+        return self._row_sum / self._words
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:

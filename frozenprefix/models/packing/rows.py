@@ -58,6 +58,19 @@ class PackedBatch:
     num_tokens: int
     lengths: Tensor | None = None
 
+    def draw_words(self, share: float) -> Tensor:
+        """Draw a share of the words that are continued, by torch's random state: bool[R, T].
+
+        Example:
+            >>> batch = pack([[Target([300, 5, 6, 2], 1)]], image_token_id=300, prefix_length=1)
+            >>> batch.draw_words(1.0).tolist()
+            [[False, True, True]]
+        """
+        nodes = self.predict_index
+        drawn = torch.zeros_like(self.input_ids, dtype=torch.bool).flatten()
+        drawn[nodes] = torch.rand(nodes.shape, device=nodes.device) < share
+        return drawn.view_as(self.input_ids) & (self.prefix_index < 0)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with all tensors on `device`."""
         values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}

@@ -78,7 +78,8 @@ class WeightedSum(nn.Module):
         if sections.contrastive is not None:  # first: it may be computed twice, with the same dropout
             check_captions(samples, "objectives.contrastive")
             terms.append(Contrastive(model, processor, sections.contrastive))
-        terms.append(NextToken(model, sections.lm))
+        regularised = {"label_smoothing": settings.label_smoothing, "word_dropout": settings.word_dropout}
+        terms.append(NextToken(model, sections.lm, **regularised))
         if sections.distillation is not None:
             if not model.trains_text:
                 raise ConfigError(

@@ -24,11 +24,11 @@ def edges(num_nodes: int, seed: int = 0):
     return source, label, count
 
 
-def reference(hidden, head, source, label, count, softcap=None):
+def reference(hidden, head, source, label, count, softcap=None, label_smoothing=0.0):
     logits = head(hidden).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    each = nn.functional.cross_entropy(logits[source], label, reduction="none")
+    each = nn.functional.cross_entropy(logits[source], label, reduction="none", label_smoothing=label_smoothing)
     return (count * each).sum()
 
 
@@ -53,10 +53,11 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(f"frozenprefix.{module}.TILE", 16)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_nodes", [1, 3, 4, 30])
-def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, softcap, monkeypatch):
+def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, softcap, label_smoothing, monkeypatch):
     """With one row in the first tile whose largest logit by far comes last, and one where it comes first."""
     small_tiles(monkeypatch)
     monkeypatch.setattr("frozenprefix.models.packing.loss.ROWS", 4)
@@ -67,9 +68,10 @@ def test_tiles_of_rows_and_words_give_the_whole(num_nodes, bias, softcap, monkey
     hidden = torch.randn(num_nodes, D)
     hidden[0, 0], hidden[-1, 1] = 5.0, 5.0
     hidden.requires_grad_()
-    expected = reference(hidden, head, *edges(num_nodes), softcap)
+    options = {"softcap": softcap, "label_smoothing": label_smoothing}
+    expected = reference(hidden, head, *edges(num_nodes), **options)
     (expected_grad,) = torch.autograd.grad(expected, hidden)
-    loss = next_token_loss(hidden, head, *edges(num_nodes), softcap=softcap)
+    loss = next_token_loss(hidden, head, *edges(num_nodes), **options)
     (grad,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
@@ -103,8 +105,8 @@ def test_a_trained_head_gets_its_gradient():
     torch.manual_seed(0)
     head = nn.Linear(D, V)
     hidden = torch.randn(9, D, requires_grad=True)
-    loss = next_token_loss(hidden, head, *edges(9))
-    assert loss.item() == pytest.approx(reference(hidden, head, *edges(9)).item(), rel=1e-5)
+    loss = next_token_loss(hidden, head, *edges(9), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(reference(hidden, head, *edges(9), label_smoothing=0.1).item(), rel=1e-5)
     loss.backward()
     assert head.weight.grad.abs().sum() > 0
 
