@@ -1,4 +1,4 @@
-"""Training data for few_shot.yaml, dialog.yaml, video.yaml and grounding.yaml, from easy-VQA's drawings of coloured shapes.
+"""Training data for few_shot.yaml, dialog.yaml, video.yaml and grounding.yaml, from easy-VQA's drawings of shapes.
 
     python recipes/drawings.py few_shot data/episodes
     python recipes/drawings.py dialog data/chats

@@ -21,10 +21,11 @@ from frozenprefix.cli.common import (
     print_left_out,
     shown,
 )
+from frozenprefix.cli.others import NumOthers, Others, other_images
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.inference import Caption, Captioner
+    from frozenprefix.inference import Caption, Captioner, SupportedCaptioner
 
 
 class Engine(str, Enum):
@@ -47,6 +48,15 @@ def command(
     engine: Annotated[
         Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
     ] = Engine.torch,
+    evidence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOOR",
+            help="Leave out what other images support as well: words with less evidence, in nats, such as 0.",
+        ),
+    ] = None,
+    others: Others = None,
+    num_others: NumOthers = 16,
     out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
     force: Force = False,
 ) -> None:
@@ -59,12 +69,16 @@ def command(
     if out is not None:
         from frozenprefix.utils import check_output
 
-        check_output(out, {"image", "caption", "score"}, exact=True, force=force)
+        keys = {"image", "caption", "score", *(() if evidence is None else ("whole", "dropped", "evidence"))}
+        check_output(out, keys, exact=True, force=force)
     images = list_images(paths)
     captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
+    captioning: Any = captioner
+    if evidence is not None:
+        captioning = supported_captioner(captioner, engine, evidence, checkpoint, images, others, num_others)
     bad = BadImages()
     beams = beams or (5 if engine is Engine.torch else 1)
-    captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
+    captions = captioning.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     if out is None:
         for caption in captions:
             typer.echo(f"{shown(caption.path)}\t{one_line(caption.text)}")
@@ -93,15 +107,45 @@ def load_captioner(engine: Engine, beams: int | None, checkpoint: str, **options
     return LlamaCppCaptioner.from_pretrained(checkpoint, **options)
 
 
+def supported_captioner(
+    captioner: Captioner,
+    engine: Engine,
+    floor: float,
+    checkpoint: str,
+    images: Sequence[Path],
+    others: Path | None,
+    num_others: int,
+) -> SupportedCaptioner:
+    """A captioner that leaves out what has less evidence than `floor`.
+
+    Raises:
+        ConfigError: for an engine that does not tell likelihoods.
+        DataError: where there are no other images.
+    """
+    if engine is not Engine.torch:
+        raise ConfigError(f"--evidence: {engine.value} does not tell how likely a word is; leave out --engine")
+    from frozenprefix.inference import SupportedCaptioner
+
+    found = other_images(captioner, checkpoint, images, others, num_others)
+    if not len(found):
+        raise DataError("--evidence: there are no other images to compare with; give a folder of them: --others DIR")
+    return SupportedCaptioner(captioner, found, floor)
+
+
 def write_captions(captions: Iterable[Caption], out: Path) -> None:
-    """Write `image`, `caption` and `score`, one object a line, each as soon as it is generated."""
+    """Write `image`, `caption` and `score`, one object a line, each as soon as it is generated.
+
+    Supported captions have `whole`, `dropped` and `evidence` too.
+    """
     from frozenprefix.utils import append_jsonl
 
     if out.is_file():
         out.unlink()
     append_jsonl(out, [])
     for caption in captions:
-        append_jsonl(out, [{"image": str(caption.path), "caption": caption.text, "score": caption.score}])
+        row = {"image": str(caption.path), "caption": caption.text, "score": caption.score}
+        more = {name: getattr(caption, name) for name in ("whole", "dropped", "evidence") if hasattr(caption, name)}
+        append_jsonl(out, [{**row, **more}])
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

@@ -38,7 +38,16 @@ def format_box(box: Box, step: int = 1) -> str:
     left, top, right, bottom = box
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise DataError(f"box: got {box}, expected 0 ≤ left < right ≤ 1 and 0 ≤ top < bottom ≤ 1")
-    return " ".join(str(round(value * 100 / step) * step) for value in box)
+    first, last = (_rounded(box[axis], box[axis + 2], step) for axis in (0, 1))
+    return f"{first[0]} {last[0]} {first[1]} {last[1]}"
+
+
+def _rounded(low: float, high: float, step: int) -> tuple[int, int]:
+    """Two edges in percent, rounded to multiples of the step, which stay apart."""
+    first, last = (min(100 // step, round(value * 100 / step)) for value in (low, high))
+    if first == last:
+        first, last = (first, first + 1) if (first + 1) * step <= 100 else (first - 1, first)
+    return first * step, last * step
 
 
 def boxes_in(text: str) -> list[Box]:

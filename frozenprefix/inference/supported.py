@@ -3,8 +3,8 @@
 The rules are for English captions:
 
 - a colour, number or size without support is dropped: "a man in a blue shirt" becomes "a man in a shirt";
-- any other word without support is cut off with its phrase and what follows, at the nearest preposition, conjunction or
-  comma before it: "a dog runs on the beach" becomes "a dog runs";
+- any other word without support is cut off with its phrase and what follows, at the nearest preposition, conjunction,
+  comma or form of "to be" before it: "a dog runs on the beach" becomes "a dog runs";
 - if what the caption begins with has no support, there is no caption.
 
 Function words ("a", "is", "of") are never asked for support.
@@ -21,49 +21,52 @@ from torch import Tensor
 
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.data.images import BadImages
-from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.captioner import Caption, Captioner
 from frozenprefix.inference.evidence import EvidenceScorer, WordEvidence
 
 #: Words that say nothing of an image by themselves.
 FUNCTION_WORDS = frozenset(
-    "a an the this that these those his her its their my your our he she it they them him is are was were be been being "
-    "has have had do does did will would can could there here who which what as than then so very some any each other "
-    "another one's own s 's not no up down out off over away".split()
+    """
+    a an of the this that these those his her its their my your our he she it they them him be been
+    being has have had do does did will would can could there here who which what than then so very some any each
+    other another one's own s 's not no up down out off away
+    """.split()  # noqa: SIM905 - a list of words is read as words
 )
 #: Before such a word a caption can end.
 BOUNDARIES = frozenset(
-    "in on at of with by near under above behind beside between through across along around into onto over from to for "
-    "against towards toward during inside outside next while and or but as wearing holding carrying using".split()
+    """
+    in on at with by near under above behind beside between through across along around into onto over from to
+    for against towards toward during inside outside next while and or but as wearing holding carrying
+    using is are was were
+    """.split()  # noqa: SIM905 - a list of words is read as words
 )
 #: Words that can be left out, and leave a sentence.
 MODIFIERS = frozenset(
-    "red orange yellow green blue purple pink brown black white gray grey golden blond blonde tan dark light bright "
-    "one two three four five six seven eight nine ten several many big large small little tiny huge long short tall "
-    "young old".split()
+    """
+    red orange yellow green blue purple pink brown black white gray grey golden blond blonde tan dark light bright
+    one two three four five six seven eight nine ten several many big large small little tiny huge long short tall
+    young old
+    """.split()  # noqa: SIM905 - a list of words is read as words
 )
 
 
 @dataclass(frozen=True)
-class SupportedCaption:
-    """A caption, without what its image does not support.
+class SupportedCaption(Caption):
+    """A caption, without what its image does not support; its text may be empty, its score is that of the whole.
 
     Attributes:
-        path: of the image; text: may be empty; score: of the whole caption, as in `Generation`.
         whole: the caption as the model wrote it.
         dropped: what was taken out, in order.
         evidence: lowest evidence of a word of the whole caption that is no function word, in nats; None without one.
 
     Example:
-        >>> SupportedCaption(image_path, "a dog", "a dog on a beach", ("on a beach",), -0.2).dropped
+        >>> SupportedCaption(image_path, "a dog", -0.5, "a dog on a beach", ("on a beach",), -0.2).dropped
         ('on a beach',)
     """
 
-    path: Path
-    text: str
-    whole: str
-    dropped: tuple[str, ...]
-    evidence: float | None
-    score: float | None = None
+    whole: str = ""
+    dropped: tuple[str, ...] = ()
+    evidence: float | None = None
 
 
 class SupportedCaptioner:
@@ -99,7 +102,7 @@ class SupportedCaptioner:
             for path, each, told in zip(files, written, words, strict=True):
                 kept, dropped = supported(each.text.strip(), told, self.floor)
                 lowest = lowest_evidence(told)
-                yield SupportedCaption(Path(str(path)), kept, each.text.strip(), dropped, lowest, each.score)
+                yield SupportedCaption(Path(str(path)), kept, each.score, each.text.strip(), dropped, lowest)
 
 
 def lowest_evidence(words: Sequence[WordEvidence]) -> float | None:
@@ -138,11 +141,13 @@ def supported(text: str, words: Sequence[WordEvidence], floor: float) -> tuple[s
             break
     closing = words[-1].text if words and words[-1].text in (".", "!", "?") else ""
     last = len(words) - bool(closing)
-    if end == 0 or not any(_says_something(word.text) and not each for word, each in zip(words[:end], weak, strict=False)):
-        return "", (text,) if text else ()
+    asked = [place for place in range(len(words)) if _says_something(words[place].text)]
+    # no caption without a supported word; one in which no word says anything stays as it is
+    if any(weak) and not any(place < end and not weak[place] for place in asked):
+        return "", (text,)
     gone = {number for number in range(min(end, last)) if weak[number]}
     gone |= _orphaned(words, gone)
-    dropped = [text[slice(*spans[number])] for number in sorted(gone)]
+    dropped = [text[slice(*spans[number])] for number in sorted(gone) if weak[number]]
     if end < last:
         dropped.append(text[spans[end][0] : spans[last - 1][1]])
     if not dropped:
@@ -174,8 +179,10 @@ def _orphaned(words: Sequence[WordEvidence], gone: set[int]) -> set[int]:
     return {
         number
         for number in range(1, len(words) - 1)
-        if words[number].text.lower() in ("and", ",") and (number - 1 in gone or number + 1 in gone)
-        and words[number - 1].text.lower() in MODIFIERS and words[number + 1].text.lower() in MODIFIERS
+        if words[number].text.lower() in ("and", ",")
+        and (number - 1 in gone or number + 1 in gone)
+        and words[number - 1].text.lower() in MODIFIERS
+        and words[number + 1].text.lower() in MODIFIERS
     }
 
 
@@ -192,6 +199,8 @@ def _joined(text: str, spans: Sequence[tuple[int, int]], kept: Sequence[int]) ->
     for place, word in enumerate(words[:-1]):
         if word.lower() == "an" and words[place + 1][:1].lower() not in "aeiou":
             words[place] = word[:-1]
-        elif word.lower() == "a" and words[place + 1][:1].lower() in "aeiou" and f"{word} {words[place + 1]}" not in text:
+        elif (
+            word.lower() == "a" and words[place + 1][:1].lower() in "aeiou" and f"{word} {words[place + 1]}" not in text
+        ):
             words[place] = word + "n"
     return " ".join(words)

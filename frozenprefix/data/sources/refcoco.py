@@ -46,16 +46,14 @@ class RefCocoSource(SourceConfig):
         images = rows_by_id(file.rows("images"), "id")
         annotations = rows_by_id(file.rows("annotations"), "id")
         return [
-            sample
-            for ref in self._refs(root / self.refs)
-            for sample in self._samples(ref, annotations, images, root)
+            sample for ref in self._refs(root / self.refs) for sample in self._samples(ref, annotations, images, root)
         ]
 
     @staticmethod
     def _refs(path: Path) -> list[Row]:
         if path.suffix in _PICKLES:
             raise DataError(
-                f"{path}: a pickle can run any code when it is read, so this package reads none; where you trust the file, "
+                f"{path}: a pickle runs code when it is read, so this package reads none; where you trust the file, "
                 "write it as JSON: python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', 'rb')), "
                 "open('refs.json', 'w'))\""
             )
@@ -64,13 +62,10 @@ class RefCocoSource(SourceConfig):
             raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of references")
         return [Row(str(path), values, f"[{number}]") for number, values in enumerate(rows)]
 
-    def _samples(
-        self, ref: Row, annotations: dict[str, Row], images: dict[str, Row], root: Path
-    ) -> list[Sample]:
+    def _samples(self, ref: Row, annotations: dict[str, Row], images: dict[str, Row], root: Path) -> list[Sample]:
         annotation = _named(ref, "ann_id", annotations, self.instances)
         image = _named(annotation, "image_id", images, self.instances)
         box = _box(annotation, image)
-        # a box of a pixel may be empty after rounding
         target = format_box(box, self.step)
         samples = []
         for number, sentence in enumerate(ref.rows("sentences")):
@@ -102,7 +97,12 @@ def _box(annotation: Row, image: Row) -> Box:
     """COCO's [left, top, width, height] in pixels, as shares of the image; what juts out by rounding is cut off."""
     values = annotation.values("bbox")
     width, height = image.integer("width"), image.integer("height")
-    if len(values) == 4 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    is_image = width > 0 and height > 0
+    if (
+        is_image
+        and len(values) == 4
+        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    ):
         left, top, wide, high = values
         right, bottom = min(1.0, (left + wide) / width), min(1.0, (top + high) / height)
         left, top = max(0.0, left / width), max(0.0, top / height)

@@ -81,8 +81,8 @@ def true_box(sample: Sample) -> Box:
     found = [box for target in sample.targets for box in boxes_in(target)]
     if not found:
         raise DataError(
-            f"{sample.label}: got the target {sample.targets[0]!r}, expected a box such as '12 30 55 80', percent of the "
-            "image (left, top, right, bottom); data source 'refcoco' writes such targets"
+            f"{sample.label}: got the target {sample.targets[0]!r}, expected a box such as '12 30 55 80', percent of "
+            "the image (left, top, right, bottom); data source 'refcoco' writes such targets"
         )
     return found[0]
 
