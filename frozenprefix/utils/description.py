@@ -145,7 +145,8 @@ def _plain(text: str) -> str:
 
 def _segments(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
     """The segments before the first scan, as (marker, payload), and everything from that scan on."""
-    found, place = [], 2
+    found: list[tuple[int, bytes]] = []
+    place = 2
     while True:
         if data[place] != 0xFF:
             raise ValueError(f"no JPEG marker at byte {place}")
