@@ -18,8 +18,10 @@ from frozenprefix.cli import (
     compare,
     data,
     evaluate,
+    explain,
     export,
     import_,
+    new,
     plan,
     search,
     train,
@@ -76,6 +78,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("new")(new.command)
 app.command("train")(train.command)
 app.command("cache")(cache.command)
 app.command("plan")(plan.command)
@@ -85,6 +88,7 @@ app.command("chat")(chat.command)
 app.command("video")(video.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
+app.command("explain")(explain.command)
 app.command("compare")(compare.command)
 app.command("card")(card.command)
 app.add_typer(data.app, name="data")

@@ -14,7 +14,7 @@ from frozenprefix.data.features import FeatureStorage
 from frozenprefix.data.samples import Sample, check_unique_ids, with_images, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
-from frozenprefix.errors import ConfigError
+from frozenprefix.errors import ConfigError, FrozenPrefixError
 from frozenprefix.utils import report
 
 #: (type of source, task) → fields without which the source gives no sample of that task.
@@ -67,6 +67,25 @@ def recipe_samples(checkpoint: str | Path, task: str, part: str, *, limit: int |
         raise ConfigError(f"--data: missing, and {checkpoint} {why}; give a folder of data")
     samples = [sample for sample in load_sources(sources) if sample.task == task]
     return first_images(with_images(samples, where=f"data.{part}"), limit)
+
+
+def recipe_images(checkpoint: str | Path, part: str = "validation") -> list[Path]:
+    """Images of the checkpoint's own data that are on this machine; none without a recipe, or where they have moved.
+
+    Args:
+        part: "validation" or "train".
+
+    Example:
+        >>> recipe_images(checkpoint)  # saved without a recipe
+        []
+    """
+    try:
+        recipe = load_checkpoint_recipe(checkpoint)
+        sources = [] if recipe is None else getattr(recipe.data, part)
+        samples = load_sources(sources) if sources else []
+    except FrozenPrefixError:
+        return []
+    return list(dict.fromkeys(path for sample in samples for path in sample.images if path.is_file()))
 
 
 def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:

@@ -4,9 +4,10 @@ from frozenprefix.inference.captioner import Caption, Captioner, Generation
 from frozenprefix.inference.classifier import Classification, Classifier
 from frozenprefix.inference.dialog import Dialog
 from frozenprefix.inference.embedding import Embedder
+from frozenprefix.inference.evidence import EvidenceScorer, WordEvidence
 from frozenprefix.inference.few_shot import Episode, Shot, choose_answers, write_answers
 from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, open_index
-from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods
+from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods, token_log_likelihoods
 from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
 from frozenprefix.inference.streaming import stream_pieces, stream_text
 from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
@@ -21,6 +22,7 @@ __all__ = [
     "Dialog",
     "Embedder",
     "Episode",
+    "EvidenceScorer",
     "Frame",
     "Generation",
     "Hit",
@@ -32,6 +34,7 @@ __all__ = [
     "Shot",
     "StreamCaptioner",
     "VideoCaptioner",
+    "WordEvidence",
     "ZeroShotClassifier",
     "choose_answers",
     "index_folder",
@@ -41,5 +44,6 @@ __all__ = [
     "open_index",
     "stream_pieces",
     "stream_text",
+    "token_log_likelihoods",
     "write_answers",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from frozenprefix.errors import DataError
 from frozenprefix.inference.captioner import Captioner
@@ -126,6 +127,48 @@ def log_likelihoods(
         >>> log_likelihoods(model, [[dog, cat]])[0].shape
         torch.Size([2])
     """
+    values = [torch.zeros(len(group)) for group in groups]
+    for number, row, steps in _scored_rows(model, groups, prefix_embeds, images_per_group, rows_at_once):
+        values[number][row.targets] = torch.zeros(len(row.targets)).index_add_(0, row.owner, steps)
+    return values
+
+
+@torch.inference_mode()
+def token_log_likelihoods(
+    model: FrozenPrefixForConditionalGeneration,
+    groups: Sequence[Sequence[Target]],
+    prefix_embeds: Tensor | None = None,
+    *,
+    images_per_group: Sequence[int] | None = None,
+    rows_at_once: int = 16,
+) -> list[list[Tensor]]:
+    """log p(token | images and tokens before it) of every free token; arguments and errors as of `log_likelihoods`.
+
+    Returns:
+        for each group, for each target float32[free tokens].
+
+    Example:
+        >>> dog = Target([1, 5, 6], num_context=1)
+        >>> tokens = token_log_likelihoods(model, [[dog]])[0][0]
+        >>> tokens.shape, torch.allclose(tokens.sum(), log_likelihoods(model, [[dog]])[0])
+        (torch.Size([2]), True)
+    """
+    values = [[torch.empty(0)] * len(group) for group in groups]
+    for number, row, steps in _scored_rows(model, groups, prefix_embeds, images_per_group, rows_at_once):
+        counts = row.owner.bincount(minlength=len(row.targets)).tolist()
+        for target, part in zip(row.targets, steps.split(counts), strict=True):
+            values[number][target] = part
+    return values
+
+
+def _scored_rows(
+    model: FrozenPrefixForConditionalGeneration,
+    groups: Sequence[Sequence[Target]],
+    prefix_embeds: Tensor | None,
+    images_per_group: Sequence[int] | None,
+    rows_at_once: int,
+) -> Iterator[tuple[int, _Row, Tensor]]:
+    """Number of the group, row, and log p float32[steps] of its steps, for every row of every group."""
     counts = list(images_per_group or [0 if prefix_embeds is None else 1] * len(groups))
     longest = max(len(target.input_ids) for group in groups for target in group)
     model.lm.check_length(longest - 1, what="choices: the longest prompt and choice")
@@ -137,16 +180,14 @@ def log_likelihoods(
         if (id(group), count) not in known:
             known[id(group), count] = _rows_of(model, group, count, TOKENS_PER_ROW if packable else 0)
         units += [(number, first, row) for row in known[id(group), count]]
-    values = [torch.zeros(len(group)) for group in groups]
     for start in range(0, len(units), rows_at_once):
         batch = units[start : start + rows_at_once]
         first = batch[0][1]
         last = batch[-1][1] + counts[batch[-1][0]]
         batch_embeds = None if prefix_embeds is None or last == first else prefix_embeds[first:last]
         scores = _score(model, [(row, image - first) for _, image, row in batch], batch_embeds)
-        for (number, _, row), score in zip(batch, scores, strict=True):
-            values[number][row.targets] = score
-    return values
+        for (number, _, row), steps in zip(batch, scores, strict=True):
+            yield number, row, steps
 
 
 def _rows_of(
@@ -194,7 +235,9 @@ def _score(
     rows: Sequence[tuple[_Row, int]],
     prefix_embeds: Tensor | None,
 ) -> list[Tensor]:
-    """Log-likelihoods of the targets of each row, read together. Rows come with the number of their first image."""
+    """log p float32[steps] of each row's steps, read together. Rows come with the number of their first image."""
+    if model.lm.is_encoder_decoder:
+        return _score_written(model, rows, prefix_embeds)
     packed = _stack(rows, model.placeholders_per_image).to(model.device)
     hidden = model.packed_hidden(packed, prefix_embeds)
     values = torch.empty(len(packed.edge_label), device=hidden.device)
@@ -204,10 +247,34 @@ def _score(
         mine = (packed.edge_source >= start) & (packed.edge_source < start + LOGIT_ROWS)
         at = packed.edge_source[mine] - start
         values[mine] = logits[at, packed.edge_label[mine]] - logits.logsumexp(dim=-1)[at]
-    parts = values.cpu().split([len(row.node) for row, _ in rows])
-    return [
-        torch.zeros(len(row.targets)).index_add_(0, row.owner, part) for (row, _), part in zip(rows, parts, strict=True)
-    ]
+    return list(values.cpu().split([len(row.node) for row, _ in rows]))
+
+
+def _score_written(
+    model: FrozenPrefixForConditionalGeneration, rows: Sequence[tuple[_Row, int]], prefix_embeds: Tensor | None
+) -> list[Tensor]:
+    """As `_score` for an encoder-decoder LM, whose rows hold one target each: its encoder reads the context."""
+    contexts = [row.packed.input_ids[0, : int(row.node[0]) + 1] for row, _ in rows]
+    ids, mask, labels = (
+        pad_sequence(list(parts), batch_first=True, padding_value=padding).to(model.device)
+        for parts, padding in (
+            (contexts, 0),
+            ([torch.ones_like(context) for context in contexts], 0),
+            ([row.label for row, _ in rows], -100),
+        )
+    )
+    if prefix_embeds is not None:
+        # each row gets its images, which rows of one group share
+        counts = [int((row.packed.prefix_index >= 0).sum()) // model.placeholders_per_image for row, _ in rows]
+        images = [image + i for (_, image), count in zip(rows, counts, strict=True) for i in range(count)]
+        prefix_embeds = prefix_embeds[images]
+    source, source_mask = model.lm.prompt(ids, mask)
+    inputs_embeds, seen = model.fuse(source, prefix_embeds, source_mask)
+    with model.fusion.seeing(seen):
+        # [R, L, V]
+        logits = model.lm(inputs_embeds, source_mask, labels).logits.float()
+    steps = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0].cpu()
+    return [line[: len(row.label)] for line, (row, _) in zip(steps, rows, strict=True)]
 
 
 def _stack(rows: Sequence[tuple[_Row, int]], per_image: int) -> PackedBatch:

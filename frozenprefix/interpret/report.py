@@ -186,31 +186,40 @@ def _verdict(row: Row) -> tuple[str, str]:
     return ("right", "✓ same words") if same else ("open", "≠ other words")
 
 
-def embedded_image(path: str | Path, truth: str) -> dict[str, Any]:
+def embedded_image(path: str | Path | Image.Image, truth: str) -> dict[str, Any]:
     """Attributes of an `img` with its data inside, or the reason why the image cannot be shown.
+
+    Args:
+        path: of the image, or the image itself.
 
     Example:
         >>> embedded_image(image_path, "a red circle")["alt"]
         'Image red_circle.png: a red circle'
     """
+    name = "" if isinstance(path, Image.Image) else f" {Path(path).name}"
     try:
-        image = load_image(path)
+        image = path.copy() if isinstance(path, Image.Image) else load_image(path)
     except BadImageError as error:
         return {"problem": error.reason}
     # Small drawings are embedded as they are, and scaled up by the browser without smoothing.
     scale = max(1, _LONG_SIDE // max(image.size))
     image.thumbnail((_LONG_SIDE, _LONG_SIDE))
     return {
-        "src": _image_uri(image),
-        "alt": f"Image {Path(path).name}" + (f": {truth}" if truth else ""),
+        "src": image_uri(image),
+        "alt": f"Image{name}" + (f": {truth}" if truth else ""),
         "width": image.width * scale,
         "height": image.height * scale,
         "crisp": scale > 1,
     }
 
 
-def _image_uri(image: Image.Image) -> str:
-    """PNG for drawings, which have few colours, JPEG for photos."""
+def image_uri(image: Image.Image) -> str:
+    """The `src` of an `img` with its data inside: PNG for drawings, which have few colours, JPEG for photos.
+
+    Example:
+        >>> image_uri(image)[:22]
+        'data:image/png;base64,'
+    """
     drawing = max(image.size) <= _LONG_SIDE // 2 or image.getcolors(64) is not None
     buffer = io.BytesIO()
     if drawing:

@@ -1,7 +1,13 @@
 """Fast CPU paths with the plain path beside each; the only package that may use private names of libraries."""
 
 from frozenprefix.kernels.allocator import keep_freed_memory
-from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind, matmul_attention
+from frozenprefix.kernels.attention import (
+    additive_mask,
+    attention_for_rows,
+    mask_per_kind,
+    matmul_attention,
+    recording_attention,
+)
 from frozenprefix.kernels.compat import CACHE, attention_implementation, is_recurrent
 from frozenprefix.kernels.linear import head_tiles, prepackable_dtypes
 from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights
@@ -20,4 +26,5 @@ __all__ = [
     "prepackable_layers",
     "prepacked_bytes",
     "prepacked_frozen_weights",
+    "recording_attention",
 ]

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from frozenprefix.kernels import compat
 
 MATMUL = "frozenprefix_matmul"
+RECORDED = "frozenprefix_recorded"
 
 
 def matmul_attention(
@@ -48,6 +49,13 @@ def matmul_attention(
         >>> matmul_attention(torch.nn.Identity(), query, key, key, mask)[0].shape
         torch.Size([1, 3, 4, 8])
     """
+    return _attend(query, key, value, attention_mask, scaling, softcap)[0], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The result float[R, T, H, D] of attention, and its weights float[R, G, H/G, T, S]."""
     rows, heads, length, dim = query.shape
     groups, keys = key.shape[1:3]
     per_group = heads // groups
@@ -61,10 +69,51 @@ def matmul_attention(
     # [R, G, H/G * T, S] @ [R, G, S, D]
     mixed = weights.view(rows, groups, per_group * length, keys) @ value
     # -> [R, T, H, D]
-    return mixed.view(rows, heads, length, dim).transpose(1, 2), None
+    return mixed.view(rows, heads, length, dim).transpose(1, 2), weights
 
 
 AttentionInterface.register(MATMUL, matmul_attention)
+
+
+@contextmanager
+def recording_attention(language_model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the attention weights of packed rows inside the block, layer by layer, with their graph.
+
+    Yields:
+        A list that the block fills with float[R, G, H / G, T, S], G groups of heads that share keys. It stays empty for
+        a language model whose attention cannot be exchanged.
+
+    Example:
+        >>> from frozenprefix.models.packing import Target, pack
+        >>> rows = pack([[Target([5, 6, 7], 1)]], image_token_id=300, prefix_length=0, images_per_group=[0])
+        >>> with recording_attention(model.language_model) as weights:
+        ...     _ = model.packed_hidden(rows, None)
+        >>> len(weights), weights[0].shape  # two tokens are read, the third is predicted
+        (2, torch.Size([1, 2, 2, 2, 2]))
+    """
+    recorded: list[Tensor] = []
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        mixed, weights = _attend(query, key, value, attention_mask, scaling, softcap)
+        recorded.append(weights)
+        return mixed, None
+
+    AttentionInterface.register(RECORDED, attention)
+    try:
+        with _attention_of(language_model, RECORDED, "there are no maps of attention"):
+            yield recorded
+    finally:
+        AttentionInterface.register(RECORDED, matmul_attention)  # lets go of what was recorded
 
 
 @contextmanager
@@ -76,15 +125,25 @@ def attention_for_rows(language_model: PreTrainedModel) -> Iterator[None]:
         ...     compat.attention_implementation(model.language_model.config)
         'frozenprefix_matmul'
     """
+    before = compat.attention_implementation(language_model.config.get_text_config())
+    if before != "sdpa" or language_model.device.type != "cpu":
+        yield
+        return
+    with _attention_of(language_model, MATMUL, "torch's attention is used for packed rows"):
+        yield
+
+
+@contextmanager
+def _attention_of(language_model: PreTrainedModel, name: str, consequence: str) -> Iterator[None]:
+    """Use the attention of this name inside the block, where this release of transformers lets it be exchanged."""
     config = language_model.config.get_text_config()
     before = compat.attention_implementation(config)
     # The public `set_attn_implementation` visits every module, and warns for models that have one attention only.
     switch = "_attn_implementation_internal"
-    known = compat.private(config, switch, "torch's attention is used for packed rows")
-    if known is None or before != "sdpa" or language_model.device.type != "cpu":
+    if compat.private(config, switch, consequence) is None:
         yield
         return
-    setattr(config, switch, MATMUL)
+    setattr(config, switch, name)
     try:
         yield
     finally:

@@ -16,10 +16,9 @@ import pytest
 
 from benchmarks.survival import Runs, run_with_kills
 from frozenprefix.errors import StoppedError
-from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
 from tests.helpers import ROOT
-from tests.helpers.training import assert_same_tensors
+from tests.helpers.training import assert_same_tensors, untimed_rows
 
 # a state after every step, so that many kills come while one is written
 SETTINGS = ("model.mapper.dropout=0.2", "training.max_steps=12", "training.save_every=1", "training.keep_last=2")
@@ -46,10 +45,7 @@ def assert_undisturbed(whole: Path, other: Path) -> None:
     for file in FILES:
         assert_same_tensors(whole / file, other / file)
 
-    def figures(folder: Path) -> list[dict]:
-        return [{k: v for k, v in row.items() if k != "targets_per_s"} for row in read_log(folder)]
-
-    assert figures(other) == figures(whole), "no step is repeated in the log, and none is left out"
+    assert untimed_rows(other) == untimed_rows(whole), "no step is repeated in the log, and none is left out"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

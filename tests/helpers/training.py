@@ -33,6 +33,12 @@ def losses_of(folder: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in read_log(folder) if name in row]
 
 
+def untimed_rows(folder: Path) -> list[dict]:
+    """The rows of a run's log without what depends on the clock."""
+    timed = ("targets_per_s", "data_wait_share")
+    return [{name: value for name, value in row.items() if name not in timed} for row in read_log(folder)]
+
+
 def assert_same_tensors(one: Path, other: Path, **tolerance: float) -> None:
     before, after = load_file(one), load_file(other)
     assert before.keys() == after.keys()

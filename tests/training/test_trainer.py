@@ -20,7 +20,7 @@ from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
 from frozenprefix.training.validation import batch_bounds, validation_losses
-from tests.helpers.training import assert_same_tensors, free_port, losses_of, run_python, run_with_hashes
+from tests.helpers.training import assert_same_tensors, free_port, losses_of, run_python, run_with_hashes, untimed_rows
 
 # dropout: a resumed run must also go on with the same random numbers
 DROPOUT = "model.mapper.dropout=0.2"
@@ -130,10 +130,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(whole, recipe_of,
     assert result.targets_seen == undisturbed.targets_seen
     assert result.best_value == undisturbed.best_value
 
-    def figures(folder):
-        return [{k: v for k, v in row.items() if k != "targets_per_s"} for row in read_log(folder)]
-
-    assert figures(tmp_path) == figures(undisturbed.output_dir)
+    assert untimed_rows(tmp_path) == untimed_rows(undisturbed.output_dir)
 
 
 SIGKILL_SCRIPT = """

@@ -1,0 +1,111 @@
+"""`frozenprefix explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from frozenprefix.cli.caption import list_images
+from frozenprefix.cli.common import (
+    Arithmetic,
+    Checkpoint,
+    Force,
+    LanguageModel,
+    MaxNewTokens,
+    Precision,
+    check_files,
+    print_left_out,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from frozenprefix.inference import Captioner
+
+
+def command(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("explanation.html"),
+    text: Annotated[str | None, typer.Option(help="Explain this text; by default what the model writes.")] = None,
+    question: Annotated[str | None, typer.Option(help="Explain the answer to this question.")] = None,
+    others: Annotated[
+        Path | None,
+        typer.Option(help="Folder of other images, for evidence; by default the recipe's validation images."),
+    ] = None,
+    num_others: Annotated[int, typer.Option(min=1, help="Other images to compare with.")] = 16,
+    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all numbers to.")] = None,
+    max_new_tokens: MaxNewTokens = 30,
+    language_model: LanguageModel = None,
+    precision: Precision = Arithmetic.auto,
+    force: Force = False,
+) -> None:
+    """Write an HTML page that shows what each word of a caption rests on. Exit code 1 if some image cannot be read.
+
+    Evidence against other images, heat maps, likely alternatives, and the nearest words of the prefix embeddings.
+    """
+    from frozenprefix.assets import check_checkpoint
+    from frozenprefix.utils import check_output, progress_bar
+
+    check_checkpoint(checkpoint)
+    check_files(images, "IMAGE")
+    check_output(out, (), force=force)
+    if json_out is not None:
+        check_output(json_out, {"image", "words", "occlusion"}, force=force, option="--json")
+    from frozenprefix.data.images import BadImages
+    from frozenprefix.errors import BadImageError
+    from frozenprefix.inference import Captioner
+    from frozenprefix.interpret import Explainer, write_explanations
+
+    captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
+    bad = BadImages()
+    features = other_images(captioner, checkpoint, images, others, num_others)
+    explainer = Explainer(captioner, features)
+    prompt = None if question is None else captioner.processor.prompt_for("vqa", question)
+    explanations = []
+    with progress_bar("explaining") as update:
+        for number, image in enumerate(images, start=1):
+            try:
+                explanations.append(explainer(image, text, prompt=prompt, max_new_tokens=max_new_tokens))
+            except BadImageError as error:
+                bad.record(image, error)
+            update(number, len(images))
+    if explanations:
+        write_explanations(out, explanations, title=f"{len(explanations)} explained images: {checkpoint}")
+        write_json(json_out, [explanation.to_dict() for explanation in explanations])
+        typer.echo(f"{len(explanations)} explained: {out}")
+    print_left_out(bad, "IMAGE", len(images))
+    if len(bad):
+        raise typer.Exit(1)
+
+
+def other_images(captioner: Captioner, checkpoint: str, own: Sequence[Path], folder: Path | None, count: int) -> Tensor:
+    """Features float[M, N, D_enc] of up to `count` other images, the same ones for the same data.
+
+    They come from a folder, else from the validation data of the checkpoint's recipe, else they are the images
+    themselves, if there are several. There may be none.
+
+    Raises:
+        DataError: for a folder without images.
+    """
+    import random
+
+    import torch
+
+    from frozenprefix.data.images import BadImages
+    from frozenprefix.evaluation.samples import recipe_images
+
+    if folder is not None:
+        candidates = list_images([folder])
+    else:
+        candidates = recipe_images(checkpoint) or (list(own) if len(own) > 1 else [])
+    own_files = {path.resolve() for path in own} if folder is not None or len(candidates) > len(own) else set()
+    candidates = sorted({path for path in candidates if path.resolve() not in own_files})
+    chosen = random.Random(0).sample(candidates, min(count, len(candidates)))
+    ignored = BadImages()  # others that cannot be read are not missed
+    found = [features.cpu() for _, features in captioner.encoder.batches(chosen, 8, ignored)]
+    return torch.cat(found) if found else torch.empty(0)
