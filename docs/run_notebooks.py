@@ -2,8 +2,8 @@
 
     python docs/run_notebooks.py 05_which_method [--folder FOLDER]
 
-A notebook is made from its .py file (jupytext), and runs in `FOLDER`, where it leaves its runs. Progress bars and logs are
-not kept, and no path of this machine is. In the tests the same notebooks run with tiny models.
+A notebook is made from its .py file (jupytext), and runs in `FOLDER`, where it leaves its runs. Progress bars and logs
+are not kept, and no path of this machine is. In the tests the same notebooks run with tiny models.
 """
 
 from __future__ import annotations
