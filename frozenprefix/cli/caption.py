@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ from frozenprefix.cli.others import NumOthers, Others, other_images
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.inference import Caption, Captioner, SupportedCaptioner
+    from frozenprefix.inference import Captioner, SupportedCaptioner
 
 
 class Engine(str, Enum):
@@ -33,6 +33,14 @@ class Engine(str, Enum):
 
     torch = "torch"
     llama_cpp = "llama.cpp"
+
+
+class Format(str, Enum):
+    """What captions are written as."""
+
+    jsonl = "jsonl"
+    csv = "csv"
+    txt = "txt"
 
 
 def command(
@@ -57,7 +65,26 @@ def command(
     ] = None,
     others: Others = None,
     num_others: NumOthers = 16,
-    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write to, instead of the screen; with --format txt a folder.")
+    ] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="JSON lines, a table for Excel, or a .txt for each image, beside it if no --out is given.",
+            show_default="by the ending of --out",
+        ),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            "--write-metadata",
+            metavar="FOLDER|sidecar|originals",
+            help="Write captions as descriptions (XMP, and EXIF in JPEGs), too: into copies of the images in FOLDER, "
+            "into IMAGE.xmp beside each image, or into the originals, which nothing else changes. Pixels stay.",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a caption for every image. Exit code 1 if some cannot be read."""
@@ -66,12 +93,8 @@ def command(
     from frozenprefix.data.images import BadImages
 
     check_checkpoint(checkpoint)
-    if out is not None:
-        from frozenprefix.utils import check_output
-
-        keys = {"image", "caption", "score", *(() if evidence is None else ("whole", "dropped", "evidence"))}
-        check_output(out, keys, exact=True, force=force)
     images = list_images(paths)
+    writers = open_writers(images, out, form, metadata, force=force)
     captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
     captioning: Any = captioner
     if evidence is not None:
@@ -79,12 +102,21 @@ def command(
     bad = BadImages()
     beams = beams or (5 if engine is Engine.torch else 1)
     captions = captioning.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
-    if out is None:
-        for caption in captions:
+    to_screen = out is None and form is None
+    for caption in captions:
+        for writer in writers:
+            writer.write(caption.path, caption.text, caption.score)
+        if to_screen:
             typer.echo(f"{shown(caption.path)}\t{one_line(caption.text)}")
-    else:
-        write_captions(captions, out)
-        typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)
+        if dropped := getattr(caption, "dropped", ()):
+            typer.echo(one_line(f"{shown(caption.path)}: not supported: {'; '.join(dropped)}"), err=True)
+    for writer in writers:
+        writer.finish()
+    if not to_screen:
+        typer.echo(f"{len(images) - len(bad)} captions in {out or '.txt files beside the images'}", err=True)
+    if metadata is not None:
+        place = {"sidecar": ".xmp files beside the images", "originals": "the images"}.get(metadata, metadata)
+        typer.echo(f"{len(images) - len(bad)} descriptions in {place}", err=True)
     print_left_out(bad, "PATH", len(images))
     if len(bad):
         raise typer.Exit(1)
@@ -132,20 +164,29 @@ def supported_captioner(
     return SupportedCaptioner(captioner, found, floor)
 
 
-def write_captions(captions: Iterable[Caption], out: Path) -> None:
-    """Write `image`, `caption` and `score`, one object a line, each as soon as it is generated.
+def open_writers(
+    images: Sequence[Path], out: Path | None, form: Format | None, metadata: str | None, *, force: bool
+) -> list[Any]:
+    """What each caption is written by. All that can be refused is refused here.
 
-    Supported captions have `whole`, `dropped` and `evidence` too.
+    Raises:
+        DataError: a file is in the way.
+        ConfigError: a format without a file.
     """
-    from frozenprefix.utils import append_jsonl
+    from frozenprefix.utils import caption_files as files
 
-    if out.is_file():
-        out.unlink()
-    append_jsonl(out, [])
-    for caption in captions:
-        row = {"image": str(caption.path), "caption": caption.text, "score": caption.score}
-        more = {name: getattr(caption, name) for name in ("whole", "dropped", "evidence") if hasattr(caption, name)}
-        append_jsonl(out, [{**row, **more}])
+    writers: list[Any] = []
+    if form is None and out is not None:
+        form = Format.csv if out.suffix.lower() == ".csv" else Format.jsonl
+    if form is Format.txt:
+        writers.append(files.TextWriter(images, out=out, force=force))
+    elif form is not None:
+        if out is None:
+            raise ConfigError(f"--format {form.value}: needs a file; give --out captions.{form.value}")
+        writers.append((files.CsvWriter if form is Format.csv else files.JsonlWriter)(out, force=force))
+    if metadata is not None:
+        writers.append(files.MetadataWriter(images, metadata, force=force))
+    return writers
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

@@ -17,6 +17,7 @@ from frozenprefix.cli import (
     chat,
     compare,
     data,
+    doctor,
     evaluate,
     explain,
     export,
@@ -91,6 +92,7 @@ app.command("search")(search.command)
 app.command("explain")(explain.command)
 app.command("compare")(compare.command)
 app.command("card")(card.command)
+app.command("doctor")(doctor.command)
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")

@@ -75,9 +75,8 @@ def test_the_command_writes_what_was_dropped(tiny_checkpoint, shapes, tmp_path, 
     result = CliRunner().invoke(app, [*base, *more, "--others", str(shapes / "images"), "--num-others", "2"])
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["caption"], row["whole"], row["dropped"]) for row in rows] == [
-        ("", "a red circle", ["a red circle"])
-    ] * 2
+    assert [row["caption"] for row in rows] == ["", ""]
+    assert result.output.count("not supported: a red circle") == 2
     # one image, and no data of a recipe: there is nothing to compare with
     result = CliRunner().invoke(app, [*base[:3], "--evidence", "0"])
     assert result.exit_code != 0
