@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
+from openpyxl import Workbook
 from PIL import Image
 
 from benchmarks.plan_check import small_llama
@@ -206,6 +207,8 @@ def _files_of_sources(folder: Path) -> list[Reader]:
     Image.new("RGB", (8, 8)).save(folder / "labelled" / "x" / "c.png")
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
+    (folder / "table.csv").write_text("photo;what is on it\na;a cat\nb;a dog\n")
+    write_workbook(folder / "table.xlsx", [["photo", "what is on it"], ["a", "a cat"], ["b", "a dog"]])
     (folder / "tokens.txt").write_text("a.png#0\ta cat\na.png#1\ttwo\nb.png#0\ta dog\n")
     with tarfile.open(folder / "0.tar", "w") as tar:
         for name, data in (("k.png", (folder / "a.png").read_bytes()), ("k.txt", b"a cat"), ("k.json", b'{"a": 1}')):
@@ -222,6 +225,8 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         "answers.json": {**vqa, "file_pattern": "{image_id}.png"},
         "regions.json": {"type": "visual_genome", "regions": "regions.json", "questions": None, "images": ["."]},
         "labelled/labels.json": {"type": "image_folder", "labels": True, "label_file": "labels.json"},
+        "table.csv": {"type": "csv", "file": "table.csv"},
+        "table.xlsx": {"type": "csv", "file": "table.xlsx"},
         "tokens.txt": {"type": "flickr_tokens", "tokens": "tokens.txt", "images": "."},
         "0.tar": {"type": "webdataset", "shards": "0.tar"},
     }
@@ -232,6 +237,14 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         for name, source in sources.items()
     ]
     return readers + _tables(folder / "tables")
+
+
+def write_workbook(path: Path, rows: list[list[str]]) -> None:
+    """A table of Excel."""
+    book = Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
 
 
 def _tables(folder: Path) -> list[Reader]:

@@ -13,7 +13,7 @@ import pytest
 
 from frozenprefix.registry import undoing_registrations
 from tests.helpers import ROOT
-from tests.helpers.workplace import EASY_VQA, call, make_workplace
+from tests.helpers.workplace import EASY_VQA, call, in_small, make_workplace
 from tests.test_docs import DOCUMENTS, commands
 
 PAGES = [path for path in DOCUMENTS if path.name == "README.md" or path.parent.name == "docs"]
@@ -86,6 +86,8 @@ def as_here(line: str, number: int) -> list[str]:
     """The words of a command, with the names of this folder for those that stand for something."""
     words = [WORDS.get(word, word) for word in shlex.split(line, comments=True)]
     words = [f"out-{number}" if word == "DIR" else word for word in words]
+    if line.startswith("frozenprefix new"):
+        words.append("--no-plan")  # the recipe names real weights, which `prepare` replaces
     if EXPORTABLE.match(line):
         words = [re.sub(r"^runs/\w+/best$", "runs/exportable/best", word) for word in words]
         if "--engine" in words and "--language-model" not in words:
@@ -130,8 +132,6 @@ def test_commands_run(here):
 
 def write_own_recipes(here: Path) -> None:
     """The recipes that a reader writes: that of the tutorial, and the recipe.yaml of the page about data."""
-    from tests.helpers.workplace import in_small
-
     tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(# mine\.yaml.*?)^```", tutorial, flags=re.DOTALL | re.MULTILINE)
     small = in_small(block).replace("training: {", "training: {precision: fp32, images_per_step: 4, ")
@@ -146,6 +146,9 @@ def prepare(here: Path, line: str) -> None:
         (here / "other").mkdir(exist_ok=True)
         for name in ("B.json", "scores.json", "other/scores.json"):
             shutil.copy(here / "A.json", here / name)
+    if line.startswith("frozenprefix train photos.yaml"):
+        recipe = here / "photos.yaml"
+        recipe.write_text(in_small(recipe.read_text(encoding="utf-8")), encoding="utf-8")
     if line.startswith("frozenprefix train") and ("mine.yaml" in line or "runs/mine" in line):
         shutil.rmtree(here / "runs" / "mine")  # of another recipe
 

@@ -22,6 +22,7 @@ from frozenprefix.cli import (
     explain,
     export,
     import_,
+    new,
     plan,
     search,
     train,
@@ -78,6 +79,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("new")(new.command)
 app.command("train")(train.command)
 app.command("cache")(cache.command)
 app.command("plan")(plan.command)

@@ -35,7 +35,7 @@ def command(
 
     loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import
     if plan is not False and is_main_process():
-        _say_stages(loaded, measure=bool(plan))
+        say_stages(loaded, measure=bool(plan))
     from frozenprefix.training.registry import train_recipe
 
     result = train_recipe(loaded, resume=resume)
@@ -45,7 +45,8 @@ def command(
         typer.echo(f"best checkpoint: {result.best}{value}")
 
 
-def _say_stages(recipe: Recipe | ContrastiveRecipe, *, measure: bool) -> None:
+def say_stages(recipe: Recipe | ContrastiveRecipe, *, measure: bool) -> None:
+    """Print how long each stage of a run will take."""
     from frozenprefix.cli.plan import duration
     from frozenprefix.planning.stages import estimate_stages, stages_of
     from frozenprefix.utils import progress_bar

@@ -14,6 +14,7 @@ from frozenprefix.kernels.linear import PlainWeight, PrepackedWeight, prepackabl
 ROWS = 512  # about as many as a training step has
 MAX_FLOPS = 5e8  # of one round, so that a large model is measured on fewer rows
 MAX_HIDDEN, MAX_INNER = 2048, 8192  # beyond these the rates hardly change
+MIN_ROUNDS = 5  # of each dtype, however slow it is: one disturbed round must not decide
 MIN_GAIN = 1.1  # bfloat16 has to be faster by this factor, or the choice would change from run to run
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,10 +59,10 @@ def _measure_products(hidden: int, inner: int, seconds: float, threads: int) -> 
     rates = dict.fromkeys(DTYPES, 0.0)
     started, rounds = time.perf_counter(), 0
     # in turns, and the best round of each: other programs can only slow a round down
-    while rounds < 3 or time.perf_counter() - started < seconds:
+    while rounds <= MIN_ROUNDS or time.perf_counter() - started < seconds:
         for dtype, (up, down) in layers.items():
-            if rounds > 1 and rates[dtype] < max(rates.values()) / 2:
-                continue  # slower beyond doubt
+            if rounds > MIN_ROUNDS and rates[dtype] < max(rates.values()) / 4:
+                continue  # slower beyond doubt: the time is for the other one
             before = time.perf_counter()
             down.forward(up.forward(inputs[dtype]))
             took = time.perf_counter() - before

@@ -14,6 +14,7 @@ from frozenprefix.evaluation import evaluate_checkpoint
 from frozenprefix.evaluation.journal import Journal, header_of
 from frozenprefix.evaluation.samples import recipe_storage
 from frozenprefix.inference import Captioner
+from frozenprefix.kernels import precision as kernel
 from frozenprefix.kernels.precision import ProductRates, measure_products
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.planning import plan
@@ -151,3 +152,26 @@ def test_rates_are_measured_in_little_time_and_once():
     assert min(first) > 0
     assert measure_products(64, 96, seconds=0.02) is first
     assert first.faster in (torch.float32, torch.bfloat16)
+
+
+def test_a_disturbed_round_does_not_decide(monkeypatch):
+    """Other programs take the processor in the first rounds of bfloat16, which is the faster one."""
+    clock, calls = [0.0], {torch.float32: 0, torch.bfloat16: 0}
+
+    class Layer:
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def forward(self, rows):
+            calls[self.dtype] += 1
+            disturbed = self.dtype == torch.bfloat16 and calls[self.dtype] <= 6  # the lay-out and two rounds
+            clock[0] += 0.005 if self.dtype == torch.float32 else 0.05 if disturbed else 0.001
+            return rows
+
+    monkeypatch.setattr(kernel.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(kernel, "_feed_forward", lambda hidden, inner, dtype: [Layer(dtype), Layer(dtype)])
+    rates = measure_products(48, 80)
+    assert rates.faster == torch.bfloat16
+    assert rates.bfloat16 == pytest.approx(5 * rates.float32)
+    assert min(calls.values()) >= 2 * (1 + kernel.MIN_ROUNDS), "both are measured several times"
+    assert clock[0] < 0.7

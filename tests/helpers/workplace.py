@@ -100,11 +100,13 @@ def add_data(folder: Path) -> None:
     for name, image in zip(("photo.jpg", "drawing.png", "circle.png", "triangle.png"), images, strict=False):
         with Image.open(image) as shown:
             shown.save(folder / name)
-    for name in ("photos", "folder"):
+    for name, count in (("photos", 8), ("folder", 3)):
         (folder / name).mkdir()
-        for number, image in enumerate(images[:3]):
+        for number, image in enumerate(images[:count]):
             with Image.open(image) as shown:
                 shown.save(folder / name / f"{number}.jpg")
+    texts = "\n".join(f"{number};a drawing of number {number}" for number in range(8))
+    (folder / "photos" / "texts.csv").write_text(f"Photo;What you see\n{texts}\n")
     write_clip(folder / "clip.mp4", [Image.open(image) for image in images[:3]])
 
 

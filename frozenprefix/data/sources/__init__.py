@@ -6,7 +6,8 @@
 |---|---|
 | captions | `captions.jsonl`: an image, or the frames of a clip, a line, with its captions or its label |
 | qa | `qa.jsonl` or `qa.json`: a question a row, with its answers |
-| image_folder | images, with or without their folders' names as labels |
+| csv | a CSV, TSV, Excel or JSON table of any columns, beside a folder of images |
+| image_folder | images, with their folders' names as labels, or a text file beside each |
 | coco | COCO's caption files, and VizWiz-Captions' |
 | karpathy | Karpathy's splits of COCO, Flickr8k and Flickr30k |
 | flickr_tokens | Flickr8k's and Flickr30k's token files, Kaggle's captions.txt, results.csv |
@@ -69,6 +70,7 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "clevr": f"{_HERE}.clevr:ClevrSource",
         "coco": f"{_HERE}.coco:CocoSource",
         "conceptual_captions": f"{_HERE}.conceptual_captions:ConceptualCaptionsSource",
+        "csv": f"{_HERE}.csv_table:CsvSource",
         "daquar": f"{_HERE}.daquar:DaquarSource",
         "easy_vqa": f"{_HERE}.easy_vqa:EasyVqaSource",
         "flickr_tokens": f"{_HERE}.flickr_tokens:FlickrTokensSource",

@@ -17,6 +17,9 @@ from frozenprefix.data.streaming.groups import StreamedGroups
 class Holdout(BaseModel):
     """Split off a validation part by image. The part of an image depends on its name and the seed alone.
 
+    With `versions: together`, it depends on the name of the photo that the image is a version of: IMG_1-2.jpg, IMG_1
+    (1).jpg and IMG_1_edited.jpg are in the part of IMG_1.jpg.
+
     Example:
         >>> Holdout(part="val", fraction=0.2).seed
         0
@@ -26,6 +29,7 @@ class Holdout(BaseModel):
 
     fraction: float = Field(0.1, gt=0, lt=1, description="share of the images in the validation part")
     seed: int = 0
+    versions: Literal["apart", "together"] = Field("apart", description="of the same photo, by their names")
     part: Literal["train", "val"] = Field(description="the part to return")
 
 

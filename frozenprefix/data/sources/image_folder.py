@@ -1,16 +1,17 @@
-"""A folder of images: to be captioned, or labelled by the names of their folders."""
+"""A folder of images: to be captioned, labelled by the names of their folders, or with a text file beside each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from frozenprefix.data.images import find_images
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
 from frozenprefix.data.sources.rows import Row, read_json_object
+from frozenprefix.data.sources.spreadsheets import decode_table
 from frozenprefix.errors import DataError
 
 
@@ -19,7 +20,8 @@ class ImageFolderSource(SourceConfig):
 
     With `labels`, an image is a sample of task "classification" whose target is the name of the folder it is in;
     `label_file` gives folders other names: `{"n02084071": "dog"}`. With `split_folders`, the first folder below `path`
-    is the split: `train/cat/1.jpg`.
+    is the split: `train/cat/1.jpg`. With `texts: ".txt"`, the captions of 1.jpg are the lines of 1.txt or 1.jpg.txt, in
+    any encoding that `csv` reads; an image without such a file has none.
 
     Example:
         >>> len(ImageFolderSource(path=str(data_folder)).read(data_folder))
@@ -33,6 +35,14 @@ class ImageFolderSource(SourceConfig):
     extensions: list[str] | None = Field(
         None, min_length=1, description="file name endings, with the dot; null: all that Pillow reads"
     )
+
+    texts: str | None = Field(None, pattern=r"^\.\w+$", description="ending of the text files beside the images: .txt")
+
+    @model_validator(mode="after")
+    def _one_kind_of_target(self) -> ImageFolderSource:
+        if self.labels and self.texts is not None:
+            raise ValueError("`labels` and `texts` are two kinds of targets; name one of them")
+        return self
 
     def read(self, root: Path) -> list[Sample]:
         endings = None if self.extensions is None else [ending.lower() for ending in self.extensions]
@@ -50,8 +60,33 @@ class ImageFolderSource(SourceConfig):
         return Sample(
             id=path.relative_to(root).as_posix(),
             images=(path,),
-            targets=() if label is None else (label,),
+            targets=captions_beside(path, self.texts) if label is None else (label,),
             split=folders[0] if self.split_folders else None,
             task="caption" if label is None else "classification",
             metadata={} if label is None else {"label": label},
         )
+
+
+def captions_beside(image: Path, ending: str | None) -> tuple[str, ...]:
+    """The lines of the text file beside an image that are not blank; nothing without such a file.
+
+    Example:
+        >>> captions_beside(image_path, ".txt")
+        ()
+    """
+    file = text_file_beside(image, ending) if ending else None
+    if file is None:
+        return ()
+    lines = decode_table(file.read_bytes(), file).splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def text_file_beside(image: Path, ending: str) -> Path | None:
+    """1.txt or 1.jpg.txt for 1.jpg, if there is one.
+
+    Example:
+        >>> text_file_beside(image_path, ".txt") is None
+        True
+    """
+    places = (image.with_suffix(ending), image.with_name(image.name + ending))
+    return next((place for place in places if place.is_file()), None)

@@ -107,6 +107,10 @@ class Row:
         """The names of all fields."""
         return list(self._values)
 
+    def value_or_none(self, field: str) -> Any:
+        """Any value, unchecked."""
+        return self._values.get(field)
+
     def _get(self, field: str) -> Any:
         if field not in self._values:
             got = ", ".join(self._values) or "none"
@@ -180,17 +184,27 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def read_table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    r"""Yield the line number (from 1) and the cells of every row of a text table that is not blank.
-
-    As in CSV, a cell may be in double quotes; it may then hold delimiters, line ends and quotes, which are doubled. A
-    cell that only begins with a quote, as in tables that were written without quoting, is taken as it is.
+    r"""The rows of a UTF-8 text table, as `table_rows` gives them.
 
     Example:
         >>> _ = (tmp_path / "a.tsv").write_text('1.jpg\t"a ""big"" dog"\n2.jpg\t"no" he said\n')
         >>> [cells[1] for _, cells in read_table(tmp_path / "a.tsv", "\t")]
         ['a "big" dog', '"no" he said']
     """
-    text = read_text(path).replace("\r\n", "\n")
+    return table_rows(read_text(path), delimiter)
+
+
+def table_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    r"""Yield the line number (from 1) and the cells of every row of a text table that is not blank.
+
+    As in CSV, a cell may be in double quotes; it may then hold delimiters, line ends and quotes, which are doubled. A
+    cell that only begins with a quote, as in tables that were written without quoting, is taken as it is.
+
+    Example:
+        >>> list(table_rows('1.jpg;"a;b"\n\n2.jpg;c', ";"))
+        [(1, ['1.jpg', 'a;b']), (3, ['2.jpg', 'c'])]
+    """
+    text = text.replace("\r\n", "\n")
     if "\n" not in text:
         text = text.replace("\r", "\n")  # as old spreadsheets end lines
     mark = re.escape(delimiter)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from frozenprefix.data.images import walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import Holdout
+from frozenprefix.data.sources.image_names import photo_names
 from frozenprefix.errors import DataError, did_you_mean
 from frozenprefix.utils import content_hash, report, report_left_out
 
@@ -145,11 +146,14 @@ def hold_out(samples: Iterable[Sample], holdout: Holdout, root: Path) -> list[Sa
         >>> len(hold_out(samples, Holdout(part="train"), Path()))
         92
     """
-    members, mixed, total = [], 0, 0
-    for sample in samples:
-        total += 1
-        names = [part if isinstance(part, str) else _name(part, root) for part in sample.group]
-        sides = {in_validation(name, holdout.fraction, holdout.seed) for name in names}
+    samples = list(samples)
+    members, mixed, total = [], 0, len(samples)
+    names_of = [[part if isinstance(part, str) else _name(part, root) for part in s.group] for s in samples]
+    photos: dict[str, str] = {}
+    if holdout.versions == "together":
+        photos = photo_names({name for names in names_of for name in names})
+    for sample, names in zip(samples, names_of, strict=True):
+        sides = {in_validation(photos.get(name, name), holdout.fraction, holdout.seed) for name in names}
         if len(sides) > 1:
             mixed += 1
         elif sides == {holdout.part == "val"}:
