@@ -32,8 +32,9 @@ STYLE = """
 .fp-table { border-collapse: collapse; width: 100%; font-size: .95rem; }
 .fp-table caption { text-align: left; font-weight: 600; padding: .25rem 0; }
 .fp-table th, .fp-table td { text-align: left; vertical-align: top; padding: .35rem .5rem .35rem 0;
-  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); overflow-wrap: anywhere; }
-.fp-table img { width: 4.5rem; height: 4.5rem; object-fit: cover; border-radius: .25rem; }
+  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); overflow-wrap: break-word; }
+.fp-table th { white-space: nowrap; }
+.fp-table img { width: 4rem; min-width: 4rem; height: 4rem; object-fit: cover; border-radius: .25rem; }
 .fp-scroll { overflow-x: auto; }
 """
 
@@ -141,10 +142,9 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str | Im
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="fp-scroll"><table class="fp-table"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    region = f'<div class="fp-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+    table = f'<table class="fp-table"><caption>{escape(caption)}</caption>'
+    return f"{region}{table}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(cell: str | Image.Image) -> str:

@@ -21,8 +21,12 @@ HTML: dict[str, Any] = {"apply_default_css": False}
 CSS = (
     STYLE
     + """
-.gradio-container { max-width: 75rem !important; }
+.gradio-container { max-width: 75rem !important; margin: 0 auto !important; }
+.fp-gallery .gallery-container { height: auto; }
+.fp-gallery .grid-wrap { height: auto; min-height: 0 !important; max-height: 26rem; }
 .fp-quiet label span { font-weight: 600; }
+/* Gradio's own quiet texts have too little contrast (WCAG 1.4.3) */
+.gradio-container :is(.or, .min_value, .max_value) { color: var(--body-text-color) !important; }
 footer { display: none !important; }
 """
 )
@@ -51,7 +55,17 @@ def build_page(studio: Studio) -> gr.Blocks:
 def theme() -> gr.themes.Base:
     """Gradio's theme with fonts of the system: nothing is fetched from elsewhere."""
     fonts = ["system-ui", "sans-serif"]
-    return gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"])
+    base = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"])
+    # the theme's own blue has too little contrast with white (WCAG 1.4.3)
+    return base.set(
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+    )
 
 
 def _subtitle(studio: Studio) -> str:
@@ -95,9 +109,15 @@ def _look(studio: Studio, session: gr.State) -> None:
             folder = gr.UploadButton("Open a folder", file_count="directory", size="sm")
             remarks = gr.HTML(**HTML)
             gallery = gr.Gallery(
-                label="Dropped files", columns=3, height="auto", object_fit="cover", allow_preview=False,
-                interactive=False, buttons=[], visible=False,
-            )  # fmt: skip
+                label="Dropped files",
+                columns=3,
+                object_fit="cover",
+                allow_preview=False,
+                interactive=False,
+                buttons=[],
+                visible=False,
+                elem_classes="fp-gallery",
+            )
             with gr.Accordion("How captions are written", open=False):
                 beams = gr.Slider(1, 8, 1, step=1, label="Beams (1 writes word by word)")
                 length = gr.Slider(5, 60, 30, step=1, label="Longest caption, in tokens")
@@ -158,7 +178,7 @@ def _model_panel(studio: Studio, session: gr.State, number: int) -> tuple[gr.Tex
         caption = gr.Textbox(label=f"Caption by {name}", interactive=False, lines=2, elem_classes="fp-quiet")
         with gr.Row():
             why = gr.Button("Why these words?", size="sm", min_width=110)
-            wrong = gr.Button("👎 This is wrong", size="sm", min_width=110)
+            wrong = gr.Button("This is wrong", size="sm", min_width=110)
         with gr.Group(visible=False) as form:
             right = gr.Textbox(label=f"What should {name} have written?", lines=2, max_length=500)
             keep = gr.Button("Keep the correction", variant="primary", size="sm")
@@ -201,7 +221,8 @@ def _chat(studio: Studio, session: gr.State) -> None:
 
     for trigger in (message.submit, send.click):
         trigger(_safely(reply), [number, message, session], [talk, message], **ONE_AT_A_TIME, **PRIVATE)
-    again.click(reset, [number, session], talk, show_progress="hidden", **PRIVATE)
+    for trigger in (again.click, talk.clear):
+        trigger(reset, [number, session], talk, show_progress="hidden", **PRIVATE)
     number.change(lambda number, session: session.messages(number), [number, session], talk, **PRIVATE)
 
 
@@ -213,7 +234,7 @@ def _corrections(studio: Studio, session: gr.State, tab: gr.Tab) -> None:
     with gr.Row():
         choices = [(name, number) for number, name in enumerate(studio.names)]
         number = gr.Radio(choices, value=0, label="Mapper to train", visible=len(choices) > 1)
-        steps = gr.Slider(5, 200, 40, step=5, label="Steps")
+        steps = gr.Slider(5, 200, 30, step=5, label="Steps")
     with gr.Row():
         train = gr.Button("Train the mapper on the corrections", variant="primary", min_width=200)
         stop = gr.Button("Stop the training", min_width=120)

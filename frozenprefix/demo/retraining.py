@@ -20,7 +20,7 @@ from frozenprefix.utils import write_text_atomic
 
 SHARE = 0.4  # of the images of a step that are corrections; the others are replayed
 RATE = 0.3  # of the learning rate that the checkpoint was trained with
-VALIDATED = 64  # images of a validation
+VALIDATED = 32  # images of a validation
 POLL_SECONDS = 0.5
 
 
@@ -37,12 +37,12 @@ def correction_recipe(checkpoint: str | Path, corrections: Corrections, output_d
         ConfigError: there are no corrections, or the checkpoint names no recipe that can go on.
 
     Example:
-        >>> from frozenprefix.demo import Corrections
+        >>> from frozenprefix.training import train
         >>> corrections = Corrections(tmp_path / "corrections")
         >>> corrections.add(image_path, "a cat", "a red circle")
-        >>> made = correction_recipe(checkpoint, corrections, tmp_path / "run", steps=20)
-        >>> made.training.max_steps, made.data.train[-1]["type"]
-        (20, 'captions')
+        >>> made = correction_recipe(train(recipe).best, corrections, tmp_path / "corrected", steps=20)
+        >>> made.training.max_steps, [source["weight"] for source in made.data.train]
+        (20, [0.3, 0.3, 0.4])
     """
     if not len(corrections):
         raise ConfigError(f"corrections: got none in '{corrections.folder}', expected at least one")
@@ -89,12 +89,7 @@ def correction_recipe(checkpoint: str | Path, corrections: Corrections, output_d
 
 
 def replays(recipe: Recipe) -> bool:
-    """Whether images of the first training are among those of a recipe for corrections.
-
-    Example:
-        >>> replays(recipe)
-        False
-    """
+    """Whether images of the first training are among those of a recipe for corrections."""
     return len(recipe.data.train) > 1
 
 
@@ -113,11 +108,7 @@ class Retraining:
         checkpoint: folder of the trained weights, once it has ended well.
 
     Example:
-        >>> from frozenprefix.demo import Corrections
-        >>> corrections = Corrections(tmp_path / "corrections")
-        >>> corrections.add(image_path, "a cat", "a red circle")
-        >>> made = correction_recipe(checkpoint, corrections, tmp_path / "run", steps=20)
-        >>> Retraining(made).checkpoint.name
+        >>> Retraining(recipe).checkpoint.name
         'last'
     """
 

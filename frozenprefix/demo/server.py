@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def serve(
         app = Guarded(_app(studio, Path(folder)), hosts=_hosts(host))
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, access_log=False)
         server = uvicorn.Server(config)
+        # pages that are still open are cut off at the end, which is no error to report
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
         if ready is not None:
             ready(f"http://{_shown(host)}:{listening.getsockname()[1]}")
         try:

@@ -118,7 +118,7 @@ class Session:
                 answers[number] = text
                 yield list(answers)
 
-    def chat(self, number: int, message: str) -> Iterator[Messages]:
+    def chat(self, number: int, message: str, *, max_new_tokens: int = 64) -> Iterator[Messages]:
         """A conversation with a model, as the reply grows. The chosen item comes in with the first message after it.
 
         Raises:
@@ -137,7 +137,7 @@ class Session:
         before = self.messages(number)
         told = message.strip() if new is None else f"[{new.name}] {message.strip()}"
         asked = {"role": "user", "content": told}
-        for text in model.chat(dialog, message.strip(), new):
+        for text in model.chat(dialog, message.strip(), new, max_new_tokens=max_new_tokens):
             yield [*before, asked, {"role": "assistant", "content": text}]
         if new is not None:
             self.seen[number] = new.path
@@ -179,13 +179,12 @@ class Session:
         if item.kind == "clip":
             raise ConfigError("Corrections are kept for photos; a clip has one prefix for all its frames.")
         self.studio.corrections.add(item.path, self.texts()[number], right)
-        count = len(self.studio.corrections)
-        return f"Kept; {count} correction{'s' * (count > 1)} in {self.studio.corrections.folder}"
+        return f"Kept; {_counted(len(self.studio.corrections))} in {self.studio.corrections.folder}"
 
     def corrections_table(self) -> str:
         """All corrections as HTML."""
         corrections = self.studio.corrections
-        rows = [[_small(corrections.path_of(one)), one.wrong, one.right] for one in corrections]
+        rows: list[list[Any]] = [[_small(corrections.path_of(one)), one.wrong, one.right] for one in corrections]
         if not rows:
             return '<p class="fp-empty">No corrections yet: mark a caption as wrong, and write what is right.</p>'
         return table(f"Corrections in {corrections.folder}", ["photo", "was", "right"], rows)
@@ -215,11 +214,11 @@ class Session:
         self.trained = number, folder / "last"
         yield "captions after the training …", ""
         after = [_caption(model, item) for item, _ in compared]
-        rows = [
-            [item.preview, right or "(not corrected)", old, new]
+        rows: list[list[Any]] = [
+            [item.preview, right or "–", old, new]
             for (item, right), old, new in zip(compared, before, after, strict=True)
         ]
-        told = f"Trained {steps} steps on {len(corrections)} corrections"
+        told = f"Trained {steps} steps on {_counted(len(corrections))}"
         told += (
             ", mixed with images of the first training"
             if replays(recipe)
@@ -271,10 +270,18 @@ def _caption(model: DemoModel, item: Item) -> str:
     return list(model.caption(item))[-1]
 
 
+def _counted(count: int) -> str:
+    return f"{count} correction" + "s" * (count != 1)
+
+
 def _told(texts: Iterator[str]) -> Iterator[str]:
     """The texts; an error as a text in their place, so that other items and models go on."""
+    text = ""
     try:
-        yield from texts
+        for text in texts:
+            yield text
+        if not text:
+            yield "(nothing)"
     except FrozenPrefixError as error:
         yield f"({error})"
 

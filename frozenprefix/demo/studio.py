@@ -41,8 +41,9 @@ class DemoModel:
         >>> from frozenprefix.demo import read_items
         >>> model = DemoModel(checkpoint, captioner)
         >>> ((item,), _) = read_items([image_path])
-        >>> list(model.caption(item, max_new_tokens=3))[-1] == captioner.generate([processor.prompt_for("caption")], [image],
-        ...     num_beams=1, max_new_tokens=3)[0].text.strip()
+        >>> prompts = [processor.prompt_for("caption")]
+        >>> whole = captioner.generate(prompts, [image], num_beams=1, max_new_tokens=3)[0].text.strip()
+        >>> list(model.caption(item, max_new_tokens=3))[-1] == whole
         True
     """
 
