@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 DEMO := .venv-demo
 STAMP := $(VENV)/.installed
-BENCHMARKS := training_step memory step_profile packing_curve attention products generation answers latency cache scaling plan_check methods closed_form_start loading
+BENCHMARKS := training_step memory step_profile packing_curve attention products generation answers latency cache scaling plan_check methods closed_form_start learning_curve loading
 # Tests and recipes must not reach for a model hub.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.learning_curve import passes
 from frozenprefix import FrozenPrefixConfig, FrozenPrefixProcessor, train
 from frozenprefix.config import load_recipe
 from frozenprefix.training import read_log
@@ -65,16 +65,8 @@ def saved_steps(plain: dict[int, float], closed: dict[int, float]) -> dict[int, 
     That is the interpolated step at which the random start reaches the same loss, minus the step of the validation;
     None if it never does.
     """
-    points = sorted(plain.items())
-    saved: dict[int, float | None] = {}
-    for step, loss in closed.items():
-        saved[step] = None
-        for (before, high), (after, low) in pairwise(points):
-            if low <= loss:
-                share = (high - loss) / (high - low) if high > low else 0.0
-                saved[step] = before + max(0.0, share) * (after - before) - step
-                break
-    return saved
+    reached = {step: passes(loss, sorted(plain.items())) for step, loss in closed.items()}
+    return {step: None if at is None else at - step for step, at in reached.items()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -216,7 +216,8 @@ def api_page(package: str) -> str:
         links = "".join(f"- [`{name}`][{below[name]}.{name}]\n" for name in names if name in below)
         names = [name for name in names if name not in below]
     # a function may have the name of its module, which is then what the path `package.name` names
-    hidden = [name for name in names if (ROOT / package.replace(".", "/") / f"{name}.py").exists()]
+    folder = ROOT / package.replace(".", "/")
+    hidden = [name for name in names if (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()]
     members = "".join(f"        - {name}\n" for name in names if name not in hidden)
     parts = [f"# {package}", f"::: {package}\n    options:\n      members:\n{members}", links]
     options = "    options:\n      show_root_heading: true\n      show_root_toc_entry: true\n"

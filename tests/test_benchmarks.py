@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ from benchmarks import (
     common,
     generation,
     latency,
+    learning_curve,
+    linear_probe,
     llama_cpp,
     loading,
     memory,
@@ -285,6 +288,50 @@ def test_saved_steps_by_hand():
     """The random start reaches 4 half-way between steps 10 and 20, and never 1."""
     saved = closed_form_start.saved_steps({0: 6.0, 10: 5.0, 20: 3.0}, {0: 4.0, 10: 3.0, 20: 1.0})
     assert saved == {0: 15.0, 10: 10.0, 20: None}
+
+
+def test_a_learning_curve_has_an_arm_for_each_change(tiny_lm, shapes, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
+    arms = ["--arm", "still=training.learning_rate=1e-12", "--arm", "short=training.optimizer=muon;training.ema=0.9"]
+    report = learning_curve.main(["--recipe", str(tmp_path / "tiny.yaml"), "--quick", "--points", "2", *arms])
+    own, still, _ = (report["curves"][name][0] for name in (learning_curve.AS_IT_IS, "still", "short"))
+    assert [targets for targets, _ in own] == [0, 16, 32]
+    assert own[0] == still[0]
+    assert still[2][1] == pytest.approx(still[0][1], rel=1e-4)
+    assert report["targets_to_loss"][learning_curve.AS_IT_IS] != [None]
+    assert "| still | reached by 0 of 1 |" in learning_curve.markdown(report)
+
+
+def test_a_probe_finds_what_features_hold_and_nothing_else():
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 8, generator=draw)
+    truth = np.stack([features[:, 0].numpy() > 0.5, np.random.default_rng(0).random(400) < 0.3], axis=1)
+    scores = linear_probe.probe(features[:300], features[300:], truth[:300], truth[300:])
+    assert scores["average_precision"][0] > 0.98
+    assert scores["average_precision"][1] < 0.5
+    assert scores["f1"][0] > 0.9
+
+
+def test_words_of_captions_by_hand():
+    references = [["A dog runs", "Two dogs .", "a cat"], ["a hotdog", "A dog", "people"]]
+    assert linear_probe.labels_of(references, ["dog dogs", "cat"]).tolist() == [[True, False], [False, False]]
+    assert linear_probe.f1_score(np.array([True, True, False]), np.array([True, False, True])) == 0.5
+
+
+def test_the_probe_runs_beside_captions(tiny_lm, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_probe, "WORDS", {"colours": ["red", "blue"], "things": ["circle"]})
+    data = tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")
+    data["data"]["train"] = data["data"]["train"][:1]
+    (tmp_path / "tiny.yaml").write_text(write_yaml(data))
+    captions = [
+        {"id": json.loads(line)["image"], "model": "a red circle"} for line in (shapes / "captions.jsonl").open()
+    ]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    options = ["--quick", "--least", "1", "--predictions", str(tmp_path / "said.jsonl")]
+    report = linear_probe.main([str(tmp_path / "tiny.yaml"), *options])
+    assert {row["word"] for row in report["words"]} <= {"red", "blue", "circle"}
+    assert all(0 <= row["captions_f1"] <= 1 for row in report["words"])
+    assert "| things |" in linear_probe.markdown(report)
 
 
 def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):

@@ -123,6 +123,8 @@ def test_commands_run(here):
             continue
         seen.add(tuple(words))
         prepare(here, line)
+        for out in (here / words[at + 1] for at, word in enumerate(words) if word == "--out"):
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)  # two pages may name the same
         try:
             call(words, typed=QUESTIONS)
         except (Exception, AssertionError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ from frozenprefix.cli.common import (
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.inference import Caption, Captioner
+    from frozenprefix.inference import Captioner
 
 
 class Engine(str, Enum):
@@ -32,6 +32,14 @@ class Engine(str, Enum):
 
     torch = "torch"
     llama_cpp = "llama.cpp"
+
+
+class Format(str, Enum):
+    """What captions are written as."""
+
+    jsonl = "jsonl"
+    csv = "csv"
+    txt = "txt"
 
 
 def command(
@@ -47,7 +55,26 @@ def command(
     engine: Annotated[
         Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
     ] = Engine.torch,
-    out: Annotated[Path | None, typer.Option(help="JSON lines file to write to, instead of the screen.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write to, instead of the screen; with --format txt a folder.")
+    ] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="JSON lines, a table for Excel, or a .txt for each image, beside it if no --out is given.",
+            show_default="by the ending of --out",
+        ),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            "--write-metadata",
+            metavar="FOLDER|sidecar|originals",
+            help="Write captions as descriptions (XMP, and EXIF in JPEGs), too: into copies of the images in FOLDER, "
+            "into IMAGE.xmp beside each image, or into the originals, which nothing else changes. Pixels stay.",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a caption for every image. Exit code 1 if some cannot be read."""
@@ -56,21 +83,25 @@ def command(
     from frozenprefix.data.images import BadImages
 
     check_checkpoint(checkpoint)
-    if out is not None:
-        from frozenprefix.utils import check_output
-
-        check_output(out, {"image", "caption", "score"}, exact=True, force=force)
     images = list_images(paths)
+    writers = open_writers(images, out, form, metadata, force=force)
     captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
     bad = BadImages()
     beams = beams or (5 if engine is Engine.torch else 1)
     captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
-    if out is None:
-        for caption in captions:
+    to_screen = out is None and form is None
+    for caption in captions:
+        for writer in writers:
+            writer.write(caption.path, caption.text, caption.score)
+        if to_screen:
             typer.echo(f"{shown(caption.path)}\t{one_line(caption.text)}")
-    else:
-        write_captions(captions, out)
-        typer.echo(f"{len(images) - len(bad)} captions in {out}", err=True)
+    for writer in writers:
+        writer.finish()
+    if not to_screen:
+        typer.echo(f"{len(images) - len(bad)} captions in {out or '.txt files beside the images'}", err=True)
+    if metadata is not None:
+        place = {"sidecar": ".xmp files beside the images", "originals": "the images"}.get(metadata, metadata)
+        typer.echo(f"{len(images) - len(bad)} descriptions in {place}", err=True)
     print_left_out(bad, "PATH", len(images))
     if len(bad):
         raise typer.Exit(1)
@@ -93,15 +124,29 @@ def load_captioner(engine: Engine, beams: int | None, checkpoint: str, **options
     return LlamaCppCaptioner.from_pretrained(checkpoint, **options)
 
 
-def write_captions(captions: Iterable[Caption], out: Path) -> None:
-    """Write `image`, `caption` and `score`, one object a line, each as soon as it is generated."""
-    from frozenprefix.utils import append_jsonl
+def open_writers(
+    images: Sequence[Path], out: Path | None, form: Format | None, metadata: str | None, *, force: bool
+) -> list[Any]:
+    """What each caption is written by. All that can be refused is refused here.
 
-    if out.is_file():
-        out.unlink()
-    append_jsonl(out, [])
-    for caption in captions:
-        append_jsonl(out, [{"image": str(caption.path), "caption": caption.text, "score": caption.score}])
+    Raises:
+        DataError: a file is in the way.
+        ConfigError: a format without a file.
+    """
+    from frozenprefix.utils import caption_files as files
+
+    writers: list[Any] = []
+    if form is None and out is not None:
+        form = Format.csv if out.suffix.lower() == ".csv" else Format.jsonl
+    if form is Format.txt:
+        writers.append(files.TextWriter(images, out=out, force=force))
+    elif form is not None:
+        if out is None:
+            raise ConfigError(f"--format {form.value}: needs a file; give --out captions.{form.value}")
+        writers.append((files.CsvWriter if form is Format.csv else files.JsonlWriter)(out, force=force))
+    if metadata is not None:
+        writers.append(files.MetadataWriter(images, metadata, force=force))
+    return writers
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

@@ -18,6 +18,7 @@ from frozenprefix.cli import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     explain,
     export,
@@ -93,6 +94,7 @@ app.command("search")(search.command)
 app.command("explain")(explain.command)
 app.command("compare")(compare.command)
 app.command("card")(card.command)
+app.command("doctor")(doctor.command)
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")

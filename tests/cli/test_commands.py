@@ -133,7 +133,7 @@ def test_train(recipe, trained):
     output = call("train", recipe, "training.learning_rate=1e-4", "name=b", "--resume", "never").stdout
     ((seen, resume),) = trained
     assert (seen.training.learning_rate, seen.name, resume) == (1e-4, "b", "never")
-    assert output == "30 steps, 360 targets in 61 s\nbest checkpoint: runs/b/best, validation loss 2.5000\n"
+    assert output.endswith("30 steps, 360 targets in 61 s\nbest checkpoint: runs/b/best, validation loss 2.5000\n")
 
 
 def test_train_resumes_unless_told_otherwise(recipe, trained):
@@ -215,6 +215,24 @@ def test_caption_to_a_file(images, captioner, ckpt, tmp_path):
     result = call("caption", ckpt, images / "a.jpg", "--out", out)
     assert json.loads(out.read_text()) == {"image": str(images / "a.jpg"), "caption": "a a", "score": -0.5}
     assert (result.stdout, result.stderr) == ("", f"1 captions in {out}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--format", "csv"], []])
+def test_caption_to_a_table(images, captioner, ckpt, tmp_path, arguments):
+    out = tmp_path / "captions.csv"
+    call("caption", ckpt, images / "a.jpg", "--out", out, *arguments)
+    assert out.read_text("utf-8-sig") == f"image,caption,score\n{images / 'a.jpg'},a a,-0.5\n"
+
+
+def test_caption_to_text_files_and_metadata(images, captioner, ckpt, tmp_path):
+    result = call("caption", ckpt, images / "a.jpg", "--format", "txt", "--write-metadata", tmp_path / "copies")
+    assert (images / "a.txt").read_text() == "a a\n"
+    assert (tmp_path / "copies" / "a.jpg").is_file()
+    assert result.stdout == ""
+    assert "1 captions in .txt files beside the images\n1 descriptions in " in result.stderr
+    call("caption", ckpt, images / "a.jpg", "--format", "txt", code=2)
+    assert "--format csv: needs a file" in call("caption", ckpt, images / "a.jpg", "--format", "csv", code=2).stderr
+    assert "\ta a\n" in call("caption", ckpt, images / "a.jpg", "--write-metadata", "sidecar").stdout
 
 
 def test_a_broken_image_is_skipped_and_said(images, tiny_checkpoint):

@@ -20,6 +20,7 @@ from tests.helpers.lm import save_tiny_lm
 from tests.helpers.recipes import tiny_recipe_dict
 from tests.helpers.towers import save_checkpoint, save_tower
 
+SINGLE_IMAGES = ("photo.jpg", "another.jpg", "drawing.png", "circle.png", "triangle.png")
 #: checkpoints that the documents name, and the recipe that each is trained by
 TRAINED = ("quickstart", "flickr8k", "lit_flickr8k", "daquar", "emoji", "dialog", "video")
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
@@ -97,7 +98,7 @@ def add_data(folder: Path) -> None:
     for name, to in (("dialog", "chats"), ("video", "clips")):
         drawings.main([name, str(data / to), "--data", str(data / "easy_vqa")])
     images = sorted((data / "mine" / "images").glob("*.png"))
-    for name, image in zip(("photo.jpg", "drawing.png", "circle.png", "triangle.png"), images, strict=False):
+    for name, image in zip(SINGLE_IMAGES, images, strict=False):
         with Image.open(image) as shown:
             shown.save(folder / name)
     for name, count in (("photos", 8), ("folder", 3)):
