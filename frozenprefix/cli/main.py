@@ -17,6 +17,7 @@ from frozenprefix.cli import (
     chat,
     compare,
     data,
+    demo,
     doctor,
     evaluate,
     explain,
@@ -89,6 +90,7 @@ app.command("caption")(caption.command)
 app.command("ask")(ask.command)
 app.command("chat")(chat.command)
 app.command("video")(video.command)
+app.command("demo")(demo.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("explain")(explain.command)
