@@ -74,9 +74,9 @@ def write_report(
     page = page_template("report.html").render(
         title=title,
         version=__version__,
-        tables=[_score_table(task, result) for task, result in _results_by_task(results).items()],
+        tables=[score_table_of(task, result) for task, result in _results_by_task(results).items()],
         loss_description=describe_loss(log),
-        loss_chart=_data_uri(draw_loss(log), "svg+xml") if describe_loss(log) else "",
+        loss_chart=data_uri(draw_loss(log), "svg+xml") if describe_loss(log) else "",
         validation_labels=[CURVES[name][0] for name in _VALIDATION],
         validation_rows=[
             (row["step"], [row.get(name) for name in _VALIDATION]) for row in log if any(n in row for n in _VALIDATION)
@@ -112,12 +112,12 @@ def _without_forbidden(value: Any) -> Any:
     return _FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _number(value: Any) -> str:
-    """A score in a table: three decimals, counts without decimals, a dash for None."""
+def _number(value: Any, decimals: int = 3) -> str:
+    """A score in a table: three decimals by default, counts without decimals, a dash for None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     whole = isinstance(value, int) or (abs(value) > 1 and value.is_integer())
-    return f"{value:.0f}" if whole else f"{value:.3f}"
+    return f"{value:.0f}" if whole else f"{value:.{decimals}f}"
 
 
 # ── scores ──
@@ -135,7 +135,7 @@ def _results_by_task(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
     return by_task
 
 
-def _score_table(task: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def score_table_of(task: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """A task's scores as rows: the model beside its baselines, then the same by question type."""
     columns = {"model": result["metrics"], **result.get("baselines", {})}
     groups = result.get("groups") or {}
@@ -173,7 +173,7 @@ def _card(paths: tuple[str, ...], rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "title": ", ".join(Path(path).name for path in paths),
         "images": [embedded_image(path, truth, **_boxes(rows)) for path in paths],
-        "entries": [(row, _verdict(row)) for row in [*captions, *questions[:_MAX_QUESTIONS]]],
+        "entries": [(row, verdict(row)) for row in [*captions, *questions[:_MAX_QUESTIONS]]],
         "left_out": max(0, len(questions) - _MAX_QUESTIONS),
     }
 
@@ -187,7 +187,7 @@ def _boxes(rows: Sequence[Row]) -> dict[str, list[str]]:
     }
 
 
-def _verdict(row: Row) -> tuple[str, str]:
+def verdict(row: Row) -> tuple[str, str]:
     """CSS class and mark. Answers are compared as VQA accuracy does; a caption in other words need not be wrong."""
     if not row["references"]:
         return "open", ""
@@ -259,8 +259,8 @@ def image_uri(image: Image.Image) -> str:
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=80, optimize=True)
-    return _data_uri(buffer.getvalue(), "png" if drawing else "jpeg")
+    return data_uri(buffer.getvalue(), "png" if drawing else "jpeg")
 
 
-def _data_uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
