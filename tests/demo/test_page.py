@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
 SECONDS = int(os.environ.get("FROZENPREFIX_PAGE_SECONDS", "90")) * 1000  # a machine may do other things too
-WINDOWS = {"wide": (1400, 900), "narrow": (390, 844)}
+WINDOWS = {"wide": (1400, 900, "light"), "dark": (1400, 900, "dark"), "narrow": (390, 844, "light")}
 # of Gradio's own components: the icon for more files holds its input, a message holds the button that closes it, and a
 # gallery repeats captions as texts of images
 GRADIOS = {
@@ -78,8 +78,8 @@ def browser():
 
 @pytest.fixture(params=WINDOWS)
 def page(request, address, browser):
-    width, height = WINDOWS[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height})
+    width, height, scheme = WINDOWS[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     opened = context.new_page()
     opened.set_default_timeout(SECONDS)
     asked: list[str] = []
@@ -105,7 +105,7 @@ def check_accessible(page) -> None:
 
 
 def drop(page, *files: Path) -> None:
-    page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+    page.locator("input[type=file]:not([webkitdirectory])").first.set_input_files([str(file) for file in files])
 
 
 def caption_of(page, number: int = 0):
@@ -143,7 +143,7 @@ def test_captions_answers_reasons_and_a_correction(page, shapes, tmp_path):
     assert "probability" in word.locator(".fp-tip").inner_text()
 
     page.get_by_role("button", name="This is wrong").first.click()
-    page.get_by_label("What should").first.fill(f"a blue cross on white {page.viewport_size['width']}")
+    page.get_by_label("What should").first.fill("a blue cross on white")
     check_accessible(page)
     page.get_by_role("button", name="Keep the correction").first.click()
     page.get_by_text("Kept; 1 correction in").wait_for()
