@@ -40,7 +40,7 @@ def overlay(image: Image.Image, values: np.ndarray, *, highest: float | None = N
 
 
 def draw(explanation: Any, words: Sequence[int]) -> Figure:
-    """Of an `Explanation`: the image, and the maps of the words: occlusion, and attention beside it where there is one."""
+    """Of an `Explanation`: the image, and the maps of the words, occlusion and beside it attention if there is any."""
     from matplotlib.figure import Figure
 
     assert explanation.image is not None
