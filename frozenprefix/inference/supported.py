@@ -139,6 +139,8 @@ def supported(text: str, words: Sequence[WordEvidence], floor: float) -> tuple[s
         if is_weak and words[number].text.lower() not in MODIFIERS:
             end = _boundary(words, number)
             break
+    while 0 < end < len(words) and words[end - 1].text.lower() in BOUNDARIES:
+        end -= 1  # "a dog is | on a leash"
     closing = words[-1].text if words and words[-1].text in (".", "!", "?") else ""
     last = len(words) - bool(closing)
     asked = [place for place in range(len(words)) if _says_something(words[place].text)]

@@ -31,6 +31,7 @@ CASES = [
     ("A man and a woman sit in a park .", {"woman": -1}, "A man.", ("and a woman sit in a park",)),
     ("A dog in the grass on a red mat", {"grass": -1, "red": -1}, "A dog", ("in the grass on a red mat",)),
     ("A group of children are playing .", {"playing": -1}, "A group of children.", ("are playing",)),
+    ("A dog is on a leash .", {"leash": -1}, "A dog.", ("is on a leash",)),
     ("two dogs", {"two": -1}, "dogs", ("two",)),
     ("it is", {"it": -9}, "it is", ()),
     ("", {}, "", ()),
