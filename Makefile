@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+DEMO := .venv-demo
 STAMP := $(VENV)/.installed
 BENCHMARKS := training_step memory step_profile packing_curve attention products generation answers latency cache scaling plan_check methods closed_form_start learning_curve loading
 # Tests and recipes must not reach for a model hub.
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-oldest bench docs lint format clean
+.PHONY: help install quickstart test test-slow test-oldest test-demo bench docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,17 @@ $(OLDEST)/.installed: pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install uv
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[test]'
+	touch $@
+
+test-demo: $(DEMO)/.installed ## the page in headless Chromium, and trackio; without Chromium its tests are skipped
+	OMP_NUM_THREADS=1 $(DEMO)/bin/python -m pytest tests/demo/test_page.py tests/training/test_tracking.py $(OPTIONS)
+
+# Beside .venv, whose packages it sees: Gradio and trackio need an older Pillow than the newest, which the other tests take.
+$(DEMO)/.installed: $(STAMP)
+	test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c \
+		"import sysconfig; print(sysconfig.get_path('purelib'))")/packages_of_venv.pth
+	$(DEMO)/bin/python -m pip install -e '.[demo,test-demo,trackio]'
 	touch $@
 
 bench: install ## run every benchmark

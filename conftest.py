@@ -11,8 +11,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# imported by lmms-eval, which is not among the requirements
+# what imports libraries that are not among the requirements of the tests
 collect_ignore = [] if find_spec("lmms_eval") else ["frozenprefix/interop/lmms_eval.py"]
+collect_ignore += [] if find_spec("gradio") else ["frozenprefix/demo/page.py"]
 pytest_plugins = ["tests.helpers.deprecations", "tests.helpers.doctest"]
 
 

@@ -52,7 +52,7 @@ def synthetic_photos(folder: Path, images: int, size: tuple[int, int]) -> dict[s
 
 
 def save_random_lm(folder: Path, config: PreTrainedConfig) -> Path:
-    """A causal LM with random weights, and a tokenizer of the words above."""
+    """A language model with random weights, and a tokenizer of the words above."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "[UNK]": 3}
     for word in (*OPENINGS, *SUBJECTS, *WORDS):
         vocabulary.setdefault(word, len(vocabulary))

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from frozenprefix import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import Target
@@ -50,7 +57,8 @@ def shapes(quick: bool = False) -> dict[str, Shape]:
 
 def random_lm(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config, dtype=dtype)
 
 
 def synthetic_captions(images: int, vocab_size: int, seed: int = 0) -> list[list[list[int]]]:

@@ -220,11 +220,15 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
+# The places are found now, and the colours are worse: the mapper reads sixteen vectors in place of their mean, has
+# sixteen times as many weights in its first layer, and 540 drawings and 160 steps have to teach it all. Nothing is
+# free; what to give up follows from what your captions are for.
+#
 # ## And a photo?
 #
-# The model has seen drawings only. A real photo shows that it will always say *something*, in the words that it
-# knows: a model recognizes what it was trained on. (The photo is scikit-learn's sample image of a flower, by dany13
-# on Flickr, CC BY 2.0.)
+# The model has seen drawings only, and a model recognizes what it was trained on. What it writes about a real photo
+# has nothing to do with it, and need not even sound like your captions. (The photo is scikit-learn's sample image of
+# a flower, by vultilion on Flickr, CC BY 2.0.)
 
 # %%
 flower = Image.fromarray(load_sample_image("flower.jpg"))

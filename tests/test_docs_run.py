@@ -21,6 +21,7 @@ PYTHON_PAGE = "docs/python.md"  # run by tests/test_python_page.py
 
 #: commands of this package that are only parsed (tests/test_docs.py): the beginning of the line, and why
 NOT_RUN = {
+    "frozenprefix evaluate runs/grounding/best": "not trained here; tests/evaluation/test_grounding.py runs the task",
     "frozenprefix import clipcap": "downloads CLIP; tests/export/test_clipcap.py runs it on a table of features",
 }
 #: other commands: the beginning of the line, and why it is not run here, or what runs it

@@ -17,6 +17,7 @@ from frozenprefix.cli import (
     chat,
     compare,
     data,
+    demo,
     doctor,
     evaluate,
     explain,
@@ -24,6 +25,7 @@ from frozenprefix.cli import (
     import_,
     new,
     plan,
+    report,
     search,
     train,
     video,
@@ -74,6 +76,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     help="Give a frozen language model eyes: train a mapper, caption images, answer questions about them.",
+    epilog="Your own photos: frozenprefix new FOLDER. What is installed, and what is missing: frozenprefix doctor.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -87,10 +90,12 @@ app.command("caption")(caption.command)
 app.command("ask")(ask.command)
 app.command("chat")(chat.command)
 app.command("video")(video.command)
+app.command("demo")(demo.command)
 app.command("evaluate")(evaluate.command)
 app.command("search")(search.command)
 app.command("explain")(explain.command)
 app.command("compare")(compare.command)
+app.command("report")(report.command)
 app.command("card")(card.command)
 app.command("doctor")(doctor.command)
 app.add_typer(data.app, name="data")

@@ -76,7 +76,7 @@ def read_run(run: str | Path, scores: Sequence[str | Path] = ()) -> Run:
     recipe_file = checkpoint / "recipe.yaml"
     if not recipe_file.is_file():
         raise CheckpointError(f"card: '{checkpoint}' holds no recipe.yaml; a card tells how the checkpoint was trained")
-    files = [Path(file) for file in scores] or _results_in(run, checkpoint)
+    files = [Path(file) for file in scores] or results_in(run, checkpoint)
     return Run(
         checkpoint=checkpoint,
         config=parse_json(read_text(checkpoint / "config.json")),
@@ -137,7 +137,7 @@ def write_card(
     return path
 
 
-def _results_in(run: Path, checkpoint: Path) -> list[Path]:
+def results_in(run: Path, checkpoint: Path) -> list[Path]:
     """Files in the run's folder, and in the checkpoint's, that `frozenprefix evaluate --out` wrote."""
     files = []
     for file in sorted({*run.glob("*.json"), *checkpoint.glob("*.json")}):

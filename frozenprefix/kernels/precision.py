@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class ProductRates(NamedTuple):
-    """Operations per second of matrix products on this machine's CPU.
+    """Operations per second of matrix products on this machine's CPU: on one core of it, or on all.
 
     Example:
         >>> ProductRates(float32=2e11, bfloat16=1e11).faster
@@ -36,22 +37,41 @@ class ProductRates(NamedTuple):
         return torch.bfloat16 if self.bfloat16 > MIN_GAIN * self.float32 else torch.float32
 
 
-def measure_products(hidden: int, inner: int, *, seconds: float = 0.25) -> ProductRates:
+def measure_products(hidden: int, inner: int, *, seconds: float = 0.25, all_cores: bool = False) -> ProductRates:
     """Measure the two products of a feed-forward layer, with weights laid out as in training; once per process.
+
+    On one core, in the processor time of this thread: how the two dtypes compare then hardly depends on what other
+    programs are doing. Where several threads wait for each other on a busy machine, both dtypes take equally long.
 
     Args:
         hidden, inner: sizes of the layer, [rows, hidden] -> [rows, inner] -> [rows, hidden].
         seconds: time to measure for.
+        all_cores: with all threads of torch, by the clock: the rates that a program has here now.
 
     Example:
         >>> measure_products(64, 128, seconds=0.01).float32 > 0
         True
     """
-    return _measure_products(min(hidden, MAX_HIDDEN), min(inner, MAX_INNER), seconds, torch.get_num_threads())
+    sizes, threads = (min(hidden, MAX_HIDDEN), min(inner, MAX_INNER)), torch.get_num_threads()
+    if all_cores:
+        return _measure_products(*sizes, seconds, threads, time.perf_counter)
+    torch.set_num_threads(1)
+    try:
+        return _measure_products(*sizes, seconds, 1, _thread_clock())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _thread_clock() -> Callable[[], float]:
+    """The processor time of this thread, where the system counts it finely."""
+    fine = time.get_clock_info("thread_time").resolution < 1e-4
+    return time.thread_time if fine else time.perf_counter
 
 
 @cache
-def _measure_products(hidden: int, inner: int, seconds: float, threads: int) -> ProductRates:
+def _measure_products(
+    hidden: int, inner: int, seconds: float, threads: int, clock: Callable[[], float]
+) -> ProductRates:
     rows = max(16, min(ROWS, int(MAX_FLOPS / (4 * hidden * inner))))
     flops = 4 * rows * hidden * inner
     layers = {dtype: _feed_forward(hidden, inner, dtype) for dtype in DTYPES}
@@ -63,10 +83,10 @@ def _measure_products(hidden: int, inner: int, seconds: float, threads: int) -> 
         for dtype, (up, down) in layers.items():
             if rounds > MIN_ROUNDS and rates[dtype] < max(rates.values()) / 4:
                 continue  # slower beyond doubt: the time is for the other one
-            before = time.perf_counter()
+            before = clock()
             down.forward(up.forward(inputs[dtype]))
-            took = time.perf_counter() - before
-            if rounds:  # the first round lays the weights out
+            took = clock() - before
+            if rounds and took > 0:  # the first round lays the weights out
                 rates[dtype] = max(rates[dtype], flops / took)
         rounds += 1
     return ProductRates(*(rates[dtype] for dtype in DTYPES))

@@ -104,7 +104,7 @@ def _this_machine(recipe: Recipe) -> Hardware:
     """This machine's CPU, by the rate of its matrix products; the rates are scaled for `Hardware`'s own shares."""
     config = language_model_config(recipe.model.language_model).get_text_config()
     hidden = config.hidden_size
-    rates = measure_products(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
+    rates = measure_products(hidden, getattr(config, "intermediate_size", None) or 4 * hidden, all_cores=True)
     scale = PRODUCT_SHARE / COMPUTE_SHARE
     # products at this size are bound by arithmetic; the rate of the memory is in what was measured
     bandwidth = float("inf")

@@ -40,7 +40,7 @@ from frozenprefix.training.checkpoints import (
     save_training_state,
 )
 from frozenprefix.training.guards import report_bad_step, warn_of_leaks
-from frozenprefix.training.memory import explaining_memory
+from frozenprefix.training.memory import explaining_memory, peak_memory
 from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
 from frozenprefix.training.overview import overview
 from frozenprefix.training.result import TrainingResult
@@ -304,7 +304,8 @@ class BaseTrainer(ABC):
                 update(progress.step, self.total_steps, note)
                 asked = self.callbacks.end_step(self)
                 if progress.step % settings.log_every == 0 or "bad_samples" in values or asked.should_log:
-                    self.log({**values, "targets_per_s": rate, "data_wait_share": waiting.share})
+                    cost = {"seconds": self.clock.seconds, "memory_gb": peak_memory(self.accelerator.device)}
+                    self.log({**values, "targets_per_s": rate, "data_wait_share": waiting.share, **cost})
                     workers = self.recipe.data.workers
                     waiting.warn_if_slow(progress.step, workers=workers, cached=self.recipe.data.feature_cache != "off")
                 if progress.step % settings.validate_every == 0 or asked.should_evaluate:

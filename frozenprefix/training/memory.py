@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from frozenprefix.errors import TrainingError
 from frozenprefix.utils import is_out_of_memory
@@ -35,6 +38,23 @@ def explaining_memory(settings: Any, step: int) -> Iterator[None]:
             f"step {step}: memory ran out; {'; or '.join(smaller_steps(settings))}; `frozenprefix plan` says how "
             "much a recipe needs. Checkpoints saved before are not affected."
         ) from error
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process has used so far, in GB: of the GPU, or of the machine. None if nobody knows.
+
+    Example:
+        >>> peak_memory(torch.device("cpu")) > 0.01
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def smaller_steps(settings: Any) -> list[str]:

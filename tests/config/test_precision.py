@@ -169,9 +169,18 @@ def test_a_disturbed_round_does_not_decide(monkeypatch):
             return rows
 
     monkeypatch.setattr(kernel.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(kernel.time, "thread_time", lambda: clock[0])
     monkeypatch.setattr(kernel, "_feed_forward", lambda hidden, inner, dtype: [Layer(dtype), Layer(dtype)])
     rates = measure_products(48, 80)
     assert rates.faster == torch.bfloat16
     assert rates.bfloat16 == pytest.approx(5 * rates.float32)
     assert min(calls.values()) >= 2 * (1 + kernel.MIN_ROUNDS), "both are measured several times"
     assert clock[0] < 0.7
+
+
+def test_one_core_is_measured_in_its_own_time():
+    threads = torch.get_num_threads()
+    rates = measure_products(96, 192, seconds=0.02)
+    assert torch.get_num_threads() == threads
+    assert min(measure_products(96, 192, seconds=0.02, all_cores=True)) > 0
+    assert min(rates) > 0

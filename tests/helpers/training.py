@@ -35,7 +35,7 @@ def losses_of(folder: Path, name: str = "loss") -> list[float]:
 
 def untimed_rows(folder: Path) -> list[dict]:
     """The rows of a run's log without what depends on the clock."""
-    timed = ("targets_per_s", "data_wait_share")
+    timed = ("targets_per_s", "data_wait_share", "seconds", "memory_gb")
     return [{name: value for name, value in row.items() if name not in timed} for row in read_log(folder)]
 
 

@@ -59,6 +59,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
     "*_balanced_questions.json": {"type": "gqa"},
     "Annotations/train.json": {"type": "vizwiz"},
     "Annotations/val.json": {"type": "vizwiz"},
+    "refs.json": {"type": "refcoco"},
     "region_descriptions.json": {"type": "visual_genome", "questions": None},
     "question_answers.json": {"type": "visual_genome", "regions": None},
     "qa.894.raw.*.txt": {"type": "daquar"},
