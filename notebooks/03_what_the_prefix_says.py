@@ -96,8 +96,7 @@ others = [sample.images[0] for sample in drawings[8:]]
 explainer = Explainer(captioner, others=others)
 first = drawings[0]
 explanation = explainer(first.images[0], first.targets[0])
-explanation.plot()
-plt.show()
+display(explanation.plot())
 
 # %% [markdown]
 # *Evidence* is log p(word | this image) − mean of log p(word | another image), in nats: +3 says that this image makes
@@ -159,6 +158,9 @@ found = [min(range(len(words)), key=lambda n: words[n].evidence or 0.0) == numbe
 print(f"the wrong word has the lowest evidence in {sum(found)} of {len(found)} texts")
 
 # %% [markdown]
+# Where it is not the lowest, look at the values: a colour may be wrong in the text and in most other drawings too,
+# and then nothing speaks against it in particular.
+#
 # ## By kind of word
 #
 # Over all drawings, for their true captions: what does the image contribute to each word, and how sure is the model?
@@ -179,8 +181,9 @@ plt.show()
 # %% [markdown]
 # ## Where?
 #
-# Occlusion for the shape's word, on four drawings. A bright square is one without which the word becomes unlikely.
-# The maps are coarse: the squares that are covered are a quarter of the image wide.
+# Occlusion for the shape's word, on four drawings. A bright square is one without which the word becomes less likely.
+# The maps are coarse, because the squares that are covered are a quarter of the image wide, and each has its own
+# scale: read the number above it before the colours. A map of hundredths of a nat says that no single square matters.
 
 # %%
 figure, axes = plt.subplots(2, 4, figsize=(10, 5))
@@ -189,6 +192,7 @@ for column, sample in zip(axes.T, drawings[:4], strict=True):
     column[0].imshow(each.image, interpolation="nearest")
     column[0].set_title(sample.targets[0], fontsize=9)
     column[1].imshow(np.clip(each.occlusion[-1], 0, None), cmap="inferno", vmin=0)
+    column[1].set_title(f"up to {each.occlusion[-1].max():.2f} nats", fontsize=9)
     for axis in column:
         axis.axis("off")
 plt.show()
@@ -196,7 +200,7 @@ plt.show()
 # %% [markdown]
 # ## The prefix in words
 #
-# The prefix embeddings lie in the space of the word embeddings. *By cosine* are the words that lie nearest to each;
+# The prefix embeddings lie in the space of the word embeddings. *By cosine* is the word that lies nearest to each;
 # *by the head* is what the language model would write after it has read the image up to there. A prefix need not be
 # made of words to be understood: the cosines are small, and the words hardly differ between drawings.
 
@@ -204,8 +208,8 @@ plt.show()
 rows = "".join(
     f"<tr><td>{number}</td>"
     + "".join(
-        "<td>" + ", ".join(f"{html.escape(repr(word))} {value:.2f}" for word, value in near[:4]) + "</td>"
-        for near in (position.by_cosine, position.by_head)
+        "<td>" + ", ".join(f"{html.escape(repr(word))} {value:.2f}" for word, value in near) + "</td>"
+        for near in (position.by_cosine[:1], position.by_head[:3])
     )
     + "</tr>"
     for number, position in enumerate(explanation.prefix, start=1)
