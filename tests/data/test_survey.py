@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
 from frozenprefix.config import load_recipe
-from frozenprefix.data.sources import load_sources
+from frozenprefix.data.sources import detect_sources, load_sources, unread_tables
 from frozenprefix.data.survey import survey
 from frozenprefix.errors import DataError
 
@@ -235,3 +235,22 @@ def test_the_time_is_told(tmp_path, photos, monkeypatch):
     monkeypatch.setattr("frozenprefix.cli.new.find_spec", lambda name: object())
     new(photos, "--out", tmp_path / "s.yaml")
     assert asked == ["my photos"]
+
+
+def test_a_table_of_captions_that_were_generated_is_not_learned_from(photos):
+    rows = "".join(f"IMG_{number:04}.JPG,a dog,-0.5\n" for number in range(20))
+    (photos / "captions.csv").write_text("image,caption,score\n" + rows)
+    with pytest.raises(DataError, match="was written by `frozenprefix caption`"):
+        survey(photos)
+    table(photos)
+    assert survey(photos).train[0]["file"] == "Texte.csv"
+
+
+def test_other_commands_find_the_table_too(photos):
+    table(photos)
+    (config,) = detect_sources(photos)
+    assert (config["type"], config["file"], config["captions"]) == ("csv", "Texte.csv", "Was man sieht")
+    assert unread_tables(photos) == []
+    (photos / "Texte.csv").write_text("Datei;Text\nIMG_0001;ein Hund\n")
+    assert detect_sources(photos)[0]["type"] == "image_folder", "it names few of the images"
+    assert unread_tables(photos) == [photos / "Texte.csv"]
