@@ -30,7 +30,7 @@ import os
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import HTML, display
+from IPython.display import HTML, Image, display
 
 from frozenprefix import Captioner, recipe_from_dict, train
 from frozenprefix.data import load_source
@@ -96,7 +96,8 @@ others = [sample.images[0] for sample in drawings[8:]]
 explainer = Explainer(captioner, others=others)
 first = drawings[0]
 explanation = explainer(first.images[0], first.targets[0])
-display(explanation.plot())
+explanation.plot().savefig("explanation.png", bbox_inches="tight")
+display(Image("explanation.png"))
 
 # %% [markdown]
 # *Evidence* is log p(word | this image) − mean of log p(word | another image), in nats: +3 says that this image makes

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 from tests.helpers import ROOT
+from tests.helpers.lm import with_room
 from tests.test_quickstart import draw_easy_vqa
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -56,8 +59,11 @@ def test_no_classes(path):
 
 @every_notebook
 def test_runs_from_top_to_bottom(path, tiny_lm, tmp_path, monkeypatch):
-    draw_easy_vqa(tmp_path / "easy_vqa", 60)
-    shutil.copytree(tiny_lm(), tmp_path / "lm")
+    for image_path in draw_easy_vqa(tmp_path / "easy_vqa", 60).rglob("*.png"):
+        with Image.open(image_path) as image:
+            image.putpixel((0, 0), (int(image_path.stem), 0, 0))  # no two drawings are the same image
+            image.save(image_path)
+    with_room(Path(shutil.copytree(tiny_lm(), tmp_path / "lm")))
     monkeypatch.setenv("FROZENPREFIX_SMOKE", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
