@@ -155,8 +155,9 @@ def prepare(here: Path, line: str) -> None:
     if line.startswith("frozenprefix train photos.yaml"):
         recipe = here / "photos.yaml"
         recipe.write_text(in_small(recipe.read_text(encoding="utf-8")), encoding="utf-8")
-    if line.startswith("frozenprefix train") and ("mine.yaml" in line or "runs/mine" in line):
-        shutil.rmtree(here / "runs" / "mine")  # of another recipe
+    for run, names in (("mine", ("mine.yaml", "runs/mine")), ("retrieval", ("runs/retrieval",))):
+        if line.startswith("frozenprefix train") and any(name in line for name in names):
+            shutil.rmtree(here / "runs" / run, ignore_errors=True)  # of another recipe
 
 
 @pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
@@ -179,13 +180,25 @@ PYTHON = [
 ]
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=[str(path.relative_to(ROOT)) for path in PYTHON])
-def test_python_runs(path, here):
-    """The blocks of a page, from top to bottom."""
-    names: dict[str, Any] = {"__name__": "page"}
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    with undoing_registrations():
-        for number, block in enumerate(blocks):
-            exec(compile(block, f"{path.name}, block {number + 1}", "exec"), names)
-            if "main" in names and "def main(" in block:
-                names["main"]()
+def test_python_runs(here):
+    """The blocks of each page, from top to bottom. One test: the folder is made once for each process that needs it."""
+    retrieval = [
+        "output_dir=runs/retrieval",
+        "data.retrieval={captions: 3}",
+        "data.workers=0",
+        "training.precision=fp32",
+    ]
+    call(["train", "recipes/quickstart.yaml", "--resume", "never", *retrieval])  # the page trains it by a command
+    failures = {}
+    for path in PYTHON:
+        names: dict[str, Any] = {"__name__": "page"}
+        blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        try:
+            with undoing_registrations():
+                for number, block in enumerate(blocks):
+                    exec(compile(block, f"{path.name}, block {number + 1}", "exec"), names)
+                    if "def main(" in block:
+                        names["main"]()
+        except Exception as error:
+            failures[path.name] = f"{type(error).__name__}: {error}"
+    assert not failures, "\n".join(f"{name}: {why}" for name, why in failures.items())
