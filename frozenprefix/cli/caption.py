@@ -17,6 +17,7 @@ from frozenprefix.cli.common import (
     MaxNewTokens,
     Precision,
     Prompt,
+    list_images,
     one_line,
     print_left_out,
     shown,
@@ -187,24 +188,3 @@ def open_writers(
     if metadata is not None:
         writers.append(files.MetadataWriter(images, metadata, force=force))
     return writers
-
-
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images in them, however deep; each image once.
-
-    Raises:
-        DataError: naming every path that is not there, or a folder without images.
-
-    Example:
-        >>> len(list_images([images_folder, image_path]))
-        12
-    """
-    from frozenprefix.data.images import find_images
-
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise DataError(f"PATH: got {', '.join(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist")
-    images: dict[Path, None] = {}
-    for path in paths:
-        images.update(dict.fromkeys(find_images(path) if path.is_dir() else [path]))
-    return list(images)

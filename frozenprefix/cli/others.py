@@ -32,7 +32,7 @@ def other_images(captioner: Captioner, checkpoint: str, own: Sequence[Path], fol
     """
     import torch
 
-    from frozenprefix.cli.caption import list_images
+    from frozenprefix.cli.common import list_images
     from frozenprefix.data.images import BadImages
     from frozenprefix.evaluation.samples import recipe_images
 

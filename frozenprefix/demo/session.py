@@ -13,8 +13,9 @@ from PIL import Image
 from frozenprefix.demo.inputs import Item, read_items
 from frozenprefix.demo.markup import explained, table
 from frozenprefix.demo.retraining import Retraining, correction_recipe, replays
-from frozenprefix.demo.studio import DemoModel, Studio, validation_images
+from frozenprefix.demo.studio import DemoModel, Studio
 from frozenprefix.errors import BadImageError, ConfigError, FrozenPrefixError
+from frozenprefix.evaluation.samples import recipe_images
 from frozenprefix.inference import Dialog
 
 MOST_COMPARED = 8  # corrections shown before and after a training
@@ -257,7 +258,7 @@ class Session:
         """Corrected photos and what is right, then some validation images."""
         corrections = self.studio.corrections
         pairs = [(corrections.path_of(one), one.right) for one in corrections][-MOST_COMPARED:]
-        pairs += [(path, "") for path in validation_images(model.checkpoint)[: self.studio.examples]]
+        pairs += [(path, "") for path in recipe_images(Path(model.checkpoint).expanduser())[: self.studio.examples]]
         compared: list[tuple[Item, str]] = []
         for path, right in pairs:
             items, _ = read_items([path])

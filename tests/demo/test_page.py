@@ -151,6 +151,27 @@ def test_captions_answers_reasons_and_a_correction(page, shapes, tmp_path):
     assert width <= page.viewport_size["width"], "nothing has to be scrolled sideways"
 
 
+@pytest.mark.parametrize("page", ["wide"], indirect=True)
+def test_a_folder_with_a_clip(page, shapes, tmp_path):
+    video = pytest.importorskip("tests.helpers.video")
+    folder = tmp_path / "holiday"
+    (folder / "day 1").mkdir(parents=True)
+    shutil.copy(shapes / "images/red_circle.png", folder / "day 1" / "red_circle.png")
+    video.three_colours(folder)
+    (folder / "notes.txt").write_text("no image")
+    page.locator("input[webkitdirectory]").set_input_files(str(folder))
+    page.get_by_text("notes.txt: neither an image nor a clip").wait_for()
+    sync_api.expect(page.locator(".fp-gallery button.thumbnail-item")).to_have_count(2)
+    chosen = page.locator("#fp-viewer img")
+    for number in range(2):
+        page.locator(".fp-gallery button.thumbnail-item").nth(number).click()
+        sync_api.expect(chosen).to_have_attribute("alt", re.compile("red_circle|a clip"))
+        wait_for_text(page, caption_of(page, 1))
+        if "a clip" in (chosen.get_attribute("alt") or ""):
+            page.get_by_role("button", name="Why these words?").first.click()
+            page.get_by_text("heat maps are for photos").wait_for()
+
+
 def test_an_error_is_a_message(page):
     page.get_by_role("button", name="Ask").click()
     page.get_by_text("Drop a photo or a clip first.").wait_for()
