@@ -24,6 +24,7 @@ _SIZES = {
 }
 # so few images that the language model learns the kind of text better from examples in its prompt than from training
 _FEW = 200
+_END = "<|im_end|>"  # of the language model that is named here, and of those in the comments
 _MOST_WORDS = 120  # of the examples in a prompt
 _TOKENS_OF_A_WORD = 1.7
 _MAX_TARGET_TOKENS = 40  # the default
@@ -112,9 +113,10 @@ def _prompts(survey: Survey) -> str:
     words = sum(len(text.split()) for text in survey.examples)
     if survey.train_images >= _FEW or len(survey.examples) < 2 or words > _MOST_WORDS:
         return '  prompts: {caption: "Caption:"}  # what the language model reads between image and caption\n'
-    prompt = "Captions of photos:\n" + "".join(f"- {text}\n" for text in survey.examples) + "-"
+    prompt = "".join(f"Caption: {text}{_END}\n" for text in survey.examples) + "Caption:"
     return (
         "  # what the language model reads between image and caption: some of yours, which show it how to write\n"
+        f"  # and where to end ({_END} ends a text of SmolLM2 and Qwen; another language model has a mark of its own)\n"
         f"  prompts: {{caption: {json.dumps(prompt, ensure_ascii=False)}}}\n"
     )
 

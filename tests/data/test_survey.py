@@ -263,11 +263,12 @@ def test_few_captions_are_examples_in_the_prompt(photos, tmp_path):
     (photos / "t.csv").write_text(f"image;text\n{rows}IMG_0018;a {{b}} c d\nIMG_0019;a <image> b c\n")
     new(photos, "--no-plan", "--out", tmp_path / "r.yaml")
     recipe = load_recipe(tmp_path / "r.yaml")
-    first, *examples, last = recipe.data.prompts["caption"].split("\n")
-    assert (first, last, len(examples)) == ("Captions of photos:", "-", 4)
+    *examples, last = recipe.data.prompts["caption"].split("\n")
+    assert (last, len(examples)) == ("Caption:", 4)
     trained = {text for sample in load_sources(recipe.data.train) for text in sample.targets}
-    assert {line.removeprefix("- ") for line in examples} <= trained, "none of the validation"
-    assert all(line.startswith("- Ein Hund Nummer ") for line in examples)
+    shown = {line.removeprefix("Caption: ").removesuffix("<|im_end|>") for line in examples}
+    assert shown <= trained, "none of the validation"
+    assert all(text.startswith("Ein Hund Nummer ") for text in shown)
 
 
 def test_many_or_long_captions_are_not_in_the_prompt(tmp_path):
