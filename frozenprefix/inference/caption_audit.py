@@ -18,6 +18,7 @@ from frozenprefix.inference.evidence import target_of
 from frozenprefix.inference.likelihood import log_likelihoods
 
 _IMAGES_AT_ONCE = 8
+_ROUNDS = 200  # until two averages in turn agree
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class AuditedCaption:
 
     Attributes:
         image: its file; caption: the text.
-        evidence: log p(caption | its image) − mean log p(caption | other images), in nats; negative for a caption that
-            fits other images better.
+        evidence: log p(caption | its image) − mean log p(caption | other images), in nats, without what each image does
+            to all captions; negative for a caption that fits other images better.
         better: share of the other images that it fits better than its own, 0 to 1.
 
     Example:
@@ -86,25 +87,62 @@ def audit_captions(
         raise DataError(f"audit: got {len(files)} images with captions, expected at least two to compare")
     offsets = random.Random(seed).sample(range(1, len(files)), min(others, len(files) - 1))
     order = random.Random(seed).sample(range(len(files)), len(files))
-    audited: list[AuditedCaption] = []
+    keys: list[tuple[int, str]] = []  # image and text of each caption
+    shown: list[Tensor] = []  # the images that it is scored with, its own first
+    values: list[Tensor] = []  # its log-probability with each of them
     for start in range(0, len(files), _IMAGES_AT_ONCE):
         places = range(start, min(start + _IMAGES_AT_ONCE, len(files)))
-        shown = [[order[(place + offset) % len(files)] for offset in (0, *offsets)] for place in places]
-        texts = [list(captions[files[numbers[0]]]) for numbers in shown]
-        scored = _compare(captioner, texts, features([files[number] for numbers in shown for number in numbers]))
-        for numbers, each, values in zip(shown, texts, scored, strict=True):
-            for (_, text), evidence, better in zip(each, *values, strict=True):
-                audited.append(AuditedCaption(files[numbers[0]], text, evidence, better))
+        numbers = [[order[(place + offset) % len(files)] for offset in (0, *offsets)] for place in places]
+        texts = [list(captions[files[each[0]]]) for each in numbers]
+        scored = _scores(captioner, texts, features([files[number] for each in numbers for number in each]))
+        for each, own_texts, table in zip(numbers, texts, scored, strict=True):
+            keys += [(each[0], text) for _, text in own_texts]
+            shown += [torch.tensor(each)] * len(own_texts)
+            values += list(table.T)
         if progress is not None:
             progress(places.stop, len(files))
+    # [captions, 1 + M]
+    corrected = without_image_effect(torch.stack(values), torch.stack(shown), len(files))
+    evidence = corrected[:, 0] - corrected[:, 1:].mean(dim=1)
+    better = (corrected[:, 1:] > corrected[:, :1]).float().mean(dim=1)
+    audited = [
+        AuditedCaption(files[number], text, *found)
+        for (number, text), found in zip(keys, zip(evidence.tolist(), better.tolist(), strict=True), strict=True)
+    ]
     return sorted(audited, key=lambda caption: caption.evidence)
 
 
+def without_image_effect(values: Tensor, shown: Tensor, images: int) -> Tensor:
+    """Log-probabilities without what an image does to all captions: some make every text unlikely.
+
+    Least squares: with other images, a value is about the sum of a number for the caption and one for the image.
+
+    Args:
+        values: float[captions, 1 + M], log p(caption | image) with its own image and with M others.
+        shown: int64[captions, 1 + M], the numbers of these images.
+        images: how many there are.
+
+    Example:
+        >>> values, shown = torch.tensor([[0.0, -10.0, 1.0], [-8.0, 1.0, 1.0], [0.0, 2.0, -9.0]]), torch.tensor(
+        ...     [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+        ... )
+        >>> without_image_effect(values, shown, 3).round().tolist()  # image 1 makes texts less likely by 11
+        [[-4.0, -3.0, -3.0], [-1.0, -3.0, -3.0], [-4.0, -2.0, -2.0]]
+    """
+    others, numbers = values[:, 1:].double(), shown[:, 1:]
+    if others.shape[1] < 2:
+        return values
+    effect, count = torch.zeros(images, dtype=torch.double), numbers.flatten().bincount(minlength=images).clamp(min=1)
+    for _ in range(_ROUNDS):
+        rest = others - (others - effect[numbers]).mean(dim=1, keepdim=True)
+        effect = torch.zeros_like(effect).index_add_(0, numbers.flatten(), rest.flatten()) / count
+        effect -= effect.mean()
+    return values - effect[shown].float()
+
+
 @torch.inference_mode()
-def _compare(
-    captioner: Captioner, texts: Sequence[Sequence[tuple[str, str]]], features: Tensor
-) -> list[tuple[list[float], list[float]]]:
-    """For each image the evidence of its texts, and their share of images that they fit better.
+def _scores(captioner: Captioner, texts: Sequence[Sequence[tuple[str, str]]], features: Tensor) -> list[Tensor]:
+    """For each image the log-probabilities of its texts with it and with each of its others: float[1 + M, texts].
 
     `features`: float[images * (1 + M), N, D_enc], each image followed by its M others.
     """
@@ -114,10 +152,4 @@ def _compare(
         groups += [[target_of(captioner, prompt, text) for prompt, text in each]] * copies
     embeds = captioner.model.map_features(features.to(captioner.model.device))
     scored = log_likelihoods(captioner.model, groups, embeds)
-    results = []
-    for number in range(len(texts)):
-        # [1 + M, texts]
-        values = torch.stack(scored[number * copies : (number + 1) * copies])
-        evidence = values[0] - values[1:].mean(dim=0)
-        results.append((evidence.tolist(), (values[1:] > values[0]).float().mean(dim=0).tolist()))
-    return results
+    return [torch.stack(scored[number * copies : (number + 1) * copies]) for number in range(len(texts))]

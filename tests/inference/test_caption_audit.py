@@ -17,6 +17,7 @@ from frozenprefix.data import Sample
 from frozenprefix.data.contradictions import contradictions
 from frozenprefix.errors import DataError
 from frozenprefix.inference import audit_captions
+from frozenprefix.inference.caption_audit import without_image_effect
 from tests.helpers.recipes import tiny_recipe_dict
 
 
@@ -35,11 +36,35 @@ def test_evidence_of_captions_is_what_its_definition_says(captioner, shapes):
     samples = [Sample(file.name, (file,), texts) for file in files]
     audited = audit_captions(captioner, samples, captioner.encoder, others=9)
     assert [each.evidence for each in audited] == sorted(each.evidence for each in audited)
+    table = {(file, text): log_p(captioner, file, text) for file in files for text in texts}
+    # least squares of value = caption + image, over the images that are not a caption's own
+    rows = [
+        (i, j, table[file, text]) for i, (own, text) in enumerate(table) for j, file in enumerate(files) if file != own
+    ]
+    design = torch.zeros(len(rows), len(table) + len(files), dtype=torch.double)
+    for row, (i, j, _) in enumerate(rows):
+        design[row, i] = design[row, len(table) + j] = 1
+    values = torch.tensor([value for _, _, value in rows], dtype=torch.double)
+    effects = (torch.linalg.pinv(design) @ values)[len(table) :].tolist()
+    effect = dict(zip(files, effects, strict=True))
     for each in audited:
-        values = {file: log_p(captioner, file, each.caption) for file in files}
+        values = {file: table[file, each.caption] - effect[file] for file in files}
         own = values.pop(each.image)
         assert each.evidence == pytest.approx(own - sum(values.values()) / 2, abs=1e-3)
         assert each.better == sum(value > own for value in values.values()) / 2
+
+
+def test_an_image_that_makes_all_texts_unlikely_does_not_make_its_captions_wrong():
+    generator = torch.Generator().manual_seed(0)
+    images, others = 30, 4
+    shown = torch.stack([(number + torch.arange(1 + others) * 3) % images for number in range(images)])
+    values = torch.randn(images, 1 + others, generator=generator) * 0.1
+    values[:, 0] += 2  # every caption fits its image
+    values[shown == 7] -= 30
+    plain = values[:, 0] - values[:, 1:].mean(dim=1)
+    corrected = without_image_effect(values, shown, images)
+    assert plain[7] < -20
+    assert (corrected[:, 0] - corrected[:, 1:].mean(dim=1)).min() > 0.5
 
 
 def test_one_image_cannot_be_compared(captioner, shapes):
