@@ -202,6 +202,11 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         "answers.json": {"annotations": answers},
         "regions.json": [{"id": 1, "regions": [{"region_id": 1, "image_id": 1, "phrase": "a cat"}]}],
         "labelled/labels.json": {"x": "cat"},
+        "instances.json": {
+            "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+            "annotations": [{"id": 2, "image_id": 1, "bbox": [1, 2, 3, 4]}],
+        },
+        "refs.json": [{"ref_id": 3, "ann_id": 2, "split": "train", "sentences": [{"sent": "a cat"}]}],
     }
     (folder / "labelled" / "x").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "labelled" / "x" / "c.png")
@@ -227,6 +232,8 @@ def _files_of_sources(folder: Path) -> list[Reader]:
         "labelled/labels.json": {"type": "image_folder", "labels": True, "label_file": "labels.json"},
         "table.csv": {"type": "csv", "file": "table.csv"},
         "table.xlsx": {"type": "csv", "file": "table.xlsx"},
+        "refs.json": {"type": "refcoco", "images": "."},
+        "instances.json": {"type": "refcoco", "images": "."},
         "tokens.txt": {"type": "flickr_tokens", "tokens": "tokens.txt", "images": "."},
         "0.tar": {"type": "webdataset", "shards": "0.tar"},
     }

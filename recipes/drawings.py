@@ -1,8 +1,9 @@
-"""Training data for few_shot.yaml, dialog.yaml and video.yaml, from easy-VQA's drawings of coloured shapes.
+"""Training data for few_shot.yaml, dialog.yaml, video.yaml and grounding.yaml, from easy-VQA's drawings of shapes.
 
     python recipes/drawings.py few_shot data/episodes
     python recipes/drawings.py dialog data/chats
     python recipes/drawings.py video data/clips
+    python recipes/drawings.py grounding data/boxes
 
 Training and validation have different drawings.
 """
@@ -13,10 +14,11 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from frozenprefix.data import Sample, load_image, load_source
 from frozenprefix.evaluation.tasks import binding_episodes
@@ -27,8 +29,10 @@ COUNTS = {
     "few_shot": {"train": 4800, "val": 100},
     "dialog": {"train": 2000, "val": 40},
     "video": {"train": 1600, "val": 60},
+    "grounding": {"train": 4000, "val": 100},
 }
 FRAMES = 4
+GROUNDED, GROUND = ("red", "green", "blue"), 128  # colours, and the side of a ground in pixels
 MOVES = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 
 
@@ -83,6 +87,48 @@ def video(drawings: Sequence[Sample], folder: Path, split: str) -> None:
         _write_lines(folder / "captions.jsonl", clips)
 
 
+def grounding(drawings: Sequence[Sample], folder: Path, split: str) -> None:
+    """Three shapes of three colours on one ground, with the phrase and the box of each, as RefCOCO's files."""
+    draw = random.Random(split)
+    by_colour = {colour: [d for d in drawings if d.targets[0].split()[0] == colour] for colour in GROUNDED}
+    shapes = {colour: [_shape(draw.choice(some)) for _ in range(60)] for colour, some in by_colour.items() if some}
+    images, boxes, refs = [], [], []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number in range(COUNTS["grounding"][split]):
+        ground, name = Image.new("RGB", (GROUND, GROUND), "white"), f"{split}_{number:04}.png"
+        for colour, place in zip(sorted(shapes), _free_places(draw, len(shapes)), strict=True):
+            phrase, shape = draw.choice(shapes[colour])
+            ground.paste(shape.resize(place[2:]), place[:2])
+            key = f"{split}{number}.{colour}"
+            boxes.append({"id": key, "image_id": name, "bbox": place})
+            refs.append({"ref_id": key, "ann_id": key, "split": split, "sentences": [{"sent": f"the {phrase}"}]})
+        ground.save(folder / "images" / name)
+        images.append({"id": name, "file_name": name, "width": GROUND, "height": GROUND})
+    (folder / f"instances_{split}.json").write_text(json.dumps({"images": images, "annotations": boxes}))
+    (folder / f"refs_{split}.json").write_text(json.dumps(refs))
+
+
+def _shape(drawing: Sample) -> tuple[str, Image.Image]:
+    """What is drawn, cut out along its edges."""
+    image = load_image(drawing.images[0])
+    edges = ImageChops.difference(image, Image.new("RGB", image.size, image.getpixel((0, 0)))).getbbox()
+    return drawing.targets[0], image.crop(edges)
+
+
+def _free_places(draw: random.Random, count: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, width and height of shapes that do not touch each other."""
+    while True:
+        places = []
+        for _ in range(count):
+            width, height = draw.randint(40, 56), draw.randint(40, 56)
+            places.append((draw.randint(0, GROUND - width), draw.randint(0, GROUND - height), width, height))
+        if all(
+            x + w <= left or left + wide <= x or y + h <= top or top + high <= y
+            for (x, y, w, h), (left, top, wide, high) in combinations(places, 2)
+        ):
+            return places
+
+
 def _moving(drawing: Image.Image, right: int, down: int, aside: float, count: int = 16) -> Iterator[Image.Image]:
     """`count` images of a drawing that crosses a ground twice as large; `aside` is 0 to 1, across the way."""
     side = drawing.width
@@ -126,6 +172,7 @@ TASKS: dict[str, Callable[[Sequence[Sample], Path, str], None]] = {
     "few_shot": few_shot,
     "dialog": dialog,
     "video": video,
+    "grounding": grounding,
 }
 
 

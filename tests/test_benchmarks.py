@@ -14,9 +14,11 @@ import torch
 from benchmarks import (
     answers,
     attention,
+    audit,
     blind_twin,
     closed_form_start,
     common,
+    evidence,
     generation,
     latency,
     learning_curve,
@@ -349,3 +351,29 @@ def test_a_blind_twin_sees_nothing(tiny_lm, shapes, tmp_path):
     before = (tmp_path / "seeing" / "log.jsonl").read_text()
     assert blind_twin.main(arguments)["metrics"] == report["metrics"]
     assert (tmp_path / "seeing" / "log.jsonl").read_text().count('"loss"') == before.count('"loss"')
+
+
+def test_evidence_and_audit_run(tiny_checkpoint, shapes, tmp_path):
+    where = ["--quick", "--checkpoint", str(tiny_checkpoint), "--data", str(shapes)]
+    report = evidence.main([*where, "--json", str(tmp_path / "evidence.json")])
+    assert json.loads((tmp_path / "evidence.json").read_text()) == report
+    assert [point["coverage"] for point in report["curves"]["lowest evidence"]] == list(evidence.COVERAGES)
+    assert "| floor |" in evidence.markdown(report)
+    report = audit.main([*where, "--json", str(tmp_path / "audit.json")])
+    assert report["captions"] == 12
+    assert set(report["rankings"]) == {"evidence", "evidence per word", "log p of the caption"}
+    assert "average precision" in audit.markdown(report)
+
+
+def test_a_caption_is_true_if_the_references_say_its_words():
+    references = ["Two dogs running on the grass", "A ball"]
+    assert evidence.is_true("A dog runs with a ball.", references)
+    assert not evidence.is_true("A red dog runs.", references)
+    assert evidence.is_true("It is on the", references)
+
+
+def test_average_precision_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn defines the truth")
+    found = np.random.default_rng(0).random(50) < 0.2
+    expected = metrics.average_precision_score(found, -np.arange(50))
+    assert audit.average_precision(found) == pytest.approx(expected)

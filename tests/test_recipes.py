@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.recipes import small_parts
 from frozenprefix.config import load_recipe
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
+from frozenprefix.models.configuration import MapperConfig
+from frozenprefix.models.mappers import build_mapper
 from tests.helpers import ROOT
 from tests.test_quickstart import COLORS, draw_easy_vqa
 
@@ -28,6 +31,7 @@ SMALL = {
     "capdec": ["model.vision_encoder.name=ViT-B-32", "model.vision_encoder.image_size=32"],
     "dialog": ["training.init_from=null"],
     "few_shot": ["training.init_from=null"],
+    "grounding": ["training.init_from=null"],
     "quickstart": ["data.prompts={caption: 'Caption:'}"],
     "self_critical": ["training.init_from=null"],
     "smallcap": ["training.init_from=null"],
@@ -124,6 +128,34 @@ def test_clips_of_the_video_recipe(tmp_path):
         assert min(abs(down), abs(right)) < 1
     with av.open(str(tmp_path / "data/clips/val_0000.mp4")) as container:
         assert len(list(container.decode(video=0))) == 16
+
+
+def test_drawings_and_start_of_the_grounding_recipe(tmp_path, tiny_lm):
+    """Boxes are around the shapes, shapes do not overlap, and the fitted mapper writes phrases and boxes as words."""
+    samples = samples_of("grounding", draw_easy_vqa(tmp_path / "easy", 60), tmp_path)
+    assert len(samples) == 3 * 60
+    for sample in samples[:30]:
+        with Image.open(sample.images[0]) as image:
+            pixels = np.asarray(image).astype(int)
+        left, top, right, bottom = (round(value * 128) for value in sample.metadata["box"])
+        colour = ("red", "green", "blue").index(sample.metadata["phrase"].split()[1])
+        mine = (pixels[..., colour] > 120) & (np.delete(pixels, colour, axis=2).max(axis=-1) < 100)
+        rows, columns = np.nonzero(mine)
+        found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.array(found) - (left, top, right, bottom)).max() <= 1
+    grounding = script("grounding")
+    texts = grounding.texts_of(samples[:12])
+    lines = next(iter(texts.values())).splitlines()
+    assert [line.split()[1] for line in lines] == ["blue", "green", "red"]
+    mapper = build_mapper(
+        MapperConfig(type="mlp", prefix_length=5, hidden_dim=64, tokens="flatten", activation="gelu", input_norm=True),
+        encoder_dim=6, num_tokens=4, lm_dim=16, embedding_rms=1.0,
+    )  # fmt: skip
+    words, features = torch.randn(20, 16), torch.randn(12, 4, 6)
+    ids = torch.randint(0, 20, (12, 5))
+    grounding.fit(mapper, features, words[ids], ridge=1e-6)
+    with torch.no_grad():
+        assert torch.equal((mapper(features) @ words.T / words.norm(dim=1)).argmax(-1), ids)
 
 
 @pytest.mark.slow

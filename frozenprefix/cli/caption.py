@@ -17,14 +17,16 @@ from frozenprefix.cli.common import (
     MaxNewTokens,
     Precision,
     Prompt,
+    list_images,
     one_line,
     print_left_out,
     shown,
 )
+from frozenprefix.cli.others import NumOthers, Others, other_images
 from frozenprefix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from frozenprefix.inference import Captioner
+    from frozenprefix.inference import Captioner, SupportedCaptioner
 
 
 class Engine(str, Enum):
@@ -55,6 +57,15 @@ def command(
     engine: Annotated[
         Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
     ] = Engine.torch,
+    evidence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOOR",
+            help="Leave out what other images support as well: words with less evidence, in nats, such as 0.",
+        ),
+    ] = None,
+    others: Others = None,
+    num_others: NumOthers = 16,
     out: Annotated[
         Path | None, typer.Option(help="File to write to, instead of the screen; with --format txt a folder.")
     ] = None,
@@ -86,15 +97,20 @@ def command(
     images = list_images(paths)
     writers = open_writers(images, out, form, metadata, force=force)
     captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
+    captioning: Any = captioner
+    if evidence is not None:
+        captioning = supported_captioner(captioner, engine, evidence, checkpoint, images, others, num_others)
     bad = BadImages()
     beams = beams or (5 if engine is Engine.torch else 1)
-    captions = captioner.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
+    captions = captioning.caption(images, prompt=prompt, num_beams=beams, max_new_tokens=max_new_tokens, bad=bad)
     to_screen = out is None and form is None
     for caption in captions:
         for writer in writers:
             writer.write(caption.path, caption.text, caption.score)
         if to_screen:
             typer.echo(f"{shown(caption.path)}\t{one_line(caption.text)}")
+        if dropped := getattr(caption, "dropped", ()):
+            typer.echo(one_line(f"{shown(caption.path)}: not supported: {'; '.join(dropped)}"), err=True)
     for writer in writers:
         writer.finish()
     if not to_screen:
@@ -124,6 +140,31 @@ def load_captioner(engine: Engine, beams: int | None, checkpoint: str, **options
     return LlamaCppCaptioner.from_pretrained(checkpoint, **options)
 
 
+def supported_captioner(
+    captioner: Captioner,
+    engine: Engine,
+    floor: float,
+    checkpoint: str,
+    images: Sequence[Path],
+    others: Path | None,
+    num_others: int,
+) -> SupportedCaptioner:
+    """A captioner that leaves out what has less evidence than `floor`.
+
+    Raises:
+        ConfigError: for an engine that does not tell likelihoods.
+        DataError: where there are no other images.
+    """
+    if engine is not Engine.torch:
+        raise ConfigError(f"--evidence: {engine.value} does not tell how likely a word is; leave out --engine")
+    from frozenprefix.inference import SupportedCaptioner
+
+    found = other_images(captioner, checkpoint, images, others, num_others)
+    if not len(found):
+        raise DataError("--evidence: there are no other images to compare with; give a folder of them: --others DIR")
+    return SupportedCaptioner(captioner, found, floor)
+
+
 def open_writers(
     images: Sequence[Path], out: Path | None, form: Format | None, metadata: str | None, *, force: bool
 ) -> list[Any]:
@@ -147,24 +188,3 @@ def open_writers(
     if metadata is not None:
         writers.append(files.MetadataWriter(images, metadata, force=force))
     return writers
-
-
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images in them, however deep; each image once.
-
-    Raises:
-        DataError: naming every path that is not there, or a folder without images.
-
-    Example:
-        >>> len(list_images([images_folder, image_path]))
-        12
-    """
-    from frozenprefix.data.images import find_images
-
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise DataError(f"PATH: got {', '.join(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist")
-    images: dict[Path, None] = {}
-    for path in paths:
-        images.update(dict.fromkeys(find_images(path) if path.is_dir() else [path]))
-    return list(images)

@@ -70,6 +70,27 @@ def check_files(paths: Sequence[Path], name: str) -> None:
         raise DataError(f"{name}: got {', '.join(map(repr, missing))}, expected {expected}")
 
 
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as the images in them, however deep; each image once.
+
+    Raises:
+        DataError: naming every path that is not there, or a folder without images.
+
+    Example:
+        >>> len(list_images([images_folder, image_path]))
+        12
+    """
+    from frozenprefix.data.images import find_images
+
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"PATH: got {', '.join(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist")
+    images: dict[Path, None] = {}
+    for path in paths:
+        images.update(dict.fromkeys(find_images(path) if path.is_dir() else [path]))
+    return list(images)
+
+
 def write_json(path: Path | None, value: Any) -> None:
     """Write a result, if a file for it is named."""
     from frozenprefix.utils import write_text_atomic

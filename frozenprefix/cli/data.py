@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from frozenprefix.cli import data_audit
 from frozenprefix.cli.common import Force, counted, is_main_process, write_json
 
 app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+app.command("audit")(data_audit.command)
 
 
 @app.callback()

@@ -23,7 +23,8 @@ from frozenprefix.errors import ConfigError
 def command(
     checkpoint: Checkpoint,
     task: Annotated[
-        str, typer.Option(help="caption, vqa, classification, fewshot, retrieval or video.", show_default=False)
+        str,
+        typer.Option(help="caption, vqa, classification, fewshot, grounding, …", show_default=False),
     ],
     data: Annotated[
         str | None, typer.Option(help="Folder of the data; by default the validation data of its recipe.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from frozenprefix.cli.caption import list_images
 from frozenprefix.cli.common import (
     Arithmetic,
     Checkpoint,
@@ -20,11 +18,7 @@ from frozenprefix.cli.common import (
     print_left_out,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from frozenprefix.inference import Captioner
+from frozenprefix.cli.others import NumOthers, Others, other_images
 
 
 def command(
@@ -33,11 +27,8 @@ def command(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("explanation.html"),
     text: Annotated[str | None, typer.Option(help="Explain this text; by default what the model writes.")] = None,
     question: Annotated[str | None, typer.Option(help="Explain the answer to this question.")] = None,
-    others: Annotated[
-        Path | None,
-        typer.Option(help="Folder of other images, for evidence; by default the recipe's validation images."),
-    ] = None,
-    num_others: Annotated[int, typer.Option(min=1, help="Other images to compare with.")] = 16,
+    others: Others = None,
+    num_others: NumOthers = 16,
     json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write all numbers to.")] = None,
     max_new_tokens: MaxNewTokens = 30,
     language_model: LanguageModel = None,
@@ -81,31 +72,3 @@ def command(
     print_left_out(bad, "IMAGE", len(images))
     if len(bad):
         raise typer.Exit(1)
-
-
-def other_images(captioner: Captioner, checkpoint: str, own: Sequence[Path], folder: Path | None, count: int) -> Tensor:
-    """Features float[M, N, D_enc] of up to `count` other images, the same ones for the same data.
-
-    They come from a folder, else from the validation data of the checkpoint's recipe, else they are the images
-    themselves, if there are several. There may be none.
-
-    Raises:
-        DataError: for a folder without images.
-    """
-    import random
-
-    import torch
-
-    from frozenprefix.data.images import BadImages
-    from frozenprefix.evaluation.samples import recipe_images
-
-    if folder is not None:
-        candidates = list_images([folder])
-    else:
-        candidates = recipe_images(checkpoint) or (list(own) if len(own) > 1 else [])
-    own_files = {path.resolve() for path in own} if folder is not None or len(candidates) > len(own) else set()
-    candidates = sorted({path for path in candidates if path.resolve() not in own_files})
-    chosen = random.Random(0).sample(candidates, min(count, len(candidates)))
-    ignored = BadImages()  # others that cannot be read are not missed
-    found = [features.cpu() for _, features in captioner.encoder.batches(chosen, 8, ignored)]
-    return torch.cat(found) if found else torch.empty(0)

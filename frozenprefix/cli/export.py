@@ -96,7 +96,7 @@ def embeds(
     max_new_tokens: MaxNewTokens = 30,
 ) -> None:
     """Prefix embeddings of images, for any engine that takes embeddings; also as vLLM's requests."""
-    from frozenprefix.cli.caption import list_images
+    from frozenprefix.cli.common import list_images
 
     files = list_images(images)
     source = _open(checkpoint, out, None, language_model)

@@ -126,6 +126,7 @@ def _say_next(path: Path, output_dir: Path, folder: Path, found: Survey) -> None
         steps.append(f"frozenprefix evaluate {best} --task classification")
     else:
         steps.append(f"frozenprefix caption {best} {shlex.quote(str(folder))} --out captions.csv")
+    steps.append(f"frozenprefix report {shlex.quote(str(output_dir))}")
     typer.echo("next:")
     for step in steps:
         typer.echo(f"  {step}")

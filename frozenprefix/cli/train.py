@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,6 +44,9 @@ def command(
         value = "" if result.best_value is None else f", validation {result.best_by} {result.best_value:.4f}"
         typer.echo(f"{result.steps} steps, {result.targets_seen} targets in {result.seconds:.0f} s")
         typer.echo(f"best checkpoint: {result.best}{value}")
+        if hasattr(loaded.model, "mapper"):
+            best, run = shlex.quote(str(result.best)), shlex.quote(str(result.output_dir))
+            typer.echo(f"next: frozenprefix caption {best} IMAGE..., or frozenprefix report {run}")
 
 
 def say_stages(recipe: Recipe | ContrastiveRecipe, *, measure: bool) -> None:

@@ -92,6 +92,7 @@ def check_samples(
     samples: Sequence[Sample],
     *,
     workers: int = 2,
+    examples: int = EXAMPLES,
     bad: BadImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
@@ -99,6 +100,7 @@ def check_samples(
 
     Args:
         workers: decoding threads.
+        examples: of a finding, to list; all are counted.
         bad: collects the images that cannot be read.
         progress: called with (images done, images in total).
 
@@ -119,9 +121,9 @@ def check_samples(
                 seen[path] = result
             if progress is not None:
                 progress(done, len(splits))
-    report.bad_images, report.bad_examples = bad.counts, [str(error) for _, error in list(bad)[:EXAMPLES]]
+    report.bad_images, report.bad_examples = bad.counts, [str(error) for _, error in list(bad)[:examples]]
     report.duplicate_files = len(seen) - len({item.content for item in seen.values()})
-    _find_leaks(report, splits, seen)
+    _find_leaks(report, splits, seen, examples)
     return report
 
 
@@ -204,12 +206,14 @@ def _count_texts(samples: Sequence[Sample], splits: dict[Path, list[str]]) -> Da
     )
 
 
-def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes]) -> None:
+def _find_leaks(
+    report: DataReport, splits: dict[Path, list[str]], seen: dict[Path, _ImageHashes], examples: int
+) -> None:
     shared = _shared_files(splits)
-    report.images_in_two_splits, report.in_two_splits = len(shared), shared[:EXAMPLES]
+    report.images_in_two_splits, report.in_two_splits = len(shared), shared[:examples]
 
     same = _same_content(splits, {path: item.content for path, item in seen.items()})
-    report.same_bytes_across_splits, report.same_bytes = len(same), same[:EXAMPLES]
+    report.same_bytes_across_splits, report.same_bytes = len(same), same[:examples]
 
     by_split: dict[str, list[Path]] = defaultdict(list)
     for path in seen:
@@ -217,7 +221,7 @@ def _find_leaks(report: DataReport, splits: dict[Path, list[str]], seen: dict[Pa
             by_split[name].append(path)
     near = [leak for one, two in combinations(by_split, 2) for leak in _near(by_split, one, two, seen)]
     report.near_duplicates_across_splits = len({leak.image for leak in near})
-    report.near_duplicates = sorted(near, key=lambda leak: leak.bits)[:EXAMPLES]
+    report.near_duplicates = sorted(near, key=lambda leak: leak.bits)[:examples]
 
 
 def _shared_files(splits: Mapping[Path, Sequence[str]]) -> list[Leak]:

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, Literal
 
 from frozenprefix.data.images import image_ending, load_image, walk_files
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import Holdout, detect_sources, load_source
-from frozenprefix.data.sources.csv_table import CsvSource, is_there
+from frozenprefix.data.sources.csv_table import FittedTable, fit_table
 from frozenprefix.data.sources.image_folder import text_file_beside
 from frozenprefix.data.sources.image_names import ImageNames, has_versions
 from frozenprefix.data.sources.selection import hold_out
-from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS, read_spreadsheet
+from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS
 from frozenprefix.errors import BadImageError, DataError, shorten
 
 TextsFrom = Literal["auto", "table", "files", "folders"]
@@ -29,6 +29,7 @@ _TEXT = ".txt"
 _SECONDS_OF_READING = 10.0
 _SEEDS = 200
 _MOST_FOR_SEEDS = 2000
+_EXAMPLES = 4
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Survey:
         train, validation: sources of a recipe; no validation where there are too few images.
         train_images, validation_images: images that are there and have texts.
         targets: texts of an image, on average; words: of the longest text.
+        examples: a few texts of usual length, of different images to train on.
         missing: images that texts name and that are not there, or cannot be read.
         found: lines that say what was found; notes: what may be wrong.
 
@@ -56,6 +58,7 @@ class Survey:
     targets: float = 1.0
     words: int = 1
     missing: int = 0
+    examples: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -141,7 +144,7 @@ def _known(result: Survey) -> dict[str, Any] | None:
     if len(detected) > 1:
         result.notes.append(f"the folder has {len(detected)} kinds of texts; this is the first of them")
     config = {**detected[0], "path": str(result.folder), "name": None}
-    if config["type"] == "image_folder":
+    if config["type"] in ("image_folder", "csv"):  # looked at more closely below
         return None
     try:
         load_source(config)
@@ -154,48 +157,26 @@ def _known(result: Survey) -> dict[str, Any] | None:
 def _table(result: Survey, names: ImageNames, table: Path | None, columns: dict[str, Any]) -> dict[str, Any] | None:
     folder = result.folder
     files = [table] if table else [p for p in walk_files(folder) if p.suffix.lower() in TABLE_ENDINGS and _is_own(p)]
-    fits: list[tuple[float, dict[str, Any], list[str]]] = []
+    fits: list[FittedTable] = []
     problem: DataError | None = None
     for file in files:
         place = {"path": str(folder), "file": str(file.resolve())}
         if file.resolve().is_relative_to(folder.resolve()):
             place["file"] = file.resolve().relative_to(folder.resolve()).as_posix()
         try:
-            fits.append(_fit({"type": "csv", **place, **columns}, names, file))
+            fits.append(fit_table({"type": "csv", **place, **columns}, names, file))
         except DataError as error:
             problem = problem or error
     if not fits:
         if problem is not None:
             raise problem
         return None
-    fits.sort(key=lambda fit: -fit[0])
-    _, config, lines = fits[0]
-    result.found += lines
+    fits.sort(key=lambda fit: -fit.found)
+    result.found += fits[0].lines
     if len(fits) > 1:
-        others = ", ".join(fit[1]["file"] for fit in fits[1:4])
+        others = ", ".join(str(fit.config["file"]) for fit in fits[1:4])
         result.notes.append(f"there are other tables, which are not read ({others}); --table FILE takes one of them")
-    return config
-
-
-def _fit(config: dict[str, Any], names: ImageNames, file: Path) -> tuple[float, dict[str, Any], list[str]]:
-    """Number of rows whose image is there, the source with all columns named, and lines about them."""
-    source = CsvSource.model_validate(config)
-    options = {"delimiter": source.delimiter, "encoding": source.encoding, "sheet": source.sheet}
-    table = read_spreadsheet(Path(file), **options)
-    roles = source.roles(table, names, str(file))
-    cells = [row.text(roles["image"][0]) for row in table.rows if roles["image"][0] in row]
-    found = sum(is_there(names, cell) for cell in cells)
-    lines = [f"{file.name}: {len(table.rows)} rows, columns {', '.join(table.columns)}"]
-    lines.append(f"column '{roles['image'][0]}' names the images: {found} of {len(cells)} are there")
-    for role, columns in roles.items():
-        if role != "image":
-            lines.append(f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}: {role}")
-            config[role] = columns[0] if len(columns) == 1 else columns
-    split = source.split_column or source.guessed_split(table, names, str(file))
-    if split is not None:
-        config["split_column"] = split
-        lines.append(f"column '{split}': split")
-    return found, {**config, "image": roles["image"][0]}, lines
+    return fits[0].config
 
 
 def _labels(result: Survey, names: ImageNames, *, force: bool) -> dict[str, Any] | None:
@@ -286,8 +267,18 @@ def _fill(
         else:
             wanted = [fields["split"]] if isinstance(fields["split"], str) else fields["split"]
             members = [sample for sample in samples if sample.split in wanted]
+        if part == "train":
+            result.examples = _examples(members)
         setattr(result, part, [{**config, **fields}])
         setattr(result, f"{part}_images", len({sample.images for sample in members}))
+
+
+def _examples(samples: list[Sample]) -> list[str]:
+    """One text of each of a few images, those of the usual length; none with marks that prompts give a meaning."""
+    firsts = {sample.images: " ".join(sample.targets[0].split()) for sample in samples if sample.targets}
+    texts = [text for text in dict.fromkeys(firsts.values()) if text and not set(text) & set("{}<>")]
+    usual = median(len(text.split()) for text in texts) if texts else 0
+    return sorted(texts, key=lambda text: abs(len(text.split()) - usual))[:_EXAMPLES]
 
 
 def _holdout(samples: list[Sample], images: list[Path], root: Path, share: float | None) -> dict[str, Any]:

@@ -25,8 +25,10 @@ CSS = (
 .fp-gallery .gallery-container { height: auto; }
 .fp-gallery .grid-wrap { height: auto; min-height: 0 !important; max-height: 26rem; }
 .fp-quiet label span { font-weight: 600; }
-/* Gradio's own quiet texts have too little contrast (WCAG 1.4.3) */
+/* Gradio's blue on dark, and its quiet texts, have too little contrast (WCAG 1.4.3) */
 .gradio-container :is(.or, .min_value, .max_value) { color: var(--body-text-color) !important; }
+.dark { --color-accent: var(--primary-300); }
+.dark .download-link { color: var(--primary-300); }
 footer { display: none !important; }
 """
 )

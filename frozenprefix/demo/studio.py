@@ -12,16 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix.config import Recipe, load_checkpoint_recipe
 from frozenprefix.data.caption_retriever import image_keys
 from frozenprefix.demo.corrections import Corrections
 from frozenprefix.demo.inputs import Item
 from frozenprefix.demo.retraining import Retraining
 from frozenprefix.errors import ConfigError, FrozenPrefixError
+from frozenprefix.evaluation.samples import recipe_images
 from frozenprefix.inference import Captioner, Dialog, VideoCaptioner, stream_text
 from frozenprefix.interpret import Explainer, Explanation
 from frozenprefix.training.checkpoints import load_initial
-from frozenprefix.training.setup import load_validation
 
 KEPT_FEATURES = 256  # items whose image features are kept
 OTHERS = 16  # images that evidence compares with
@@ -142,7 +141,7 @@ class DemoModel:
 
     def _other_images(self) -> Sequence[Path]:
         """Images of the validation data, if they are here."""
-        return [path for path in validation_images(self.checkpoint) if path.is_file()][:OTHERS]
+        return recipe_images(Path(self.checkpoint).expanduser())[:OTHERS]
 
 
 @dataclass
@@ -184,23 +183,6 @@ def display_name(checkpoint: str) -> str:
     if len(parts) > 1 and _UNUSUAL.search(path.as_posix()):
         return parts[-2] if parts[-1] == "best" else f"{parts[-2]}, {parts[-1]}"
     return parts[-1] if parts else checkpoint
-
-
-def validation_images(checkpoint: str) -> list[Path]:
-    """Images of the validation data that a checkpoint's recipe names; none where they cannot be read.
-
-    Example:
-        >>> validation_images("runs/nowhere")
-        []
-    """
-    try:
-        recipe = load_checkpoint_recipe(Path(checkpoint).expanduser())
-        if not isinstance(recipe, Recipe):
-            return []
-        samples = load_validation(recipe.data)
-    except FrozenPrefixError:
-        return []
-    return list(dict.fromkeys(Path(image) for sample in samples for image in sample.images))
 
 
 def _growing(pieces: Iterator[str]) -> Iterator[str]:

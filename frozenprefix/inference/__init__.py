@@ -1,5 +1,6 @@
 """Use of trained models: captions, answers, labels, conversations and search."""
 
+from frozenprefix.inference.caption_audit import AuditedCaption, audit_captions
 from frozenprefix.inference.captioner import Caption, Captioner, Generation
 from frozenprefix.inference.classifier import Classification, Classifier
 from frozenprefix.inference.dialog import Dialog
@@ -10,10 +11,12 @@ from frozenprefix.inference.image_index import Hit, ImageIndex, index_folder, op
 from frozenprefix.inference.likelihood import likeliest, likeliest_of_groups, log_likelihoods, token_log_likelihoods
 from frozenprefix.inference.stream import RollingCaption, StreamCaptioner
 from frozenprefix.inference.streaming import stream_pieces, stream_text
+from frozenprefix.inference.supported import SupportedCaption, SupportedCaptioner
 from frozenprefix.inference.video import Clip, Frame, SceneDetector, Segment, VideoCaptioner
 from frozenprefix.inference.zero_shot import LabelledImage, ZeroShotClassifier
 
 __all__ = [
+    "AuditedCaption",
     "Caption",
     "Captioner",
     "Classification",
@@ -33,9 +36,12 @@ __all__ = [
     "Segment",
     "Shot",
     "StreamCaptioner",
+    "SupportedCaption",
+    "SupportedCaptioner",
     "VideoCaptioner",
     "WordEvidence",
     "ZeroShotClassifier",
+    "audit_captions",
     "choose_answers",
     "index_folder",
     "likeliest",

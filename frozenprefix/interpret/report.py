@@ -11,8 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from frozenprefix.data.boxes import boxes_in, is_box
 from frozenprefix.data.images import load_image
 from frozenprefix.errors import BadImageError, DataError
 from frozenprefix.evaluation.metrics.vqa import comparable_answer
@@ -22,6 +23,7 @@ from frozenprefix.version import __version__
 
 _LONG_SIDE = 224
 _MAX_QUESTIONS = 12
+_TRUE, _WRITTEN = (20, 150, 60), (240, 120, 0)  # colours of boxes
 _TASK_TITLES = {"caption": "Captions", "vqa": "Answers to questions"}
 # Not allowed in HTML: control characters, and halves of surrogate pairs, which cannot be written as UTF-8.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -170,9 +172,18 @@ def _card(paths: tuple[str, ...], rows: Sequence[Row]) -> dict[str, Any]:
     truth = next((str(text) for row in captions for text in row["references"]), "")
     return {
         "title": ", ".join(Path(path).name for path in paths),
-        "images": [embedded_image(path, truth) for path in paths],
+        "images": [embedded_image(path, truth, **_boxes(rows)) for path in paths],
         "entries": [(row, verdict(row)) for row in [*captions, *questions[:_MAX_QUESTIONS]]],
         "left_out": max(0, len(questions) - _MAX_QUESTIONS),
+    }
+
+
+def _boxes(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Texts of references and of the model that are boxes, of the rows that the page shows."""
+    asked = [row for row in rows if row["references"] and is_box(str(row["references"][0]))][:_MAX_QUESTIONS]
+    return {
+        "boxes": [str(row["references"][0]) for row in asked],
+        "written_boxes": [str(row["model"]) for row in asked],
     }
 
 
@@ -186,11 +197,14 @@ def verdict(row: Row) -> tuple[str, str]:
     return ("right", "✓ same words") if same else ("open", "≠ other words")
 
 
-def embedded_image(path: str | Path | Image.Image, truth: str) -> dict[str, Any]:
+def embedded_image(
+    path: str | Path | Image.Image, truth: str, *, boxes: Sequence[str] = (), written_boxes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Attributes of an `img` with its data inside, or the reason why the image cannot be shown.
 
     Args:
         path: of the image, or the image itself.
+        boxes, written_boxes: texts of which those that are boxes are drawn; see `with_boxes`.
 
     Example:
         >>> embedded_image(image_path, "a red circle")["alt"]
@@ -204,6 +218,8 @@ def embedded_image(path: str | Path | Image.Image, truth: str) -> dict[str, Any]
     # Small drawings are embedded as they are, and scaled up by the browser without smoothing.
     scale = max(1, _LONG_SIDE // max(image.size))
     image.thumbnail((_LONG_SIDE, _LONG_SIDE))
+    if any(map(is_box, (*boxes, *written_boxes))):
+        image = with_boxes(image, boxes, written_boxes)
     return {
         "src": image_uri(image),
         "alt": f"Image{name}" + (f": {truth}" if truth else ""),
@@ -211,6 +227,23 @@ def embedded_image(path: str | Path | Image.Image, truth: str) -> dict[str, Any]
         "height": image.height * scale,
         "crisp": scale > 1,
     }
+
+
+def with_boxes(image: Image.Image, true: Sequence[str], written: Sequence[str]) -> Image.Image:
+    """A copy of an image with the boxes that texts are: true ones in green, those of the model in orange.
+
+    Example:
+        >>> with_boxes(image, ["10 10 90 90"], ["20 20 80 80"]).size == image.size
+        True
+    """
+    image = image.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    width = max(1, round(max(image.size) / 112))
+    for texts, colour in ((true, _TRUE), (written, _WRITTEN)):
+        for left, top, right, bottom in (box for text in texts if is_box(text) for box in boxes_in(text)):
+            corners = (left * image.width, top * image.height, right * image.width - 1, bottom * image.height - 1)
+            draw.rectangle(corners, outline=colour, width=width)
+    return image
 
 
 def image_uri(image: Image.Image) -> str:

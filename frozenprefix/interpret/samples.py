@@ -49,15 +49,16 @@ def _card(groups: Sequence[ImageGroup], number: int) -> dict[str, Any]:
     except BadImageError as error:
         return {"number": number, "title": error.reason, "images": [{"problem": str(error)}], "entries": []}
     first = next((text for sample in group.samples for text in sample.targets), "")
+    boxes = [text for sample in group.samples[:_MOST_TEXTS] for text in sample.targets[:1]]
     return {
         "number": number,
         "title": group.samples[0].id,
-        "images": [_image(image, first) for image in group.images],
+        "images": [_image(image, first, boxes) for image in group.images],
         "entries": [(s.task, s.question, s.targets[:_MOST_TEXTS]) for s in group.samples[:_MOST_TEXTS]],
     }
 
 
-def _image(path: Path, text: str) -> dict[str, Any]:
+def _image(path: Path, text: str, boxes: Sequence[str]) -> dict[str, Any]:
     if path.suffix == ".npy":
         return {"problem": "features in place of an image"}
-    return embedded_image(path, text)
+    return embedded_image(path, text, boxes=boxes)

@@ -323,15 +323,14 @@ class Trainer(BaseTrainer):
     def _judge(self, samples: CaptionSamples, losses: dict[str, float]) -> None:
         """Show sample captions, and warn of what is wrong with them from the second third of the run on."""
         step = self.progress.step
-        if step == 0:
+        if step == 0 and self.settings.init_from is None:
             self._first_loss = losses["loss"]
         if self.accelerator.is_main_process:
             show_captions(step, samples)
         if 3 * step > self.total_steps:
-            settings = self.settings
             norm = median(self._norms) if self._norms else None
-            known = {"first_loss": self._first_loss, "gradient_norm": norm, "max_grad_norm": settings.max_grad_norm}
-            warn_of_symptoms(step, Measured(samples, losses, learning_rate=settings.learning_rate, **known))
+            known = {"first_loss": self._first_loss, "gradient_norm": norm}
+            warn_of_symptoms(step, Measured(samples, losses, learning_rate=self.settings.learning_rate, **known))
 
     def best_of(self, values: dict[str, Any]) -> tuple[str, float]:
         if self.settings.best_by == "cider_d":

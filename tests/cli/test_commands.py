@@ -133,7 +133,8 @@ def test_train(recipe, trained):
     output = call("train", recipe, "training.learning_rate=1e-4", "name=b", "--resume", "never").stdout
     ((seen, resume),) = trained
     assert (seen.training.learning_rate, seen.name, resume) == (1e-4, "b", "never")
-    assert output.endswith("30 steps, 360 targets in 61 s\nbest checkpoint: runs/b/best, validation loss 2.5000\n")
+    assert "\n30 steps, 360 targets in 61 s\nbest checkpoint: runs/b/best, validation loss 2.5000\n" in output
+    assert output.endswith("next: frozenprefix caption runs/b/best IMAGE..., or frozenprefix report runs/b\n")
 
 
 def test_train_resumes_unless_told_otherwise(recipe, trained):

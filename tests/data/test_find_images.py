@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from frozenprefix.cli.caption import list_images
+from frozenprefix.cli.common import list_images
 from frozenprefix.data.images import find_images, walk_files
 from frozenprefix.data.sources import load_source
 from frozenprefix.errors import DataError

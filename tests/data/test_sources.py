@@ -328,7 +328,7 @@ def test_some_missing_images_are_left_to_the_readers_but_not_all(tmp_path):
 
 
 def test_config_errors():
-    assert len(SOURCES.names()) == 19
+    assert len(SOURCES.names()) == 20
     with pytest.raises(ConfigError, match=r"unknown data source 'caption' \(did you mean 'captions'\?\)"):
         parse_source({"type": "caption"})
     with pytest.raises(ConfigError) as caught:

@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
 SECONDS = int(os.environ.get("FROZENPREFIX_PAGE_SECONDS", "90")) * 1000  # a machine may do other things too
-WINDOWS = {"wide": (1400, 900), "narrow": (390, 844)}
+WINDOWS = {"wide": (1400, 900, "light"), "dark": (1400, 900, "dark"), "narrow": (390, 844, "light")}
 # of Gradio's own components: the icon for more files holds its input, a message holds the button that closes it, and a
 # gallery repeats captions as texts of images
 GRADIOS = {
@@ -78,8 +78,8 @@ def browser():
 
 @pytest.fixture(params=WINDOWS)
 def page(request, address, browser):
-    width, height = WINDOWS[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height})
+    width, height, scheme = WINDOWS[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     opened = context.new_page()
     opened.set_default_timeout(SECONDS)
     asked: list[str] = []
@@ -105,7 +105,7 @@ def check_accessible(page) -> None:
 
 
 def drop(page, *files: Path) -> None:
-    page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+    page.locator("input[type=file]:not([webkitdirectory])").first.set_input_files([str(file) for file in files])
 
 
 def caption_of(page, number: int = 0):
@@ -143,12 +143,33 @@ def test_captions_answers_reasons_and_a_correction(page, shapes, tmp_path):
     assert "probability" in word.locator(".fp-tip").inner_text()
 
     page.get_by_role("button", name="This is wrong").first.click()
-    page.get_by_label("What should").first.fill(f"a blue cross on white {page.viewport_size['width']}")
+    page.get_by_label("What should").first.fill("a blue cross on white")
     check_accessible(page)
     page.get_by_role("button", name="Keep the correction").first.click()
     page.get_by_text("Kept; 1 correction in").wait_for()
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= page.viewport_size["width"], "nothing has to be scrolled sideways"
+
+
+@pytest.mark.parametrize("page", ["wide"], indirect=True)
+def test_a_folder_with_a_clip(page, shapes, tmp_path):
+    video = pytest.importorskip("tests.helpers.video")
+    folder = tmp_path / "holiday"
+    (folder / "day 1").mkdir(parents=True)
+    shutil.copy(shapes / "images/red_circle.png", folder / "day 1" / "red_circle.png")
+    video.three_colours(folder)
+    (folder / "notes.txt").write_text("no image")
+    page.locator("input[webkitdirectory]").set_input_files(str(folder))
+    page.get_by_text("notes.txt: neither an image nor a clip").wait_for()
+    sync_api.expect(page.locator(".fp-gallery button.thumbnail-item")).to_have_count(2)
+    chosen = page.locator("#fp-viewer img")
+    for number in range(2):
+        page.locator(".fp-gallery button.thumbnail-item").nth(number).click()
+        sync_api.expect(chosen).to_have_attribute("alt", re.compile("red_circle|a clip"))
+        wait_for_text(page, caption_of(page, 1))
+        if "a clip" in (chosen.get_attribute("alt") or ""):
+            page.get_by_role("button", name="Why these words?").first.click()
+            page.get_by_text("heat maps are for photos").wait_for()
 
 
 def test_an_error_is_a_message(page):

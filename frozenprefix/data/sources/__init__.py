@@ -15,6 +15,7 @@
 | visual_genome | region descriptions as captions; questions and answers |
 | vqa_v2 | VQAv2's question and annotation files, and OK-VQA's |
 | vizwiz, gqa, clevr, daquar | these data sets' own files |
+| refcoco | RefCOCO's phrases and boxes: where something is |
 | llava | conversations of several turns about an image |
 | hf_dataset | `datasets`' saved folders, parquet and arrow files |
 | webdataset | tars of images and texts, such as img2dataset's |
@@ -81,6 +82,7 @@ SOURCES: Registry[type[SourceConfig]] = Registry(
         "llava": f"{_HERE}.llava:LlavaSource",
         "objects": f"{_HERE}.objects:ObjectsSource",
         "qa": f"{_HERE}.qa:QaSource",
+        "refcoco": f"{_HERE}.refcoco:RefCocoSource",
         "visual_genome": f"{_HERE}.visual_genome:VisualGenomeSource",
         "vizwiz": f"{_HERE}.vizwiz:VizWizSource",
         "vqa_v2": f"{_HERE}.vqa_v2:VqaV2Source",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.spreadsheets import Spreadsheet, read_spreadsheet
 from frozenprefix.errors import DataError
 from frozenprefix.utils import report_left_out
+from frozenprefix.utils.caption_files import FIELDS
 
 
 class CsvSource(SourceConfig):
@@ -109,6 +110,51 @@ class CsvSource(SourceConfig):
         if found is None and Path(name).is_absolute() and Path(name).is_file():
             return Path(name)  # of this machine, elsewhere
         return found or names.folder / name.replace("\\", "/").lstrip("/")
+
+
+class FittedTable(NamedTuple):
+    """A table whose columns are known.
+
+    Attributes:
+        found: rows whose image is there; config: the source, with all its columns; lines: for people.
+    """
+
+    found: int
+    config: dict[str, Any]
+    lines: list[str]
+
+
+def fit_table(config: dict[str, Any], names: ImageNames, file: Path) -> FittedTable:
+    """Read a table, and name the columns that `config` leaves open.
+
+    Raises:
+        DataError: the table is damaged, or its columns cannot be guessed; for a table of `frozenprefix caption`.
+
+    Example:
+        >>> _ = (tmp_path / "t.csv").write_text("Photo;Text\\nred_circle;a red circle\\n")
+        >>> config = {"type": "csv", "path": str(tmp_path), "file": "t.csv"}
+        >>> fit_table(config, ImageNames(images_folder), tmp_path / "t.csv").config["captions"]
+        'Text'
+    """
+    source, config = CsvSource.model_validate(config), dict(config)
+    table = read_spreadsheet(file, delimiter=source.delimiter, encoding=source.encoding, sheet=source.sheet)
+    if tuple(table.columns) == FIELDS:
+        raise DataError(f"{file}: was written by `frozenprefix caption`; name a table that people wrote")
+    roles = source.roles(table, names, str(file))
+    config["image"] = image = roles["image"][0]
+    cells = [row.text(image) for row in table.rows if image in row]
+    found = sum(is_there(names, cell) for cell in cells)
+    lines = [f"{file.name}: {len(table.rows)} rows, columns {', '.join(table.columns)}"]
+    lines.append(f"column '{image}' names the images: {found} of {len(cells)} are there")
+    for role, columns in roles.items():
+        if role != "image":
+            lines.append(f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}: {role}")
+            config[role] = columns[0] if len(columns) == 1 else columns
+    split = source.split_column or source.guessed_split(table, names, str(file))
+    if split is not None:
+        config["split_column"] = split
+        lines.append(f"column '{split}': split")
+    return FittedTable(found, config, lines)
 
 
 def is_there(names: ImageNames, cell: str) -> bool:

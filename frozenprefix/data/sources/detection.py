@@ -9,7 +9,10 @@ from typing import Any
 
 from frozenprefix.assets import resolve
 from frozenprefix.data.images import image_ending, walk_files
+from frozenprefix.data.sources.csv_table import fit_table
+from frozenprefix.data.sources.image_names import ImageNames
 from frozenprefix.data.sources.selection import split_in_name
+from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS
 from frozenprefix.errors import DataError
 
 Fields = dict[str, Any]
@@ -59,6 +62,7 @@ MARKS: dict[str, Fields | Callable[[Path, Path], Fields]] = {
     "*_balanced_questions.json": {"type": "gqa"},
     "Annotations/train.json": {"type": "vizwiz"},
     "Annotations/val.json": {"type": "vizwiz"},
+    "refs.json": {"type": "refcoco"},
     "region_descriptions.json": {"type": "visual_genome", "questions": None},
     "question_answers.json": {"type": "visual_genome", "regions": None},
     "qa.894.raw.*.txt": {"type": "daquar"},
@@ -109,7 +113,7 @@ def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
                 fields = source
             if fields not in sources:
                 sources.append(fields)
-    sources = sources or _coco_by_content(root, split) or [{"type": "image_folder"}]
+    sources = sources or _coco_by_content(root, split) or _tables_by_content(root) or [{"type": "image_folder"}]
     several = len({fields["type"] for fields in sources}) > 1
     return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in sources]
 
@@ -142,6 +146,23 @@ def _coco_by_content(root: Path, split: str | None) -> list[Fields]:
         place = images.relative_to(root).as_posix()
         sources.append({"type": "coco", "annotations": file.relative_to(root).as_posix(), "images": place})
     return sources
+
+
+def _tables_by_content(root: Path) -> list[Fields]:
+    """The spreadsheet in a folder whose rows name most of the images in it, if they name at least half of them."""
+    files = [file for ending in TABLE_ENDINGS for file in sorted(root.glob(f"*{ending}")) if file.name[:2] != "~$"]
+    if not files:
+        return []
+    fits, names = [], ImageNames(root)
+    for file in files if names.files else ():
+        try:
+            fits.append(fit_table({"type": "csv", "path": str(root), "file": file.name}, names, file))
+        except DataError:
+            continue  # no table of images; `unread_tables` names it
+    best = max(fits, key=lambda fit: fit.found, default=None)
+    if best is None or best.found < len(names.files) / 2:
+        return []
+    return [{key: value for key, value in best.config.items() if key != "path"}]
 
 
 def _image_folder(root: Path, name: str) -> str:

@@ -12,6 +12,7 @@ from frozenprefix.evaluation.tasks.few_shot_episodes import (
     fast_vqa_episodes,
     similar_episodes,
 )
+from frozenprefix.evaluation.tasks.grounding import GROUNDING, evaluate_grounding
 from frozenprefix.evaluation.tasks.retrieval import RETRIEVAL, evaluate_retrieval, retrieval_metrics
 from frozenprefix.evaluation.tasks.video import VIDEO, evaluate_video
 from frozenprefix.evaluation.tasks.vqa import VQA, evaluate_vqa
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_captions",
     "evaluate_classification",
     "evaluate_fewshot",
+    "evaluate_grounding",
     "evaluate_retrieval",
     "evaluate_video",
     "evaluate_vqa",
@@ -37,6 +39,7 @@ for _name, _task in {
     "caption": CAPTION,
     "classification": CLASSIFICATION,
     "fewshot": FEW_SHOT,
+    "grounding": GROUNDING,
     "retrieval": RETRIEVAL,
     "video": VIDEO,
     "vqa": VQA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +12,6 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from frozenprefix.interpret.explain.explanation import Explanation
 
 _COLUMNS = 4
 _STRENGTH = 0.65
@@ -40,8 +39,8 @@ def overlay(image: Image.Image, values: np.ndarray, *, highest: float | None = N
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
-def draw(explanation: Explanation, words: Sequence[int]) -> Figure:
-    """The image, and the maps of the words: occlusion, and attention beside it where there is one."""
+def draw(explanation: Any, words: Sequence[int]) -> Figure:
+    """Of an `Explanation`: the image, and the maps of the words, occlusion and beside it attention if there is any."""
     from matplotlib.figure import Figure
 
     assert explanation.image is not None
