@@ -19,8 +19,8 @@ _SIZES = {
     5000: (3000, 12, 10, 1024, 0.0),
     1000: (1200, 12, 10, 1024, 0.1),
     200: (480, 12, 8, 512, 0.3),
-    50: (200, 8, 4, 512, 0.4),
-    0: (100, 8, 4, 512, 0.4),
+    50: (200, 8, 4, 512, 0.2),
+    0: (100, 8, 4, 512, 0.2),
 }
 # so few images that the language model learns the kind of text better from examples in its prompt than from training
 _FEW = 200
@@ -113,10 +113,10 @@ def _prompts(survey: Survey) -> str:
     words = sum(len(text.split()) for text in survey.examples)
     if survey.train_images >= _FEW or len(survey.examples) < 2 or words > _MOST_WORDS:
         return '  prompts: {caption: "Caption:"}  # what the language model reads between image and caption\n'
-    prompt = "".join(f"Caption: {text}{_END}\n" for text in survey.examples) + "Caption:"
+    prompt = "".join(f"Caption: {text}{_END}\n" for text in survey.examples) + "<image>Caption:"
     return (
-        "  # what the language model reads between image and caption: some of yours, which show it how to write\n"
-        f"  # and where to end ({_END} ends a text of SmolLM2 and Qwen; another language model has a mark of its own)\n"
+        "  # what the language model reads before a caption: some of yours, which show it how to write, and the image\n"
+        f"  # ({_END} ends a text of SmolLM2 and Qwen; another language model may have a mark of its own)\n"
         f"  prompts: {{caption: {json.dumps(prompt, ensure_ascii=False)}}}\n"
     )
 

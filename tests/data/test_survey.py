@@ -264,7 +264,7 @@ def test_few_captions_are_examples_in_the_prompt(photos, tmp_path):
     new(photos, "--no-plan", "--out", tmp_path / "r.yaml")
     recipe = load_recipe(tmp_path / "r.yaml")
     *examples, last = recipe.data.prompts["caption"].split("\n")
-    assert (last, len(examples)) == ("Caption:", 4)
+    assert (last, len(examples)) == ("<image>Caption:", 4)
     trained = {text for sample in load_sources(recipe.data.train) for text in sample.targets}
     shown = {line.removeprefix("Caption: ").removesuffix("<|im_end|>") for line in examples}
     assert shown <= trained, "none of the validation"
