@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from frozenprefix.cli.common import Overrides, RecipeFile, is_main_process
+from frozenprefix.errors import ConfigError
 
 if TYPE_CHECKING:
     from frozenprefix.config import ContrastiveRecipe, Recipe
@@ -35,6 +37,8 @@ def command(
     from frozenprefix.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # first: the trainer takes seconds to import
+    if plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--plan: measures one process; run `frozenprefix plan RECIPE` before, without a launcher")
     if plan is not False and is_main_process():
         say_stages(loaded, measure=bool(plan))
     from frozenprefix.training.registry import train_recipe

@@ -19,10 +19,13 @@ _SIZES = {
     5000: (3000, 12, 10, 1024, 0.0),
     1000: (1200, 12, 10, 1024, 0.1),
     200: (480, 12, 8, 512, 0.3),
-    50: (160, 8, 4, 512, 0.4),
-    0: (60, 8, 4, 512, 0.4),
+    50: (200, 8, 4, 512, 0.2),
+    0: (100, 8, 4, 512, 0.2),
 }
-_PROMPTS = {"caption": '  prompts: {caption: "Caption:"}  # what the language model reads between image and caption\n'}
+# so few images that the language model learns the kind of text better from examples in its prompt than from training
+_FEW = 200
+_END = "<|im_end|>"  # of the language model that is named here, and of those in the comments
+_MOST_WORDS = 120  # of the examples in a prompt
 _TOKENS_OF_A_WORD = 1.7
 _MAX_TARGET_TOKENS = 40  # the default
 
@@ -73,7 +76,7 @@ def starting_recipe(survey: Survey, *, name: str, file: str, output_dir: str | P
         >>> from frozenprefix.data.survey import survey
         >>> text = starting_recipe(survey(data_folder), name="shapes", file="shapes.yaml", output_dir="runs/shapes")
         >>> read_yaml(text, "shapes.yaml")["training"]["max_steps"]
-        60
+        100
     """
     sizes = next(values for least, values in _SIZES.items() if survey.train_images >= least)
     steps, images_per_step, prefix, hidden, dropout = sizes
@@ -91,7 +94,7 @@ def starting_recipe(survey: Survey, *, name: str, file: str, output_dir: str | P
         dropout=dropout,
         sources=_sources(survey),
         bad=_bad_share(survey),
-        prompts=_PROMPTS.get(survey.task, ""),
+        prompts=_prompts(survey),
         steps=steps,
         images_per_step=min(images_per_step, survey.train_images),
         targets=max(1, min(4, round(survey.targets))),
@@ -101,6 +104,21 @@ def starting_recipe(survey: Survey, *, name: str, file: str, output_dir: str | P
     )
     read_yaml(text, file)  # it is one
     return text.rstrip() + "\n"
+
+
+def _prompts(survey: Survey) -> str:
+    """What the language model reads between image and caption: with few images, captions of some of them."""
+    if survey.task != "caption":
+        return ""
+    words = sum(len(text.split()) for text in survey.examples)
+    if survey.train_images >= _FEW or len(survey.examples) < 2 or words > _MOST_WORDS:
+        return '  prompts: {caption: "Caption:"}  # what the language model reads between image and caption\n'
+    prompt = "".join(f"Caption: {text}{_END}\n" for text in survey.examples) + "<image>Caption:"
+    return (
+        "  # what the language model reads before a caption: some of yours, which show it how to write, and the image\n"
+        f"  # ({_END} ends a text of SmolLM2 and Qwen; another language model may have a mark of its own)\n"
+        f"  prompts: {{caption: {json.dumps(prompt, ensure_ascii=False)}}}\n"
+    )
 
 
 def _sources(survey: Survey) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, Literal
 
 from frozenprefix.data.images import image_ending, load_image, walk_files
@@ -29,6 +29,7 @@ _TEXT = ".txt"
 _SECONDS_OF_READING = 10.0
 _SEEDS = 200
 _MOST_FOR_SEEDS = 2000
+_EXAMPLES = 4
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Survey:
         train, validation: sources of a recipe; no validation where there are too few images.
         train_images, validation_images: images that are there and have texts.
         targets: texts of an image, on average; words: of the longest text.
+        examples: a few texts of usual length, of different images to train on.
         missing: images that texts name and that are not there, or cannot be read.
         found: lines that say what was found; notes: what may be wrong.
 
@@ -56,6 +58,7 @@ class Survey:
     targets: float = 1.0
     words: int = 1
     missing: int = 0
+    examples: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -264,8 +267,18 @@ def _fill(
         else:
             wanted = [fields["split"]] if isinstance(fields["split"], str) else fields["split"]
             members = [sample for sample in samples if sample.split in wanted]
+        if part == "train":
+            result.examples = _examples(members)
         setattr(result, part, [{**config, **fields}])
         setattr(result, f"{part}_images", len({sample.images for sample in members}))
+
+
+def _examples(samples: list[Sample]) -> list[str]:
+    """One text of each of a few images, those of the usual length; none with marks that prompts give a meaning."""
+    firsts = {sample.images: " ".join(sample.targets[0].split()) for sample in samples if sample.targets}
+    texts = [text for text in dict.fromkeys(firsts.values()) if text and not set(text) & set("{}<>")]
+    usual = median(len(text.split()) for text in texts) if texts else 0
+    return sorted(texts, key=lambda text: abs(len(text.split()) - usual))[:_EXAMPLES]
 
 
 def _holdout(samples: list[Sample], images: list[Path], root: Path, share: float | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -94,15 +95,22 @@ class Session:
     # ── texts ──
 
     def caption_all(self, *, beams: int = 1, max_new_tokens: int = 30) -> Iterator[list[str]]:
-        """Caption all items with all models, the chosen one first; yields the texts of the chosen one as they grow."""
+        """Caption all items with all models, the chosen one first; yields the texts of the chosen one as they grow.
+
+        It ends when other files are dropped.
+        """
         if self.chosen is None:
             return
+        items = self.items
         order = [self.chosen, *(n for n in range(len(self.items)) if n != self.chosen)]
-        for item in [self.items[number] for number in order]:
+        for item in [items[number] for number in order]:
             for number, model in enumerate(self.studio.models):
-                for text in _told(model.caption(item, beams=beams, max_new_tokens=max_new_tokens)):
-                    self.captions[item.path, number] = text
-                    yield self.texts()
+                with closing(_told(model.caption(item, beams=beams, max_new_tokens=max_new_tokens))) as texts:
+                    for text in texts:
+                        if self.items is not items:
+                            return
+                        self.captions[item.path, number] = text
+                        yield self.texts()
 
     def ask(self, question: str) -> Iterator[list[str]]:
         """Answers of all models to a question about the chosen item, as they grow.
@@ -275,7 +283,7 @@ def _counted(count: int) -> str:
     return f"{count} correction" + "s" * (count != 1)
 
 
-def _told(texts: Iterator[str]) -> Iterator[str]:
+def _told(texts: Iterator[str]) -> Generator[str, None, None]:
     """The texts; an error as a text in their place, so that other items and models go on."""
     text = ""
     try:

@@ -82,7 +82,12 @@ def stages_of(planned: Plan, recipe: Recipe | ContrastiveRecipe) -> list[Stage]:
 
 
 def _is_cheap(recipe: Recipe) -> bool:
-    """Whether the data are small and the costs are formulas, on a machine whose rate is measured in an instant."""
+    """Whether the data are small and the costs are formulas, on a machine whose rate is measured in an instant.
+
+    With several processes nothing is planned: the first one alone would wait for the others to choose a precision.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return False
     if torch.accelerator.is_available() or recipe.data.streamed or not has_formulas(recipe):
         return False
     return sum(_text_bytes(source) for source in (*recipe.data.train, *recipe.data.validation)) < MOST_TEXT

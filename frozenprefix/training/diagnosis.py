@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 MIN_CAPTIONS = 3  # fewer captions may be the same by chance
 MAX_PREFIX_SCALE = 5.0  # the prefix starts as large as the word embeddings
 MIN_PREFIX_SCALE = 0.2
-MIN_SPREAD = 0.02  # smaller differences between images are noise
+MIN_SPREAD = 0.02  # of prefix embeddings; smaller differences between images are noise
+MIN_FEATURE_SPREAD = 0.2  # eight photos: 0.77 of EfficientNet-Lite0's mean-pooled features, 0.08 with random weights
 LEARNED, RISEN = 0.9, 1.02  # of the first validation loss: above these, hardly anything was learned; training diverges
 BLIND_MARGIN = 0.01  # nats per token
 MIN_FITTING = 0.5  # share of the references that end within the limit of tokens
@@ -96,8 +97,8 @@ def advice(measured: Measured) -> str:
     if samples.prefix_scale < MIN_PREFIX_SCALE:
         size = f"the prefix embeddings are {samples.prefix_scale:.2f} times as large as word embeddings"
         return f"scale: {size}; set model.mapper.output_norm=layer, or raise {rate}"
-    if samples.feature_spread < MIN_SPREAD:
-        spread = f"the features of different images differ by only {samples.feature_spread:.1%}"
+    if samples.feature_spread < MIN_FEATURE_SPREAD:
+        spread = f"the features of different images differ by only {samples.feature_spread:.0%}"
         return (
             f"layer: {spread}; choose another model.vision_encoder.layer, check its weights, or set "
             "model.mapper.input_norm=true"

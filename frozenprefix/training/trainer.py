@@ -325,8 +325,9 @@ class Trainer(BaseTrainer):
         step = self.progress.step
         if step == 0 and self.settings.init_from is None:
             self._first_loss = losses["loss"]
-        if self.accelerator.is_main_process:
-            show_captions(step, samples)
+        if not self.accelerator.is_main_process:
+            return
+        show_captions(step, samples)
         if 3 * step > self.total_steps:
             norm = median(self._norms) if self._norms else None
             known = {"first_loss": self._first_loss, "gradient_norm": norm}

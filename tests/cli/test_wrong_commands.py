@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(monkeypatch, tiny_checkpoint, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device", "out.jsonl")
 
-    monkeypatch.setattr("frozenprefix.utils.append_jsonl", full)
+    monkeypatch.setattr("frozenprefix.utils.caption_files.append_jsonl", full)
     out = str(tmp_path / "out.jsonl")
     result = CliRunner().invoke(app, ["caption", str(tiny_checkpoint), str(tmp_path / "a.png"), "--out", out])
     assert result.exit_code == 2

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
 from frozenprefix.config import load_recipe
+from frozenprefix.config.starting import starting_recipe
 from frozenprefix.data.sources import detect_sources, load_sources, unread_tables
 from frozenprefix.data.survey import survey
 from frozenprefix.errors import DataError
@@ -192,7 +193,8 @@ def test_new_writes_a_recipe_and_says_what_is_next(photos, tmp_path, monkeypatch
     assert (recipe.name, str(recipe.output_dir)) == ("my photos", "runs/my_photos")
     assert len(load_sources(recipe.data.train)) == 16
     text = (tmp_path / "my_photos.yaml").read_text()
-    assert all(len(line) < 125 for line in text.splitlines() if "pypi://" not in line and "type: csv" not in line)
+    long = ("pypi://", "type: csv", "prompts: ")
+    assert all(len(line) < 125 for line in text.splitlines() if not any(part in line for part in long))
     assert "'my_photos.yaml' exists" in new("my photos", "--no-plan", code=2)
     new("my photos", "--no-plan", "--force")
 
@@ -254,3 +256,27 @@ def test_other_commands_find_the_table_too(photos):
     (photos / "Texte.csv").write_text("Datei;Text\nIMG_0001;ein Hund\n")
     assert detect_sources(photos)[0]["type"] == "image_folder", "it names few of the images"
     assert unread_tables(photos) == [photos / "Texte.csv"]
+
+
+def test_few_captions_are_examples_in_the_prompt(photos, tmp_path):
+    rows = "".join(f"IMG_{n:04};Ein Hund Nummer {n}\n" for n in range(18))
+    (photos / "t.csv").write_text(f"image;text\n{rows}IMG_0018;a {{b}} c d\nIMG_0019;a <image> b c\n")
+    new(photos, "--no-plan", "--out", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    *examples, last = recipe.data.prompts["caption"].split("\n")
+    assert (last, len(examples)) == ("<image>Caption:", 4)
+    trained = {text for sample in load_sources(recipe.data.train) for text in sample.targets}
+    shown = {line.removeprefix("Caption: ").removesuffix("<|im_end|>") for line in examples}
+    assert shown <= trained, "none of the validation"
+    assert all(text.startswith("Ein Hund Nummer ") for text in shown)
+
+
+def test_many_or_long_captions_are_not_in_the_prompt(tmp_path):
+    folder = tmp_path / "photos"
+    for number in range(30):
+        save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text("long " * 40 + str(number))
+    found = survey(folder)
+    assert 'caption: "Caption:"' in starting_recipe(found, name="a", file="a.yaml", output_dir="a")
+    found.train_images, found.examples = 1000, ["a dog", "a cat"]
+    assert 'caption: "Caption:"' in starting_recipe(found, name="a", file="a.yaml", output_dir="a")

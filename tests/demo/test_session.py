@@ -35,6 +35,17 @@ def test_the_one_that_is_looked_at_comes_first(session, photo, shapes):
     assert session.item.name == "blue_cross.png"
 
 
+def test_other_files_end_the_captions_of_those_before(session, photo, shapes):
+    session.add([photo, shapes / "images" / "blue_cross.png"])
+    writing = session.caption_all(max_new_tokens=30)
+    next(writing)
+    session.add([shapes / "images" / "green_square.png"])
+    assert list(writing) == []
+    assert not session.studio.models[0].lock.locked()
+    list(session.caption_all(max_new_tokens=2))
+    assert [path.name for path, _ in session.captions] == ["red_circle.png", "green_square.png"]
+
+
 def test_beams_write_at_once(session, demo_model, photo):
     session.add([photo])
     texts = list(session.caption_all(beams=3, max_new_tokens=6))

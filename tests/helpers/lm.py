@@ -115,3 +115,12 @@ def save_tiny_lm(folder: Path, family: str, sharpness: float = 1.0) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def with_room(folder: Path, positions: int = 1024) -> Path:
+    """Let a saved LM with rotary positions read longer texts, such as dialogs."""
+    import json
+
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
+    return folder

@@ -16,7 +16,7 @@ from frozenprefix.cli.main import app
 from tests.helpers import ROOT
 from tests.helpers.contrastive import MINILM, save_tiny_bert
 from tests.helpers.drawings import write_shapes
-from tests.helpers.lm import save_tiny_lm
+from tests.helpers.lm import save_tiny_lm, with_room
 from tests.helpers.recipes import tiny_recipe_dict
 from tests.helpers.towers import save_checkpoint, save_tower
 
@@ -58,9 +58,7 @@ def make_workplace(folder: Path) -> Path:
     shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for recipe in (folder / "recipes").rglob("*.yaml"):
         recipe.write_text(in_small(recipe.read_text(encoding="utf-8")), encoding="utf-8")
-    lm = save_tiny_lm(folder / "lm", "llama", sharpness=6.0)
-    config = json.loads((lm / "config.json").read_text())
-    (lm / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))  # room for dialogs
+    lm = with_room(save_tiny_lm(folder / "lm", "llama", sharpness=6.0))
     save_tiny_bert(folder / "bert")
     add_data(folder)
     add_parts_of_others(folder, lm)

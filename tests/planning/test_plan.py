@@ -201,8 +201,22 @@ def test_an_estimate_never_fails_and_says_nothing(tiny_recipe, tmp_path, monkeyp
     monkeypatch.setattr(stages, "MOST_TEXT", 0)
     assert [stage.name for stage in estimate_stages(recipe)] == names, "large data are not read twice"
     assert [stage.seconds for stage in estimate_stages(recipe)] == [None] * 4
+    monkeypatch.undo()
+    assert estimate_stages(recipe)[0].seconds is not None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [stage.seconds for stage in estimate_stages(recipe)] == [None] * 4, "nobody waits for other processes"
     assert caplog.messages == []
     assert not list(tmp_path.glob("run*"))
+
+
+def test_one_of_several_processes_is_not_measured(tiny_lm, shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(write_yaml(tiny_recipe_dict(tiny_lm("llama"), shapes, tmp_path / "run")))
+    result = CliRunner().invoke(app, ["train", str(recipe), "--plan"])
+    assert result.exit_code == 2
+    assert "--plan: measures one process" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_stages_add_up_to_the_run(tiny_recipe, tmp_path):

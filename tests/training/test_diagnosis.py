@@ -52,7 +52,7 @@ WORDS = "times as large as word embeddings"
 ADVICE = [
     (replace(GOOD, prefix_scale=12.0), {}, "learning rate", f"12.0 {WORDS}; lower"),
     (replace(GOOD, prefix_scale=0.05), {}, "scale", f"0.05 {WORDS}; set model.mapper.output_norm=layer"),
-    (replace(GOOD, feature_spread=0.001), {}, "layer", "differ by only 0.1%; choose another model.vision_encoder"),
+    (replace(GOOD, feature_spread=0.08), {}, "layer", "differ by only 8%; choose another model.vision_encoder"),
     (replace(GOOD, prefix_spread=0.001), {}, "learning rate", "differ by 70% into prefix embeddings that differ by"),
     (GOOD, {"first_loss": 1.9, "gradient_norm": 80.0}, "learning rate", "1.900 to 2.000, with a gradient norm of 80"),
     (
