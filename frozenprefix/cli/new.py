@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,8 +106,6 @@ def _say_time(path: Path) -> None:
     """How long training takes; a machine that cannot tell has its recipe all the same."""
     from frozenprefix.config import load_recipe
 
-    if _missing_extras():
-        return
     try:
         say_stages(load_recipe(path), measure=True)
     except FrozenPrefixError as error:
@@ -117,8 +114,7 @@ def _say_time(path: Path) -> None:
 
 def _say_next(path: Path, output_dir: Path, folder: Path, found: Survey) -> None:
     quoted, best = shlex.quote(str(path)), shlex.quote(str(output_dir / "best"))
-    steps = [f"pip install '{name}'" for name in _missing_extras()]
-    steps += [f"frozenprefix train {quoted}"]
+    steps = [f"frozenprefix train {quoted}"]
     if found.task == "vqa":
         steps.append(f'frozenprefix ask {best} PHOTO.jpg "a question"')
         steps.append(f"frozenprefix evaluate {best} --task vqa")
@@ -130,8 +126,3 @@ def _say_next(path: Path, output_dir: Path, folder: Path, found: Survey) -> None
     typer.echo("next:")
     for step in steps:
         typer.echo(f"  {step}")
-
-
-def _missing_extras() -> list[str]:
-    """What the recipe needs beyond the package itself."""
-    return [] if find_spec("gguf") else ["frozenprefix[gguf]"]

@@ -39,7 +39,7 @@ def export_gguf(
         frozenprefix.errors.ExportError: model.mapper.output_norm: got 'layer', a layer norm ...
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ExportError("writing GGUF files needs the gguf package: run `pip install frozenprefix[gguf]`")
+        raise ExportError("writing GGUF files needs the gguf package: run `pip install gguf`")
     if only_language_model:
         with atomic_folder(out) as folder:
             _write_language_model(source, folder / LM_FILE, file_type)

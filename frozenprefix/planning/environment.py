@@ -24,12 +24,11 @@ from frozenprefix.version import __version__
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "open_clip_torch", "peft", "accelerate", "numpy", "pillow")
 #: extra → (modules that it installs, what they are for)
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "gguf": (("gguf",), "language models in GGUF files, such as that of `new` and the quickstart"),
     "excel": (("openpyxl",), "Excel tables"),
     "heif": (("pillow_heif",), "HEIC photos of iPhones"),
     "video": (("av",), "videos"),
     "demo": (("gradio",), "a page in the browser"),
-    "llamacpp": (("xllamacpp", "gguf"), "captions by llama.cpp"),
+    "llamacpp": (("xllamacpp",), "captions by llama.cpp"),
     "track": (("tensorboard",), "TensorBoard"),
     "wandb": (("wandb",), "Weights & Biases"),
     "trackio": (("trackio",), "trackio"),

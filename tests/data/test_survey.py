@@ -230,12 +230,7 @@ def test_the_time_is_told(tmp_path, photos, monkeypatch):
     table(photos)
     asked = []
     monkeypatch.setattr("frozenprefix.cli.new.say_stages", lambda recipe, measure: asked.append(recipe.name))
-    monkeypatch.setattr("frozenprefix.cli.new.find_spec", lambda name: None)
-    output = new(photos, "--out", tmp_path / "r.yaml")
-    assert "next:\n  pip install 'frozenprefix[gguf]'\n  frozenprefix train" in output
-    assert asked == [], "without the extra nothing can be measured"
-    monkeypatch.setattr("frozenprefix.cli.new.find_spec", lambda name: object())
-    new(photos, "--out", tmp_path / "s.yaml")
+    assert "next:\n  frozenprefix train" in new(photos, "--out", tmp_path / "r.yaml")
     assert asked == ["my photos"]
 
 

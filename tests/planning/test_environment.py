@@ -27,8 +27,8 @@ def test_an_extra_that_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(environment, "find_spec", lambda module: None if module == "openpyxl" else object())
     facts = {fact.name: fact for fact in environment.extras()}
     assert facts["excel"] == ("excel", "Excel tables: pip install 'frozenprefix[excel]'", False)
-    assert facts["gguf"].ok
-    assert facts["gguf"].value.startswith("language models in GGUF files")
+    assert facts["video"].ok
+    assert facts["video"].value.startswith("videos")
 
 
 def test_versions_and_devices():

@@ -45,9 +45,7 @@ def gguf_to_pretrained(gguf_path: Path) -> Path:
 
 def _convert(gguf_path: Path, target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise AssetError(
-            f"reading the GGUF file '{gguf_path}' needs the gguf package: run `pip install frozenprefix[gguf]`"
-        )
+        raise AssetError(f"reading the GGUF file '{gguf_path}' needs the gguf package: run `pip install gguf`")
     read_gguf_header(gguf_path)  # its sizes are true before a reader allocates them
     logger.info("converting %s, once", gguf_path)
     try:
