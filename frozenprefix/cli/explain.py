@@ -66,7 +66,7 @@ def command(
                 bad.record(image, error)
             update(number, len(images))
     if explanations:
-        write_explanations(out, explanations, title=f"{len(explanations)} explained images: {checkpoint}")
+        write_explanations(out, explanations, title=f"What words rest on: {checkpoint}")
         write_json(json_out, [explanation.to_dict() for explanation in explanations])
         typer.echo(f"{len(explanations)} explained: {out}")
     print_left_out(bad, "IMAGE", len(images))

@@ -118,6 +118,7 @@ def _maps(explanation: Explanation, attention_first: bool) -> list[dict[str, str
     small = explanation.image.copy()
     small.thumbnail((_MAP_SIDE, _MAP_SIDE))
     highest = {kind: float(maps.max()) for kind, maps in kinds.items()}
+    highest["occlusion"] = max(highest["occlusion"], _SEEN)  # less than that is noise, and stays dark
     correlations = explanation.rank_correlations
     entries = []
     for number in _mapped(explanation):
