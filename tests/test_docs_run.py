@@ -31,7 +31,6 @@ OTHERS = {
     "make ": "is this test run, or starts it; tests/test_docs.py looks for the targets",
     "python benchmarks/": "tests/test_benchmarks.py runs each with --quick",
     "python -m benchmarks.families": "builds 150 language models",
-    "python docs/run_notebooks.py": "takes minutes; tests/test_notebooks.py runs the notebooks with tiny models",
     "python recipes/drawings.py": "is run for the data of this test",
     "python recipes/emoji.py": "downloads from npm; tests/test_recipe_emoji.py runs it with a stand-in",
     "accelerate launch": "tests/training/test_processes.py and tests/test_recipes.py run it",

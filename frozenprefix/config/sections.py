@@ -95,7 +95,7 @@ class AugmentationSection(RecipeSection):
 
     @property
     def views(self) -> list[View]:
-        return make_views(flip=self.flip, crops=self.crops, crop_size=self.crop_size)
+        return make_views(self)
 
     def problems(self) -> list[Problem]:
         if self.flip or self.crops:

@@ -53,24 +53,34 @@ class View(NamedTuple):
         return ImageOps.mirror(image) if self.mirrored else image
 
 
-def make_views(*, flip: bool, crops: int, crop_size: float) -> list[View]:
-    """The views of an image; the first is the whole image as it is.
+class ViewOptions(NamedTuple):
+    """Which views there are besides the whole image; a recipe's `data.augmentation` has the same fields.
 
-    Args:
-        flip: add the mirror image, and mirror every second crop.
+    Attributes:
+        flip: the mirror image; every second crop is mirrored, too.
         crops: 0 to 5: at corners, then at the centre.
         crop_size: share of width and height that a crop keeps.
+    """
+
+    flip: bool = True
+    crops: int = 2
+    crop_size: float = 0.85
+
+
+def make_views(options: Any) -> list[View]:
+    """The views of an image by `ViewOptions`, or an object with these fields; the first is the whole image as it is.
 
     Example:
-        >>> [view.name for view in make_views(flip=True, crops=2, crop_size=0.8)]
+        >>> [view.name for view in make_views(ViewOptions(crop_size=0.8))]
         ['whole', 'mirrored', 'crop-1-of-0.8', 'crop-2-of-0.8-mirrored']
     """
-    views = [View("whole"), *([View("mirrored", mirrored=True)] if flip else [])]
-    for number, (right, down) in enumerate(_PLACES[:crops], start=1):
-        left, top = (1 - crop_size) * right, (1 - crop_size) * down
-        mirrored = flip and number % 2 == 0
-        name = f"crop-{number}-of-{crop_size:g}" + ("-mirrored" if mirrored else "")
-        views.append(View(name, (left, top, left + crop_size, top + crop_size), mirrored))
+    size = options.crop_size
+    views = [View("whole"), *([View("mirrored", mirrored=True)] if options.flip else [])]
+    for number, (right, down) in enumerate(_PLACES[: options.crops], start=1):
+        left, top = (1 - size) * right, (1 - size) * down
+        mirrored = options.flip and number % 2 == 0
+        name = f"crop-{number}-of-{size:g}" + ("-mirrored" if mirrored else "")
+        views.append(View(name, (left, top, left + size, top + size), mirrored))
     return views
 
 
@@ -85,7 +95,7 @@ class Augmentation:
         seed: decides in which order an image shows its views.
 
     Example:
-        >>> views = make_views(flip=True, crops=0, crop_size=1.0)
+        >>> views = make_views(ViewOptions(crops=0))
         >>> augmentation = Augmentation(views, None, processor.image_processor, seed=0)
         >>> group = ImageGroup((image_path,), ())
         >>> augmentation.inputs([(0, 0, group), (1, 0, group)])["pixel_values"].shape  # epoch, number, group

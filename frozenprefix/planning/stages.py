@@ -50,7 +50,7 @@ def estimate_stages(recipe: Recipe | ContrastiveRecipe) -> list[Stage]:
 
     Example:
         >>> [stage.name for stage in estimate_stages(recipe)]
-        ['encode 12 images', 'train 6 steps', 'validate meanwhile', 'evaluate 4 images afterwards']
+        ['encode ... images', 'train 6 steps', 'validate meanwhile', 'evaluate 4 images afterwards']
     """
     with _quiet():
         try:

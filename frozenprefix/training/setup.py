@@ -203,7 +203,9 @@ def prepare_images(
             mine = paths[processes.process_index :: processes.num_processes]
             find_unreadable(mine, bad, workers=max(1, data.workers), progress=progress)
         else:
-            caches, encoded = _fill_caches(encoder, paths, images_of(groups["train"]), data, bad, processes, progress)
+            caches, encoded = _fill_caches(
+                encoder, paths, images_of(groups.get("train", ())), data, bad, processes, progress
+            )
             features = caches[0]
             if data.augmentation is not None:
                 view_features = [cache for cache in caches if cache is not None]

@@ -160,7 +160,7 @@ def test_plan_of_a_tiny_recipe(tiny_recipe, tmp_path):
     assert made.parameters["trainable"] == counted.trainable
     assert made.parameters["language model"] + made.parameters["vision encoder"] == counted.frozen
     assert made.memory["mapper, gradients, optimizer"] == 16 * counted.trainable
-    assert made.images == {"all": 12, "cached": 0, "train": 8}
+    assert made.images == {"all": 12, "cached": 0, "train": 8, "validation": 4}
     assert list(made.machines) == ["here", "h100", "cpu"]
     here = made.machines["here"]
     assert here.steps == 6

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from frozenprefix.config.sections import AugmentationSection
-from frozenprefix.data.augmentation import Augmentation, View, make_views
+from frozenprefix.data.augmentation import Augmentation, View, ViewOptions, make_views
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.training.trainer import Trainer, train
@@ -36,7 +36,7 @@ def started(recipe) -> Trainer:
 def test_views_by_hand():
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
     image = Image.fromarray(pixels)
-    whole, mirrored, first, second = make_views(flip=True, crops=2, crop_size=0.5)
+    whole, mirrored, first, second = make_views(ViewOptions(crop_size=0.5))
     for view, expected in [
         (whole, pixels),
         (mirrored, pixels[:, ::-1]),
@@ -55,7 +55,7 @@ def group_of(*texts: str) -> ImageGroup:
 
 
 def test_over_the_epochs_all_views_come_equally_often():
-    augmentation = Augmentation(make_views(flip=True, crops=2, crop_size=0.8), None, None, seed=0)
+    augmentation = Augmentation(make_views(ViewOptions(crop_size=0.8)), None, None, seed=0)
     drawn = [augmentation.choose(group_of("a dog"), image=3, epoch=epoch) for epoch in range(8)]
     assert Counter(drawn) == {0: 2, 1: 2, 2: 2, 3: 2}
     orders = {tuple(augmentation.choose(group_of("a dog"), image=i, epoch=e) for e in range(4)) for i in range(20)}
@@ -66,7 +66,7 @@ def test_over_the_epochs_all_views_come_equally_often():
     ("text", "mirrored"), [("a dog on the left", False), ("the leftovers", True), ("RIGHT", False)]
 )
 def test_an_image_whose_texts_name_sides_is_not_mirrored(text, mirrored):
-    augmentation = Augmentation(make_views(flip=True, crops=2, crop_size=0.8), None, None, seed=0)
+    augmentation = Augmentation(make_views(ViewOptions(crop_size=0.8)), None, None, seed=0)
     drawn = {augmentation.choose(group_of("a dog", text), image=0, epoch=epoch) for epoch in range(12)}
     assert any(augmentation.views[number].mirrored for number in drawn) == mirrored
     assert 0 in drawn
