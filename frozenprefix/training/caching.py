@@ -60,7 +60,7 @@ def fill_cache(
         DataError, CacheError: see `prepare_images`.
 
     Example:
-        >>> fill_cache(recipe).features
+        >>> fill_cache(recipe).images
         12
     """
     if recipe.data.feature_cache == "off":
