@@ -50,7 +50,10 @@ def command(
         typer.echo(f"best checkpoint: {result.best}{value}")
         if hasattr(loaded.model, "mapper"):
             best, run = shlex.quote(str(result.best)), shlex.quote(str(result.output_dir))
-            typer.echo(f"next: frozenprefix caption {best} IMAGE..., or frozenprefix report {run}")
+            typer.echo("next:")
+            for command in (f"caption {best} IMAGE...", f"explain {best} IMAGE... --out page.html", f"demo {best}"):
+                typer.echo(f"  frozenprefix {command}")
+            typer.echo(f"  frozenprefix report {run}")
 
 
 def say_stages(recipe: Recipe | ContrastiveRecipe, *, measure: bool) -> None:

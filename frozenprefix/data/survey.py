@@ -30,6 +30,7 @@ _SECONDS_OF_READING = 10.0
 _SEEDS = 200
 _MOST_FOR_SEEDS = 2000
 _EXAMPLES = 4
+FEW_IMAGES = 100
 
 
 @dataclass
@@ -252,6 +253,10 @@ def _divide(result: Survey, config: dict[str, Any], samples: list[Sample], share
     result.found.append(
         f"{result.train_images} images to train on, {result.validation_images} for validation, chosen by their names"
     )
+    if result.train_images < FEW_IMAGES:
+        result.notes.append(
+            f"{result.train_images} images are few: many captions will repeat one that was learned; hundreds do better"
+        )
 
 
 def _one(names: list[str]) -> str | list[str]:

@@ -134,7 +134,8 @@ def test_train(recipe, trained):
     ((seen, resume),) = trained
     assert (seen.training.learning_rate, seen.name, resume) == (1e-4, "b", "never")
     assert "\n30 steps, 360 targets in 61 s\nbest checkpoint: runs/b/best, validation loss 2.5000\n" in output
-    assert output.endswith("next: frozenprefix caption runs/b/best IMAGE..., or frozenprefix report runs/b\n")
+    assert "next:\n  frozenprefix caption runs/b/best IMAGE...\n" in output
+    assert output.endswith("  frozenprefix demo runs/b/best\n  frozenprefix report runs/b\n")
 
 
 def test_train_resumes_unless_told_otherwise(recipe, trained):
