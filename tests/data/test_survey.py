@@ -61,7 +61,8 @@ def test_a_table(photos):
         "column 'Datei' names the images: 20 of 20 are there",
         "column 'Was man sieht': captions",
     ]
-    assert (found.task, found.train_images, found.validation_images, found.notes) == ("caption", 16, 4, [])
+    assert (found.task, found.train_images, found.validation_images) == ("caption", 16, 4)
+    assert [note.partition(":")[0] for note in found.notes] == ["16 images are few"]
     divided(found)
 
 
