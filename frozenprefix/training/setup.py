@@ -236,7 +236,7 @@ def _fill_caches(
 
     A cache is None when not one image can be read.
     """
-    views = [] if data.augmentation is None else data.augmentation.views[1:]
+    views = data.further_views
     caches, encoded, done = [], 0, 0
     in_all = len(paths) + len(views) * len(training)
     for view in (None, *views):
