@@ -43,6 +43,7 @@ from frozenprefix.training.guards import report_bad_step, warn_of_leaks
 from frozenprefix.training.memory import explaining_memory, peak_memory
 from frozenprefix.training.mixture import LeftOut, Mixture, without_cache
 from frozenprefix.training.overview import overview
+from frozenprefix.training.pace import Pace
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import RunFolder, disk_errors
 from frozenprefix.training.schedule import Clock, learning_rate_factor
@@ -50,7 +51,6 @@ from frozenprefix.training.setup import PreparedImages, find_shared_images, prep
 from frozenprefix.training.sharding import make_accelerator, requested_sharding
 from frozenprefix.training.signals import StopSignals
 from frozenprefix.training.tracking import Tracker
-from frozenprefix.training.waiting import DataClock
 from frozenprefix.training.watchdog import Watchdog
 from frozenprefix.utils import check_run_folder, progress_bar, write_text_atomic
 from frozenprefix.utils.random_state import random_state
@@ -286,9 +286,8 @@ class BaseTrainer(ABC):
     def take_steps(self) -> None:
         """Take steps until the run is complete, out of time or out of patience."""
         settings, progress = self.settings, self.progress
-        waiting = DataClock(WINDOW)
-        batches = waiting.watch(self.batches())
-        window: list[tuple[float, int, float]] = []
+        pace = Pace(WINDOW)
+        batches = pace.watch(self.batches())
         self.model.train()
         with progress_bar("training", enabled=self.accelerator.is_main_process) as update:
             while progress.step < self.total_steps and self.clock.share() <= 1 and not self.ended_early():
@@ -296,23 +295,25 @@ class BaseTrainer(ABC):
                 before = time.monotonic()
                 with explaining_memory(settings, progress.step + 1):
                     values = self.step(batches)
-                window.append((values["loss"], int(values["targets"]), time.monotonic() - before))
-                window = window[-WINDOW:]
-                waiting.end_step(window[-1][2])
-                rate = sum(targets for _, targets, _ in window) / sum(seconds for *_, seconds in window)
-                note = f"loss {sum(loss for loss, *_ in window) / len(window):.3f}  {rate:.1f} targets/s"
+                pace.end_step(values["loss"], values["targets"], time.monotonic() - before)
+                note = f"loss {pace.loss:.3f}  {pace.targets_per_second:.1f} targets/s"
                 update(progress.step, self.total_steps, note)
                 asked = self.callbacks.end_step(self)
                 if progress.step % settings.log_every == 0 or "bad_samples" in values or asked.should_log:
-                    cost = {"seconds": self.clock.seconds, "memory_gb": peak_memory(self.accelerator.device)}
-                    self.log({**values, "targets_per_s": rate, "data_wait_share": waiting.share, **cost})
-                    workers = self.recipe.data.workers
-                    waiting.warn_if_slow(progress.step, workers=workers, cached=self.recipe.data.feature_cache != "off")
+                    self.log_step(values, pace)
                 if progress.step % settings.validate_every == 0 or asked.should_evaluate:
                     self.validate()
                 if progress.step % settings.save_every == 0 or asked.should_save:
                     self.save_last()
                 self.stop_if_told()
+
+    def log_step(self, values: dict[str, Any], pace: Pace) -> None:
+        """Log a step with the pace of the last ones and its cost."""
+        cost = {"seconds": self.clock.seconds, "memory_gb": peak_memory(self.accelerator.device)}
+        speed = {"targets_per_s": pace.targets_per_second, "data_wait_share": pace.wait_share}
+        self.log({**values, **speed, **cost})
+        data = self.recipe.data
+        pace.warn_if_waiting(self.progress.step, workers=data.workers, cached=data.feature_cache != "off")
 
     def stop_if_told(self) -> None:
         """Save the state and end the run if any process got a signal to stop; all of them then stop at this step.

@@ -9,7 +9,7 @@ import pytest
 
 from frozenprefix.training.overview import overview, part_rows
 from frozenprefix.training.trainer import Trainer
-from frozenprefix.training.waiting import DataClock
+from frozenprefix.training.pace import Pace
 
 LORA = "model.language_model.peft={type: lora, r: 2, target_modules: [q_proj]}"
 
@@ -38,24 +38,25 @@ def slow(seconds):
 
 @pytest.mark.parametrize(("cached", "advice"), [(False, "raise data.workers (now 2)"), (True, "on a local disk")])
 def test_waiting_is_measured_and_said_once(caplog, cached, advice):
-    clock = DataClock(steps=3)
-    batches = clock.watch(slow(0.01))
+    pace = Pace(steps=3)
+    batches = pace.watch(slow(0.01))
     for step in range(5):
         next(batches)
-        clock.end_step(0.02)
-        clock.warn_if_slow(step, workers=2, cached=cached)
-    assert 0.4 < clock.share <= 1.0
+        pace.end_step(loss=float(step), targets=4, seconds=0.02)
+        pace.warn_if_waiting(step, workers=2, cached=cached)
+    assert 0.4 < pace.wait_share <= 1.0
     (message,) = caplog.messages
     assert message.startswith("step 2: ")
     assert advice in message
 
 
 def test_a_quick_supply_is_not_mentioned(caplog):
-    clock = DataClock(steps=2)
-    batches = clock.watch(range(10))
+    pace = Pace(steps=2)
+    batches = pace.watch(range(10))
     for step in range(5):
         next(batches)
-        clock.end_step(1.0)
-        clock.warn_if_slow(step, workers=2, cached=False)
-    assert clock.share < 0.01
+        pace.end_step(loss=float(step), targets=4, seconds=1.0)
+        pace.warn_if_waiting(step, workers=2, cached=False)
+    assert pace.wait_share < 0.01
+    assert (pace.loss, pace.targets_per_second) == (3.5, 4.0), "means of the last two steps"
     assert caplog.messages == []
