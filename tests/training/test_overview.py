@@ -8,8 +8,8 @@ import time
 import pytest
 
 from frozenprefix.training.overview import overview, part_rows
-from frozenprefix.training.trainer import Trainer
 from frozenprefix.training.pace import Pace
+from frozenprefix.training.trainer import Trainer
 
 LORA = "model.language_model.peft={type: lora, r: 2, target_modules: [q_proj]}"
 
