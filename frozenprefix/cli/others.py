@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,19 +29,12 @@ def other_images(captioner: Captioner, checkpoint: str, own: Sequence[Path], fol
     Raises:
         DataError: for a folder without images.
     """
-    import torch
-
     from frozenprefix.cli.common import list_images
-    from frozenprefix.data.images import BadImages
-    from frozenprefix.evaluation.samples import recipe_images
+    from frozenprefix.evaluation import samples
 
     if folder is not None:
         candidates = list_images([folder])
     else:
-        candidates = recipe_images(checkpoint) or (list(own) if len(own) > 1 else [])
-    own_files = {path.resolve() for path in own} if folder is not None or len(candidates) > len(own) else set()
-    candidates = sorted({path for path in candidates if path.resolve() not in own_files})
-    chosen = random.Random(0).sample(candidates, min(count, len(candidates)))
-    ignored = BadImages()  # others that cannot be read are not missed
-    found = [features.cpu() for _, features in captioner.encoder.batches(chosen, 8, ignored)]
-    return torch.cat(found) if found else torch.empty(0)
+        candidates = samples.recipe_images(checkpoint) or (list(own) if len(own) > 1 else [])
+    without = own if folder is not None or len(candidates) > len(own) else ()
+    return samples.other_images(captioner.encoder, candidates, count, without=without)

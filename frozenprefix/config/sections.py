@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
 from frozenprefix.config.errors import collect_problems
-from frozenprefix.data.augmentation import MAX_CROPS, View, make_views
+from frozenprefix.data.augmentation import AugmentationOptions, View
 from frozenprefix.data.cache_format import StorageDType
 from frozenprefix.data.caption_retriever import RetrievalOptions
 from frozenprefix.data.features import FeatureStorage
@@ -81,28 +81,6 @@ class TextOnlySection(RecipeSection):
     noise: float = Field(0.016, ge=0, description="variance of the noise on a text's embedding")
 
 
-class AugmentationSection(RecipeSection):
-    """Views of the training images besides the whole image; each is encoded and cached once.
-
-    Example:
-        >>> [view.name for view in AugmentationSection(crops=1).views]
-        ['whole', 'mirrored', 'crop-1-of-0.85']
-    """
-
-    flip: bool = Field(True, description="the mirror image; not for images whose texts say left or right")
-    crops: int = Field(2, ge=0, le=MAX_CROPS, description="at corners, then at the centre")
-    crop_size: float = Field(0.85, gt=0.1, lt=1, description="share of width and height that a crop keeps")
-
-    @property
-    def views(self) -> list[View]:
-        return make_views(self)
-
-    def problems(self) -> list[Problem]:
-        if self.flip or self.crops:
-            return []
-        return [Problem("got no flip and 0 crops, which has no effect; give one, or remove the block", ("crops",))]
-
-
 class DataSection(RecipeSection):
     """Where samples come from, and how their images are read.
 
@@ -120,7 +98,12 @@ class DataSection(RecipeSection):
     workers: int = Field(2, ge=0, description="processes that decode images")
     text_only: TextOnlySection | None = Field(None, description="train on texts alone, without reading images")
     retrieval: RetrievalOptions | None = Field(None, description="captions of similar images in caption prompts")
-    augmentation: AugmentationSection | None = Field(None, description="crops and mirror images of training images")
+    augmentation: AugmentationOptions | None = Field(None, description="crops and mirror images of training images")
+
+    @property
+    def further_views(self) -> list[View]:
+        """Views of the training images besides the whole ones."""
+        return [] if self.augmentation is None else self.augmentation.views[1:]
 
     @property
     def feature_storage(self) -> FeatureStorage:

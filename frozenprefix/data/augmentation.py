@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from frozenprefix.data.cache import FeatureCache
 from frozenprefix.data.images import load_image
 from frozenprefix.data.samples import ImageGroup
+from frozenprefix.errors import Problem
+from frozenprefix.models.section import Section
 
 # corners in turn, so that two crops see different halves of the image, then the centre
 _PLACES = [(0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
-MAX_CROPS = len(_PLACES)
 # texts that are wrong for a mirror image
 _SIDES = re.compile(r"\b(left|right)(most|ward|wards)?\b", re.IGNORECASE)
 
@@ -53,35 +55,38 @@ class View(NamedTuple):
         return ImageOps.mirror(image) if self.mirrored else image
 
 
-class ViewOptions(NamedTuple):
-    """Which views there are besides the whole image; a recipe's `data.augmentation` has the same fields.
-
-    Attributes:
-        flip: the mirror image; every second crop is mirrored, too.
-        crops: 0 to 5: at corners, then at the centre.
-        crop_size: share of width and height that a crop keeps.
-    """
-
-    flip: bool = True
-    crops: int = 2
-    crop_size: float = 0.85
-
-
-def make_views(options: Any) -> list[View]:
-    """The views of an image by `ViewOptions`, or an object with these fields; the first is the whole image as it is.
+class AugmentationOptions(Section):
+    """Views of the training images besides the whole image; each is encoded and cached once.
 
     Example:
-        >>> [view.name for view in make_views(ViewOptions(crop_size=0.8))]
+        >>> [view.name for view in AugmentationOptions(crop_size=0.8).views]
         ['whole', 'mirrored', 'crop-1-of-0.8', 'crop-2-of-0.8-mirrored']
     """
-    size = options.crop_size
-    views = [View("whole"), *([View("mirrored", mirrored=True)] if options.flip else [])]
-    for number, (right, down) in enumerate(_PLACES[: options.crops], start=1):
-        left, top = (1 - size) * right, (1 - size) * down
-        mirrored = options.flip and number % 2 == 0
-        name = f"crop-{number}-of-{size:g}" + ("-mirrored" if mirrored else "")
-        views.append(View(name, (left, top, left + size, top + size), mirrored))
-    return views
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    flip: bool = Field(True, description="the mirror image; not for images whose texts say left or right")
+    crops: int = Field(
+        2, ge=0, le=len(_PLACES), description="at corners, then at the centre; with flip every second one is mirrored"
+    )
+    crop_size: float = Field(0.85, gt=0.1, lt=1, description="share of width and height that a crop keeps")
+
+    def problems(self) -> list[Problem]:
+        if self.flip or self.crops:
+            return []
+        return [Problem("got no flip and 0 crops, which has no effect; give one, or remove the block", ("crops",))]
+
+    @property
+    def views(self) -> list[View]:
+        """The views of an image; the first is the whole image as it is."""
+        size = self.crop_size
+        views = [View("whole"), *([View("mirrored", mirrored=True)] if self.flip else [])]
+        for number, (right, down) in enumerate(_PLACES[: self.crops], start=1):
+            left, top = (1 - size) * right, (1 - size) * down
+            mirrored = self.flip and number % 2 == 0
+            name = f"crop-{number}-of-{size:g}" + ("-mirrored" if mirrored else "")
+            views.append(View(name, (left, top, left + size, top + size), mirrored))
+        return views
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,13 @@ class Augmentation:
     """Model inputs of training images, in the view that is due.
 
     Args:
-        views: as from `make_views`.
+        views: of `AugmentationOptions`.
         features: a feature cache for each view; None decodes the images.
         image_processor: of the vision encoder, without features.
         seed: decides in which order an image shows its views.
 
     Example:
-        >>> views = make_views(ViewOptions(crops=0))
-        >>> augmentation = Augmentation(views, None, processor.image_processor, seed=0)
+        >>> augmentation = Augmentation(AugmentationOptions(crops=0).views, None, processor.image_processor, seed=0)
         >>> group = ImageGroup((image_path,), ())
         >>> augmentation.inputs([(0, 0, group), (1, 0, group)])["pixel_values"].shape  # epoch, number, group
         torch.Size([2, 3, 32, 32])
@@ -109,12 +113,12 @@ class Augmentation:
 
     def choose(self, group: ImageGroup, *, image: int, epoch: int) -> int:
         """Number of the view of a group's images. One whose texts say left or right is not mirrored."""
-        allowed = range(len(self.views))
-        if any(view.mirrored for view in self.views) and _has_sides(group):
-            allowed = [number for number in allowed if not self.views[number].mirrored]  # type: ignore[assignment]
-        order = list(allowed)
-        random.Random(f"{self.seed}/{image}/views").shuffle(order)
-        return order[epoch % len(order)]
+        sides = _has_sides(group)
+        order = [number for number, view in enumerate(self.views) if not (sides and view.mirrored)]
+        # another order after every round, or a view would always come with the same of the image's texts
+        rounds, place = divmod(epoch, len(order))
+        random.Random(f"{self.seed}/{image}/{rounds}/views").shuffle(order)
+        return order[place]
 
     def inputs(self, groups: Sequence[tuple[int, int, ImageGroup]]) -> dict[str, Tensor]:
         """`image_features` or `pixel_values` of groups, each with its epoch and its number."""

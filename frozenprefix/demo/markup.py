@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
@@ -13,6 +12,7 @@ from frozenprefix.demo.inputs import Item
 from frozenprefix.interpret import Explanation
 from frozenprefix.interpret.explain import ExplainedWord, overlay
 from frozenprefix.interpret.explain.page import evidence_colour
+from frozenprefix.interpret.report import data_uri
 
 STYLE = """
 .fp-view { position: relative; max-width: 28rem; margin: 0; }
@@ -40,7 +40,7 @@ STYLE = """
 
 
 def image_uri(image: Image.Image, *, quality: int = 85) -> str:
-    """A `data:` address with the image as WebP.
+    """A `data:` address with the image as WebP, a fraction of the size of what reports hold.
 
     Example:
         >>> image_uri(image)[:23]
@@ -48,7 +48,7 @@ def image_uri(image: Image.Image, *, quality: int = 85) -> str:
     """
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=quality)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue(), "webp")
 
 
 def note(lines: Sequence[str]) -> str:
@@ -95,10 +95,10 @@ def explained(explanation: Explanation) -> str:
 
 def _word(explanation: Explanation, number: int) -> str:
     word = explanation.words[number]
-    maps = explanation.occlusion if explanation.occlusion is not None else explanation.attention
     heat = ""
-    if maps is not None and explanation.image is not None:
-        shown = overlay(explanation.image, maps[number], highest=float(maps.max()))
+    if explanation.image is not None and "occlusion" in explanation.heat_maps:
+        maps, highest = explanation.heat_maps["occlusion"]
+        shown = overlay(explanation.image, maps[number], highest=highest)
         heat = f'<img class="fp-map" src="{image_uri(shown, quality=70)}" alt="">'
     style = evidence_colour(word.evidence)
     tip = f'<span class="fp-tip">{escape(_tip(word))}</span>'
@@ -126,8 +126,6 @@ def _legend(explanation: Explanation) -> str:
         told.append(f"green: the image speaks for the word, against {explanation.others} other images; red: against it")
     if explanation.occlusion is not None:
         told.append("point at a word for its heat map: where covering the image makes the word less likely")
-    elif explanation.attention is not None:
-        told.append("point at a word for its map of attention")
     else:
         told.append("no heat maps" + "".join(f" ({reason})" for reason in list(explanation.unavailable.values())[:1]))
     return escape("; ".join(told) + ".")

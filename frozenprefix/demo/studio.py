@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from frozenprefix.data.caption_retriever import image_keys
 from frozenprefix.demo.corrections import Corrections
 from frozenprefix.demo.inputs import Item
 from frozenprefix.demo.retraining import Retraining
 from frozenprefix.errors import ConfigError, FrozenPrefixError
-from frozenprefix.evaluation.samples import recipe_images
+from frozenprefix.evaluation.samples import other_images, recipe_images
 from frozenprefix.inference import Captioner, Dialog, VideoCaptioner, stream_text
 from frozenprefix.interpret import Explainer, Explanation
 from frozenprefix.training.checkpoints import load_initial
@@ -111,7 +110,8 @@ class DemoModel:
             raise ConfigError(f"{item.name}: heat maps are for photos; a clip has one prefix for all its frames")
         with self.lock:
             if self._explainer is None:
-                self._explainer = Explainer(self.captioner, self._other_images())
+                candidates = recipe_images(Path(self.checkpoint).expanduser())
+                self._explainer = Explainer(self.captioner, other_images(self.captioner.encoder, candidates, OTHERS))
             return self._explainer(item.path, text)
 
     def use_weights(self, folder: Path) -> None:
@@ -119,6 +119,7 @@ class DemoModel:
         with self.lock:
             load_initial(self.captioner.model, folder)
             self._explainer = None
+            self._features.clear()  # the encoder may be among what is trained
 
     # ── parts ──
 
@@ -132,16 +133,9 @@ class DemoModel:
         return self._features[item.path]
 
     def _caption_prompt(self, item: Item, features: Tensor) -> str:
-        captioner = self.captioner
-        prompt = captioner.processor.prompt_for("caption", images=len(features))
-        if captioner.retriever is None or item.kind == "clip":
-            return prompt
-        keys = image_keys(captioner.model.vision_encoder, [item.path])
-        return captioner.retriever.prompts([prompt], features, keys)[0]
-
-    def _other_images(self) -> Sequence[Path]:
-        """Images of the validation data, if they are here."""
-        return recipe_images(Path(self.checkpoint).expanduser())[:OTHERS]
+        if item.kind == "clip":
+            return self.captioner.processor.prompt_for("caption", images=len(features))
+        return self.captioner.caption_prompts([item.path], features)[0]
 
 
 @dataclass

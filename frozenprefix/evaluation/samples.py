@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from frozenprefix.config import Recipe, load_checkpoint_recipe
 from frozenprefix.config.sections import EvaluationSection
 from frozenprefix.data.cache_format import MANIFEST, Fingerprint, load_manifest, plain_fingerprint
 from frozenprefix.data.features import FeatureStorage
+from frozenprefix.data.images import BadImages
 from frozenprefix.data.samples import Sample, check_unique_ids, with_images, with_targets
 from frozenprefix.data.sources import detect_sources, load_source, load_sources
 from frozenprefix.data.sources.selection import first_images
 from frozenprefix.errors import ConfigError, FrozenPrefixError
 from frozenprefix.utils import report
+
+if TYPE_CHECKING:
+    from frozenprefix.data.image_encoder import ImageEncoder
 
 #: (type of source, task) → fields without which the source gives no sample of that task.
 _TASK_FIELDS: dict[tuple[str, str], dict[str, Any]] = {
@@ -86,6 +94,29 @@ def recipe_images(checkpoint: str | Path, part: str = "validation") -> list[Path
     except FrozenPrefixError:
         return []
     return list(dict.fromkeys(path for sample in samples for path in sample.images if path.is_file()))
+
+
+def other_images(
+    encoder: ImageEncoder, candidates: Sequence[Path], count: int, *, without: Collection[Path] = ()
+) -> Tensor:
+    """Features float[M, N, D_enc] of up to `count` images, for evidence; the same ones for the same candidates.
+
+    They are drawn from all candidates, as neighbours in a folder are often alike. Those that cannot be read are left
+    out.
+
+    Args:
+        without: images that are not drawn.
+
+    Example:
+        >>> paths = sorted(images_folder.iterdir())
+        >>> len(other_images(captioner.encoder, paths, 4, without=paths[:1]))
+        4
+    """
+    own = {path.resolve() for path in without}
+    files = sorted({path for path in candidates if path.resolve() not in own})
+    chosen = random.Random(0).sample(files, min(count, len(files)))
+    found = [features.cpu() for _, features in encoder.batches(chosen, 8, BadImages())]
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def check_samples_of(samples: Sequence[Sample], task: str) -> list[Sample]:

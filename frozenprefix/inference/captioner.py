@@ -148,13 +148,23 @@ class Captioner:
         """
         text = self.processor.prompt_for("caption") if prompt is None else self.processor.with_image(prompt)
         for batch, features in self.encoder.batches(map(Path, paths), self.batch_size, bad):
-            files, prompts = cast(list[Path], batch), [text] * len(batch)
-            if self.retriever is not None:
-                keys = image_keys(self.model.vision_encoder, files)
-                prompts = self.retriever.prompts(prompts, features.cpu(), keys)
+            files = cast(list[Path], batch)
+            prompts = self.caption_prompts(files, features, text)
             texts = self.generate(prompts, features, num_beams=num_beams, max_new_tokens=max_new_tokens, **generate)
             for path, generation in zip(files, texts, strict=True):
                 yield Caption(path, generation.text, generation.score)
+
+    def caption_prompts(self, files: Sequence[Path], features: Tensor, text: str | None = None) -> list[str]:
+        """What stands before the caption of each image file, with retrieved captions for a model trained with them.
+
+        Args:
+            features: float[n, N, D_enc] of the files.
+            text: the prompt; by default that of the training.
+        """
+        prompts = [self.processor.prompt_for("caption") if text is None else text] * len(files)
+        if self.retriever is None:
+            return prompts
+        return self.retriever.prompts(prompts, features.cpu(), image_keys(self.model.vision_encoder, files))
 
     def answer(self, image: ImageInput, question: str, *, max_new_tokens: int = 10, **generate: Any) -> str:
         """Answer a question about one image, greedily unless `generate` says otherwise."""

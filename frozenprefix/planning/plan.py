@@ -111,7 +111,7 @@ def plan(
     step = step_costs(recipe, groups, encoder, calibrate=calibrate)
     images = _image_costs(recipe, encoder, paths, calibrate / 2)
     # every view of a training image is encoded as an image of its own
-    views = [] if recipe.data.augmentation is None else recipe.data.augmentation.views[1:]
+    views = recipe.data.further_views
     training = images_of(groups["train"]) if views else []
     in_all = len(paths) + len(views) * len(training)
     cached = _count_cached(recipe, encoder, paths)

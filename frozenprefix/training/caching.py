@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from frozenprefix.config import resolve_precision
 from frozenprefix.config.base_recipe import BaseRecipe
 from frozenprefix.data.cache import repair_cache
+from frozenprefix.data.cache_format import MANIFEST
 from frozenprefix.data.features import feature_folder
 from frozenprefix.data.image_encoder import ImageEncoder
 from frozenprefix.data.images import BadImages
@@ -27,7 +28,8 @@ class FilledCache:
     Attributes:
         images: number of image files of the recipe; bad: those that cannot be read, listed in `bad_list`.
         features: number of images in the folder; encoded: number of those that were added now, in `seconds`.
-        bytes: size of the folder; shape: (N, D_enc) of an image's features, stored as `dtype`.
+        bytes: size of the folder, and of those of further views.
+        shape: (N, D_enc) of an image's features, stored as `dtype`.
         is_main: whether this is the main process, which reports to the user.
     """
 
@@ -75,6 +77,10 @@ def fill_cache(
     folder = feature_folder(recipe.data.feature_storage, encoder.fingerprint)
     if repair and accelerator.is_main_process:
         repair_cache(folder)
+        for view in recipe.data.further_views:
+            others = feature_folder(recipe.data.feature_storage, replace(encoder, view=view).fingerprint)
+            if (others / MANIFEST).exists():
+                repair_cache(others)
     accelerator.wait_for_everyone()
     bad_list = folder / "bad_images.jsonl"
     started = time.monotonic()
@@ -97,7 +103,7 @@ def fill_cache(
         features=len(features),
         encoded=prepared.encoded,
         seconds=time.monotonic() - started,
-        bytes=folder_bytes(folder),
+        bytes=sum(folder_bytes(cache.folder) for cache in prepared.view_features or [features]),
         shape=features.manifest.shape,
         dtype=features.manifest.dtype,
         is_main=accelerator.is_main_process,

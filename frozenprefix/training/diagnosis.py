@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from frozenprefix.training.sampling import CaptionSamples
 
@@ -143,7 +143,7 @@ def warn_of_symptoms(step: int, measured: Measured) -> None:
 def show_captions(step: int, samples: CaptionSamples, count: int = 3) -> None:
     """Log the captions of the first `count` images, with what is known of all of them."""
     for image, caption in list(zip(samples.images, samples.captions, strict=True))[:count]:
-        logger.info("step %d: %s: %s", step, image.replace("\\", "/").rpartition("/")[2], " ".join(caption.split()))
+        logger.info("step %d: %s: %s", step, Path(image).name, " ".join(caption.split()))
     total = len(samples.captions)
     logger.info(
         "step %d: %d of %d captions are distinct, %.0f %% end by themselves",
@@ -152,17 +152,3 @@ def show_captions(step: int, samples: CaptionSamples, count: int = 3) -> None:
         total,
         100 * samples.ended,
     )
-
-
-def text_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """The sample captions among values to log, as Markdown, for trackers that show text.
-
-    Example:
-        >>> text_of({"loss": 2.0, "validation/captions": ["a dog"], "validation/caption_images": ["x/1.jpg"]})
-        {'validation/captions': '- 1.jpg: a dog'}
-    """
-    captions, images = values.get("validation/captions"), values.get("validation/caption_images")
-    if not captions or not images:
-        return {}
-    names = [str(image).rpartition("/")[2] for image in images]
-    return {"validation/captions": "\n".join(f"- {n}: {c}" for n, c in zip(names, captions, strict=True))}

@@ -135,11 +135,11 @@ def greedy_captions(
     prompts = [processor.encode_prompt(prompt_of(sample, processor)) for _, sample in pairs]
     inputs = collator.image_inputs([path for group, _ in pairs for path in group.images])
     images = {name: value.to(model.device) for name, value in inputs.items()}
-    ids = generate_ids(model, processor, prompts, images, max_new_tokens=max_new_tokens)
-    ends = end_tokens(model, processor.tokenizer)
-    with evaluating(model):
+    with evaluating(model):  # each image is encoded once
         features = images["image_features"] if "image_features" in images else model.encode(images["pixel_values"])
         prefix_embeds = cast(Tensor, model.prefix(image_features=features)).float()
+    ids = generate_ids(model, processor, prompts, {"image_features": features}, max_new_tokens=max_new_tokens)
+    ends = end_tokens(model, processor.tokenizer)
     targets = processor.tokenizer([text for _, sample in pairs for text in sample.targets], add_special_tokens=False)
     return CaptionSamples(
         images=[str(group.images[0]) for group, _ in pairs],

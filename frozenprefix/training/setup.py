@@ -236,10 +236,12 @@ def _fill_caches(
 
     A cache is None when not one image can be read.
     """
-    views = [] if data.augmentation is None else data.augmentation.views[1:]
+    views = data.further_views
     caches, encoded, done = [], 0, 0
     in_all = len(paths) + len(views) * len(training)
     for view in (None, *views):
+        if view is not None:
+            share_bad_images(bad)  # the processes divide a list that has to be the same for all
         listed = list(paths) if view is None else [path for path in training if path not in bad]
 
         def count(images: int, _: int, before: int = done) -> None:

@@ -14,7 +14,6 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 
 from frozenprefix.config.sections import TrackingSection
 from frozenprefix.errors import DataError, TrainingError
-from frozenprefix.training.diagnosis import text_of
 from frozenprefix.utils import append_jsonl, read_jsonl, report, write_jsonl, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -109,6 +108,20 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise TrainingError(f"{path}: no such log; is '{output_dir}' the output folder of a run?")
     return _read_rows(path)
+
+
+def text_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The sample captions among values to log, as Markdown, for trackers that show text.
+
+    Example:
+        >>> text_of({"loss": 2.0, "validation/captions": ["a dog"], "validation/caption_images": ["x/1.jpg"]})
+        {'validation/captions': '- 1.jpg: a dog'}
+    """
+    captions, images = values.get("validation/captions"), values.get("validation/caption_images")
+    if not captions or not images:
+        return {}
+    lines = [f"- {Path(image).name}: {caption}" for image, caption in zip(images, captions, strict=True)]
+    return {"validation/captions": "\n".join(lines)}
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from frozenprefix.demo import DemoModel, Session, Studio
-from frozenprefix.demo.markup import note, table, view
+from frozenprefix.demo import DemoModel, Session, Studio, read_items, studio
+from frozenprefix.demo.markup import explained, note, table, view
 from frozenprefix.demo.studio import display_name
 from frozenprefix.errors import ConfigError
 from frozenprefix.inference import Captioner
@@ -134,6 +136,37 @@ def test_an_explanation_has_a_button_for_each_word(session, photo):
     assert page.count("<button") == page.count("fp-map") >= 3
     assert "&lt;" in page
     assert "<red>" not in page
+
+
+def test_weak_occlusion_stays_dark(session, photo):
+    """As on the page of `explain`: what is noise is not shown in full colour."""
+    explanation = session.studio.models[0].explain(read_items([photo])[0][0], "a red circle")
+    weak = explained(replace(explanation, occlusion=np.full_like(explanation.occlusion, 0.1)))
+    strong = explained(replace(explanation, occlusion=np.full_like(explanation.occlusion, 5.0)))
+    assert weak != strong
+
+
+def test_evidence_leaves_out_images_that_cannot_be_read(session, photo, monkeypatch, tmp_path, shapes):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    there = [shapes / "images" / f"{name}.png" for name in ("blue_cross", "green_square")]
+    monkeypatch.setattr(studio, "recipe_images", lambda checkpoint: [tmp_path / "broken.jpg", *there])
+    model = DemoModel(session.studio.models[0].checkpoint, session.studio.models[0].captioner)
+    assert model.explain(read_items([photo])[0][0], "a red circle").others == 2
+
+
+def test_other_weights_may_have_another_encoder(session, photo, run_checkpoint):
+    """What is trained may hold the encoder, so no features are kept."""
+    model = session.studio.models[0]
+    session.add([photo])
+    list(session.caption_all(max_new_tokens=2))
+    encoded = []
+    handle = model.captioner.model.vision_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    list(session.caption_all(max_new_tokens=2))
+    assert not encoded, "features are kept"
+    model.use_weights(run_checkpoint)
+    list(session.caption_all(max_new_tokens=2))
+    handle.remove()
+    assert encoded
 
 
 def test_corrections_of_what_is_looked_at(session, photo):

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from frozenprefix.config import Recipe
 from frozenprefix.models.freezing import hash_tensors
 from frozenprefix.training.base_trainer import BaseTrainer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.tracking import read_log
+from frozenprefix.training.trainer import Trainer
 from tests.helpers import ROOT
 from tests.helpers.freezing import frozen_tensors
 
@@ -27,6 +29,14 @@ from frozenprefix.config import load_recipe
 from frozenprefix.training import train
 train(load_recipe(sys.argv[1]))
 """
+
+
+def started(recipe: Recipe) -> Trainer:
+    """A trainer that is ready for its first step."""
+    trainer = Trainer(recipe)
+    trainer.setup()
+    trainer.model.train()
+    return trainer
 
 
 def losses_of(folder: Path, name: str = "loss") -> list[float]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from frozenprefix.config.sections import AugmentationSection
-from frozenprefix.data.augmentation import Augmentation, View, ViewOptions, make_views
+from frozenprefix.data.augmentation import Augmentation, AugmentationOptions, View
 from frozenprefix.data.samples import ImageGroup, Sample
 from frozenprefix.errors import CheckpointError, ConfigError
-from frozenprefix.training.trainer import Trainer, train
-from tests.helpers.training import losses_of
+from frozenprefix.training.caching import fill_cache
+from frozenprefix.training.trainer import train
+from tests.helpers.training import losses_of, started
 
 ON = "data.augmentation={crops: 2, crop_size: 0.5}"
 
@@ -24,19 +24,13 @@ def recipe_of(tiny_recipe, sharp_lm):
     return lambda folder, *overrides: tiny_recipe(folder, *overrides, lm=sharp_lm)
 
 
-def started(recipe) -> Trainer:
-    trainer = Trainer(recipe)
-    trainer.setup()
-    return trainer
-
-
 # ── views ──
 
 
 def test_views_by_hand():
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
     image = Image.fromarray(pixels)
-    whole, mirrored, first, second = make_views(ViewOptions(crop_size=0.5))
+    whole, mirrored, first, second = AugmentationOptions(crop_size=0.5).views
     for view, expected in [
         (whole, pixels),
         (mirrored, pixels[:, ::-1]),
@@ -55,9 +49,10 @@ def group_of(*texts: str) -> ImageGroup:
 
 
 def test_over_the_epochs_all_views_come_equally_often():
-    augmentation = Augmentation(make_views(ViewOptions(crop_size=0.8)), None, None, seed=0)
+    augmentation = Augmentation(AugmentationOptions(crop_size=0.8).views, None, None, seed=0)
     drawn = [augmentation.choose(group_of("a dog"), image=3, epoch=epoch) for epoch in range(8)]
     assert Counter(drawn) == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert drawn[:4] != drawn[4:], "else each text of the image would always come with the same view"
     orders = {tuple(augmentation.choose(group_of("a dog"), image=i, epoch=e) for e in range(4)) for i in range(20)}
     assert len(orders) > 5
 
@@ -66,7 +61,7 @@ def test_over_the_epochs_all_views_come_equally_often():
     ("text", "mirrored"), [("a dog on the left", False), ("the leftovers", True), ("RIGHT", False)]
 )
 def test_an_image_whose_texts_name_sides_is_not_mirrored(text, mirrored):
-    augmentation = Augmentation(make_views(ViewOptions(crop_size=0.8)), None, None, seed=0)
+    augmentation = Augmentation(AugmentationOptions(crop_size=0.8).views, None, None, seed=0)
     drawn = {augmentation.choose(group_of("a dog", text), image=0, epoch=epoch) for epoch in range(12)}
     assert any(augmentation.views[number].mirrored for number in drawn) == mirrored
     assert 0 in drawn
@@ -97,6 +92,19 @@ def test_the_second_run_encodes_nothing(recipe_of, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr("frozenprefix.data.image_encoder.ImageEncoder.encode", None)
     assert train(recipe_of(tmp_path / "two", ON, cache, "training.max_steps=2")).steps == 2
+
+
+def test_the_cache_of_a_recipe_has_all_views_and_is_repaired_as_a_whole(recipe_of, tmp_path):
+    filled, whole = (
+        fill_cache(recipe_of(tmp_path, *on, f"data.feature_cache={tmp_path / name}"))
+        for name, on in [("views", [ON]), ("plain", [])]
+    )
+    assert filled.encoded == whole.encoded + 3 * 8
+    assert filled.bytes > 2 * whole.bytes
+    shard = next((filled.folder / "mirrored").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 4])
+    again = fill_cache(recipe_of(tmp_path, ON, f"data.feature_cache={tmp_path / 'views'}"), repair=True)
+    assert 0 < again.encoded <= 8
 
 
 def test_cached_and_decoded_views_train_alike(recipe_of, tmp_path):
@@ -142,4 +150,4 @@ def test_plan_counts_the_views(recipe_of, tmp_path):
     assert augmented.images["all"] == plain.images["all"] + 3 * plain.images["train"]
     assert augmented.images["cached"] == 0
     assert augmented.cache_bytes > 2 * plain.cache_bytes
-    assert len(AugmentationSection().views) == 4
+    assert len(AugmentationOptions().views) == 4

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from frozenprefix.training.diagnosis import Measured, advice, symptoms, text_of, warn_of_symptoms
+from frozenprefix.training.diagnosis import Measured, advice, symptoms, warn_of_symptoms
 from frozenprefix.training.sampling import CaptionSamples, greedy_captions
-from frozenprefix.training.tracking import read_log
+from frozenprefix.training.tracking import read_log, text_of
 from frozenprefix.training.trainer import Trainer, train
 
 GOOD = CaptionSamples(
@@ -103,6 +103,16 @@ def samples_of(trainer: Trainer, **options) -> CaptionSamples:
     samples = greedy_captions(*parts, **options)
     assert samples is not None
     return samples
+
+
+def test_images_are_encoded_once(trainer, monkeypatch):
+    encoder, seen = trainer.model.vision_encoder, []
+    assert trainer.collator.features is not None
+    monkeypatch.setattr(trainer.collator, "features", None)
+    handle = encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    samples = samples_of(trainer)
+    handle.remove()
+    assert sum(seen) == len(samples.images)
 
 
 def test_what_is_measured_of_a_model(trainer):

@@ -18,7 +18,7 @@ from frozenprefix.training.objectives import Distillation
 from frozenprefix.training.setup import build_model
 from frozenprefix.training.tracking import read_log
 from frozenprefix.training.trainer import Trainer, train
-from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, free_port, losses_of, run_python
+from tests.helpers.training import PLAIN_DESCENT, assert_same_tensors, free_port, losses_of, run_python, started
 
 CONTRASTIVE = "objectives.contrastive={dim: 8}"
 ADAPTERS = "model.fusion={type: adapters}"
@@ -29,14 +29,6 @@ def recipe_of(tiny_recipe, sharp_lm, shapes):
     """Six steps on captions alone."""
     captions = f"data.train=[{{type: captions, path: {shapes}, split: train}}]"
     return lambda folder, *overrides: tiny_recipe(folder, captions, *overrides, lm=sharp_lm)
-
-
-def started(recipe) -> Trainer:
-    """A trainer that is ready for its first step."""
-    trainer = Trainer(recipe)
-    trainer.setup()
-    trainer.model.train()
-    return trainer
 
 
 def first_batch(trainer: Trainer):

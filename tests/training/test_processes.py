@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from frozenprefix.data.cache import FeatureCache
 from frozenprefix.errors import ConfigError
+from frozenprefix.training.setup import load_samples
 from frozenprefix.training.sharding import requested_sharding
 from frozenprefix.training.trainer import Trainer, train
 from tests.helpers import ROOT
+from tests.helpers.drawings import write_shapes
 from tests.helpers.training import assert_same_tensors, free_port, losses_of, run_python
 
 STEPS = ("training.max_steps=20", "training.log_every=1", "training.precision=fp32", "model.mapper.dropout=0.2")
@@ -69,6 +72,23 @@ def test_two_processes_give_the_losses_of_one(recipe_of, tmp_path, config, overr
     assert losses_of(tmp_path / "two", "validation/loss") == pytest.approx(losses_of(one, "validation/loss"), abs=1e-5)
     for name in sorted(path.relative_to(one) for path in (one / "last").rglob("*model.safetensors")):
         assert_same_tensors(one / name, tmp_path / "two" / name, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_every_view_of_images_that_can_be_read(recipe_of, tmp_path):
+    """Each process sees other bad images; what is left is divided as if both had seen all of them."""
+    data = write_shapes(tmp_path / "shapes")
+    first = sorted((data / "images").glob("red_*"))[0]
+    first.write_bytes(b"no image")
+    views = ["data.augmentation={crops: 0}", f"data.feature_cache={tmp_path / 'cache'}", "data.max_bad_share=0.5"]
+    done = launch("ddp", recipe_of(tmp_path / "two", *views, data=data), tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, mirrored = (FeatureCache.open(tmp_path / name) for name in ("cache", "cache/mirrored"))
+    train_images = [
+        image for group in load_samples(recipe_of(tmp_path, data=data).data.train, "train") for image in group.images
+    ]
+    good = {whole.key_of(path) for path in train_images if path.name != first.name}
+    assert set(mirrored) == good
 
 
 @pytest.mark.slow

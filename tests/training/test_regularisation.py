@@ -9,17 +9,12 @@ import torch
 
 from frozenprefix.errors import CheckpointError, ConfigError
 from frozenprefix.training.trainer import Trainer, train
+from tests.helpers.training import started
 
 
 @pytest.fixture(scope="module")
 def recipe_of(tiny_recipe, sharp_lm):
     return lambda folder, *overrides: tiny_recipe(folder, *overrides, lm=sharp_lm)
-
-
-def started(recipe) -> Trainer:
-    trainer = Trainer(recipe)
-    trainer.setup()
-    return trainer
 
 
 def first_loss(trainer: Trainer) -> float:

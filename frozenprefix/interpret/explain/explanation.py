@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Under this mean rank correlation with occlusion a map of attention is not to be trusted.
 TRUSTED = 0.3
+SEEN = 1.0  # nats of evidence or occlusion: what an image contributes to a word
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,16 @@ class Explanation:
             return None
         maps = zip(Tensor(self.attention), Tensor(self.occlusion), strict=True)
         return np.array([rank_correlation(one, two) for one, two in maps], dtype=np.float32)
+
+    @property
+    def heat_maps(self) -> dict[str, tuple[np.ndarray, float]]:
+        """The maps of each kind that there is, float32[W, g, g], and the value that is shown in full colour.
+
+        It is the same for all words. Occlusion of less than a nat is noise, which stays dark.
+        """
+        kinds = {"occlusion": self.occlusion, "attention": self.attention}
+        least = {"occlusion": SEEN, "attention": 0.0}
+        return {kind: (maps, max(float(maps.max()), least[kind])) for kind, maps in kinds.items() if maps is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as JSON values, without the image."""

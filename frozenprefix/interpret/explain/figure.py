@@ -44,21 +44,19 @@ def draw(explanation: Any, words: Sequence[int]) -> Figure:
     from matplotlib.figure import Figure
 
     assert explanation.image is not None
-    assert explanation.occlusion is not None
-    maps = [explanation.occlusion, *([] if explanation.attention is None else [explanation.attention])]
+    maps = list(explanation.heat_maps.items())
     panels = len(words) * len(maps) + 1
     rows = -(-panels // _COLUMNS)
     figure = Figure(figsize=(3 * min(panels, _COLUMNS), 3.3 * rows), layout="constrained")
     axes = [figure.add_subplot(rows, min(panels, _COLUMNS), place + 1) for place in range(panels)]
     axes[0].imshow(explanation.image)
     axes[0].set_title(explanation.text, wrap=True, fontsize=9)
-    names = ["occlusion", "attention"]
     for place, axis in enumerate(axes[1:]):
-        word, kind = words[place // len(maps)], place % len(maps)
-        axis.imshow(overlay(explanation.image, maps[kind][word], highest=float(maps[kind].max())))
+        word, (kind, (values, highest)) = words[place // len(maps)], maps[place % len(maps)]
+        axis.imshow(overlay(explanation.image, values[word], highest=highest))
         told = explanation.words[word].evidence
         evidence = "" if told is None else f"  {told:+.1f}"
-        axis.set_title(f"{explanation.words[word].text}{evidence}  ({names[kind]})", fontsize=9)
+        axis.set_title(f"{explanation.words[word].text}{evidence}  ({kind})", fontsize=9)
     for axis in axes:
         axis.set_axis_off()
     return figure

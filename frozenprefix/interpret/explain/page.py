@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from frozenprefix.errors import DataError
-from frozenprefix.interpret.explain.explanation import TRUSTED, ExplainedWord, Explanation, trusted
+from frozenprefix.interpret.explain.explanation import SEEN, TRUSTED, ExplainedWord, Explanation, trusted
 from frozenprefix.interpret.explain.figure import overlay
 from frozenprefix.interpret.report import embedded_image, image_uri, page_template
 from frozenprefix.utils import write_text_atomic
 
 _MAP_SIDE = 160  # pixels
-_SEEN = 1.0  # nats of evidence; words under half of it get no maps if others have more: "a" and "the" look nowhere
 _MOST_MAPS = 8  # words of an image
 _TITLES = {
     "evidence": "No evidence",
@@ -83,7 +82,7 @@ def evidence_colour(evidence: float | None) -> str:
 def _of_seen(explanation: Explanation) -> np.ndarray | None:
     """Rank correlations of the words that the image speaks for."""
     values, evidence = explanation.rank_correlations, explanation.evidence
-    return None if values is None or evidence is None else values[evidence >= _SEEN]
+    return None if values is None or evidence is None else values[evidence >= SEEN]
 
 
 def _entry(explanation: Explanation, attention_first: bool) -> dict[str, Any]:
@@ -111,34 +110,34 @@ def _title(word: ExplainedWord) -> str:
 def _maps(explanation: Explanation, attention_first: bool) -> list[dict[str, str]]:
     if explanation.image is None or explanation.occlusion is None:
         return []
-    kinds = {"occlusion": explanation.occlusion}
-    if explanation.attention is not None:
-        both = {"attention": explanation.attention, **kinds}
-        kinds = both if attention_first else {**kinds, "attention": explanation.attention}
+    kinds = list(explanation.heat_maps.items())
+    if attention_first:
+        kinds.reverse()
     small = explanation.image.copy()
     small.thumbnail((_MAP_SIDE, _MAP_SIDE))
-    highest = {kind: float(maps.max()) for kind, maps in kinds.items()}
-    highest["occlusion"] = max(highest["occlusion"], _SEEN)  # less than that is noise, and stays dark
     correlations = explanation.rank_correlations
     entries = []
     for number in _mapped(explanation):
-        for kind, maps in kinds.items():
+        for kind, (maps, highest) in kinds:
             note = f"r = {correlations[number]:+.2f}" if correlations is not None and kind == "attention" else ""
             if kind == "occlusion":
                 note = f"up to {maps[number].max():.1f}"
-            source = image_uri(overlay(small, maps[number], highest=highest[kind]))
+            source = image_uri(overlay(small, maps[number], highest=highest))
             entries.append({"word": explanation.words[number].text, "kind": kind, "note": note, "src": source})
     return entries
 
 
 def _mapped(explanation: Explanation) -> list[int]:
-    """The words that get maps, in the order of the text: those for which the image matters most."""
+    """The words that get maps, in the order of the text: those for which the image matters most.
+
+    Words under half of `SEEN` get none if others have more: "a" and "the" look nowhere.
+    """
     assert explanation.occlusion is not None
     strength = explanation.occlusion.max(axis=(1, 2))
     if explanation.evidence is not None:
         strength = np.maximum(strength, explanation.evidence)
     best = sorted(range(len(strength)), key=lambda number: -float(strength[number]))[:_MOST_MAPS]
-    return sorted(number for place, number in enumerate(best) if place < 3 or strength[number] >= _SEEN / 2)
+    return sorted(number for place, number in enumerate(best) if place < 3 or strength[number] >= SEEN / 2)
 
 
 def _tokens(explanation: Explanation) -> list[dict[str, Any]]:
