@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -202,7 +202,7 @@ def _labels(result: Survey, names: ImageNames, *, force: bool) -> dict[str, Any]
 # ── what may be wrong ──
 
 
-def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames) -> Collection[Path]:
+def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames) -> Set[Path]:
     """Note what may be wrong with the images; return those that are named and not there."""
     missing = {image: s for s in samples for image in s.images if not image.is_file()}
     if missing:
