@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from frozenprefix.data.images import image_ending, load_image, walk_files
 from frozenprefix.data.samples import Sample
-from frozenprefix.data.sources import Holdout, detect_sources, load_source
+from frozenprefix.data.sources import Holdout, load_source
 from frozenprefix.data.sources.csv_table import FittedTable, fit_table
+from frozenprefix.data.sources.detection import known_sources
 from frozenprefix.data.sources.image_folder import text_file_beside
 from frozenprefix.data.sources.image_names import ImageNames, has_versions
 from frozenprefix.data.sources.selection import hold_out
-from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS
+from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS, is_table
 from frozenprefix.errors import BadImageError, DataError, shorten
 
 TextsFrom = Literal["auto", "table", "files", "folders"]
@@ -93,11 +94,15 @@ def survey(
     if not names.files:
         raise DataError(f"{folder}: has no image; expected a folder of photos with a table of their texts")
     result = Survey(folder)
-    config = _config(result, names, texts_from, table, {k: v for k, v in (columns or {}).items() if v is not None})
-    samples = load_source(config)
+    columns = {key: value for key, value in (columns or {}).items() if value is not None}
+    found = _known(result) if texts_from == "auto" and table is None and not columns else None
+    if found is None:
+        config = _config(result, names, texts_from, table, columns)
+        found = config, load_source(config)
+    config, samples = found
     result.task = samples[0].task
-    _count_missing(result, samples, names)
-    usable = [s for s in samples if any(text.strip() for text in s.targets) and all(p.is_file() for p in s.images)]
+    missing = _count_missing(result, samples, names)
+    usable = [s for s in samples if any(text.strip() for text in s.targets) and missing.isdisjoint(s.images)]
     if not usable:
         raise DataError(f"{folder}: no image that is there has a text; {'; '.join(result.notes) or 'check the table'}")
     texts = [text for sample in usable for text in sample.targets]
@@ -119,8 +124,6 @@ def _config(
 ) -> dict[str, Any]:
     folder = result.folder
     asked = table is not None or bool(columns)
-    if texts_from == "auto" and not asked and (known := _known(result)):
-        return known
     if asked or texts_from in ("auto", "table"):
         config = _table(result, names, table, columns)
         if config is not None:
@@ -139,25 +142,26 @@ def _config(
     )
 
 
-def _known(result: Survey) -> dict[str, Any] | None:
-    """The files of a known data set, if they can be read as such."""
-    detected = detect_sources(result.folder)
-    if len(detected) > 1:
-        result.notes.append(f"the folder has {len(detected)} kinds of texts; this is the first of them")
-    config = {**detected[0], "path": str(result.folder), "name": None}
-    if config["type"] in ("image_folder", "csv"):  # looked at more closely below
+def _known(result: Survey) -> tuple[dict[str, Any], list[Sample]] | None:
+    """The files of a known data set and their samples, if they can be read as such."""
+    known = known_sources(result.folder)
+    if not known:
         return None
+    config = {**known[0], "path": str(result.folder)}  # a null says that a file is not to be read
     try:
-        load_source(config)
-    except DataError:
-        return None  # a table of that name, with other columns
+        samples = load_source(config)
+    except DataError as error:  # perhaps a table of that name, with other columns
+        result.notes.append(f"its files look like the kind '{config['type']}' and are not read as such: {error}")
+        return None
+    if len(known) > 1:
+        result.notes.append(f"the folder has {len(known)} kinds of texts; this is the first of them")
     result.found.append(f"files of the kind '{config['type']}'")
-    return {key: value for key, value in config.items() if value is not None}
+    return config, samples
 
 
 def _table(result: Survey, names: ImageNames, table: Path | None, columns: dict[str, Any]) -> dict[str, Any] | None:
     folder = result.folder
-    files = [table] if table else [p for p in walk_files(folder) if p.suffix.lower() in TABLE_ENDINGS and _is_own(p)]
+    files = [table] if table else list(filter(is_table, walk_files(folder)))
     fits: list[FittedTable] = []
     problem: DataError | None = None
     for file in files:
@@ -195,14 +199,11 @@ def _labels(result: Survey, names: ImageNames, *, force: bool) -> dict[str, Any]
     return {**config, "split_folders": True} if split_folders else config
 
 
-def _is_own(path: Path) -> bool:
-    return not path.name.startswith("~$")  # Excel's mark of an open file
-
-
 # ── what may be wrong ──
 
 
-def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames) -> None:
+def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames) -> Set[Path]:
+    """Note what may be wrong with the images; return those that are named and not there."""
     missing = {image: s for s in samples for image in s.images if not image.is_file()}
     if missing:
         first, sample = next(iter(missing.items()))
@@ -215,7 +216,7 @@ def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames)
         result.notes.append(f"{len(without)} images have no text ({listed}{', …' if len(without) > 3 else ''})")
     bad: list[str] = []
     started = time.monotonic()
-    for image in [image for image in with_text if image_ending(image.name) and image.is_file()]:
+    for image in [image for image in with_text if image_ending(image.name) and image not in missing]:
         if time.monotonic() - started > _SECONDS_OF_READING:
             break
         try:
@@ -225,6 +226,7 @@ def _count_missing(result: Survey, samples: Sequence[Sample], names: ImageNames)
     if bad:
         result.notes.append(f"{len(bad)} images cannot be read, the first: {bad[0]}")
     result.missing = len(missing) + len(bad)
+    return missing.keys()
 
 
 # ── training and validation ──

@@ -13,6 +13,7 @@ from frozenprefix.cli.main import app
 from frozenprefix.config import load_recipe
 from frozenprefix.config.starting import starting_recipe
 from frozenprefix.data.sources import detect_sources, load_sources, unread_tables
+from frozenprefix.data.sources.spreadsheets import read_spreadsheet
 from frozenprefix.data.survey import survey
 from frozenprefix.errors import DataError
 
@@ -161,6 +162,31 @@ def test_known_files_go_first(photos):
     }, "of that name, but with other fields"
 
 
+def test_a_file_that_a_known_data_set_lacks_stays_unread(tmp_path):
+    images = [int(save(tmp_path / "VG_100K" / f"{n}.jpg", n).stem) for n in range(20)]
+    box = {"x": 0, "y": 0, "width": 8, "height": 8}
+    regions = [{"id": n, "regions": [{"region_id": n, "image_id": n, "phrase": "a dog", **box}]} for n in images]
+    (tmp_path / "region_descriptions.json").write_text(json.dumps(regions))
+    found = survey(tmp_path)
+    assert (found.train[0]["type"], found.train[0]["questions"]) == ("visual_genome", None)
+    text = starting_recipe(found, name="a", file="a.yaml", output_dir="a")
+    (tmp_path / "r.yaml").write_text(text)
+    assert len(load_sources(load_recipe(tmp_path / "r.yaml").data.train)) == found.train_images
+
+
+def test_a_table_is_read_to_look_at_it_and_to_load_it(photos, monkeypatch):
+    read: list[str] = []
+
+    def counted(path: Path, **options: object):
+        read.append(path.name)
+        return read_spreadsheet(path, **options)
+
+    monkeypatch.setattr("frozenprefix.data.sources.csv_table.read_spreadsheet", counted)
+    table(photos)
+    survey(photos)
+    assert read == ["Texte.csv"] * 2
+
+
 def test_photos_without_texts(photos):
     with pytest.raises(DataError, match="has 20 images and no texts to learn; expected a table with a row for each"):
         survey(photos)
@@ -210,6 +236,9 @@ def test_options_override_the_guess(photos, tmp_path):
     assert recipe.training.images_per_step == 8
     assert len(load_sources(recipe.data.validation)) == 10
     assert "no column 'd'" in new(photos, "--no-plan", "--caption", "d", "--out", tmp_path / "s.yaml", code=2)
+    (photos / "t.csv").write_text("a,n\n" + "".join(f"IMG_{n:04},{n}\n" for n in range(20)))
+    new(photos, "--no-plan", "--out", tmp_path / "n.yaml", "--label", "n")  # what nobody would guess
+    assert load_recipe(tmp_path / "n.yaml").data.train[0]["label"] == "n"
 
 
 def test_questions_long_texts_and_missing_images_are_in_the_recipe(photos, tmp_path):

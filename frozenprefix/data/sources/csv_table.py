@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,8 +12,8 @@ from pydantic import Field, model_validator
 
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.columns import columns_fit, find_columns, sample_of_row
-from frozenprefix.data.sources.guessing import guess_columns
+from frozenprefix.data.sources.columns import ROLES, columns_fit, find_columns, sample_of_row
+from frozenprefix.data.sources.guessing import Guess, guess_columns
 from frozenprefix.data.sources.image_names import ImageNames
 from frozenprefix.data.sources.rows import Row
 from frozenprefix.data.sources.spreadsheets import Spreadsheet, read_spreadsheet
@@ -62,7 +63,8 @@ class CsvSource(SourceConfig):
         path = root / self.file
         table = read_spreadsheet(path, delimiter=self.delimiter, encoding=self.encoding, sheet=self.sheet)
         names = ImageNames(root / self.images)
-        roles = self.roles(table, names, str(path))
+        guess = self.guess(table, names, str(path))
+        roles = {"image": [guess.image], **guess.texts}
         without: Counter[str] = Counter()
         samples: dict[Any, Sample] = {}
         for number, row in enumerate(table.rows, 1):
@@ -70,36 +72,29 @@ class CsvSource(SourceConfig):
             if reason:
                 without[reason] += 1
                 continue
-            image = self._image(row, roles["image"][0], names)
+            image = self._image(row, guess.image, names)
             split = row.text(self.split_column) if self.split_column and self.split_column in row else None
-            sample = _sample(row, roles, f"{row.text(roles['image'][0])}#{number}", image, split)
+            sample = _sample(row, guess.texts, f"{row.text(guess.image)}#{number}", image, split)
             key = (image, split) if sample.task == "caption" else number
             samples[key] = _joined(samples[key], sample) if key in samples else sample
         report_left_out(path, len(table.rows), without, fix="name the columns in the recipe")
         return list(samples.values())
 
-    def roles(self, table: Spreadsheet, names: ImageNames, where: str) -> dict[str, list[str]]:
-        """Role of columns → their names: those of this config, or guessed.
+    def guess(self, table: Spreadsheet, names: ImageNames, where: str) -> Guess:
+        """The columns of a table: those that this config names, and a guess at the others.
 
         Raises:
-            DataError: a column is not there, or none can be guessed.
+            DataError: a column is not there, or cannot be guessed.
         """
-        texts = {role: getattr(self, role) for role in ("captions", "question", "answers", "label")}
-        named = {role: [value] if isinstance(value, str) else value for role, value in texts.items() if value}
-        if not named or self.image is None:
-            guess = guess_columns(table.columns, table.rows, lambda cell: is_there(names, cell), where, self.image)
-            named = {"image": [guess.image], **(named or guess.texts)}
-        else:
-            named = {"image": [self.image], **named}
-        for role, columns in [*named.items(), ("split_column", [self.split_column or named["image"][0]])]:
+        named = {role: value for role in ROLES if (value := getattr(self, role))}
+        texts = {role: [value] if isinstance(value, str) else value for role, value in named.items()}
+        for role, columns in {**texts, "split_column": [self.split_column or table.columns[0]]}.items():
             for column in columns:
-                find_columns(table.columns, named["image"][0], {role: column}, where)
-        return named
-
-    def guessed_split(self, table: Spreadsheet, names: ImageNames, where: str) -> str | None:
-        """The column that seems to hold splits, when this config names none."""
-        image = self.roles(table, names, where)["image"][0]
-        return guess_columns(table.columns, table.rows, lambda cell: is_there(names, cell), where, image).split
+                find_columns(table.columns, self.image or table.columns[0], {role: column}, where)
+        guess = guess_columns(
+            table.columns, table.rows, lambda cell: is_there(names, cell), where, image=self.image, texts=texts
+        )
+        return guess if self.split_column is None else replace(guess, split=self.split_column)
 
     def _image(self, row: Row, column: str, names: ImageNames) -> Path:
         name = row.text(column)
@@ -140,20 +135,18 @@ def fit_table(config: dict[str, Any], names: ImageNames, file: Path) -> FittedTa
     table = read_spreadsheet(file, delimiter=source.delimiter, encoding=source.encoding, sheet=source.sheet)
     if tuple(table.columns) == FIELDS:
         raise DataError(f"{file}: was written by `frozenprefix caption`; name a table that people wrote")
-    roles = source.roles(table, names, str(file))
-    config["image"] = image = roles["image"][0]
-    cells = [row.text(image) for row in table.rows if image in row]
+    guess = source.guess(table, names, str(file))
+    config["image"] = guess.image
+    cells = [row.text(guess.image) for row in table.rows if guess.image in row]
     found = sum(is_there(names, cell) for cell in cells)
     lines = [f"{file.name}: {len(table.rows)} rows, columns {', '.join(table.columns)}"]
-    lines.append(f"column '{image}' names the images: {found} of {len(cells)} are there")
-    for role, columns in roles.items():
-        if role != "image":
-            lines.append(f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}: {role}")
-            config[role] = columns[0] if len(columns) == 1 else columns
-    split = source.split_column or source.guessed_split(table, names, str(file))
-    if split is not None:
-        config["split_column"] = split
-        lines.append(f"column '{split}': split")
+    lines.append(f"column '{guess.image}' names the images: {found} of {len(cells)} are there")
+    for role, columns in guess.texts.items():
+        lines.append(f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}: {role}")
+        config[role] = columns[0] if len(columns) == 1 else columns
+    if guess.split is not None:
+        config["split_column"] = guess.split
+        lines.append(f"column '{guess.split}': split")
     return FittedTable(found, config, lines)
 
 
@@ -169,13 +162,12 @@ def _lacks(row: Row, roles: dict[str, list[str]], role: str) -> bool:
     return role in roles and not any(column in row for column in roles[role])
 
 
-def _sample(row: Row, roles: dict[str, list[str]], name: str, image: Path, split: str | None) -> Sample:
+def _sample(row: Row, roles: Mapping[str, list[str]], name: str, image: Path, split: str | None) -> Sample:
     """The sample of a row, with the texts of all columns of a role."""
     values = {}
     for role, columns in roles.items():
-        if role != "image":
-            texts = tuple(text for column in columns if column in row for text in row.texts(column) if text.strip())
-            values[role] = texts[0] if role in ("question", "label") and texts else list(texts)
+        texts = tuple(text for column in columns if column in row for text in row.texts(column) if text.strip())
+        values[role] = texts[0] if role in ("question", "label") and texts else list(texts)
     return sample_of_row(Row(row.where, values), {role: role for role in values}, name, (image,), split)
 
 

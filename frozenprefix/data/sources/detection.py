@@ -12,7 +12,7 @@ from frozenprefix.data.images import image_ending, walk_files
 from frozenprefix.data.sources.csv_table import fit_table
 from frozenprefix.data.sources.image_names import ImageNames
 from frozenprefix.data.sources.selection import split_in_name
-from frozenprefix.data.sources.spreadsheets import TABLE_ENDINGS
+from frozenprefix.data.sources.spreadsheets import is_table
 from frozenprefix.errors import DataError
 
 Fields = dict[str, Any]
@@ -102,6 +102,21 @@ def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
     root = resolve(str(path))
     if not root.is_dir():
         raise DataError(f"data folder: got '{path}', expected a folder that exists")
+    sources = known_sources(root, split) or _tables_by_content(root) or [{"type": "image_folder"}]
+    several = len({fields["type"] for fields in sources}) > 1
+    return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in sources]
+
+
+def known_sources(root: Path, split: str | None = None) -> list[Fields]:
+    """Sources of the files of known data sets in a folder, without its path; no spreadsheet is looked into.
+
+    Args:
+        split: as of `detect_sources`.
+
+    Example:
+        >>> known_sources(images_folder)
+        []
+    """
     sources: list[Fields] = []
     for mark, source in MARKS.items():
         for file in sorted(root.glob(mark)):
@@ -113,9 +128,7 @@ def detect_sources(path: str | Path, split: str | None = None) -> list[Fields]:
                 fields = source
             if fields not in sources:
                 sources.append(fields)
-    sources = sources or _coco_by_content(root, split) or _tables_by_content(root) or [{"type": "image_folder"}]
-    several = len({fields["type"] for fields in sources}) > 1
-    return [{"path": str(path), "name": fields["type"] if several else None, **fields} for fields in sources]
+    return sources or _coco_by_content(root, split)
 
 
 def unread_tables(path: str | Path) -> list[Path]:
@@ -150,7 +163,7 @@ def _coco_by_content(root: Path, split: str | None) -> list[Fields]:
 
 def _tables_by_content(root: Path) -> list[Fields]:
     """The spreadsheet in a folder whose rows name most of the images in it, if they name at least half of them."""
-    files = [file for ending in TABLE_ENDINGS for file in sorted(root.glob(f"*{ending}")) if file.name[:2] != "~$"]
+    files = [file for file in sorted(root.iterdir()) if is_table(file) and file.is_file()]
     if not files:
         return []
     fits, names = [], ImageNames(root)

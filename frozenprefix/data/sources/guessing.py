@@ -46,7 +46,13 @@ class Guess:
 
 
 def guess_columns(
-    columns: Sequence[str], rows: Sequence[Row], is_there: Callable[[str], bool], where: str, image: str | None = None
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    is_there: Callable[[str], bool],
+    where: str,
+    *,
+    image: str | None = None,
+    texts: Mapping[str, list[str]] | None = None,
 ) -> Guess:
     """Guess what columns are.
 
@@ -57,17 +63,17 @@ def guess_columns(
     Args:
         is_there: whether a cell names an image.
         where: the table, for messages.
-        image: the image column, if it is known.
+        image, texts: as of `Guess`, if they are known.
 
     Raises:
-        DataError: no column names images, or none holds texts.
+        DataError: a column that is not known cannot be guessed.
 
     Example:
         >>> rows = [Row("t:2", {"Datei": "1.jpg", "Was man sieht": "ein roter Ball"})]
         >>> guess_columns(["Datei", "Was man sieht"], rows, {"1.jpg"}.__contains__, "t").texts
         {'captions': ['Was man sieht']}
     """
-    cells = {name: [texts for row in rows[:_ROWS] if (texts := _cells(row, name))] for name in columns}
+    cells = {name: [found for row in rows[:_ROWS] if (found := _cells(row, name))] for name in columns}
     shares = {name: _share(values, is_there) for name, values in cells.items()}
     named = _of_role("image", columns)
     candidates = [image] if image else sorted(columns, key=lambda name: (-shares[name], name not in named))
@@ -83,7 +89,7 @@ def guess_columns(
     rest = [name for name in columns if name != image and cells[name]]
     split = next((name for name in _of_role("split", rest) if len(_different(cells[name])) <= 6), None)
     rest = [name for name in rest if name != split and shares[name] < 0.5]
-    return Guess(image, shares.get(image, 0.0), _texts(rest, cells, where), split)
+    return Guess(image, shares.get(image, 0.0), texts or _texts(rest, cells, where), split)
 
 
 def _texts(columns: list[str], cells: Mapping[str, list[list[str]]], where: str) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from frozenprefix.data.boxes import Box, format_box
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources.base import SourceConfig
-from frozenprefix.data.sources.rows import Row, read_json, read_json_object, rows_by_id
+from frozenprefix.data.sources.rows import Row, read_json_object, read_rows, rows_by_id
 from frozenprefix.errors import DataError
 
 _PICKLES = (".p", ".pkl", ".pickle")
@@ -57,10 +57,7 @@ class RefCocoSource(SourceConfig):
                 "write it as JSON: python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', 'rb')), "
                 "open('refs.json', 'w'))\""
             )
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of references")
-        return [Row(str(path), values, f"[{number}]") for number, values in enumerate(rows)]
+        return [row for _, row in read_rows(path)]
 
     def _samples(self, ref: Row, annotations: dict[str, Row], images: dict[str, Row], root: Path) -> list[Sample]:
         annotation = _named(ref, "ann_id", annotations, self.instances)

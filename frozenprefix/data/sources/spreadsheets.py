@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,16 @@ class Spreadsheet:
 
     columns: list[str]
     rows: list[Row]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table by its name. Excel's mark of an open workbook, `~$a.xlsx`, is none.
+
+    Example:
+        >>> is_table(Path("a.XLSX")), is_table(Path("~$a.xlsx")), is_table(Path("a.jpg"))
+        (True, False, False)
+    """
+    return path.suffix.lower() in TABLE_ENDINGS and not path.name.startswith("~$")
 
 
 def read_spreadsheet(
@@ -184,8 +195,6 @@ def _excel_rows(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]
         raise DataError(
             f"{path}: is encrypted, or a table of Excel 97; save it as .xlsx without a password, or as .csv"
         )
-    import io
-
     with refusing_damage(DataError, f"{path}: cannot be read as an Excel table ({{reason}}); save it again"):
         book = load_workbook(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
         if sheet is not None and sheet not in book.sheetnames:
