@@ -10,7 +10,12 @@ from frozenprefix.kernels.attention import (
 )
 from frozenprefix.kernels.compat import CACHE, attention_implementation, is_recurrent
 from frozenprefix.kernels.linear import head_tiles, prepackable_dtypes
-from frozenprefix.kernels.prepack import prepackable_layers, prepacked_bytes, prepacked_frozen_weights
+from frozenprefix.kernels.prepack import (
+    prepackable_layers,
+    prepacked_bytes,
+    prepacked_frozen_weights,
+    prepacked_to_generate,
+)
 
 __all__ = [
     "CACHE",
@@ -26,5 +31,6 @@ __all__ = [
     "prepackable_layers",
     "prepacked_bytes",
     "prepacked_frozen_weights",
+    "prepacked_to_generate",
     "recording_attention",
 ]

@@ -23,7 +23,8 @@ from frozenprefix.kernels import compat
 # oneDNN chooses a layout for a number of rows. It is always this one, so that a resumed run gives the same bits.
 LAYOUT_ROWS = 512
 # oneDNN compiles a kernel for every number of rows and keeps it, so rows are padded to multiples of this: a training
-# with rows of all lengths would otherwise grow by gigabytes (`benchmarks/memory.py`).
+# with rows of all lengths would otherwise grow by gigabytes (`benchmarks/memory.py`). Fewer rows, as when a few texts
+# grow by a word each, are not padded: such a product takes as long as its weights are read.
 ROW_MULTIPLE = 32
 TILE = 8192  # outputs of a head (words of the vocabulary) that are computed at a time
 Layer = nn.Linear | Conv1D
@@ -177,7 +178,7 @@ def _prepack(weight: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, width = x.shape
-    padding = -rows % ROW_MULTIPLE
+    padding = -rows % ROW_MULTIPLE if rows > ROW_MULTIPLE else 0
     if padding:
         x = torch.cat([x, x.new_zeros(padding, width)])
     output = _operator("_linear_pointwise")(x.contiguous(), weight, bias, "none", [], "")

@@ -1,19 +1,24 @@
-"""Prepacks the frozen weights of a language model for as long as it is trained through on a CPU."""
+"""Prepacks the frozen weights of a language model on a CPU: while it is trained through, and for what it generates."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from frozenprefix.kernels.compat import has_hooks
 from frozenprefix.kernels.linear import Layer, PrepackedForward, prepackable_dtypes
 from frozenprefix.kernels.llama_layer import FrozenLayer, frozen_layers
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 2 * 2**30  # of all prepacked copies together
+MARKED = 16  # values of a weight that are compared
 
 
 @contextmanager
@@ -38,9 +43,72 @@ def prepacked_frozen_weights(language_model: nn.Module) -> Iterator[None]:
             frozen.layer.forward = frozen
         yield
     finally:
-        for module in language_model.modules():
-            if isinstance(vars(module).get("forward"), PrepackedForward | FrozenLayer):
-                del module.forward
+        _take_out(language_model)
+
+
+@contextmanager
+def prepacked_to_generate(language_model: nn.Module) -> Iterator[None]:
+    """Use prepacked copies inside the block, for passes without a gradient, and keep them for the next such block.
+
+    One copy of each weight is kept as long as the language model lives; it is made anew if the weights have changed.
+    Inside `prepacked_frozen_weights` those copies serve. Nothing changes for a model with a hook in it. All else is as
+    there.
+
+    Example:
+        >>> with prepacked_to_generate(model.language_model):
+        ...     ids = model.generate(**processor(image, "", return_tensors="pt"), max_new_tokens=2)
+    """
+    if any("forward" in vars(module) or has_hooks(module) for module in language_model.modules()):
+        yield
+        return
+    layers = prepackable_layers(language_model)
+    mark = _mark_of(layers)
+    kept = _KEPT.get(language_model)
+    try:
+        if kept is None or kept.mark != mark:
+            forwards: dict[nn.Module, Any] = {layer: PrepackedForward(layer) for layer in layers}
+            _put_in(forwards)
+            forwards |= {frozen.layer: frozen for frozen in frozen_layers(language_model)}
+            kept = _KEPT[language_model] = _Kept(mark, forwards)
+        _put_in(kept.forwards)
+        yield
+    finally:
+        _take_out(language_model)
+
+
+@dataclass
+class _Kept:
+    """Copies by the modules that use them, and a mark of the weights that they were made of."""
+
+    mark: list[Any]
+    forwards: dict[nn.Module, Any]
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def _put_in(forwards: dict[nn.Module, Any]) -> None:
+    for module, forward in forwards.items():
+        module.forward = forward
+
+
+def _take_out(language_model: nn.Module) -> None:
+    for module in language_model.modules():
+        if isinstance(vars(module).get("forward"), PrepackedForward | FrozenLayer):
+            vars(module).pop("forward", None)  # another thread may have done so
+
+
+def _mark_of(layers: list[Layer]) -> list[Any]:
+    """What differs once weights have changed: where they are, and some of their values.
+
+    Their version alone would not do: `weight.data += update`, as peft merges an adapter, does not change it.
+    """
+    return [(layer, *(_mark(value) for value in (layer.weight, layer.bias) if value is not None)) for layer in layers]
+
+
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    values = weight.detach().flatten()
+    return (weight.data_ptr(), weight.shape, *values[:: max(1, len(values) // MARKED)].tolist())
 
 
 def prepackable_layers(language_model: nn.Module) -> list[Layer]:

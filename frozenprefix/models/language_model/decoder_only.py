@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from frozenprefix.errors import ConfigError
 from frozenprefix.kernels.attention import attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE
+from frozenprefix.kernels.prepack import prepacked_to_generate
 from frozenprefix.models.freezing import evaluating
 from frozenprefix.models.language_model.base import (
     BeamOptions,
@@ -196,7 +197,7 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         options = BeamOptions(num_beams=2, max_new_tokens=3)
         prompts = self.embed(torch.arange(6, device=self.model.device).view(2, 3))
         mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=self.model.device)
-        words, scores = self._search(options)(Prompts.from_mask(prompts, mask))
+        words, scores = self._search(Prompts.from_mask(prompts, mask), options)
         expected = []
         for prompt, length, written in zip(prompts, mask.sum(1).tolist(), words, strict=True):
             inputs_embeds = torch.cat([prompt[-length:], self.embed(written)])[None]
@@ -209,8 +210,11 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         # written so that NaN, too, is a difference
         return None if relative <= TOLERANCE[self.dtype] else f"its results differ by {relative:.2g}"
 
-    def _search(self, options: BeamOptions) -> BeamSearch:
-        return BeamSearch(self.model, self.decoder, self.logits, options, self.num_virtual_tokens)
+    def _search(self, prompts: Prompts, options: BeamOptions) -> tuple[Tensor, Tensor]:
+        """As `BeamSearch`."""
+        search = BeamSearch(self.model, self.decoder, self.logits, options, self.num_virtual_tokens)
+        with prepacked_to_generate(self.model):
+            return search(prompts)
 
     # ── packed rows ──
 
@@ -295,11 +299,11 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         if beams is None:
             generate, kwargs = cast(Any, self.model).generate, with_one_config(kwargs)
             return generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        return _output(*self._search(beams)(Prompts.from_mask(inputs_embeds, attention_mask)), beams)
+        return _output(*self._search(Prompts.from_mask(inputs_embeds, attention_mask), beams), beams)
 
     def continue_rows(self, rows: PackedBatch, inputs_embeds: Tensor, beams: BeamOptions) -> Any:
         self.check_length(int(rows.position_ids.max()) + 1, beams.max_new_tokens)
-        sequences, scores = self._search(beams)(Prompts.from_packed(rows, inputs_embeds))
+        sequences, scores = self._search(Prompts.from_packed(rows, inputs_embeds), beams)
         order = rows.edge_label.argsort()
         sequences = sequences.view(len(order), beams.num_return_sequences, -1)[order].flatten(0, 1)
         return _output(sequences, scores.view(len(order), -1)[order].flatten(), beams)
