@@ -114,6 +114,8 @@ def _read_merged(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    if "source" in changes and "source" in base and changes["source"] != base["source"]:
+        return changes  # an encoder of another source has other keys
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

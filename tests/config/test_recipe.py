@@ -362,6 +362,15 @@ training: {epochs: null, max_steps: 40}
     assert loaded.model.language_model.path == "/models/tiny"
 
 
+def test_an_encoder_of_another_source_replaces_that_of_the_base(file):
+    recipe = file.with_name("own.yaml")
+    part = "{source: timm, name: resnet18, weights: random}"
+    encoder = f"{{source: fused, image_size: 32, grid: 1, encoders: [{part}, {part}]}}"
+    recipe.write_text(f"base: short.yaml\nmodel:\n  vision_encoder: {encoder}\n")
+    encoder = load_recipe(recipe).model.vision_encoder
+    assert (encoder.source, encoder.output, encoder.image_size) == ("fused", "patch", 32)
+
+
 def test_name_and_folder_are_never_those_of_a_base(file):
     file.write_text(f"name: first\noutput_dir: /runs/first\n{SHORT}")
     recipe = file.with_name("second.yaml")

@@ -57,7 +57,11 @@ class LMOutput:
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """Options of a search, with the meaning of transformers' `GenerationConfig`; one beam is greedy search."""
+    """Options of a search, with the meaning of transformers' `GenerationConfig`; one beam is greedy search.
+
+    Attributes:
+        sampled: the beams are independent samples from the LM's own distribution.
+    """
 
     num_beams: int
     max_new_tokens: int
@@ -67,11 +71,12 @@ class BeamOptions:
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
     as_dict: bool = False
+    sampled: bool = False
 
     @property
     def candidates(self) -> int:
         """Enough that `num_beams` continue even if every end token is among the best words of every beam."""
-        return 1 if self.num_beams == 1 else max(2, 1 + len(self.end_tokens)) * self.num_beams
+        return 1 if self.num_beams == 1 or self.sampled else max(2, 1 + len(self.end_tokens)) * self.num_beams
 
 
 class FrozenLM(nn.Module, ABC, Generic[RowsT]):

@@ -28,6 +28,7 @@ from frozenprefix.models.language_model.base import (
     with_one_config,
 )
 from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
+from frozenprefix.models.language_model.sampled_search import SampledSearch
 from frozenprefix.models.language_model.trie_reader import Prompts
 from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import cap, next_token_loss
@@ -212,7 +213,8 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def _search(self, prompts: Prompts, options: BeamOptions) -> tuple[Tensor, Tensor]:
         """As `BeamSearch`."""
-        search = BeamSearch(self.model, self.decoder, self.logits, options, self.num_virtual_tokens)
+        kind = SampledSearch if options.sampled else BeamSearch
+        search = kind(self.model, self.decoder, self.logits, options, self.num_virtual_tokens)
         with prepacked_to_generate(self.model):
             return search(prompts)
 
