@@ -17,11 +17,9 @@ The backward pass goes through the same steps from right to left. Residual sums 
 block adds its own contribution to the gradient that came in. Where the layer's own code rounds twice, this may round
 once. `benchmarks/products.py` compares the two.
 
-While a text is generated there is no gradient, and keys and values go into a cache: `FrozenLayer.read`. It has the same
-products, and a quarter of the operations of the layer's own code.
+Texts that grow in a cache go through these layers without a gradient, in `llama_reading.py`.
 
-Shape letters: R rows, T tokens in a row, N = R * T, S tokens in the cache, D width, H query heads and G key heads of
-width d, F inner width.
+Shape letters: R rows, T tokens in a row, N = R * T, D width, H query heads and G key heads of width d, F inner width.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import Cache
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -58,9 +55,9 @@ FAMILIES = {
 class FrozenLayer:
     """Replacement for the `forward` of one frozen decoder layer.
 
-    It handles training passes over packed rows, and rows that grow in a cache, without a gradient. For everything else
-    it calls the layer's own `forward`: under autocast, and when a hook is registered inside the layer. (transformers
-    leaves such hooks behind once hidden states or attention weights were asked for.)
+    It handles training passes over packed rows. For everything else it calls the layer's own `forward`: with a cache,
+    under autocast, and when a hook is registered inside the layer. (transformers leaves such hooks behind once hidden
+    states or attention weights were asked for.)
 
     Args:
         layer: a supported layer (see `frozen_layers`) whose linear layers have a `PrepackedForward`.
@@ -100,27 +97,24 @@ class FrozenLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        cache = kwargs.get(CACHE)
         if (
             # not called as transformers' model calls it for packed rows
             args
             or attention_mask is None
             or position_embeddings is None
-            # the gradient of keys and values in a cache
-            or (cache is not None and torch.is_grad_enabled())
+            # keys and values in a cache; this package's own search calls `llama_reading.read_tokens` instead
+            or kwargs.get(CACHE) is not None
             # another attention than the one that `_attend` computes
             or compat.attention_implementation(self.layer.self_attn.config) != MATMUL
             # the weights were prepacked for one dtype
             or hidden_states.dtype != self.out.dtype
             or torch.is_autocast_enabled("cpu")
-            # a hook reads or changes values inside the layer; who generates has looked before the first token
-            or (cache is None and any(map(compat.has_hooks, self._parts)))
+            # a hook reads or changes values inside the layer
+            or any(map(compat.has_hooks, self._parts))
         ):
             return self.own(
                 hidden_states, *args, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
-        if cache is not None:
-            return self.read(hidden_states, attention_mask, position_embeddings, cache)
         return self.compute(hidden_states, attention_mask, position_embeddings)
 
     def compute(self, hidden_states: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -134,33 +128,6 @@ class FrozenLayer:
         # Reshaped outside of the autograd function, whose result may then be changed in place, as a hook may do.
         rows = hidden_states.reshape(-1, shape[-1])
         return _LayerFunction.apply(rows, self, shape[:2], *position_embeddings, mask).view(shape)
-
-    def read(
-        self, hidden_states: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Cache
-    ) -> Tensor:
-        """float[R, T, D] -> float[R, T, D] for tokens after those in the cache, without a gradient.
-
-        Args:
-            mask: additive float[R, 1, T, S].
-            position_embeddings: as for `compute`.
-            cache: takes the keys and values of the new tokens.
-        """
-        shape = hidden_states.shape
-        x = hidden_states.reshape(-1, shape[-1])
-        heads, _ = _rotated_heads(x, self, shape[:2], position_embeddings[0], _signed(position_embeddings[1]))
-        queries, keys, values = heads.transpose(1, 2).split((self.queries, self.keys, self.keys), dim=1)
-        keys, values = cache.update(keys, values, self.layer.self_attn.layer_idx)
-        # as in `_attend`: query heads that share a key head are rows of one product, [R, G, H/G T, d] @ [R, G, d, S]
-        per_key = self.queries // self.keys
-        mixed = F.scaled_dot_product_attention(
-            queries.reshape(shape[0], self.keys, per_key * shape[1], self.dim),
-            keys,
-            values,
-            attn_mask=mask if shape[1] == 1 else mask.repeat(1, 1, per_key, 1),
-            scale=self.scaling,
-        )
-        mixed = mixed.reshape(shape[0], self.queries, shape[1], self.dim).transpose(1, 2).reshape(len(x), -1)
-        return _feed_forward(self.out.forward(mixed).add_(x), self)[0].view(shape)
 
     @cached_property
     def _parts(self) -> list[nn.Module]:
@@ -233,12 +200,21 @@ class _LayerFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, frozen: FrozenLayer, shape: torch.Size, cos: Tensor, sin: Tensor, mask: Tensor
     ) -> Tensor:
-        signed_sin = _signed(sin)
-        heads, variance = _rotated_heads(x, frozen, shape, cos, signed_sin)
+        layer = frozen.layer
+        normed, variance = _norm(x, layer.input_layernorm)
+        # [N, D] -> [R, T, H + 2 G, d]: query, key and value heads side by side
+        heads = frozen.query_key_value.forward(normed).view(*shape, -1, frozen.dim)
+        signed_sin = signed_sine(sin)
+        # queries and keys are rotated where they are; values, the last heads, stay as they are
+        rotate(heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin)
         mixed, *attention = _attend(heads, frozen, mask)
         # [N, H d] -> [N, D]
         middle = frozen.out.forward(mixed).add_(x)
-        output, inner, middle_variance = _feed_forward(middle, frozen)
+        normed, middle_variance = _norm(middle, layer.post_attention_layernorm)
+        # [N, D] -> [N, 2 F] -> [N, D]
+        inner = frozen.gate_up.forward(normed)
+        gate, up = inner.chunk(2, dim=-1)
+        output = frozen.down.forward(F.silu(gate).mul_(up)).add_(middle)
         ctx.frozen, ctx.shape = frozen, shape
         # None of these may be overwritten above: `inner`, unlike its activation, is read again in the backward pass.
         ctx.save_for_backward(x, variance, middle, middle_variance, inner, cos, signed_sin, *attention)
@@ -263,29 +239,10 @@ class _LayerFunction(torch.autograd.Function):
         # Attention. A rotation is undone by the opposite rotation, so the gradient of queries and keys is turned back.
         grad_mixed = frozen.out.backward(grad)
         grad_heads = _attend_backward(grad_mixed.view(*ctx.shape, -1, frozen.dim), frozen, *attention)
-        _rotate(grad_heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin, inverse=True)
+        rotate(grad_heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin, inverse=True)
         grad_normed = frozen.query_key_value.backward(grad_heads.view(len(x), -1))
         grad = _norm_backward(grad_normed, x, variance, layer.input_layernorm).add_(grad)
         return grad, None, None, None, None, None
-
-
-def _rotated_heads(
-    x: Tensor, frozen: FrozenLayer, shape: torch.Size, cos: Tensor, signed_sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[N, D] -> [R, T, H + 2 G, d], query, key and value heads side by side, and the mean squares of `_norm`."""
-    normed, variance = _norm(x, frozen.layer.input_layernorm)
-    heads = frozen.query_key_value.forward(normed).view(*shape, -1, frozen.dim)
-    # queries and keys are rotated where they are; values, the last heads, stay as they are
-    _rotate(heads[:, :, : frozen.queries + frozen.keys], cos, signed_sin)
-    return heads, variance
-
-
-def _feed_forward(middle: Tensor, frozen: FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] -> the layer's output [N, D], the input of the activation [N, 2 F], and the mean squares of `_norm`."""
-    normed, variance = _norm(middle, frozen.layer.post_attention_layernorm)
-    inner = frozen.gate_up.forward(normed)
-    gate, up = inner.chunk(2, dim=-1)
-    return frozen.down.forward(F.silu(gate).mul_(up)).add_(middle), inner, variance
 
 
 def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
@@ -316,14 +273,19 @@ def _norm_backward(grad: Tensor, x: Tensor, variance: Tensor, norm: Any) -> Tens
     return grad_x.add_(mean.to(grad_x.dtype).unsqueeze(1))
 
 
-def _signed(sin: Tensor) -> Tensor:
-    """The sine with the minus of the rotation in it, so that both halves are one multiply-add."""
+def signed_sine(sin: Tensor) -> Tensor:
+    """The sine with the minus of the rotation in it, so that both halves are one multiply-add.
+
+    Example:
+        >>> signed_sine(torch.ones(2)).tolist()
+        [-1.0, 1.0]
+    """
     half = sin.shape[-1] // 2
     return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
 
-def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor, *, inverse: bool = False) -> None:
-    """Rotary positions, in place: heads [R, T, heads, d]; cos and signed_sin [R, T, d].
+def rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor, *, inverse: bool = False) -> None:
+    """Turn heads by their rotary positions, in place: heads [R, T, heads, d]; cos and signed_sin [R, T, d].
 
     Channel i of the first half and channel i of the second half form a pair, turned by one angle. For d = 4:
 
@@ -333,6 +295,12 @@ def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor, *, inverse: bool = F
         result   a cos - c s,  b cos - d s,  c cos + a s,  d cos + b s
 
     The inverse, which the gradient needs, turns by the negative angle: the sine changes its sign.
+
+    Example:
+        >>> heads, ones = torch.tensor([[[[1.0, 0.0]]]]), torch.ones(1, 1, 2)
+        >>> rotate(heads, 0 * ones, signed_sine(ones))  # a quarter turn
+        >>> heads.tolist()
+        [[[[0.0, 1.0]]]]
     """
     first, second = heads.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)

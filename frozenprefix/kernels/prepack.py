@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from frozenprefix.kernels.compat import has_hooks
 from frozenprefix.kernels.linear import Layer, PrepackedForward, prepackable_dtypes
 from frozenprefix.kernels.llama_layer import FrozenLayer, frozen_layers
 
@@ -51,14 +50,13 @@ def prepacked_to_generate(language_model: nn.Module) -> Iterator[None]:
     """Use prepacked copies inside the block, for passes without a gradient, and keep them for the next such block.
 
     One copy of each weight is kept as long as the language model lives; it is made anew if the weights have changed.
-    Inside `prepacked_frozen_weights` those copies serve. Nothing changes for a model with a hook in it. All else is as
-    there.
+    Inside `prepacked_frozen_weights` those copies serve. All else is as there.
 
     Example:
         >>> with prepacked_to_generate(model.language_model):
         ...     ids = model.generate(**processor(image, "", return_tensors="pt"), max_new_tokens=2)
     """
-    if any("forward" in vars(module) or has_hooks(module) for module in language_model.modules()):
+    if any("forward" in vars(module) for module in language_model.modules()):
         yield
         return
     layers = prepackable_layers(language_model)
