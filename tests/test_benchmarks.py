@@ -19,6 +19,7 @@ from benchmarks import (
     closed_form_start,
     common,
     evidence,
+    experiments,
     generation,
     latency,
     learning_curve,
@@ -377,3 +378,26 @@ def test_average_precision_is_that_of_scikit_learn():
     found = np.random.default_rng(0).random(50) < 0.2
     expected = metrics.average_precision_score(found, -np.arange(50))
     assert audit.average_precision(found) == pytest.approx(expected)
+
+
+def test_experiments_add_up_the_runs_that_they_started_from(tmp_path):
+    scores = {"bleu_4": 0.2, "cider_d": 0.5, "shuffled_cider_d": 0.05, "loss": 2.5, "evidence": 0.7}
+    first = {"name": "a", "starts_from": None, "minutes": 30.0, "captions": 4000, "trained": 7_200_000, **scores}
+    first |= {"images": 10, "distinct": 9, "most_frequent": 0.2}
+    then = first | {"name": "b", "starts_from": "a", "minutes": 12.0, "captions": 500, "cider_d": 0.45}
+    (tmp_path / "log").mkdir()
+    for run in (first, then):
+        (tmp_path / "log" / f"{run['name']}.json").write_text(json.dumps(run))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- experiments:begin -->\n<!-- experiments:end -->\nafter")
+    experiments.main([], folder=tmp_path / "log", page=page)
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| [")]
+    assert [row[0][3] for row in rows] == ["b", "a"], "the best one last"
+    assert rows[0][1:4] == ["42", "4,500", "7.2 M"]
+    assert rows[1][1:3] == ["30", "4,000"]
+
+
+def test_experiments_read_the_best_validation():
+    log = [{"step": 1}, *({"validation/loss": loss, "validation/shuffled_loss": 3.0} for loss in (2.0, 1.5, 1.8))]
+    assert experiments.best_validation(log) == {"loss": 1.5, "evidence": 1.5}
+    assert experiments.best_validation([{"step": 1}]) == {}
