@@ -34,12 +34,17 @@ def private(owner: Any, name: str, consequence: str) -> Any:
     """
     value = getattr(owner, name, None)
     if value is None:
-        _log_once(f"this release has no '{name}': {consequence}")
+        say_once(f"this release has no '{name}': {consequence}")
     return value
 
 
 @cache
-def _log_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning the first time that it is given.
+
+    Example:
+        >>> say_once("this release has no '_attention': attention is slower")
+    """
     logger.warning(message)
 
 

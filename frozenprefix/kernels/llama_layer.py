@@ -24,7 +24,6 @@ Shape letters: R rows, T tokens in a row, N = R * T, D width, H query heads and 
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
 from typing import Any
 
@@ -41,8 +40,6 @@ from frozenprefix.kernels import compat
 from frozenprefix.kernels.attention import MATMUL
 from frozenprefix.kernels.compat import CACHE
 from frozenprefix.kernels.linear import PrepackedForward, PrepackedWeight
-
-logger = logging.getLogger(__name__)
 
 # decoder layer -> its attention, feed-forward part and norm
 FAMILIES = {
@@ -185,10 +182,10 @@ def _agrees_with_own(frozen: FrozenLayer) -> bool:
         own = frozen.own(hidden, attention_mask=mask, position_embeddings=positions)
         difference = (frozen.compute(hidden, mask, positions) - own).float().norm() / own.float().norm()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        logger.warning("%s: %s failed on two tokens (%s)", unchanged, name, error)
+        compat.say_once(f"{unchanged}: {name} failed on two tokens ({error})")
         return False
     if difference > (1e-4 if dtype == torch.float32 else 0.05):
-        logger.warning("%s: the result differs from that of %s by %.0e", unchanged, name, difference)
+        compat.say_once(f"{unchanged}: the result differs from that of {name} by {difference:.0e}")
         return False
     return True
 

@@ -9,7 +9,7 @@ of width d.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,28 +26,33 @@ from frozenprefix.kernels.llama_layer import FrozenLayer, rotate, signed_sine
 DECODERS = (LlamaModel, MistralModel, Qwen2Model)
 
 
-def reads_tokens(decoder: Any) -> bool:
-    """Whether `read_tokens` takes this decoder: all its layers are one function each, and nothing looks into it.
+def layers_to_read(decoder: Any) -> list[FrozenLayer]:
+    """Layers for `read_tokens`: all of the decoder's, if each is one function and nothing looks into it; else none.
 
     Example:
-        >>> reads_tokens(model.language_model.base_model)  # outside of prepacked_to_generate
-        False
+        >>> layers_to_read(model.language_model.base_model)  # outside of prepacked_to_generate
+        []
     """
     if type(decoder) not in DECODERS or "forward" in vars(decoder) or torch.is_autocast_enabled("cpu"):
-        return False
-    if not all(isinstance(vars(layer).get("forward"), FrozenLayer) for layer in decoder.layers):
-        return False
-    return not any(map(has_hooks, decoder.modules()))
+        return []
+    layers = [vars(layer).get("forward") for layer in decoder.layers]
+    whole = all(isinstance(layer, FrozenLayer) for layer in layers) and not any(map(has_hooks, decoder.modules()))
+    return layers if whole else []
 
 
 @torch.no_grad()
 def read_tokens(
-    decoder: Any, inputs_embeds: Tensor, mask: Tensor | Mapping[str, Tensor], positions: Tensor, cache: Cache
+    decoder: Any,
+    layers: Sequence[FrozenLayer],
+    inputs_embeds: Tensor,
+    mask: Tensor | Mapping[str, Tensor],
+    positions: Tensor,
+    cache: Cache,
 ) -> Tensor:
     """Last hidden states of tokens after those in the cache, without a gradient: float[R, T, D] -> float[R, T, D].
 
     Args:
-        decoder: for which `reads_tokens` holds.
+        decoder, layers: a decoder and its layers, by `layers_to_read`.
         mask: additive float[R, 1, T, S], or the same one for each kind of layer.
         positions: int64[R, T].
         cache: takes the keys and values of the new tokens.
@@ -56,7 +61,7 @@ def read_tokens(
         >>> from frozenprefix.kernels import prepacked_to_generate
         >>> decoder = model.language_model.base_model
         >>> with prepacked_to_generate(model.language_model):
-        ...     reads_tokens(decoder)
+        ...     len(layers_to_read(decoder)) == len(decoder.layers)
         True
     """
     if isinstance(mask, Mapping):
@@ -64,8 +69,8 @@ def read_tokens(
     cos, sin = decoder.rotary_emb(inputs_embeds, position_ids=positions)
     rotation = (cos, signed_sine(sin))
     hidden = inputs_embeds
-    for layer in decoder.layers:
-        hidden = _read(layer.forward, hidden, mask, rotation, cache)
+    for layer in layers:
+        hidden = _read(layer, hidden, mask, rotation, cache)
     return _rms_norm(hidden, decoder.norm)
 
 
@@ -93,6 +98,5 @@ def _read(frozen: FrozenLayer, hidden: Tensor, mask: Tensor, rotation: tuple[Ten
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    """RMS norm without what a backward pass needs: [..., D] -> [..., D]. A few rows take a third of torch's time."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
-    return (x * scale.add_(norm.variance_epsilon).rsqrt_()).to(x.dtype).mul_(norm.weight)
+    """[..., D] -> [..., D]."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)

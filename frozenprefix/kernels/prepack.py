@@ -49,8 +49,8 @@ def prepacked_frozen_weights(language_model: nn.Module) -> Iterator[None]:
 def prepacked_to_generate(language_model: nn.Module) -> Iterator[None]:
     """Use prepacked copies inside the block, for passes without a gradient, and keep them for the next such block.
 
-    One copy of each weight is kept as long as the language model lives; it is made anew if the weights have changed.
-    Inside `prepacked_frozen_weights` those copies serve. All else is as there.
+    One copy of each weight is kept as long as the language model lives; it is made anew if weights or modules have
+    changed. Inside `prepacked_frozen_weights` those copies serve. All else is as there.
 
     Example:
         >>> with prepacked_to_generate(model.language_model):
@@ -60,7 +60,7 @@ def prepacked_to_generate(language_model: nn.Module) -> Iterator[None]:
         yield
         return
     layers = prepackable_layers(language_model)
-    mark = _mark_of(layers)
+    mark = _mark_of(language_model, layers)
     kept = _KEPT.get(language_model)
     try:
         if kept is None or kept.mark != mark:
@@ -76,7 +76,7 @@ def prepacked_to_generate(language_model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Kept:
-    """Copies by the modules that use them, and a mark of the weights that they were made of."""
+    """Copies by the modules that use them, and a mark of the model that they were made of."""
 
     mark: list[Any]
     forwards: dict[nn.Module, Any]
@@ -96,12 +96,15 @@ def _take_out(language_model: nn.Module) -> None:
             vars(module).pop("forward", None)  # another thread may have done so
 
 
-def _mark_of(layers: list[Layer]) -> list[Any]:
-    """What differs once weights have changed: where they are, and some of their values.
+def _mark_of(language_model: nn.Module, layers: list[Layer]) -> list[Any]:
+    """What differs once modules or weights have changed: the modules, where the weights are, and some of their values.
 
-    Their version alone would not do: `weight.data += update`, as peft merges an adapter, does not change it.
+    A module that is put in later, as an adapter of peft, would be passed by otherwise. The version of a weight would
+    not do: `weight.data += update`, as peft merges an adapter, does not change it.
     """
-    return [(layer, *(_mark(value) for value in (layer.weight, layer.bias) if value is not None)) for layer in layers]
+    modules = list(language_model.modules())[1:]  # without the model itself, which the copies must not keep alive
+    values = (_mark(value) for layer in layers for value in (layer.weight, layer.bias) if value is not None)
+    return [*modules, *values]
 
 
 def _mark(weight: Tensor) -> tuple[Any, ...]:

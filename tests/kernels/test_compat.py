@@ -37,10 +37,10 @@ def hide(monkeypatch):
             lambda owner, name, *rest: None if name in names else own(owner, name, *rest),
             raising=False,
         )
-        compat._log_once.cache_clear()
+        compat.say_once.cache_clear()
 
     yield hide
-    compat._log_once.cache_clear()
+    compat.say_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", [*PREPACKING, *HOOKS, *ATTENTION, "_softmax_backward_data"])

@@ -6,9 +6,12 @@ import gc
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from frozenprefix.kernels import linear, llama_reading, prepack, prepackable_dtypes
+from frozenprefix.kernels.llama_reading import layers_to_read
 from frozenprefix.kernels.prepack import prepacked_frozen_weights, prepacked_to_generate
+from frozenprefix.models.language_model.trie_reader import Prompts, TrieReader
 from tests.kernels.test_llama_layer import WHOLE, random_lm
 from tests.kernels.test_prepack import BF16
 from tests.models.language_model.test_beam_search import CASES, prompts, search
@@ -104,7 +107,34 @@ def test_copies_are_kept_and_made_anew_for_other_weights(copies):
         assert copies, change
 
 
+def test_a_module_put_in_later_is_not_passed_by():
+    lm = random_lm("llama")
+    embeds, mask = prompts(lm)
+    with prepacked_to_generate(lm):
+        before = search(lm, embeds, mask)[1]
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), lm)
+    expected = search(lm, embeds, mask)[1]
+    assert not torch.allclose(expected, before, atol=1e-3)
+    with prepacked_to_generate(lm):
+        assert torch.allclose(search(lm, embeds, mask)[1], expected, atol=1e-4)
+
+
+def test_a_search_outlives_its_block():
+    """As where two threads write with one model, and the first to end takes the copies out."""
+    lm = random_lm("llama")
+    embeds, mask = prompts(lm)
+    texts = Prompts.from_mask(embeds, mask)
+    with prepacked_to_generate(lm):
+        reader = TrieReader(lm, lm.model, texts, num_beams=1, new_tokens=1)
+    assert not layers_to_read(lm.model)
+    own = TrieReader(lm, lm.model, texts, num_beams=1, new_tokens=1)
+    assert (len(reader.read_layers), len(own.read_layers)) == (len(lm.model.layers), 0)
+    with torch.no_grad():
+        assert torch.allclose(reader.read_prompts(), own.read_prompts(), atol=1e-4)
+
+
 def test_nothing_is_left_behind():
+    gc.collect()  # models of other tests
     lm = random_lm("llama")
     before = len(prepack._KEPT)
     with pytest.raises(ZeroDivisionError), prepacked_to_generate(lm):

@@ -30,6 +30,7 @@ HEAD_ROWS = 256  # hidden states whose logits are in memory at a time
 
 # Sampling from the LM's own distribution has these; by default transformers cuts off what is unlikely.
 WHOLE_DISTRIBUTION = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+UNCUT = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}  # where they are given
 # Options of `generate` that this search follows; those that only matter for sampling or the form of the output; and
 # the values at which the others change nothing.
 FOLLOWED = {
@@ -59,19 +60,20 @@ def beam_options(language_model: PreTrainedModel, options: dict[str, Any]) -> Be
         >>> beam_options(model.language_model, {"num_beams": 4, "max_new_tokens": 8, "do_sample": True}) is None
         True
 
-    Sampling needs all of `temperature=1.0, top_k=0, top_p=1.0`.
+    Sampling needs all of `temperature=1.0, top_k=0, top_p=1.0`, and no other cut.
     """
     config = copy.deepcopy(cast(Any, language_model.generation_config))
     unknown = config.update(**options)
     values = {name: value for name, value in config.to_dict().items() if value is not None}
     sampled = all(values.get(name) == value for name, value in WHOLE_DISTRIBUTION.items())
+    sampled = sampled and all(values.get(name, value) == value for name, value in UNCUT.items())
     if sampled:
         values |= {"do_sample": False, "num_beams": values.get("num_return_sequences", 1)}
     others = values.keys() - FOLLOWED - WITHOUT_EFFECT
     if unknown or any(name not in NEUTRAL or values[name] != NEUTRAL[name] for name in others):
         return None
     greedy = values.get("num_beams", 1) == 1 and not sampled
-    if "max_new_tokens" not in values or (greedy and values.get("output_scores")):
+    if "max_new_tokens" not in values or ((greedy or sampled) and values.get("output_scores")):
         return None
     text = language_model.config.get_text_config()
     if attention_implementation(text) not in ("sdpa", "eager"):

@@ -30,9 +30,7 @@ class SampledSearch(BeamSearch):
         beams.done = done.clone()
         for token in self.options.end_tokens:
             beams.done |= word == token
-        parents = (
-            torch.arange(k, device=word.device) if width == k else torch.zeros(k, dtype=torch.long, device=word.device)
-        )
+        parents = torch.arange(k, device=word.device) % width
         return word, parents.expand_as(word)
 
     def _draw(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +39,7 @@ class SampledSearch(BeamSearch):
         # `torch.multinomial` draws a random number for every word of the vocabulary, which takes longer than a layer
         below = chances.double().exp_().cumsum(dim=-1)
         place = torch.rand(len(below), count, dtype=below.dtype, device=below.device) * below[:, -1:]
-        words = torch.searchsorted(below, place, right=True)
+        words = torch.searchsorted(below, place, right=True).clamp_(max=below.shape[1] - 1)
         return chances.gather(1, words), words
 
     def _is_open(self, step: int) -> Tensor:

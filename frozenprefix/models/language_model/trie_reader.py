@@ -24,7 +24,7 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from frozenprefix.kernels.attention import additive_mask, attention_for_rows, mask_per_kind
 from frozenprefix.kernels.compat import CACHE
-from frozenprefix.kernels.llama_reading import read_tokens, reads_tokens
+from frozenprefix.kernels.llama_reading import layers_to_read, read_tokens
 from frozenprefix.models.language_model.base import positions_from_mask
 from frozenprefix.models.packing import PackedBatch, visible_nodes
 
@@ -148,7 +148,8 @@ class TrieReader:
         room = virtual_tokens + tokens + width * new_tokens
         self.layers = [CacheLayer(room) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
-        self.reads_tokens = virtual_tokens == 0 and reads_tokens(decoder)
+        # held here: another thread may take them out of the decoder meanwhile
+        self.read_layers = [] if virtual_tokens else layers_to_read(decoder)
         self._prompts = prompts
 
     def read_prompts(self) -> Tensor:
@@ -207,8 +208,8 @@ class TrieReader:
     def _forward(self, inputs_embeds: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
         """float[R, W, D_lm], bool[R, W, S], int64[R, W] -> last hidden states float[R, W, D_lm]."""
         mask = additive_mask(seen, inputs_embeds.dtype)
-        if self.reads_tokens:
-            return read_tokens(self.decoder, inputs_embeds, mask, positions, self.cache)
+        if self.read_layers:
+            return read_tokens(self.decoder, self.read_layers, inputs_embeds, mask, positions, self.cache)
         with attention_for_rows(self.language_model):
             return self.decoder(
                 inputs_embeds=inputs_embeds,

@@ -35,7 +35,9 @@ def draw(lm, samples: int, **options):
 
 def test_only_the_whole_distribution_is_sampled_here(lm):
     assert beam_options(lm, WHOLE | {"max_new_tokens": 3}).sampled
-    for changes in ({"top_k": 50}, {"temperature": 0.7}, {"top_p": 0.9}, {"num_beams": 2}, {"min_p": 0.1, "top_k": 5}):
+    cuts = [{"top_k": 50}, {"temperature": 0.7}, {"top_p": 0.9}, {"min_p": 0.1}, {"typical_p": 0.5}]
+    cuts += [{"epsilon_cutoff": 0.01}, {"eta_cutoff": 0.01}]
+    for changes in (*cuts, {"num_beams": 2}, {"output_scores": True}):
         assert beam_options(lm, WHOLE | {"max_new_tokens": 3} | changes) is None, changes
     assert beam_options(lm, {"do_sample": True, "max_new_tokens": 3}) is None, "transformers cuts off by default"
 
