@@ -4,10 +4,11 @@
     frozenprefix evaluate runs/NAME/best --task caption --option metrics='[meteor]' --out runs/NAME/captions.json
     python benchmarks/experiments.py runs/NAME [runs/OTHER ...]
 
-Figures of a run are kept in `benchmarks/experiments/NAME.json`, and the table is written anew from all of these files.
-Minutes are those of the training loop, validation included, and count the runs that it started from
-(`training.init_from`), as captions do. "Evidence" is the gain in the log-probability of a caption's token, in nats,
-that the right image brings over another one, on the validation images.
+Figures of a run are kept in `benchmarks/experiments/NAME.json`, and the tables, one for each kind of processor, are
+written anew from all of these files. Loss and evidence are those of the step that `best/` was kept at. Minutes are
+those of the training loop, validation included, and count the runs that it started from (`training.init_from`), as
+captions do. "Evidence" is the gain in the log-probability of a caption's token, in nats, that the right image brings
+over another one, on the validation images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from frozenprefix.training import read_log
 FOLDER = Path(__file__).with_name("experiments")
 PAGE = Path(__file__).with_name("quality.md")
 SECTION = "experiments"
-METRICS = {"bleu_4": "BLEU-4", "meteor": "METEOR", "cider_d": "CIDEr-D"}
+SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "cider_d": "CIDEr-D"}
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def figures(folder: Path) -> dict[str, Any]:
         "minutes": run.progress.get("seconds", 0.0) / 60,
         "captions": run.progress.get("targets_seen", 0),
         "trained": trained_parameters(run),
-        **best_validation(read_log(folder)),
+        "processor": common.machine()["processor_kind"],
+        **validation_at(read_log(folder), run.progress.get("best_step", 0)),
         **caption_scores(run),
     }
     return found
@@ -61,13 +62,15 @@ def trained_parameters(run: Run) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
-def best_validation(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The lowest validation loss, and how much higher it is for wrong images."""
-    rows = [row for row in log if "validation/loss" in row]
+def validation_at(log: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """The validation loss at a step, and how much higher it was for wrong images."""
+    rows = [row for row in log if row["step"] == step and "validation/loss" in row]
     if not rows:
         return {}
-    best = min(rows, key=lambda row: row["validation/loss"])
-    return {"loss": best["validation/loss"], "evidence": best["validation/shuffled_loss"] - best["validation/loss"]}
+    return {
+        "loss": rows[-1]["validation/loss"],
+        "evidence": rows[-1]["validation/shuffled_loss"] - rows[-1]["validation/loss"],
+    }
 
 
 def caption_scores(run: Run) -> dict[str, Any]:
@@ -77,26 +80,25 @@ def caption_scores(run: Run) -> dict[str, Any]:
         raise SystemExit(f"{run.checkpoint}: no result of `frozenprefix evaluate --task caption --out FILE` beside it")
     evaluation = results[-1]
     metrics, shuffled = evaluation.result["metrics"], evaluation.result["baselines"].get("shuffled", {})
-    captions = Counter(row["model"] for row in evaluation.rows.values())
     return {
-        **{name: metrics[name] for name in METRICS if name in metrics},
+        **{name: metrics[name] for name in SCORES if name in metrics},
         "images": len(evaluation.rows),
         "shuffled_cider_d": shuffled.get("cider_d"),
-        "distinct": len(captions),
-        "most_frequent": captions.most_common(1)[0][1] / len(evaluation.rows),
+        "distinct": metrics["distinct_captions"],
+        "most_frequent": metrics["most_common_share"],
+        "words": metrics["mean_length"],
     }
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
+def table(runs: Sequence[Mapping[str, Any]], by_name: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each run, the best last; minutes and captions with those of the runs that it started from."""
-    by_name = {run["name"]: run for run in runs}
 
     def total(run: Mapping[str, Any], key: str) -> float:
         before = by_name.get(run["starts_from"])
         return run[key] + (total(before, key) if before is not None and before is not run else 0)
 
-    header = ["try", "minutes", "captions", "trained", "loss", "evidence", *METRICS.values()]
-    header += ["shuffled", "distinct", "most frequent"]
+    header = ["try", "minutes", "captions", "trained", "loss", "evidence", *SCORES.values()]
+    header += ["shuffled", "distinct", "most frequent", "words"]
     rows = []
     for run in sorted(runs, key=lambda run: run.get("cider_d", 0.0)):
         rows.append(
@@ -106,9 +108,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
                 f"{total(run, 'captions'):,.0f}",
                 f"{run['trained'] / 1e6:.1f} M",
                 *(run.get(key, "") for key in ("loss", "evidence")),
-                *(f"{run[key]:.3f}" if key in run else "" for key in (*METRICS, "shuffled_cider_d")),
+                *(f"{run[key]:.3f}" if key in run else "" for key in (*SCORES, "shuffled_cider_d")),
                 f"{run['distinct']} of {run['images']}",
                 f"{100 * run['most_frequent']:.1f} %",
+                f"{run['words']:.1f}",
             ]
         )
     return common.table(header, rows)
@@ -124,9 +127,11 @@ def main(argv: Sequence[str] | None = None, *, folder: Path = FOLDER, page: Path
     for run in arguments.runs:
         found = figures(run)
         (folder / f"{found['name']}.json").write_text(json.dumps(found, indent=2) + "\n")
-    text = table([json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))])
-    common.write_section(page, SECTION, common.machine()["processor_kind"], text)
-    return text
+    runs = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    for processor in sorted({run["processor"] for run in runs.values()}):
+        text = table([run for run in runs.values() if run["processor"] == processor], runs)
+        common.write_section(page, SECTION, processor, text)
+    return page.read_text()
 
 
 if __name__ == "__main__":

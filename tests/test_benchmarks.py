@@ -383,7 +383,8 @@ def test_average_precision_is_that_of_scikit_learn():
 def test_experiments_add_up_the_runs_that_they_started_from(tmp_path):
     scores = {"bleu_4": 0.2, "cider_d": 0.5, "shuffled_cider_d": 0.05, "loss": 2.5, "evidence": 0.7}
     first = {"name": "a", "starts_from": None, "minutes": 30.0, "captions": 4000, "trained": 7_200_000, **scores}
-    first |= {"images": 10, "distinct": 9, "most_frequent": 0.2}
+    first["processor"] = "one"
+    first |= {"images": 10, "distinct": 9, "most_frequent": 0.2, "words": 9.5}
     then = first | {"name": "b", "starts_from": "a", "minutes": 12.0, "captions": 500, "cider_d": 0.45}
     (tmp_path / "log").mkdir()
     for run in (first, then):
@@ -397,7 +398,9 @@ def test_experiments_add_up_the_runs_that_they_started_from(tmp_path):
     assert rows[1][1:3] == ["30", "4,000"]
 
 
-def test_experiments_read_the_best_validation():
-    log = [{"step": 1}, *({"validation/loss": loss, "validation/shuffled_loss": 3.0} for loss in (2.0, 1.5, 1.8))]
-    assert experiments.best_validation(log) == {"loss": 1.5, "evidence": 1.5}
-    assert experiments.best_validation([{"step": 1}]) == {}
+def test_experiments_read_the_validation_of_the_best_checkpoint():
+    log = [
+        {"step": step, "validation/loss": loss, "validation/shuffled_loss": 3.0} for step, loss in enumerate((2, 1.5))
+    ]
+    assert experiments.validation_at([{"step": 0}, *log], 0) == {"loss": 2, "evidence": 1.0}
+    assert experiments.validation_at(log, 5) == {}

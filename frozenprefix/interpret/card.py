@@ -25,6 +25,7 @@ from frozenprefix.version import __version__
 CARD = "README.md"
 EXAMPLES = "examples"
 _MARK = "card of frozenprefix"
+PROGRESS = ("step", "seconds", "targets_seen", "best_step")
 _SIDE = 320  # longest side of an example, in pixels
 
 
@@ -35,7 +36,7 @@ class Run:
     Attributes:
         checkpoint: folder of the checkpoint; config: its config.json.
         recipe: that it was trained by, and recipe_yaml, its text.
-        progress: `step`, `seconds`, `targets_seen` of the training, as far as the run's folder tells.
+        progress: `step`, `seconds`, `targets_seen`, `best_step` of the training, as far as the run's folder tells.
         evaluations: results of `frozenprefix evaluate` with their predictions.
 
     Example:
@@ -151,7 +152,7 @@ def _progress(run: Path, checkpoint: Path) -> dict[str, Any]:
     for folder in (checkpoint, run / "last"):
         if (folder / "training_state.json").is_file():
             state = parse_json(read_text(folder / "training_state.json"))
-            return {name: state[name] for name in ("step", "seconds", "targets_seen") if name in state}
+            return {name: state[name] for name in PROGRESS if name in state}
     rows = read_log(run) if (run / LOG_FILE).is_file() else []
     return {"step": rows[-1]["step"]} if rows else {}
 
