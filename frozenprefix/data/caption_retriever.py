@@ -1,4 +1,7 @@
-"""Captions of similar training images in the prompt: SmallCap (Ramos et al. 2023), section 3.
+"""Captions of similar training images, in the prompt or to choose among beams.
+
+In the prompt: SmallCap (Ramos et al. 2023), section 3. To choose by: consensus reranking (Devlin et al. 2015, "Language
+Models for Image Captioning: The Quirks and What Works", section 3.5).
 
     retriever = CaptionRetriever.from_samples(train_samples, cache, RetrievalOptions())
     samples = retriever.with_prompts(samples, ImageLookup.from_cache(cache), prompt="")
@@ -14,10 +17,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from transformers.utils import cached_file
 
 from frozenprefix.data.cache import FeatureCache, image_key
 from frozenprefix.data.images import read_image
-from frozenprefix.data.neighbours import CaptionVectors, NearestImages
+from frozenprefix.data.neighbours import CaptionAgreement, CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError, Problem
 from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
@@ -41,17 +45,19 @@ TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
 # marks of a prompt, which are removed from captions
 _MARKS = (IMAGE_TOKEN, "{question}")
 _IMAGES_AT_ONCE = 256
+_PROMPT_FIELDS = {"captions", "template"}
 
 Places = Sequence[str | PathLike[str]]
 
 
 class RetrievalOptions(Section):
-    """Options of retrieval: number of images and captions, and their place in the prompt.
+    """Options of retrieval: what for, number of images and captions, and their place in the prompt.
 
-    Of all captions of the nearest images, those are taken that agree best with the others, at most one per image.
-    With captions of more images to choose from they fit better, but are more alike: on Flickr8k's validation images
-    (EfficientNet-Lite0) four captions have a mean CIDEr-D of 0.20 as the first ones of the 4 nearest images, and of
-    0.36 as those that 15 agree on.
+    For the prompt those captions of the nearest images are taken that agree best with the others, at most one per
+    image. With captions of more images to choose from they fit better, but are more alike: on Flickr8k's validation
+    images (EfficientNet-Lite0) four captions have a mean CIDEr-D of 0.20 as the first ones of the 4 nearest images, and
+    of 0.36 as those that 15 agree on. To choose among beams (`use: rerank`) all captions of the nearest images count,
+    and none is shown; 8 images are a good number there.
 
     Example:
         >>> RetrievalOptions(template="Like: {captions}. ").prompt(["a dog", "a cat"], "Caption:")
@@ -60,6 +66,9 @@ class RetrievalOptions(Section):
 
     model_config = ConfigDict(frozen=True)
 
+    use: Literal["prompt", "rerank"] = Field(
+        "prompt", description="prompt: captions stand in the prompt; rerank: of the beams, take the one that fits them"
+    )
     images: int = Field(15, ge=1, description="nearest training images that are looked at")
     captions: int = Field(4, ge=1, description="captions of them in the prompt, one a line, at most one per image")
     template: str = Field(
@@ -69,6 +78,9 @@ class RetrievalOptions(Section):
 
     def problems(self) -> list[Problem]:
         problems = []
+        if self.use == "rerank":
+            unused = sorted(self.model_fields_set & _PROMPT_FIELDS)
+            return [Problem("has no effect with use 'rerank'; remove it", (name,)) for name in unused]
         if self.captions > self.images:
             text = f"got {self.captions}, expected at most one for each of the {self.images} images"
             problems.append(Problem(text, ("captions", "images")))
@@ -177,9 +189,43 @@ class CaptionRetriever:
             features: float[n, N, D_enc].
             keys: of the same images; captions of a training image with the same key are left out.
         """
+        return [self._agreeing(rows) for rows in self._similar(features, keys)]
+
+    def agreement(
+        self, texts: Sequence[Sequence[str]], features: ArrayLike, keys: Sequence[str]
+    ) -> list[NDArray[np.float64]]:
+        """How well each text of an image agrees with all captions of similar images, 0 to 1: float[texts] each.
+
+        Args:
+            texts: any number for each image.
+            features, keys: as of `__call__`.
+
+        Example:
+            >>> features = np.array([[1, 0], [0, 1]], np.float16)
+            >>> retriever = CaptionRetriever(RetrievalOptions(images=1), ["a", "b"], [["a dog"], ["a cat"]], features)
+            >>> retriever.agreement([["a cat", "a dog"]], [[[1.0, 0.1]]], ["a"])[0].round(2).tolist()
+            [1.0, 0.0]
+        """
+        scores = []
+        for written, rows in zip(texts, self._similar(features, keys), strict=True):
+            captions = [self._counts[row] for row in rows]
+            scores.append(
+                self._agreement([_counts(text) for text in written], [one for each in captions for one in each])
+            )
+        return scores
+
+    def _similar(self, features: ArrayLike, keys: Sequence[str]) -> list[NDArray[np.int64]]:
+        """The rows of the nearest images."""
         own = [self._row.get(key) for key in keys]
-        nearest = self._nearest(_pooled(features), self.options.images, exclude=own)
-        return [self._agreeing(rows) for rows in nearest]
+        return self._nearest(_pooled(features), self.options.images, exclude=own)
+
+    @cached_property
+    def _counts(self) -> list[list[Counter[tuple[str, ...]]]]:
+        return [[_counts(text) for text in texts] for texts in self.captions]
+
+    @cached_property
+    def _agreement(self) -> CaptionAgreement:
+        return CaptionAgreement(self._counts)
 
     def prompts(self, prompts: Sequence[str], features: ArrayLike, keys: Sequence[str]) -> list[str]:
         """Prompts with captions in front of them, one for each image; see `__call__`."""
@@ -224,7 +270,7 @@ class CaptionRetriever:
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
-        options = self.options.model_dump()
+        options = self.options.model_dump(exclude=_PROMPT_FIELDS if self.options.use == "rerank" else None)
         texts = {"options": options, "keys": list(self.keys), "captions": list(map(list, self.captions))}
         write_text_atomic(folder / TEXTS_FILE, json.dumps(texts, ensure_ascii=False))
         arrays = {
@@ -236,8 +282,8 @@ class CaptionRetriever:
         save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
 
     @classmethod
-    def load(cls, checkpoint: str | Path) -> CaptionRetriever | None:
-        """Read the datastore of a checkpoint folder or Hub id; None if the checkpoint has none.
+    def load(cls, checkpoint: str | Path, use: str = "prompt") -> CaptionRetriever | None:
+        """Read the datastore of a checkpoint folder or Hub id; None if the checkpoint has none for this use.
 
         Raises:
             CheckpointError: it is damaged or incomplete.
@@ -249,7 +295,8 @@ class CaptionRetriever:
             if texts is None or arrays is None:
                 raise ValueError(f"{TEXTS_FILE if texts is None else ARRAYS_FILE} is missing")
             loaded = {name: tensor.numpy() for name, tensor in load_tensors(arrays).items()}
-            return cls._from_saved(parse_json(read_text(texts)), loaded)
+            retriever = cls._from_saved(parse_json(read_text(texts)), loaded)
+            return retriever if retriever.options.use == use else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}: the captions to retrieve from cannot be read ({error}); take another checkpoint"

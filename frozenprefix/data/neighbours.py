@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _QUERIES_AT_ONCE = 256
+
+Ngrams = Mapping[tuple[str, ...], int]  #: n-gram of words → how often it occurs
 
 
 class NearestImages:
@@ -76,30 +78,20 @@ class CaptionVectors:
         self._sum = np.zeros(int(columns.max(initial=-1)) + 1)
 
     @classmethod
-    def from_counts(cls, counts: Sequence[Sequence[Mapping[tuple[str, ...], int]]]) -> CaptionVectors:
+    def from_counts(cls, counts: Sequence[Sequence[Ngrams]]) -> CaptionVectors:
         """Weigh n-grams by the inverse document frequency over images, as CIDEr does (Vedantam et al. 2015).
 
         Args:
             counts: for each image, for each of its captions: n-gram → how often it occurs.
         """
-        # n-gram → number of images with a caption that holds it
-        frequencies: Counter[tuple[str, ...]] = Counter()
-        for captions in counts:
-            frequencies.update(set().union(*captions))
-        column = {ngram: i for i, ngram in enumerate(frequencies)}
-        idf = {ngram: math.log(len(counts) / count) for ngram, count in frequencies.items()}
-        longest = max(map(len, frequencies), default=0)
+        idf = _inverse_frequencies(counts)
+        column = {ngram: i for i, ngram in enumerate(idf)}
         columns: list[int] = []
         weights: list[float] = []
         starts = [0]
         for each in (one for captions in counts for one in captions):
-            squares = [0.0] * (longest + 1)
-            for ngram, count in each.items():
-                squares[len(ngram)] += (count * idf[ngram]) ** 2
-            # each n gets a unit vector: the dot product is then the sum of the cosines of all n
-            scale = [1 / math.sqrt(square) if square else 0.0 for square in squares]
             columns.extend(column[ngram] for ngram in each)
-            weights.extend(count * idf[ngram] * scale[len(ngram)] for ngram, count in each.items())
+            weights.extend(_unit_weights(each, idf).values())
             starts.append(len(columns))
         return cls(np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts))
 
@@ -114,3 +106,56 @@ class CaptionVectors:
         np.add.at(scores, owner, weights * (self._sum[columns] - weights))
         self._sum[columns] = 0.0
         return scores.round(12)  # equal captions differ by rounding errors only; the nearest must win
+
+
+class CaptionAgreement:
+    """How well texts agree with captions: the mean cosine of their tf-idf vectors, as in `CaptionVectors`.
+
+    Args:
+        counts: the n-grams of all captions of each image of a collection, for the document frequencies.
+
+    Example:
+        >>> dog, cat = {("a",): 1, ("dog",): 1}, {("a",): 1, ("cat",): 1}
+        >>> CaptionAgreement([[dog], [cat]])([dog, cat], [dog, dog, cat]).round(2).tolist()
+        [0.67, 0.33]
+    """
+
+    def __init__(self, counts: Sequence[Sequence[Ngrams]]):
+        self._idf = _inverse_frequencies(counts)
+        self._orders = max(map(len, self._idf), default=1)
+        self._rarest = math.log(max(1, len(counts)))
+
+    def __call__(self, texts: Sequence[Ngrams], captions: Sequence[Ngrams]) -> NDArray[np.float64]:
+        """float[texts], each from 0 to 1."""
+        total: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for caption in captions:
+            for ngram, weight in self._weights(caption).items():
+                total[ngram] += weight
+        scale = 1 / (self._orders * max(1, len(captions)))
+        agreements = [
+            scale * sum(weight * total.get(ngram, 0.0) for ngram, weight in self._weights(text).items())
+            for text in texts
+        ]
+        return np.array(agreements)
+
+    def _weights(self, counts: Ngrams) -> dict[tuple[str, ...], float]:
+        return _unit_weights(counts, {ngram: self._idf.get(ngram, self._rarest) for ngram in counts})
+
+
+def _inverse_frequencies(counts: Sequence[Sequence[Ngrams]]) -> dict[tuple[str, ...], float]:
+    """n-gram → logarithm of how few images have a caption with it."""
+    frequencies: Counter[tuple[str, ...]] = Counter()
+    for captions in counts:
+        frequencies.update(set().union(*captions))
+    return {ngram: math.log(len(counts) / count) for ngram, count in frequencies.items()}
+
+
+def _unit_weights(counts: Ngrams, idf: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    """A caption's tf-idf vector. Each n gets a unit vector: a dot product is then the sum of the cosines of all n."""
+    squares: defaultdict[int, float] = defaultdict(float)
+    for ngram, count in counts.items():
+        squares[len(ngram)] += (count * idf[ngram]) ** 2
+    return {
+        ngram: count * idf[ngram] / math.sqrt(squares[len(ngram)]) if squares[len(ngram)] else 0.0
+        for ngram, count in counts.items()
+    }

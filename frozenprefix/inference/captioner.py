@@ -8,6 +8,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 _ONE_TEXT = "a captioner returns one text and its score for each prompt; call model.generate for more"
 _OWN_INPUT = "a captioner computes it from prompts and images; call model.generate to pass it"
+LOG_PROB_WEIGHT = 0.05  # of a beam's mean log-probability beside its agreement with captions, which is from 0 to 1
 #: Options of `generate` that a captioner does not take.
 CAPTIONER_REFUSES = {
     "num_return_sequences": _ONE_TEXT,
@@ -76,6 +78,7 @@ class Captioner:
         model, processor: as saved together in a checkpoint.
         batch_size: prompts generated for at once.
         retriever: finds the captions of similar images that caption prompts were trained with.
+        reranker: finds the captions of similar images by which one of the beams is chosen.
 
     Example:
         >>> [caption.path.name for caption in captioner.caption([image_path], num_beams=1, max_new_tokens=3)]
@@ -91,11 +94,12 @@ class Captioner:
         *,
         batch_size: int = 32,
         retriever: CaptionRetriever | None = None,
+        reranker: CaptionRetriever | None = None,
     ):
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
-        self.retriever = retriever
+        self.retriever, self.reranker = retriever, reranker
         self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
@@ -123,7 +127,8 @@ class Captioner:
                 checkpoint, config=config, dtype=dtype, device_map=device
             )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
-            return cls(model, processor, batch_size=batch_size, retriever=CaptionRetriever.load(checkpoint))
+            retriever, reranker = (CaptionRetriever.load(checkpoint, use) for use in ("prompt", "rerank"))
+            return cls(model, processor, batch_size=batch_size, retriever=retriever, reranker=reranker)
 
     def caption(
         self,
@@ -150,8 +155,9 @@ class Captioner:
         for batch, features in self.encoder.batches(map(Path, paths), self.batch_size, bad):
             files = cast(list[Path], batch)
             prompts = self.caption_prompts(files, features, text)
-            texts = self.generate(prompts, features, num_beams=num_beams, max_new_tokens=max_new_tokens, **generate)
-            for path, generation in zip(files, texts, strict=True):
+            options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, **generate}
+            texts = self.caption_groups([[prompt] for prompt in prompts], features, files, **options)
+            for path, (generation,) in zip(files, texts, strict=True):
                 yield Caption(path, generation.text, generation.score)
 
     def caption_prompts(self, files: Sequence[Path], features: Tensor, text: str | None = None) -> list[str]:
@@ -165,6 +171,34 @@ class Captioner:
         if self.retriever is None:
             return prompts
         return self.retriever.prompts(prompts, features.cpu(), image_keys(self.model.vision_encoder, files))
+
+    def caption_groups(
+        self, groups: Sequence[Sequence[str]], features: Tensor, files: Sequence[Path], **generate: Any
+    ) -> list[list[Generation]]:
+        """As `generate_groups`, for groups with one image each.
+
+        A model that was trained with `data.retrieval.use: rerank` takes of the beams the one that agrees best with the
+        captions of similar training images, and among equals the likelier one. Greedy search and sampling have one text
+        to choose from.
+
+        Args:
+            features: float[n, N, D_enc] of the image files.
+        """
+        beams = generate.get("num_beams", 1)
+        if self.reranker is None or beams == 1 or generate.get("do_sample"):
+            return self.generate_groups(groups, features, **generate)
+        check_generate(generate, CAPTIONER_REFUSES)
+        found = self._generate(groups, features, {**generate, "num_return_sequences": beams})
+        texts = [[list(islice(found, beams)) for _ in group] for group in groups]
+        keys = image_keys(self.model.vision_encoder, files)
+        written = [[one.text for beam in group for one in beam] for group in texts]
+        agreements = self.reranker.agreement(written, features.cpu(), keys)
+        chosen = []
+        for group, agreement in zip(texts, agreements, strict=True):
+            by_prompt = agreement.reshape(len(group), beams)
+            scores = by_prompt + LOG_PROB_WEIGHT * np.array([[one.score for one in beam] for beam in group])
+            chosen.append([beam[best] for beam, best in zip(group, scores.argmax(axis=1), strict=True)])
+        return chosen
 
     def answer(self, image: ImageInput, question: str, *, max_new_tokens: int = 10, **generate: Any) -> str:
         """Answer a question about one image, greedily unless `generate` says otherwise."""
@@ -211,6 +245,13 @@ class Captioner:
             [2]
         """
         check_generate(generate, CAPTIONER_REFUSES)
+        texts = self._generate(groups, images, generate)
+        return [list(islice(texts, len(prompts))) for prompts in groups]
+
+    def _generate(
+        self, groups: Sequence[Sequence[str]], images: Sequence[ImageInput] | Tensor | None, generate: Mapping[str, Any]
+    ) -> Iterator[Generation]:
+        """All texts of all prompts, `num_return_sequences` of each, in order."""
         if images is None:
             groups = [[self.blind_prompt(prompt) for prompt in prompts] for prompts in groups]
         features = None if images is None else self.encoder(images).to(self.model.device)
@@ -235,8 +276,7 @@ class Captioner:
         else:
             output = self._search_each(encoded, counts, features, settings)
         scores = [None] * len(output.sequences) if settings["do_sample"] else self._scores(output)
-        texts = map(Generation, self.processor.batch_decode(output.sequences), scores)
-        return [list(islice(texts, len(prompts))) for prompts in groups]
+        return map(Generation, self.processor.batch_decode(output.sequences), scores)
 
     def _search_rows(
         self, groups: list[list[list[int]]], counts: list[int], features: Tensor | None, settings: dict[str, Any]

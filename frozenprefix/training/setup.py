@@ -292,7 +292,8 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     """Put captions of similar training images into all caption prompts of `prepared`, if the recipe says so.
 
     Returns:
-        The retriever, to be saved with the model; None for a recipe without `data.retrieval`.
+        The retriever, to be saved with the model, also if it only chooses among beams; None for a recipe without
+        `data.retrieval`.
 
     Raises:
         DataError: for a caption sample with several images, or captions of fewer than two training images.
@@ -303,6 +304,8 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     assert cache is not None  # a recipe without features is refused
     samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
     retriever = CaptionRetriever.from_samples(samples["train"], cache, data.retrieval)
+    if data.retrieval.use == "rerank":
+        return retriever
     lookup = ImageLookup.from_cache(cache)
     for part, listed in samples.items():
         prompted = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])

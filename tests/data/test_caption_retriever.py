@@ -260,13 +260,13 @@ def test_prompts_of_training(tiny_recipe, tiny_lm, tmp_path):
 
 def prompts_seen(captioner: Captioner, monkeypatch) -> list[str]:
     seen: list[str] = []
-    generate = captioner.generate
+    generate = captioner.generate_groups
 
-    def spy(prompts, *args, **more):
-        seen.extend(prompts)
-        return generate(prompts, *args, **more)
+    def spy(groups, *args, **more):
+        seen.extend(prompt for prompts in groups for prompt in prompts)
+        return generate(groups, *args, **more)
 
-    monkeypatch.setattr(captioner, "generate", spy)
+    monkeypatch.setattr(captioner, "generate_groups", spy)
     return seen
 
 
@@ -345,3 +345,58 @@ def test_training_leaves_the_datastore_in_its_checkpoints(tiny_recipe, tmp_path,
     other = retrieving(tiny_recipe, tmp_path / "run", "data.retrieval.captions=1")
     with pytest.raises(CheckpointError, match=r"another recipe: data\.retrieval was"):
         train(other)
+
+
+# ── to choose among beams ──
+
+
+def test_agreement_is_that_with_the_captions_of_similar_images():
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, RetrievalOptions(use="rerank", images=2))
+    texts = ["a red car", "a dog runs", "a brown dog runs"]
+    features = TABLE.get(["n", "d"])
+    new, known = retriever.agreement([texts, texts], features, ["n", "d"])
+    assert new.argmax() == 2, "the nearest two are the dog and the hound"
+    assert known.argmax() == 1, "without its own captions: the hound and the poodle"
+    assert (new >= 0).all()
+    assert (new <= 1).all()
+
+
+def test_of_the_beams_the_one_that_agrees(checkpoint, shapes, tmp_path):
+    captioner = Captioner.from_pretrained(checkpoint, device="cpu", batch_size=3)
+    paths = sorted((shapes / "images").iterdir())[:4]
+    written = []
+
+    class Third:
+        """Prefers the third beam."""
+
+        options = RetrievalOptions(use="rerank", images=2)
+
+        def agreement(self, texts, features, keys):
+            written.extend(texts)
+            return [np.eye(len(each))[2] for each in texts]
+
+    plain = [one.text for one in Captioner(captioner.model, captioner.processor).caption(paths, num_beams=4)]
+    choosing = Captioner(captioner.model, captioner.processor, reranker=Third())
+    chosen = list(choosing.caption(paths, num_beams=4, max_new_tokens=30))
+    assert [len(set(texts)) for texts in written] == [4] * 4
+    assert [one.text for one in chosen] == [texts[2] for texts in written]
+    assert [texts[0] for texts in written] == plain
+    written.clear()
+    assert len(list(choosing.caption(paths, num_beams=1, max_new_tokens=5))) == 4
+    assert not written, "greedy search has one text"
+    samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square", "blue_triangle", "blue_cross")]
+    result = evaluate_samples(choosing, samples, predictions=tmp_path / "p.jsonl", num_beams=4, max_new_tokens=3)
+    assert result["settings"]["rerank"] == {"images": 2}
+    assert len(written) == 4, "an image has one caption, its own or shuffled"
+
+
+def test_a_recipe_reranks_without_longer_prompts(tiny_recipe, tmp_path, shapes):
+    recipe = tiny_recipe(tmp_path / "run", "data.retrieval={use: rerank, images: 2}")
+    result = train(recipe)
+    captioner = Captioner.from_pretrained(result.best, device="cpu")
+    assert captioner.retriever is None
+    assert captioner.reranker.options == RetrievalOptions(use="rerank", images=2)
+    assert len(captioner.reranker.keys) == 8
+    assert len(list(captioner.caption([shapes / "images/red_circle.png"], num_beams=3))) == 1
+    with pytest.raises(ConfigError, match=r"captions.*no effect with use 'rerank'"):
+        tiny_recipe(tmp_path, "data.retrieval={use: rerank, images: 2, captions: 2}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,15 @@ from frozenprefix.evaluation.scoring import (
     spice_scorer,
 )
 from frozenprefix.evaluation.task import EvaluationOptions, EvaluationTask, check_options
-from frozenprefix.evaluation.tasks.runs import generate_settings, generating, lm_settings, predict_runs
+from frozenprefix.evaluation.tasks.runs import (
+    Answer,
+    Asked,
+    features_of,
+    generate_settings,
+    generating,
+    lm_settings,
+    predict_runs,
+)
 from frozenprefix.inference.captioner import Captioner
 from frozenprefix.inference.embedding import Embedder
 
@@ -67,13 +75,15 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
     _check_metrics(options)
     samples = join_captions(check_samples_of(samples, "caption"), where="task 'caption'")
     generate = generate_settings(options, num_beams=5, max_new_tokens=30)
-    settings = {**generate, **lm_settings(captioner)}
+    settings = {**generate, **lm_settings(captioner), **_reranking(captioner)}
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
     prompted = with_similar_captions(captioner, samples, images)
 
     def predict_all(journal: Journal) -> Predictions:
         answer = generating(captioner, images, generate)
+        if captioner.reranker is not None:
+            answer = partial(_reranked, captioner, images, generate, answer)
         predictions = predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
         return predictions | consensus(captioner, samples, images, options)
 
@@ -85,6 +95,23 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
 CAPTION = EvaluationTask(
     evaluate_captions, sample_task="caption", uses_train=lambda extra: True, takes_beams=True
 )  # fmt: skip
+
+
+def _reranked(
+    captioner: Captioner, images: ImageFeatures, settings: Mapping[str, Any], plain: Answer, batch: Sequence[Asked]
+) -> Sequence[Sequence[str]]:
+    """Captions that are chosen among beams; plain ones without an image, or with several."""
+    features = features_of(batch, images)
+    if features is None or any(len(asked.images) != 1 for asked in batch):
+        return plain(batch)
+    files = [asked.images[0] for asked in batch]
+    groups = captioner.caption_groups([asked.prompts for asked in batch], features, files, **settings)
+    return [[generation.text for generation in group] for group in groups]
+
+
+def _reranking(captioner: Captioner) -> dict[str, Any]:
+    """What the result says of beams that are chosen among by captions of similar images."""
+    return {} if captioner.reranker is None else {"rerank": {"images": captioner.reranker.options.images}}
 
 
 def _scorer(samples: Sequence[Sample], options: EvaluationOptions) -> Scorer:
