@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from frozenprefix.data.neighbours import CaptionVectors, NearestImages
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.evaluation import evaluate_samples
+from frozenprefix.evaluation.task import EvaluationOptions
 from frozenprefix.evaluation.tasks import runs
+from frozenprefix.evaluation.tasks.captioning import evaluate_captions
 from frozenprefix.inference import Captioner
 from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, prepare_images
 from frozenprefix.training.trainer import train
@@ -388,6 +391,13 @@ def test_of_the_beams_the_one_that_agrees(checkpoint, shapes, tmp_path):
     result = evaluate_samples(choosing, samples, predictions=tmp_path / "p.jsonl", num_beams=4, max_new_tokens=3)
     assert result["settings"]["rerank"] == {"images": 2}
     assert len(written) == 4, "an image has one caption, its own or shuffled"
+    written.clear()
+    options = EvaluationOptions(tmp_path / "q.jsonl", num_beams=4, max_new_tokens=3)
+    assert "rerank" not in evaluate_captions(choosing, samples, replace(options, extra={"rerank": False}))["settings"]
+    assert not written
+    for value, message in ((True, "rerank: the checkpoint holds no captions"), ("yes", "rerank: got 'yes'")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_captions(captioner, samples, replace(options, extra={"rerank": value}))
 
 
 def test_a_recipe_reranks_without_longer_prompts(tiny_recipe, tmp_path, shapes):

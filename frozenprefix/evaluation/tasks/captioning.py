@@ -53,8 +53,9 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
     A model that was trained with retrieved captions gets them here too.
 
     Args:
-        options: `extra` takes `metrics`, a list of "meteor" and "spice" (both need Java), and `clip_score`, the
-            checkpoint of a contrastive model in whose space captions are compared with images.
+        options: `extra` takes `metrics`, a list of "meteor" and "spice" (both need Java); `clip_score`, the checkpoint
+            of a contrastive model in whose space captions are compared with images; and `rerank: false`, to take the
+            likeliest beam of a model that was trained with `data.retrieval.use: rerank`.
 
     Returns:
         As `EvaluationTask.run` says.
@@ -71,18 +72,21 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
         >>> result["n"], sorted(result["baselines"])
         (2, ['blind', 'shuffled'])
     """
-    check_options("caption", options.extra, ("metrics", "clip_score"))
+    check_options("caption", options.extra, ("metrics", "clip_score", "rerank"))
     _check_metrics(options)
     samples = join_captions(check_samples_of(samples, "caption"), where="task 'caption'")
     generate = generate_settings(options, num_beams=5, max_new_tokens=30)
-    settings = {**generate, **lm_settings(captioner), **_reranking(captioner)}
+    reranks = _reranks(captioner, options)
+    settings = {**generate, **lm_settings(captioner)}
+    if captioner.reranker is not None and reranks:
+        settings["rerank"] = {"images": captioner.reranker.options.images}
     images = options.open_features(captioner, samples)
     samples = [sample for sample in samples if not any(path in images.bad for path in sample.images)]
     prompted = with_similar_captions(captioner, samples, images)
 
     def predict_all(journal: Journal) -> Predictions:
         answer = generating(captioner, images, generate)
-        if captioner.reranker is not None:
+        if reranks:
             answer = partial(_reranked, captioner, images, generate, answer)
         predictions = predict_runs(captioner, prompted, answer, journal, options, plain_samples=samples)
         return predictions | consensus(captioner, samples, images, options)
@@ -109,9 +113,14 @@ def _reranked(
     return [[generation.text for generation in group] for group in groups]
 
 
-def _reranking(captioner: Captioner) -> dict[str, Any]:
-    """What the result says of beams that are chosen among by captions of similar images."""
-    return {} if captioner.reranker is None else {"rerank": {"images": captioner.reranker.options.images}}
+def _reranks(captioner: Captioner, options: EvaluationOptions) -> bool:
+    """Whether captions of similar images choose among the beams."""
+    asked = options.extra.get("rerank")
+    if asked not in (None, True, False):
+        raise ConfigError(f"rerank: got {asked!r}, expected true or false")
+    if asked and captioner.reranker is None:
+        raise ConfigError("rerank: the checkpoint holds no captions to choose by; train with data.retrieval.use=rerank")
+    return captioner.reranker is not None and asked is not False
 
 
 def _scorer(samples: Sequence[Sample], options: EvaluationOptions) -> Scorer:
