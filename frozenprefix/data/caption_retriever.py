@@ -45,7 +45,7 @@ TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
 # marks of a prompt, which are removed from captions
 _MARKS = (IMAGE_TOKEN, "{question}")
 _IMAGES_AT_ONCE = 256
-_PROMPT_FIELDS = {"captions", "template"}
+_PROMPT_FIELDS = ("captions", "template")
 
 Places = Sequence[str | PathLike[str]]
 
@@ -79,7 +79,8 @@ class RetrievalOptions(Section):
     def problems(self) -> list[Problem]:
         problems = []
         if self.use == "rerank":
-            unused = sorted(self.model_fields_set & _PROMPT_FIELDS)
+            fields = type(self).model_fields  # a resolved recipe has all keys
+            unused = [name for name in _PROMPT_FIELDS if getattr(self, name) != fields[name].default]
             return [Problem("has no effect with use 'rerank'; remove it", (name,)) for name in unused]
         if self.captions > self.images:
             text = f"got {self.captions}, expected at most one for each of the {self.images} images"
@@ -270,7 +271,7 @@ class CaptionRetriever:
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
-        options = self.options.model_dump(exclude=_PROMPT_FIELDS if self.options.use == "rerank" else None)
+        options = self.options.model_dump(exclude={*_PROMPT_FIELDS} if self.options.use == "rerank" else None)
         texts = {"options": options, "keys": list(self.keys), "captions": list(map(list, self.captions))}
         write_text_atomic(folder / TEXTS_FILE, json.dumps(texts, ensure_ascii=False))
         arrays = {
