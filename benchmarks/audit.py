@@ -1,6 +1,6 @@
 """Does `frozenprefix data audit` find wrong captions? Some are swapped on purpose, and looked for.
 
-    python benchmarks/audit.py --checkpoint runs/flickr8k/best --json audit.json
+    python benchmarks/audit.py --checkpoint runs/mlp/best --json audit.json
 
 Of the captions of validation photos, which the model was not trained on, 5 % are given to other photos. Then all are
 ranked by their evidence (the lowest first). Precision and recall are those of the captions under 0, and of as many of
@@ -33,7 +33,7 @@ from frozenprefix.inference.likelihood import log_likelihoods
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = common.parser(__doc__)
-    options.add_argument("--checkpoint", default="runs/flickr8k/best")
+    options.add_argument("--checkpoint", default="runs/mlp/best")
     options.add_argument("--data", default="data/flickr8k")
     options.add_argument("--images", type=int, default=400)
     options.add_argument("--others", type=int, default=4)

@@ -54,7 +54,7 @@ def curve(start: Path, data: Path, folder: Path, steps: int, *, from_start: bool
         "output_dir": str(folder),
     }
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    result = train(load_recipe(RECIPES / "flickr8k.yaml", changes), resume="never")
+    result = train(load_recipe(RECIPES / "mlp.yaml", changes), resume="never")
     lines = read_log(result.output_dir)
     return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
 

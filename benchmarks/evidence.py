@@ -1,6 +1,6 @@
 """Does evidence tell true captions from false ones? Risk and coverage on photos with five reference captions.
 
-    python benchmarks/evidence.py --checkpoint runs/flickr8k/best --json evidence.json
+    python benchmarks/evidence.py --checkpoint runs/mlp/best --json evidence.json
 
 Captions of validation photos are ranked by the LM's own score, by their lowest and by their mean evidence, and the best
 of each ranking are kept. Then words under a floor are left out, as `frozenprefix caption --evidence FLOOR` does. A
@@ -36,7 +36,7 @@ FLOORS = (-0.5, 0.0, 0.25, 0.5)
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = common.parser(__doc__)
-    options.add_argument("--checkpoint", default="runs/flickr8k/best")
+    options.add_argument("--checkpoint", default="runs/mlp/best")
     options.add_argument("--data", default="data/flickr8k")
     options.add_argument("--images", type=int, default=300)
     options.add_argument("--others", type=int, default=16)

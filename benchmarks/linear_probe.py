@@ -1,6 +1,6 @@
 """What the image features say about a photo, and how much of it the captions say.
 
-    python benchmarks/linear_probe.py recipes/flickr8k.yaml [KEY=VALUE ...] [--predictions FILE] [--json FILE] [--quick]
+    python benchmarks/linear_probe.py recipes/mlp.yaml [KEY=VALUE ...] [--predictions FILE] [--json FILE] [--quick]
 
 For each word of a list (things, actions, colours, numbers) a logistic regression on the frozen encoder's features
 learns whether at least two of an image's captions use the word, in any of its forms. It is trained on the recipe's

@@ -1,6 +1,6 @@
 """Greedy captions with the language model in llama.cpp, beside this package: the same texts, and images per second.
 
-    python benchmarks/llama_cpp.py --checkpoint runs/flickr8k/best --images data/flickr8k/images [--photos 100]
+    python benchmarks/llama_cpp.py --checkpoint runs/mlp/best --images data/flickr8k/images [--photos 100]
     python benchmarks/llama_cpp.py --quick
 
 Encoder and mapper run here for all arms. The language model of the checkpoint is a GGUF file. llama.cpp

@@ -51,7 +51,7 @@ METHODS = {
     "lora": "MLP and LoRA",
     "adalora": "MLP and AdaLoRA",
     "prefix_tuning": "MLP and prefix tuning",
-    "flickr8k": "this toolkit's own MLP",
+    "mlp": "this toolkit's own MLP",
 }
 TEXT = " ".join(pydoc_data.topics.topics[topic] for topic in ("class", "import", "exceptions"))
 VALIDATION_IMAGES, CAPTIONED = 64, 200

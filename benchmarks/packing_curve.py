@@ -1,6 +1,6 @@
 """One recipe trained with and without packing: same steps, same seed, loss curves and times compared.
 
-python benchmarks/packing_curve.py [--quick] [--json report.json] [--recipe recipes/flickr8k.yaml] [--steps 80]
+python benchmarks/packing_curve.py [--quick] [--json report.json] [--recipe recipes/mlp.yaml] [--steps 80]
     [training.KEY=VALUE ...]
 """
 
@@ -120,7 +120,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__)
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "flickr8k.yaml")
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "mlp.yaml")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in `frozenprefix train`")
     arguments = parser.parse_intermixed_args(argv)

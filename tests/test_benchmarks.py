@@ -121,7 +121,7 @@ def test_the_curve_is_that_of_the_recipe(tmp_path, monkeypatch):
     """Its warm-up stays, which a recipe of few steps would not have; overrides come last."""
     photos = synthetic_photos(tmp_path / "photos", 2, (32, 32))
     monkeypatch.setattr(packing_curve, "photos", lambda folder, count: (dict(photos), "made here"))
-    path = ROOT / "recipes" / "flickr8k.yaml"
+    path = ROOT / "recipes" / "mlp.yaml"
     recipe = packing_curve.full_recipe(tmp_path, "flat", path, 80, ["training.precision=fp32"])
     assert (recipe.training.max_steps, recipe.training.warmup_steps, recipe.training.packing) == (80, 50, "flat")
     assert recipe.training.precision == "fp32"

@@ -22,7 +22,7 @@ from frozenprefix.planning.step_costs import has_formulas
 logger = logging.getLogger(__name__)
 MOST_TEXT = 64e6  # bytes of data files that are read a second time for an estimate
 # A step of packed rows reaches this share of the rate at which a large matrix product runs alone on a CPU: SmolLM2-135M
-# with 12 images of 4 captions (recipes/flickr8k.yaml), bf16 and fp32.
+# with 12 images of 4 captions (recipes/mlp.yaml), bf16 and fp32.
 PRODUCT_SHARE = 0.5
 # An evaluated image (beam 5, blind, shuffled) takes as long as so many images of a training step: README, Flickr8k.
 EVALUATED = 2.5

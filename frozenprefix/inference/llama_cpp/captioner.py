@@ -59,7 +59,7 @@ class LlamaCppCaptioner(Captioner):
         ends: ids of the tokens that end a text.
 
     Example:
-        >>> captioner = LlamaCppCaptioner.from_pretrained("runs/flickr8k/best")  # doctest: +SKIP
+        >>> captioner = LlamaCppCaptioner.from_pretrained("runs/mlp/best")  # doctest: +SKIP
         >>> next(captioner.caption(["photo.jpg"], num_beams=1)).text  # doctest: +SKIP
         'A brown dog is running through the grass.'
     """

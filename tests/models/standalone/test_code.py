@@ -215,7 +215,7 @@ def test_real_weights_without_the_package(data_root, tmp_path):
     from frozenprefix.config import load_recipe
     from tests.helpers import ROOT
 
-    recipe = load_recipe(ROOT / "recipes" / "flickr8k.yaml", ["training.precision=fp32"])
+    recipe = load_recipe(ROOT / "recipes" / "mlp.yaml", ["training.precision=fp32"])
     model, processor = build_model(recipe)
     folder = saved(model.eval(), processor, tmp_path / "saved")
     photos = sorted((data_root / "flickr8k" / "images").iterdir())[:3]
