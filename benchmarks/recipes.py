@@ -98,7 +98,12 @@ def small_parts(path: Path, folder: Path) -> list[str]:
     source = synthetic_photos(folder / "photos", 12, (64, 64))
     listed = json.dumps([source])
     changes = [f"data.train={listed}", f"data.validation={listed}", "data.workers=0", "training.images_per_step=4"]
-    changes.append("model.vision_encoder.weights=random")
+    encoder = recipe.model.vision_encoder
+    if encoder.source == "fused":
+        parts = [part.model_dump(exclude_none=True) | {"weights": "random"} for part in encoder.encoders]
+        changes.append(f"model.vision_encoder.encoders={json.dumps(parts)}")
+    else:
+        changes.append("model.vision_encoder.weights=random")
     if isinstance(recipe, Recipe):
         changes.append(f"model.language_model.path={save_random_lm(folder / 'lm', config)}")
     if recipe.data.feature_cache != "off":
