@@ -203,7 +203,8 @@ class CaptionRetriever:
 
         Example:
             >>> features = np.array([[1, 0], [0, 1]], np.float16)
-            >>> retriever = CaptionRetriever(RetrievalOptions(images=1), ["a", "b"], [["a dog"], ["a cat"]], features)
+            >>> options = RetrievalOptions(use="rerank", images=1)
+            >>> retriever = CaptionRetriever(options, ["a", "b"], [["a dog"], ["a cat"]], features)
             >>> retriever.agreement([["a cat", "a dog"]], [[[1.0, 0.1]]], ["a"])[0].round(2).tolist()
             [1.0, 0.0]
         """

@@ -77,7 +77,7 @@ class LlamaCppCaptioner(Captioner):
         self.llama = llama
         self.processor = processor
         self.batch_size = llama.prompts
-        self.retriever = retriever
+        self.retriever, self.reranker = retriever, None  # greedy search has nothing to choose from
         self.encoder = ImageEncoder.from_model(prefixes, processor)
         self.ends = tuple(ends)
 
