@@ -42,7 +42,7 @@ from frozenprefix.models.vision import find_weights_file, read_weights
 from frozenprefix.training import build_model
 from frozenprefix.utils import show_log
 
-RECIPE = Path(__file__).with_name("flickr8k.yaml")
+RECIPE = Path(__file__).with_name("mlp.yaml")
 PROMPT = "A photo of a<image>\nA photo of a"
 MAPPERS = {
     "linear": {"type": "linear", "prefix_length": 3},
