@@ -212,14 +212,14 @@ def test_a_few_steps_raise_the_expected_reward(recipe_of, tmp_path, shapes, writ
     four = f"data.train=[{{type: captions, path: {shapes}, split: train, limit: 4}}]"
     given = (four, f"model.language_model.path={writer}")
     start = train(recipe_of(tmp_path / "start", *given, "training.max_steps=15")).best
-    # half the learning rate in twice the steps: 30 steps at 0.004 overshot on one kind of processor
-    settings = ("training.max_steps=60", "training.learning_rate=0.002", f"training.init_from={start}")
+    # a small rate and more steps: 0.004 and 0.002 overshot on one kind of processor each
+    settings = ("training.max_steps=60", "training.learning_rate=0.001", f"training.init_from={start}")
     trainer, objective = started(recipe_of(tmp_path / "run", *given, section(baseline, 40), *settings))
     before = expected_reward(trainer, objective)
     batches = trainer.batches()
     rows = [trainer.step(batches) for _ in range(60)]
     assert all(row["loss"] == row["loss/self_critical"] for row in rows)
-    # over three seeds, and without AVX-512, it was 1.18 to 1.62 times as much, from 0.58 to 0.79 (0.47 elsewhere)
+    # with the newest and the oldest releases it was 1.28 and 1.76 times as much, from 0.62 and 0.44
     assert expected_reward(trainer, objective) > 1.05 * before
     assert before > 0.2, "the start writes no caption that is worth improving"
 
