@@ -128,10 +128,11 @@ def main(argv: Sequence[str] | None = None, *, folder: Path = FOLDER, page: Path
         found = figures(run)
         (folder / f"{found['name']}.json").write_text(json.dumps(found, indent=2) + "\n")
     runs = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    tables = {}
     for processor in sorted({run["processor"] for run in runs.values()}):
-        text = table([run for run in runs.values() if run["processor"] == processor], runs)
-        common.write_section(page, SECTION, processor, text)
-    return page.read_text()
+        tables[processor] = table([run for run in runs.values() if run["processor"] == processor], runs)
+        common.write_section(page, SECTION, processor, tables[processor])
+    return "\n".join(f"{processor}\n{text}" for processor, text in tables.items())
 
 
 if __name__ == "__main__":

@@ -284,8 +284,8 @@ class CaptionRetriever:
         save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
 
     @classmethod
-    def load(cls, checkpoint: str | Path, use: str = "prompt") -> CaptionRetriever | None:
-        """Read the datastore of a checkpoint folder or Hub id; None if the checkpoint has none for this use.
+    def load(cls, checkpoint: str | Path) -> CaptionRetriever | None:
+        """Read the datastore of a checkpoint folder or Hub id; None if the checkpoint has none.
 
         Raises:
             CheckpointError: it is damaged or incomplete.
@@ -297,8 +297,7 @@ class CaptionRetriever:
             if texts is None or arrays is None:
                 raise ValueError(f"{TEXTS_FILE if texts is None else ARRAYS_FILE} is missing")
             loaded = {name: tensor.numpy() for name, tensor in load_tensors(arrays).items()}
-            retriever = cls._from_saved(parse_json(read_text(texts)), loaded)
-            return retriever if retriever.options.use == use else None
+            return cls._from_saved(parse_json(read_text(texts)), loaded)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}: the captions to retrieve from cannot be read ({error}); take another checkpoint"

@@ -127,8 +127,10 @@ class Captioner:
                 checkpoint, config=config, dtype=dtype, device_map=device
             )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
-            retriever, reranker = (CaptionRetriever.load(checkpoint, use) for use in ("prompt", "rerank"))
-            return cls(model, processor, batch_size=batch_size, retriever=retriever, reranker=reranker)
+            store = CaptionRetriever.load(checkpoint)
+            reranks = store is not None and store.options.use == "rerank"
+            stores = {"reranker" if reranks else "retriever": store}
+            return cls(model, processor, batch_size=batch_size, **stores)
 
     def caption(
         self,

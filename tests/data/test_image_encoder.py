@@ -56,8 +56,8 @@ def test_batches_leave_bad_images_out_and_stay_full(encoder, paths, tmp_path, de
     bad = BadImages()
     batches = list(encoder.batches(given, 2, bad))
     assert [files for files, _ in batches] == [[paths[0], paths[1]], [paths[2]]]
-    # a batch of one may be added up in another order
-    torch.testing.assert_close(torch.cat([features for _, features in batches]), encoder(paths[:3]))
+    for files, features in batches:  # to the bit: on some processors an image alone is added up in another order
+        assert torch.equal(features, encoder(files))
     assert bad.counts == {"not_an_image": 1, "missing": 1}
     assert decoded[:5] == [str(path) for path in given], "each file is decoded once"
     with pytest.raises(BadImageError, match="broken"):
