@@ -54,6 +54,15 @@ def command(
     prompt: Prompt = None,
     language_model: LanguageModel = None,
     precision: Precision = Arithmetic.auto,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Another checkpoint with the same frozen parts, which chooses each word together with the first; may "
+            "be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[
         Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
     ] = Engine.torch,
@@ -96,7 +105,12 @@ def command(
     check_checkpoint(checkpoint)
     images = list_images(paths)
     writers = open_writers(images, out, form, metadata, force=force)
-    captioner = load_captioner(engine, beams, checkpoint, language_model=language_model, precision=precision.value)
+    options = {"language_model": language_model, "precision": precision.value}
+    if ensemble:
+        if engine is not Engine.torch:
+            raise ConfigError(f"--ensemble: {engine.value} runs one model; leave out --engine")
+        options["ensemble"] = ensemble
+    captioner = load_captioner(engine, beams, checkpoint, **options)
     captioning: Any = captioner
     if evidence is not None:
         captioning = supported_captioner(captioner, engine, evidence, checkpoint, images, others, num_others)

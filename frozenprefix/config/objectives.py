@@ -33,12 +33,15 @@ class DistillationSection(RecipeSection):
 
 
 class SelfCriticalSection(RecipeSection):
-    """Policy gradient on CIDEr-D (Rennie et al. 2017)."""
+    """Policy gradient on CIDEr-D (Rennie et al. 2017), and on top of it on how much of a caption is true."""
 
     weight: Weight = Field(1.0, description="a number, or [start, end]")
     baseline: Literal["greedy", "leave_one_out"] = "greedy"
     samples: int = Field(5, ge=1, description="captions sampled per image")
     max_new_tokens: int = Field(20, ge=1)
+    word_precision: float = Field(
+        0.0, ge=0, description="weight, beside CIDEr-D, of the share of a caption's words that a reference has"
+    )
 
     def problems(self) -> list[Problem]:
         if self.baseline == "leave_one_out" and self.samples < 2:

@@ -34,6 +34,8 @@ from frozenprefix.utils import check_output, content_hash, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
+SCORING = ("metrics", "clip_score")  # options of a task on which its predictions do not depend
+
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
@@ -92,11 +94,11 @@ def evaluate_checkpoint(
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
     limit = limit or defaults.limit
+    default = f"predictions_{_name(task, data, split, limit=limit, num_beams=num_beams, extra=extra)}.jsonl"
     if num_beams is None and chosen.takes_beams:
         num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
-    default = Path(checkpoint) / f"predictions_{_name(task, data, split, limit, extra)}.jsonl"
-    file = _predictions_file(predictions or default, force)
+    file = _predictions_file(predictions or Path(checkpoint) / default, force)
     model, precision = _load_model(chosen, checkpoint, processes, language_model, precision)
     storage = recipe_storage(checkpoint, model.encoder.fingerprint)
     options = EvaluationOptions(
@@ -146,8 +148,16 @@ def _samples(
     return samples, train
 
 
-def _name(task: str, data: str | Path | None, split: str | None, limit: int | None, extra: Mapping[str, Any]) -> str:
-    """Name of an evaluation in the predictions' file name: task, way of answering, data, split and limit."""
+def _name(
+    task: str,
+    data: str | Path | None,
+    split: str | None,
+    *,
+    limit: int | None,
+    num_beams: int | None,
+    extra: Mapping[str, Any],
+) -> str:
+    """Name of an evaluation in the predictions' file name: what it depends on, apart from defaults."""
     if data is None:
         parts = ["recipe_validation"]
     else:
@@ -156,6 +166,11 @@ def _name(task: str, data: str | Path | None, split: str | None, limit: int | No
         parts = [f"{safe_file_name(folder.name, 40)}-{content_hash(str(folder))[:6]}", split or "all"]
     if limit is not None:
         parts.append(f"first{limit}")
+    if num_beams is not None:
+        parts.append(f"beams{num_beams}")
+    others = {name: value for name, value in extra.items() if name not in ("answering", *SCORING)}
+    if others:
+        parts.append(f"options-{content_hash(repr(sorted(others.items())))[:6]}")
     return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), *parts])
 
 

@@ -129,12 +129,13 @@ def _checksum(run: str, key: str, value: Any) -> int:
 def header_of(captioner: Captioner, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What predictions depend on: settings, the model's weights and their dtype, its prompts, and the samples."""
     model = captioner.model
+    models = [model] if captioner.ensemble is None else captioner.ensemble.models
     rows = [[s.id, [str(path) for path in s.images], s.prompt, s.question, s.history] for s in samples]
     return {
         **settings,
         "version": __version__,
         "precision": str(model.language_model.dtype).removeprefix("torch."),
-        "model": digest([hash_tensors(model.trainable_state()), model.config.identity]),
+        "model": digest([*(hash_tensors(one.trainable_state()) for one in models), model.config.identity]),
         "prompts": dict(captioner.processor.prompts),
         "number of samples": len(samples),
         "samples": digest(rows),

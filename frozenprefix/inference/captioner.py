@@ -21,6 +21,7 @@ from frozenprefix.data.images import BadImages
 from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.configuration import FrozenPrefixConfig
+from frozenprefix.models.ensemble import Ensemble
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import pack_prompts
@@ -79,6 +80,7 @@ class Captioner:
         batch_size: prompts generated for at once.
         retriever: finds the captions of similar images that caption prompts were trained with.
         reranker: finds the captions of similar images by which one of the beams is chosen.
+        ensemble: writes in place of the model alone, which is the first of it.
 
     Example:
         >>> [caption.path.name for caption in captioner.caption([image_path], num_beams=1, max_new_tokens=3)]
@@ -95,11 +97,12 @@ class Captioner:
         batch_size: int = 32,
         retriever: CaptionRetriever | None = None,
         reranker: CaptionRetriever | None = None,
+        ensemble: Ensemble | None = None,
     ):
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
-        self.retriever, self.reranker = retriever, reranker
+        self.retriever, self.reranker, self.ensemble = retriever, reranker, ensemble
         self.encoder = ImageEncoder.from_model(model, processor)
 
     @classmethod
@@ -111,10 +114,12 @@ class Captioner:
         batch_size: int = 32,
         language_model: str | Path | None = None,
         precision: str = "auto",
+        ensemble: Sequence[str | Path] = (),
     ) -> Captioner:
         """Load a checkpoint folder or Hub id onto `device` (a GPU when there is one).
 
         Args:
+            ensemble: further checkpoints, which choose each word together with the first one; see `Ensemble`.
             language_model: path of the checkpoint's language model, if it has moved; it must be the same one.
             precision: of the frozen parts, as of `inference_precision`: "auto" is the faster of fp32 and bf16 here,
                 whatever the checkpoint was trained in.
@@ -130,7 +135,29 @@ class Captioner:
             store = CaptionRetriever.load(checkpoint)
             reranks = store is not None and store.options.use == "rerank"
             stores = {"reranker" if reranks else "retriever": store}
-            return cls(model, processor, batch_size=batch_size, **stores)
+            captioner = cls(model, processor, batch_size=batch_size, **stores)
+        return captioner.together_with(ensemble) if ensemble else captioner
+
+    def together_with(self, checkpoints: Sequence[str | Path]) -> Captioner:
+        """A captioner whose model chooses each word together with those of other checkpoints; see `Ensemble`.
+
+        Raises:
+            ConfigError: for checkpoints with other frozen parts.
+
+        Example:
+            >>> len(captioner.together_with([checkpoint]).ensemble.models)
+            2
+        """
+        models = [self.model]
+        for checkpoint in checkpoints:
+            with opening_checkpoint(checkpoint), progress_bar("loading the ensemble"):
+                config = checkpoint_config(FrozenPrefixConfig, checkpoint)
+                options = {"dtype": self.model.language_model.dtype, "device_map": str(self.model.device)}
+                model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, config=config, **options)
+                models.append(model.eval())
+        stores = {"retriever": self.retriever, "reranker": self.reranker}
+        together = Ensemble(models)
+        return Captioner(self.model, self.processor, batch_size=self.batch_size, ensemble=together, **stores)
 
     def caption(
         self,
@@ -273,7 +300,7 @@ class Captioner:
                 "text needs one image"
             )
         longest = max(len(ids) for prompts in encoded for ids in prompts)
-        if self.model.searches_rows(longest, sees_images=images is not None, **settings):
+        if self.ensemble is not None or self.model.searches_rows(longest, sees_images=images is not None, **settings):
             output = self._search_rows(encoded, counts, features, settings)
         else:
             output = self._search_each(encoded, counts, features, settings)
@@ -289,7 +316,8 @@ class Captioner:
             prefix_length=self.model.placeholders_per_image,
             images_per_group=counts,
         )
-        return self.model.generate(packed=packed.to(self.model.device), image_features=features, **settings)
+        writer = self.model if self.ensemble is None else self.ensemble
+        return writer.generate(packed=packed.to(self.model.device), image_features=features, **settings)
 
     def _search_each(
         self, groups: list[list[list[int]]], counts: list[int], features: Tensor | None, settings: dict[str, Any]

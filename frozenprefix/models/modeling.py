@@ -244,7 +244,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             word_dropout: share of the target's words that the LM reads as zeros (Bowman et al. 2016, section 3.1), so
                 that it has to rely on the image; causal LMs only.
         """
-        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
+        with self.reading(packed, prefix_embeds) as (rows, inputs_embeds):
             if word_dropout:
                 inputs_embeds = inputs_embeds.masked_fill(packed.draw_words(word_dropout)[..., None], 0.0)
             return self.lm.loss(rows, inputs_embeds, label_smoothing) / packed.num_tokens
@@ -255,11 +255,11 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         Raises:
             ConfigError: when several texts share a row that this LM cannot read.
         """
-        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
+        with self.reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.hidden(rows, inputs_embeds)
 
     @contextmanager
-    def _reading(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
+    def reading(self, packed: PackedBatch, prefix_embeds: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
         """The LM's layout of packed rows and their embeddings; inside the block the LM's hooks see the images."""
         rows = self.lm.layout(packed)
         inputs_embeds, context = self._fuse_at(rows.input_ids, rows.prefix_index, rows.latest_index, prefix_embeds)
@@ -301,7 +301,7 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
         if input_ids is not None:
             input_ids, attention_mask = self.lm.prompt(input_ids, attention_mask)
         inputs_embeds, context = self.fuse(input_ids, prefix_embeds, attention_mask)
-        beams = None if args else self._beam_options(inputs_embeds.shape[1], kwargs, sees_images=context is not None)
+        beams = None if args else self.search_options(inputs_embeds.shape[1], kwargs, sees_images=context is not None)
         with self.fusion.seeing(context):
             return self.lm.generate(inputs_embeds, attention_mask, *args, beams=beams, **kwargs)
 
@@ -312,21 +312,21 @@ class FrozenPrefixForConditionalGeneration(ImageModel, GenerationMixin):
             >>> model.searches_rows(20, max_new_tokens=5), model.searches_rows(20, max_new_tokens=5, do_sample=True)
             (True, False)
         """
-        return self._beam_options(longest, options, sees_images=sees_images) is not None
+        return self.search_options(longest, options, sees_images=sees_images) is not None
 
-    def _beam_options(self, longest: int, options: dict[str, Any], *, sees_images: bool) -> BeamOptions | None:
+    def search_options(self, longest: int, options: dict[str, Any], *, sees_images: bool) -> BeamOptions | None:
         """Options of this package's search; None where transformers has to search."""
         return None if sees_images and self.fusion.every_step else self.lm.beam_options(longest, options)
 
     def _continue_rows(self, packed: PackedBatch, prefix_embeds: Tensor | None, options: dict[str, Any]) -> Any:
         longest = int(packed.position_ids.max()) + 1
-        beams = self._beam_options(longest, options, sees_images=prefix_embeds is not None)
+        beams = self.search_options(longest, options, sees_images=prefix_embeds is not None)
         if beams is None:
             raise ConfigError(
                 "generate: packed: this model or these options need transformers' search, which reads one prompt a "
                 "row; ask searches_rows first, and give input_ids"
             )
-        with self._reading(packed, prefix_embeds) as (rows, inputs_embeds):
+        with self.reading(packed, prefix_embeds) as (rows, inputs_embeds):
             return self.lm.continue_rows(rows, inputs_embeds, beams)
 
     # ── images and texts in one space ──

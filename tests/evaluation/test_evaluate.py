@@ -362,13 +362,25 @@ def test_a_checkpoint_on_a_folder(tiny_checkpoint, shapes, tmp_path, task, n):
     )
 
 
-def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "ending"),
+    [
+        ({}, ""),
+        ({"limit": 4}, "_first4"),
+        ({"num_beams": 1}, "_beams1"),
+        ({"num_beams": 2, "candidates": None}, "_beams2_options-[0-9a-f]{6}"),
+    ],
+)
+def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path, monkeypatch, settings, ending):
+    """One file for each way of evaluating: a result can be compared after other evaluations."""
     monkeypatch.setattr(runs, "predict", saying("a"))
     monkeypatch.setattr(vqa, "vqa_scorer", lambda samples: lambda texts: Scores({"accuracy": 0.0}))
-    result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val")
+    if "candidates" in settings:
+        monkeypatch.setattr(vqa, "_candidates", lambda options: None)
+    result = evaluate_checkpoint(tiny_checkpoint, task="vqa", data=shapes, split="val", **settings)
     path = Path(result["predictions"])
     assert path.parent == tiny_checkpoint
-    assert re.fullmatch(r"predictions_vqa_shapes-[0-9a-f]{6}_val\.jsonl", path.name)
+    assert re.fullmatch(rf"predictions_vqa_shapes-[0-9a-f]{{6}}_val{ending}\.jsonl", path.name)
     assert len(rows_of(path)) == 8
     path.unlink()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from frozenprefix.data.samples import ImageGroup
 from frozenprefix.errors import ConfigError
-from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d
+from frozenprefix.evaluation.metrics.captions import caption_metrics, cider_d, word_precision
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.packing import Target, build_trie, pack
 from frozenprefix.training.objectives.self_critical import END_WORD, SelfCritical, reward_references
@@ -81,6 +82,36 @@ def test_a_caption_that_was_cut_off_earns_less(recipe_of, tmp_path):
     assert rewards[0] > rewards[1] > rewards[2] > rewards[3] == 0
     references = reward_references(trainer.train_groups)
     assert rewards[0] == pytest.approx(cider_d(f"{text} {END_WORD}", references, group.key))
+
+
+def test_words_that_no_reference_has_cost_more(recipe_of, tmp_path):
+    plain = section()
+    precise = plain.replace("max_new_tokens", "word_precision: 2, max_new_tokens")
+    rewards = []
+    for name, text in (("plain", plain), ("precise", precise)):
+        trainer, objective = started(recipe_of(tmp_path / name, text))
+        group, processor = trainer.train_groups[0], trainer.processor
+        target = group.samples[0].targets[0]
+        other = next(g.samples[0].targets[0] for g in trainer.train_groups if g.samples[0].targets[0] != target)
+        texts = [target, f"{target} {other}", other.split()[-2]]
+        rewards.append(objective.rewards([group], [[processor.encode_target("<image>", t) for t in texts]])[0])
+    added = rewards[1] - rewards[0]
+    references = reward_references(trainer.train_groups)
+    shares = [word_precision(t, references, group.key) for t in texts]
+    assert added.tolist() == pytest.approx([2 * share for share in shares], abs=1e-5)
+    assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] < 1
+    with pytest.raises(ConfigError, match=r"word_precision: .*greater than or equal to 0|word_precision.*at least 0"):
+        recipe_of(tmp_path, plain.replace("max_new_tokens", "word_precision: -1, max_new_tokens"))
+
+
+def test_precision_of_words_by_hand():
+    references = CaptionReferences({"a": ["a red dog", "a dog runs"], "b": ["a cat"], "c": ["a red cat"]})
+    dog, red = math.log(3), math.log(3 / 2)  # in one image of three, in two
+    assert word_precision("a red dog", references, "a") == 1
+    assert word_precision("a red cat", references, "a") == pytest.approx(red / (red + math.log(3 / 2)))
+    assert word_precision("dog dog red", references, "a") == pytest.approx((dog + red) / (2 * dog + red))
+    assert word_precision("a zebra dog", references, "a") == pytest.approx(dog / (math.log(3) + dog))
+    assert word_precision("", references, "a") == word_precision("a a", references, "a") == 0
 
 
 def test_document_frequencies_are_those_of_the_training_captions(recipe_of, tmp_path):

@@ -162,6 +162,25 @@ def cider_d(caption: str, references: CaptionReferences, key: str) -> float:
     return _cider_d(references.weigh(_candidate(key, caption).counts), references.tf_idf[key])
 
 
+def word_precision(caption: str, references: CaptionReferences, key: str) -> float:
+    """How much of what a caption says is in a reference of image `key`: a share of its words, in [0, 1].
+
+    Words count by their inverse document frequency, as in CIDEr, and as often as the reference with most of them has
+    them. So a colour or an object that no reference names costs much, and an article nothing. An empty caption has 0.
+
+    Example:
+        >>> references = CaptionReferences({"1": ["a red dog runs"], "2": ["a cat sits"]})
+        >>> [round(word_precision(text, references, "1"), 2) for text in ("a dog", "a blue dog", "a cat")]
+        [1.0, 0.5, 0.0]
+    """
+    most = references.max_counts[key]
+    words = {ngram: count for ngram, count in _candidate(key, caption).counts.items() if len(ngram) == 1}
+    weights = references.weigh(words).weights
+    total = sum(weights.values())
+    right = sum(weight * min(1.0, most.get(word, 0) / words[word]) for word, weight in weights.items())
+    return right / total if total else 0.0
+
+
 def _cider_d(candidate: TfIdf, references: Sequence[TfIdf]) -> float:
     """Return 10 times the clipped, length-damped tf-idf cosine, averaged over n = 1..4 and the references."""
     total = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,9 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
 
     Args:
         options: `extra` takes `metrics`, a list of "meteor" and "spice" (both need Java); `clip_score`, the checkpoint
-            of a contrastive model in whose space captions are compared with images; and `rerank: false`, to take the
-            likeliest beam of a model that was trained with `data.retrieval.use: rerank`.
+            of a contrastive model in whose space captions are compared with images; `rerank: false`, to take the
+            likeliest beam of a model that was trained with `data.retrieval.use: rerank`; and `ensemble`, a list of
+            checkpoints that choose each word together with the model.
 
     Returns:
         As `EvaluationTask.run` says.
@@ -72,9 +74,10 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
         >>> result["n"], sorted(result["baselines"])
         (2, ['blind', 'shuffled'])
     """
-    check_options("caption", options.extra, ("metrics", "clip_score", "rerank"))
+    check_options("caption", options.extra, ("metrics", "clip_score", "rerank", "ensemble"))
     _check_metrics(options)
     samples = join_captions(check_samples_of(samples, "caption"), where="task 'caption'")
+    captioner = _together(captioner, options)
     generate = generate_settings(options, num_beams=5, max_new_tokens=30)
     reranks = _reranks(captioner, options)
     settings = {**generate, **lm_settings(captioner)}
@@ -111,6 +114,18 @@ def _reranked(
     files = [asked.images[0] for asked in batch]
     groups = captioner.caption_groups([asked.prompts for asked in batch], features, files, **settings)
     return [[generation.text for generation in group] for group in groups]
+
+
+def _together(captioner: Captioner, options: EvaluationOptions) -> Captioner:
+    """The captioner, with the checkpoints of its ensemble."""
+    if "ensemble" not in options.extra:
+        return captioner
+    checkpoints = options.extra["ensemble"]
+    if not isinstance(checkpoints, list | tuple) or not all(isinstance(one, str | Path) for one in checkpoints):
+        raise ConfigError(f"ensemble: got {checkpoints!r}, expected a list of checkpoints")
+    for checkpoint in checkpoints:
+        check_checkpoint(checkpoint)
+    return captioner.together_with(checkpoints)
 
 
 def _reranks(captioner: Captioner, options: EvaluationOptions) -> bool:

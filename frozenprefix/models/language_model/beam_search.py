@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from frozenprefix.kernels.compat import attention_implementation
 from frozenprefix.models.language_model.base import BeamOptions
-from frozenprefix.models.language_model.trie_reader import Prompts, TrieReader
+from frozenprefix.models.language_model.trie_reader import Reader
 
 IMPOSSIBLE = -1e9  # the score that transformers gives to what must not be chosen
 BLOCK = 64  # words of the vocabulary that are looked at together
@@ -117,39 +117,22 @@ class BeamSearch:
     """One search over a batch of prompts.
 
     Args:
-        decoder: the LM without its head.
-        logits: gives the logits of last hidden states, float[..., D_lm] -> float[..., V].
-        virtual_tokens: tokens that the LM puts into its cache by itself.
+        reader: of the prompts, with room for the beams of `options`.
+        logits: gives the logits of what `reader` returns, float[M, ...] -> float[M, V].
     """
 
-    def __init__(
-        self,
-        language_model: PreTrainedModel,
-        decoder: nn.Module,
-        logits: Callable[[Tensor], Tensor],
-        options: BeamOptions,
-        virtual_tokens: int = 0,
-    ):
-        self.language_model, self.options, self.virtual_tokens = language_model, options, virtual_tokens
-        self.decoder, self.logits = decoder, logits
+    def __init__(self, reader: Reader, logits: Callable[[Tensor], Tensor], options: BeamOptions):
+        self.reader, self.logits, self.options = reader, logits, options
 
     @torch.no_grad()
-    def __call__(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Continue prompts.
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Continue the reader's prompts.
 
         Returns:
             int64[N * num_return_sequences, new tokens] padded with `pad_token`, and their scores float32.
         """
-        options = self.options
-        reader = TrieReader(
-            self.language_model,
-            self.decoder,
-            prompts,
-            num_beams=options.num_beams,
-            new_tokens=options.max_new_tokens,
-            virtual_tokens=self.virtual_tokens,
-        )
-        self.beams = self._start(len(prompts.row), prompts.row.device)
+        options, reader = self.options, self.reader
+        self.beams = self._start(len(reader.row), reader.row.device)
         words = torch.full_like(self.beams.words, options.pad_token)
         score = torch.zeros_like(self.beams.done_score)
         # `words` and `score` are in the order of the whole batch; `self.beams` holds the prompts that are still open.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from frozenprefix.errors import ConfigError
@@ -27,9 +26,9 @@ from frozenprefix.models.language_model.base import (
     positions_from_mask,
     with_one_config,
 )
-from frozenprefix.models.language_model.beam_search import BeamSearch, beam_options
-from frozenprefix.models.language_model.sampled_search import SampledSearch
-from frozenprefix.models.language_model.trie_reader import Prompts
+from frozenprefix.models.language_model.beam_search import beam_options
+from frozenprefix.models.language_model.search import generated, search, search_rows
+from frozenprefix.models.language_model.trie_reader import Prompts, TrieReader
 from frozenprefix.models.packing import PackedBatch, Target, ancestor_mask, pack
 from frozenprefix.models.packing.loss import cap, next_token_loss
 
@@ -213,10 +212,28 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
 
     def _search(self, prompts: Prompts, options: BeamOptions) -> tuple[Tensor, Tensor]:
         """As `BeamSearch`."""
-        kind = SampledSearch if options.sampled else BeamSearch
-        search = kind(self.model, self.decoder, self.logits, options, self.num_virtual_tokens)
+        with self._reading(prompts, options) as reader:
+            return search(reader, self.logits, options)
+
+    @contextmanager
+    def _reading(self, prompts: Prompts, options: BeamOptions) -> Iterator[TrieReader]:
+        """A reader of prompts; inside the block the LM's weights are packed for it."""
         with prepacked_to_generate(self.model):
-            return search(prompts)
+            yield TrieReader(
+                self.model,
+                self.decoder,
+                prompts,
+                num_beams=options.num_beams,
+                new_tokens=options.max_new_tokens,
+                virtual_tokens=self.num_virtual_tokens,
+            )
+
+    @contextmanager
+    def reading_rows(self, rows: PackedBatch, inputs_embeds: Tensor, options: BeamOptions) -> Iterator[TrieReader]:
+        """A reader of the prompts of packed rows, for `search_rows` inside the block."""
+        self.check_length(int(rows.position_ids.max()) + 1, options.max_new_tokens)
+        with self._reading(Prompts.from_packed(rows, inputs_embeds), options) as reader:
+            yield reader
 
     # ── packed rows ──
 
@@ -301,25 +318,15 @@ class DecoderOnlyLM(FrozenLM[PackedBatch]):
         if beams is None:
             generate, kwargs = cast(Any, self.model).generate, with_one_config(kwargs)
             return generate(None, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        return _output(*self._search(Prompts.from_mask(inputs_embeds, attention_mask), beams), beams)
+        return generated(*self._search(Prompts.from_mask(inputs_embeds, attention_mask), beams), beams)
 
     def continue_rows(self, rows: PackedBatch, inputs_embeds: Tensor, beams: BeamOptions) -> Any:
-        self.check_length(int(rows.position_ids.max()) + 1, beams.max_new_tokens)
-        sequences, scores = self._search(Prompts.from_packed(rows, inputs_embeds), beams)
-        order = rows.edge_label.argsort()
-        sequences = sequences.view(len(order), beams.num_return_sequences, -1)[order].flatten(0, 1)
-        return _output(sequences, scores.view(len(order), -1)[order].flatten(), beams)
+        with self.reading_rows(rows, inputs_embeds, beams) as reader:
+            return search_rows(reader, self.logits, rows, beams)
 
 
 # what was found out about models in this process, by class, config, dtype, kind of device and ability
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
-
-
-def _output(sequences: Tensor, scores: Tensor, beams: BeamOptions) -> Any:
-    """What transformers' `generate` returns."""
-    if not beams.as_dict:
-        return sequences
-    return GenerateBeamDecoderOnlyOutput(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, scores))
 
 
 def _logit_scales(config: Any) -> list[float]:

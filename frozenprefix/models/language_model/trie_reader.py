@@ -16,7 +16,7 @@ Shape letters: R rows, T row length, N prompts, k beams, S tokens in the cache, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,20 @@ class CacheLayer(DynamicLayer):
 
 def _room_for(states: Tensor, room: int) -> Tensor:
     return states.new_empty((*states.shape[:2], room, states.shape[3]))
+
+
+class Reader(Protocol):
+    """What a search reads with: a `TrieReader`, or several side by side.
+
+    Attributes:
+        row: int64[N], of the prompts that are left.
+    """
+
+    @property
+    def row(self) -> Tensor: ...
+    def read_prompts(self) -> Tensor: ...
+    def read_words(self, words: Tensor, parents: Tensor) -> Tensor: ...
+    def keep(self, prompts: Tensor) -> None: ...
 
 
 class TrieReader:

@@ -10,7 +10,7 @@ from torch import Tensor
 from frozenprefix.config.objectives import SelfCriticalSection
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.samples import ImageGroup
-from frozenprefix.evaluation.metrics.captions import cider_d
+from frozenprefix.evaluation.metrics.captions import cider_d, word_precision
 from frozenprefix.evaluation.metrics.references import CaptionReferences
 from frozenprefix.models.language_model import end_tokens
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
@@ -28,8 +28,9 @@ class SelfCritical(Objective):
     """REINFORCE on CIDEr-D (Rennie et al. 2017, section 3): the mean of `-(r(sample) - baseline) * log p(sample)`.
 
     The baseline is the reward of the greedy caption, or the mean reward of the image's other samples (Luo 2020,
-    arXiv 2003.09971). Document frequencies are those of the training captions. All samples of an image are packed
-    into one trie, in which the weight of a target is its advantage.
+    arXiv 2003.09971). Document frequencies are those of the training captions. With `word_precision` words that no
+    reference has cost more than CIDEr-D takes for them: captions say less, and more of it is true. All samples of an
+    image are packed into one trie, in which the weight of a target is its advantage.
 
     Args:
         references: captions of the training images, each closed by `END_WORD`; see `reward_references`.
@@ -103,14 +104,19 @@ class SelfCritical(Objective):
         return generate_ids(self.model, self.processor, prompts, images, max_new_tokens=length, samples=samples)
 
     def rewards(self, groups: Sequence[ImageGroup], samples: Sequence[Sequence[list[int]]]) -> Tensor:
-        """CIDEr-D of the token ids of each image's samples: float32[images, samples]."""
+        """Rewards of the token ids of each image's samples: float32[images, samples]."""
         ends = end_tokens(self.model, self.processor.tokenizer)
         rows = []
         for group, texts in zip(groups, samples, strict=True):
             key = group.key
             closed = [self.processor.decode(ids) + (f" {END_WORD}" if ids[-1] in ends else "") for ids in texts]
-            rows.append([cider_d(text, self.references, key) for text in closed])
+            rows.append([self.reward(text, key) for text in closed])
         return torch.tensor(rows)
+
+    def reward(self, text: str, key: str) -> float:
+        """Reward of a caption, closed by `END_WORD` if it ended, for the image `key`."""
+        reward, weight = cider_d(text, self.references, key), self.section.word_precision
+        return reward + weight * word_precision(text, self.references, key) if weight else reward
 
 
 def reward_references(groups: Iterable[ImageGroup]) -> CaptionReferences:

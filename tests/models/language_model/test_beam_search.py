@@ -58,7 +58,9 @@ def prompts(lm):
 def search(lm, embeds, mask, **options):
     found = beam_options(lm, BASE | options)
     assert found is not None
-    return BeamSearch(lm, lm.base_model, DecoderOnlyLM(lm).logits, found)(Prompts.from_mask(embeds, mask))
+    options = {"num_beams": found.num_beams, "new_tokens": found.max_new_tokens}
+    reader = TrieReader(lm, lm.base_model, Prompts.from_mask(embeds, mask), **options)
+    return BeamSearch(reader, DecoderOnlyLM(lm).logits, found)()
 
 
 @pytest.mark.parity
