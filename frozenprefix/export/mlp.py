@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import ExportError
 from frozenprefix.models.mappers import PrefixMapper
+from frozenprefix.models.mappers.components import PrincipalComponents
 from frozenprefix.models.mappers.linear import LinearMapper
 from frozenprefix.models.mappers.mlp import MLPMapper
 from frozenprefix.models.mappers.pixel_shuffle import PixelShuffleMapper
@@ -117,6 +118,8 @@ def _problem(mapper: PrefixMapper, body: Any, num_tokens: int, prefix_length: in
             "there, and which no linear layer can contain; train with model.mapper.output_norm=none, or "
             "for llama.cpp with model.mapper.hidden_norm=true"
         )
+    if isinstance(body.input_norm, PrincipalComponents):
+        return "model.mapper.components: got principal components, which other engines do not have; train without them"
     if not isinstance(body.input_norm, nn.Identity):
         return "model.mapper.input_norm: got true, a layer norm that other engines do not have; train without it"
     if isinstance(body, PixelShuffleMapper) and body.shuffle > 1:

@@ -29,7 +29,7 @@ Model = TypeVar("Model")
 
 
 def trainable_state(model: Any) -> dict[str, Tensor]:
-    """The parameters that training changes, except those of adapters, which are saved in files of their own.
+    """The parameters that training changes, and the mapper's buffers; adapters are saved in files of their own.
 
     Args:
         model: with an `AdapterSet` as `adapters`.
@@ -39,7 +39,10 @@ def trainable_state(model: Any) -> dict[str, Tensor]:
         {'mapper'}
     """
     apart = model.adapters.parameter_ids()
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in apart}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in apart}
+    mapper = getattr(model, "mapper", None)
+    kept = set() if mapper is None else {f"mapper.{name}" for name in mapper.state_dict()}
+    return trained | {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
 
 
 def save_checkpoint(

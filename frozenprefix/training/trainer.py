@@ -38,7 +38,7 @@ from frozenprefix.training.optimizer import build_optimizer
 from frozenprefix.training.result import TrainingResult
 from frozenprefix.training.run_folder import with_run_precision
 from frozenprefix.training.sampling import CaptionSamples, greedy_captions, greedy_cider_d
-from frozenprefix.training.setup import add_similar_captions, build_model, load_parts, load_validation
+from frozenprefix.training.setup import add_similar_captions, build_model, fit_mapper, load_parts, load_validation
 from frozenprefix.training.sharding import average_gradients, shard_frozen_layers
 from frozenprefix.training.validation import check_can_be_shuffled, validation_losses
 from frozenprefix.utils import progress_bar, write_text_atomic
@@ -149,6 +149,8 @@ class Trainer(BaseTrainer):
             views, image_processor = self.recipe.data.augmentation.views, self.processor.image_processor
             self.augmentation = Augmentation(views, prepared.view_features, image_processor, self.recipe.seed)
         self.use_data({**groups, **unread}, prepared.features, train_features)
+        if self.settings.init_from is None:
+            fit_mapper(self.model.mapper, self.train_groups, None if unread else train_features)
 
     def use_data(
         self,

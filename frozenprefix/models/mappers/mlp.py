@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import ConfigError
 from frozenprefix.models.mappers.blocks import pool_tokens
+from frozenprefix.models.mappers.components import PrincipalComponents
 from frozenprefix.models.options import Count, Dropout
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -31,6 +32,8 @@ class MLPMapper(nn.Module):
         tokens: how a patch grid is read. "per_token" maps each token to one embedding; a grid with more tokens than the
             prefix is averaged first, in raster order. "flatten" maps all tokens together.
         input_norm: layer norm on the features, for encoders whose features are not normalized.
+        components: read this many principal components of the training images' features in place of the features, so
+            that a few hundred images are not learned by heart; see `PrincipalComponents`.
         hidden_norm: layer norm in front of each activation, as in Yi's LLaVA; together with the one behind the mapper
             llama.cpp holds such a mapper exactly.
         dropout: on the hidden layers, in training mode.
@@ -56,6 +59,7 @@ class MLPMapper(nn.Module):
         activation: Literal["tanh", "gelu", "gelu_tanh", "relu"] = "tanh",
         tokens: Literal["per_token", "flatten"] = "per_token",
         input_norm: bool = False,
+        components: Count | None = None,
         hidden_norm: bool = False,
         dropout: Dropout = 0.0,
     ):
@@ -67,12 +71,22 @@ class MLPMapper(nn.Module):
                 "model.mapper.num_layers: with 1 there is no hidden layer, so hidden_dim, hidden_norm, activation and "
                 "dropout have no effect; remove them, or set num_layers to 2"
             )
+        if components is not None:
+            if input_norm or components > encoder_dim:
+                raise ConfigError(
+                    f"model.mapper.components: got {components} with input_norm {str(input_norm).lower()}, expected at "
+                    f"most the {encoder_dim} features of the encoder, and no input_norm: components have a norm of "
+                    "their own"
+                )
+            self.input_norm: nn.Module = PrincipalComponents(encoder_dim, components)
+            encoder_dim = components
+        else:
+            self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         self.prefix_length = prefix_length
         self.together = num_tokens == 1 or tokens == "flatten"
         width_in = encoder_dim * num_tokens if self.together else encoder_dim
         width_out = lm_dim * prefix_length if self.together else lm_dim
         hidden_dim = hidden_dim or max(lm_dim, width_out // 2)
-        self.input_norm = nn.LayerNorm(encoder_dim) if input_norm else nn.Identity()
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):
             norm = [nn.LayerNorm(hidden_dim)] if hidden_norm else []
@@ -85,10 +99,15 @@ class MLPMapper(nn.Module):
         """The layer that gives the prefix its size."""
         return self.layers[-1]
 
+    @property
+    def fit_inputs(self) -> Callable[[Tensor], None] | None:
+        """Finds the `components` of the training images' features, float[n, N, D_enc]; None without components."""
+        return getattr(self.input_norm, "fit", None)
+
     def forward(self, image_features: Tensor) -> Tensor:
-        # [B, N, D_enc]
+        # [B, N, D_enc] -> [B, N, D_in]
         tokens = self.input_norm(image_features)
-        # -> [B, N * D_enc] or [B, P, D_enc]
+        # -> [B, N * D_in] or [B, P, D_in]
         tokens = tokens.flatten(1) if self.together else pool_tokens(tokens, self.prefix_length)
         # -> [B, P, D_lm]
         return self.layers(tokens).flatten(1).unflatten(1, (self.prefix_length, -1))
