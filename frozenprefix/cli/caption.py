@@ -105,7 +105,7 @@ def command(
     check_checkpoint(checkpoint)
     images = list_images(paths)
     writers = open_writers(images, out, form, metadata, force=force)
-    options = {"language_model": language_model, "precision": precision.value}
+    options: dict[str, Any] = {"language_model": language_model, "precision": precision.value}
     if ensemble:
         if engine is not Engine.torch:
             raise ConfigError(f"--ensemble: {engine.value} runs one model; leave out --engine")

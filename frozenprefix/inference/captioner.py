@@ -155,9 +155,14 @@ class Captioner:
                 options = {"dtype": self.model.language_model.dtype, "device_map": str(self.model.device)}
                 model = FrozenPrefixForConditionalGeneration.from_pretrained(checkpoint, config=config, **options)
                 models.append(model.eval())
-        stores = {"retriever": self.retriever, "reranker": self.reranker}
-        together = Ensemble(models)
-        return Captioner(self.model, self.processor, batch_size=self.batch_size, ensemble=together, **stores)
+        return Captioner(
+            self.model,
+            self.processor,
+            batch_size=self.batch_size,
+            retriever=self.retriever,
+            reranker=self.reranker,
+            ensemble=Ensemble(models),
+        )
 
     def caption(
         self,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from frozenprefix.errors import ConfigError
+from frozenprefix.models.language_model import DecoderOnlyLM
 from frozenprefix.models.language_model.search import continue_together
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.packing import PackedBatch
@@ -18,8 +19,8 @@ from frozenprefix.models.packing import PackedBatch
 class Ensemble:
     """Models that choose each next word together, by the mean of their log-probabilities.
 
-    Their frozen parts are the same; what was trained differs: by the seed, the data or the recipe. An ensemble takes the
-    time of all its models, in training and in use.
+    Their frozen parts are the same; what was trained differs: by the seed, the data or the recipe. An ensemble takes
+    the time of all its models, in training and in use.
 
     Args:
         models: with the same vision encoder and language model, and as many places for an image in the text.
@@ -67,7 +68,9 @@ class Ensemble:
                 for model in self.models
             ]
             layouts, embeds = zip(*read, strict=True)
-            return continue_together([model.lm for model in self.models], layouts[0], embeds, beams)
+            # `search_options` knows that they are decoder-only
+            lms = [cast(DecoderOnlyLM, model.lm) for model in self.models]
+            return continue_together(lms, layouts[0], embeds, beams)
 
 
 def _shared(model: FrozenPrefixForConditionalGeneration) -> dict[str, Any]:

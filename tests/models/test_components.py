@@ -85,9 +85,11 @@ def test_a_run_finds_them_and_its_checkpoints_keep_them(tiny_recipe, tmp_path):
     result = train(recipe)
     saved = load_file(result.best / "model.safetensors")
     assert torch.equal(saved["mapper.body.input_norm.basis"], basis)
-    assert basis.square().sum(1).min() > 0 and not torch.equal(basis, torch.eye(*basis.shape))
+    assert basis.square().sum(1).min() > 0
+    assert not torch.equal(basis, torch.eye(*basis.shape))
     loaded = Captioner.from_pretrained(result.best, device="cpu").model.mapper.body.input_norm
-    assert torch.equal(loaded.basis, basis) and torch.equal(loaded.mean, saved["mapper.body.input_norm.mean"])
+    assert torch.equal(loaded.basis, basis)
+    assert torch.equal(loaded.mean, saved["mapper.body.input_norm.mean"])
 
     saved["mapper.body.input_norm.basis"] *= 2  # as if it came from other images
     save_file(saved, result.best / "model.safetensors", metadata={"format": "pt"})
@@ -117,7 +119,8 @@ def test_a_run_resumes_with_them(tiny_recipe, tmp_path):
         trainer.run("never")
     parts = train(recipe, resume="auto")
     one, other = (load_file(result.output_dir / "last" / "model.safetensors") for result in (whole, parts))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_features_that_are_not_cached_are_refused(tiny_recipe, tmp_path):

@@ -99,7 +99,9 @@ def test_words_that_no_reference_has_cost_more(recipe_of, tmp_path):
     references = reward_references(trainer.train_groups)
     shares = [word_precision(t, references, group.key) for t in texts]
     assert added.tolist() == pytest.approx([2 * share for share in shares], abs=1e-5)
-    assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] < 1
+    assert shares[0] == 1
+    assert 0 < shares[1] < 1
+    assert shares[2] < 1
     with pytest.raises(ConfigError, match=r"word_precision: .*greater than or equal to 0|word_precision.*at least 0"):
         recipe_of(tmp_path, plain.replace("max_new_tokens", "word_precision: -1, max_new_tokens"))
 

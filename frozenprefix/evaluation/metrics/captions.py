@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.diversity import repetition
 from frozenprefix.evaluation.metrics.ids import check_same_ids
-from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, TfIdf
+from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, Counts, TfIdf
 
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
@@ -174,11 +174,14 @@ def word_precision(caption: str, references: CaptionReferences, key: str) -> flo
         [1.0, 0.5, 0.0]
     """
     most = references.max_counts[key]
-    words = {ngram: count for ngram, count in _candidate(key, caption).counts.items() if len(ngram) == 1}
+    words: Counts = {}
+    for ngram, count in _candidate(key, caption).counts.items():
+        if len(ngram) == 1:
+            words[ngram] = count
     weights = references.weigh(words).weights
     total = sum(weights.values())
-    right = sum(weight * min(1.0, most.get(word, 0) / words[word]) for word, weight in weights.items())
-    return right / total if total else 0.0
+    right = [weight * min(1.0, most.get(word, 0) / words[word]) for word, weight in weights.items()]
+    return sum(right) / total if total else 0.0
 
 
 def _cider_d(candidate: TfIdf, references: Sequence[TfIdf]) -> float:

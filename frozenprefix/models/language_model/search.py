@@ -26,9 +26,7 @@ def search(reader: Reader, logits: Callable[[Tensor], Tensor], options: BeamOpti
     return kind(reader, logits, options)()
 
 
-def search_rows(
-    reader: Reader, logits: Callable[[Tensor], Tensor], rows: PackedBatch, options: BeamOptions
-) -> Any:
+def search_rows(reader: Reader, logits: Callable[[Tensor], Tensor], rows: PackedBatch, options: BeamOptions) -> Any:
     """As `search`, with the texts in the order of the prompts that were packed, as transformers' `generate` returns."""
     sequences, scores = search(reader, logits, options)
     order = rows.edge_label.argsort()

@@ -2,9 +2,9 @@
 
 A mapper is an `nn.Module` whose constructor takes the keyword arguments `encoder_dim`, `num_tokens`, `lm_dim` and
 `prefix_length`, and options of its own. Its `forward` maps float[B, num_tokens, encoder_dim] to
-float[B, prefix_length, lm_dim]. If it has a method `fit_inputs`, training calls it once, before the first step, with the
-features of the training images. A mapper of your own is registered by `@register_mapper("name")` or by an entry point
-of the group `frozenprefix.mappers`, or named as `package.module:Class` if `allow_code` was called.
+float[B, prefix_length, lm_dim]. If it has a method `fit_inputs`, training calls it once, before the first step, with
+the features of the training images. A mapper of your own is registered by `@register_mapper("name")` or by an entry
+point of the group `frozenprefix.mappers`, or named as `package.module:Class` if `allow_code` was called.
 """
 
 from __future__ import annotations
