@@ -134,7 +134,7 @@ class Captioner:
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             store = CaptionRetriever.load(checkpoint)
             reranks = store is not None and store.options.use == "rerank"
-            stores = {"reranker" if reranks else "retriever": store}
+            stores = {"retriever": None if reranks else store, "reranker": store if reranks else None}
             captioner = cls(model, processor, batch_size=batch_size, **stores)
         return captioner.together_with(ensemble) if ensemble else captioner
 
