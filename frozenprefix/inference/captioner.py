@@ -134,8 +134,8 @@ class Captioner:
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             store = CaptionRetriever.load(checkpoint)
             reranks = store is not None and store.options.use == "rerank"
-            stores = {"retriever": None if reranks else store, "reranker": store if reranks else None}
-            captioner = cls(model, processor, batch_size=batch_size, **stores)
+            retriever, reranker = (None, store) if reranks else (store, None)
+            captioner = cls(model, processor, batch_size=batch_size, retriever=retriever, reranker=reranker)
         return captioner.together_with(ensemble) if ensemble else captioner
 
     def together_with(self, checkpoints: Sequence[str | Path]) -> Captioner:
