@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,14 @@ from frozenprefix.models.language_model.sampled_search import SampledSearch
 from frozenprefix.models.language_model.trie_reader import Reader
 from frozenprefix.models.packing import PackedBatch
 
-if TYPE_CHECKING:
-    from frozenprefix.models.language_model.decoder_only import DecoderOnlyLM
+
+class ReadsRows(Protocol):
+    """What a search needs of a language model: a `DecoderOnlyLM`."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def reading_rows(
+        self, rows: PackedBatch, inputs_embeds: Tensor, options: BeamOptions
+    ) -> AbstractContextManager[Reader]: ...
 
 
 def search(reader: Reader, logits: Callable[[Tensor], Tensor], options: BeamOptions) -> tuple[Tensor, Tensor]:
@@ -78,7 +84,7 @@ def mean_log_prob(heads: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -
 
 
 def continue_together(
-    members: Sequence[DecoderOnlyLM], rows: PackedBatch, inputs_embeds: Sequence[Tensor], options: BeamOptions
+    members: Sequence[ReadsRows], rows: PackedBatch, inputs_embeds: Sequence[Tensor], options: BeamOptions
 ) -> Any:
     """Continue packed prompts by one search of several LMs: the next word is that of the mean of log-probabilities.
 
