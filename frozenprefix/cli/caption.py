@@ -44,6 +44,41 @@ class Format(str, Enum):
     txt = "txt"
 
 
+Ensemble = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="Another checkpoint with the same frozen parts, which chooses each word together with the first; may be "
+        "given several times.",
+        show_default=False,
+    ),
+]
+EvidenceFloor = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FLOOR",
+        help="Leave out what other images support as well: words with less evidence, in nats, such as 0.",
+    ),
+]
+OutputFormat = Annotated[
+    Format | None,
+    typer.Option(
+        "--format",
+        help="JSON lines, a table for Excel, or a .txt for each image, beside it if no --out is given.",
+        show_default="by the ending of --out",
+    ),
+]
+Metadata = Annotated[
+    str | None,
+    typer.Option(
+        "--write-metadata",
+        metavar="FOLDER|sidecar|originals",
+        help="Write captions as descriptions (XMP, and EXIF in JPEGs), too: into copies of the images in FOLDER, into "
+        "IMAGE.xmp beside each image, or into the originals, which nothing else changes. Pixels stay.",
+    ),
+]
+
+
 def command(
     checkpoint: Checkpoint,
     paths: Annotated[
@@ -54,47 +89,18 @@ def command(
     prompt: Prompt = None,
     language_model: LanguageModel = None,
     precision: Precision = Arithmetic.auto,
-    ensemble: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            help="Another checkpoint with the same frozen parts, which chooses each word together with the first; may "
-            "be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    ensemble: Ensemble = None,
     engine: Annotated[
         Engine, typer.Option(help="What runs the language model; llama.cpp reads a GGUF file and searches greedily.")
     ] = Engine.torch,
-    evidence: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FLOOR",
-            help="Leave out what other images support as well: words with less evidence, in nats, such as 0.",
-        ),
-    ] = None,
+    evidence: EvidenceFloor = None,
     others: Others = None,
     num_others: NumOthers = 16,
     out: Annotated[
         Path | None, typer.Option(help="File to write to, instead of the screen; with --format txt a folder.")
     ] = None,
-    form: Annotated[
-        Format | None,
-        typer.Option(
-            "--format",
-            help="JSON lines, a table for Excel, or a .txt for each image, beside it if no --out is given.",
-            show_default="by the ending of --out",
-        ),
-    ] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(
-            "--write-metadata",
-            metavar="FOLDER|sidecar|originals",
-            help="Write captions as descriptions (XMP, and EXIF in JPEGs), too: into copies of the images in FOLDER, "
-            "into IMAGE.xmp beside each image, or into the originals, which nothing else changes. Pixels stay.",
-        ),
-    ] = None,
+    form: OutputFormat = None,
+    metadata: Metadata = None,
     force: Force = False,
 ) -> None:
     """Write a caption for every image. Exit code 1 if some cannot be read."""
@@ -105,12 +111,10 @@ def command(
     check_checkpoint(checkpoint)
     images = list_images(paths)
     writers = open_writers(images, out, form, metadata, force=force)
-    options: dict[str, Any] = {"language_model": language_model, "precision": precision.value}
-    if ensemble:
-        if engine is not Engine.torch:
-            raise ConfigError(f"--ensemble: {engine.value} runs one model; leave out --engine")
-        options["ensemble"] = ensemble
-    captioner = load_captioner(engine, beams, checkpoint, **options)
+    if ensemble and evidence is not None:
+        raise ConfigError("--evidence: it is that of one model; leave out --ensemble")
+    parts = {"language_model": language_model, "precision": precision.value}
+    captioner = load_captioner(engine, beams, checkpoint, ensemble or (), **parts)
     captioning: Any = captioner
     if evidence is not None:
         captioning = supported_captioner(captioner, engine, evidence, checkpoint, images, others, num_others)
@@ -137,16 +141,20 @@ def command(
         raise typer.Exit(1)
 
 
-def load_captioner(engine: Engine, beams: int | None, checkpoint: str, **options: Any) -> Captioner:
-    """Load a checkpoint, with its language model in the engine.
+def load_captioner(
+    engine: Engine, beams: int | None, checkpoint: str, ensemble: Sequence[str] = (), **options: Any
+) -> Captioner:
+    """Load a checkpoint and those of its ensemble, with the language model in the engine.
 
     Raises:
-        ConfigError: for beams that the engine does not have.
+        ConfigError: for beams or an ensemble, which the engine does not have.
     """
     if engine is Engine.torch:
         from frozenprefix.inference import Captioner
 
-        return Captioner.from_pretrained(checkpoint, **options)
+        return Captioner.from_pretrained(checkpoint, ensemble=ensemble, **options)
+    if ensemble:
+        raise ConfigError(f"--ensemble: {engine.value} runs one model; leave out --engine")
     if beams not in (None, 1):
         raise ConfigError(f"--beams: got {beams}, but --engine llama.cpp searches greedily; give --beams 1")
     from frozenprefix.inference.llama_cpp import LlamaCppCaptioner

@@ -33,7 +33,7 @@ class DistillationSection(RecipeSection):
 
 
 class SelfCriticalSection(RecipeSection):
-    """Policy gradient on CIDEr-D (Rennie et al. 2017), and on top of it on how much of a caption is true."""
+    """Policy gradient on CIDEr-D (Rennie et al. 2017), and on the share of words that a reference has."""
 
     weight: Weight = Field(1.0, description="a number, or [start, end]")
     baseline: Literal["greedy", "leave_one_out"] = "greedy"

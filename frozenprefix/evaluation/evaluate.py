@@ -34,8 +34,6 @@ from frozenprefix.utils import check_output, content_hash, safe_file_name
 from frozenprefix.utils.processes import current_processes
 from frozenprefix.version import __version__
 
-SCORING = ("metrics", "clip_score")  # options of a task on which its predictions do not depend
-
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
@@ -94,7 +92,8 @@ def evaluate_checkpoint(
         raise ConfigError(f"--beams: got {num_beams}, which has no effect on task '{task}'; leave it out")
     defaults = recipe_defaults(checkpoint)
     limit = limit or defaults.limit
-    default = f"predictions_{_name(task, data, split, limit=limit, num_beams=num_beams, extra=extra)}.jsonl"
+    asked = {name: value for name, value in extra.items() if name not in chosen.scoring}
+    default = f"predictions_{_name(task, data, split, limit=limit, num_beams=num_beams, options=asked)}.jsonl"
     if num_beams is None and chosen.takes_beams:
         num_beams = defaults.num_beams
     samples, train = _samples(checkpoint, chosen.sample_task, data, split, limit, chosen.uses_train(extra))
@@ -155,9 +154,9 @@ def _name(
     *,
     limit: int | None,
     num_beams: int | None,
-    extra: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> str:
-    """Name of an evaluation in the predictions' file name: what it depends on, apart from defaults."""
+    """Name of an evaluation in the predictions' file name: all that was asked for and that predictions depend on."""
     if data is None:
         parts = ["recipe_validation"]
     else:
@@ -168,10 +167,10 @@ def _name(
         parts.append(f"first{limit}")
     if num_beams is not None:
         parts.append(f"beams{num_beams}")
-    others = {name: value for name, value in extra.items() if name not in ("answering", *SCORING)}
+    others = {name: value for name, value in options.items() if name != "answering"}
     if others:
         parts.append(f"options-{content_hash(repr(sorted(others.items())))[:6]}")
-    return "_".join([task, *([extra["answering"]] if extra.get("answering") else []), *parts])
+    return "_".join([task, *([options["answering"]] if options.get("answering") else []), *parts])
 
 
 def _predictions_file(path: Path, force: bool) -> Path:

@@ -90,6 +90,7 @@ class EvaluationTask:
         sample_task: `Sample.task` of the samples that it takes.
         uses_train: from the task's own options, whether `options.train_samples` is used.
         takes_beams: whether it generates by beam search, so that `options.num_beams` has an effect.
+        scoring: its options on which scores depend, and predictions do not.
         load: `load(checkpoint, device=…, language_model=…, precision=…)` → the model that `run` takes.
 
     Example:
@@ -101,4 +102,5 @@ class EvaluationTask:
     sample_task: str
     uses_train: Callable[[Mapping[str, Any]], bool] = lambda extra: False
     takes_beams: bool = False
+    scoring: tuple[str, ...] = ()
     load: Callable[..., Any] = Captioner.from_pretrained

@@ -18,7 +18,8 @@ from frozenprefix.config.base_recipe import DTYPES
 from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.data.images import BadImages
-from frozenprefix.errors import ConfigError, DataError
+from frozenprefix.errors import DataError
+from frozenprefix.inference.generate_options import CAPTIONER_REFUSES, check_generate
 from frozenprefix.models.checkpoint import checkpoint_config
 from frozenprefix.models.configuration import FrozenPrefixConfig
 from frozenprefix.models.ensemble import Ensemble
@@ -30,19 +31,7 @@ from frozenprefix.utils import progress_bar
 
 T = TypeVar("T")
 
-_ONE_TEXT = "a captioner returns one text and its score for each prompt; call model.generate for more"
-_OWN_INPUT = "a captioner computes it from prompts and images; call model.generate to pass it"
 LOG_PROB_WEIGHT = 0.05  # of a beam's mean log-probability beside its agreement with captions, which is from 0 to 1
-#: Options of `generate` that a captioner does not take.
-CAPTIONER_REFUSES = {
-    "num_return_sequences": _ONE_TEXT,
-    "return_dict_in_generate": _ONE_TEXT,
-    "output_scores": _ONE_TEXT,
-    "output_logits": _ONE_TEXT,
-    "streamer": "a captioner works in batches; Dialog.stream gives a text word by word",
-    "max_length": "it counts the image's prefix for some models; give max_new_tokens instead",
-    **dict.fromkeys(("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "image_features"), _OWN_INPUT),
-}
 
 
 @dataclass(frozen=True)
@@ -140,6 +129,8 @@ class Captioner:
 
     def together_with(self, checkpoints: Sequence[str | Path]) -> Captioner:
         """A captioner whose model chooses each word together with those of other checkpoints; see `Ensemble`.
+
+        Prompts, retrieved captions and evidence are those of this captioner's own checkpoint.
 
         Raises:
             ConfigError: for checkpoints with other frozen parts.
@@ -379,29 +370,6 @@ def images_per_group(groups: Sequence[Sequence[str]]) -> list[int]:
             )
         counts += marks
     return counts
-
-
-def check_generate(options: Mapping[str, Any], refused: Mapping[str, str]) -> None:
-    """Refuse options of `generate` by name.
-
-    Args:
-        refused: option → what to do instead.
-
-    Raises:
-        ConfigError: with all problems at once, also for numbers of beams and tokens below 1.
-
-    Example:
-        >>> check_generate({"num_beams": 0}, {})
-        Traceback (most recent call last):
-        frozenprefix.errors.ConfigError: num_beams: got 0, expected at least 1
-    """
-    problems = [f"{name}: {refused[name]}" for name in options if name in refused]
-    for name in ("num_beams", "max_new_tokens", "num_return_sequences"):
-        value = options.get(name, 1)
-        if name not in refused and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            problems.append(f"{name}: got {value!r}, expected at least 1")
-    if problems:
-        raise ConfigError(problems)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

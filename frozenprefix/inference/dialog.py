@@ -13,7 +13,8 @@ from transformers import DynamicCache, StoppingCriteriaList
 
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import ConfigError, DataError
-from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.generate_options import CAPTIONER_REFUSES, check_generate
 from frozenprefix.inference.streaming import stream_pieces
 from frozenprefix.kernels.compat import CACHE, is_recurrent
 from frozenprefix.models.language_model import end_tokens, padding_token

@@ -13,7 +13,8 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from frozenprefix.data.image_encoder import ImageInput
 from frozenprefix.errors import DataError
-from frozenprefix.inference.captioner import CAPTIONER_REFUSES, Captioner, check_generate
+from frozenprefix.inference.captioner import Captioner
+from frozenprefix.inference.generate_options import CAPTIONER_REFUSES, check_generate
 from frozenprefix.models.language_model import end_tokens, padding_token
 from frozenprefix.models.processing import IMAGE_TOKEN
 

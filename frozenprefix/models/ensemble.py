@@ -35,11 +35,12 @@ class Ensemble:
 
     def __init__(self, models: Sequence[FrozenPrefixForConditionalGeneration]):
         self.models = list(models)
+        first, *others = map(_shared, self.models)
         problems = [
             f"ensemble: {name} of model {number} is not that of the first model; ensembles share the frozen parts"
-            for number, model in enumerate(self.models[1:], start=2)
-            for name, value in _shared(model).items()
-            if value != _shared(self.models[0])[name]
+            for number, shared in enumerate(others, start=2)
+            for name, value in shared.items()
+            if value != first[name]
         ]
         problems += [
             f"ensemble: the fusion of model {number} reads the images in every step, which only transformers' search "

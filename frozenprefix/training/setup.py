@@ -32,7 +32,6 @@ from frozenprefix.models.contrastive.processing import LockedImageTextProcessor,
 from frozenprefix.models.contrastive.text_tower import build_text_tower
 from frozenprefix.models.fusion import FUSIONS
 from frozenprefix.models.language_model.loading import load_tokenizer
-from frozenprefix.models.mappers import PrefixMapper
 from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
@@ -42,7 +41,7 @@ from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
-MOST_IMAGES = 10_000  # that a mapper is fitted to
+MOST_TOKENS = 16_384  # image tokens that a mapper is fitted to
 
 
 def build_model(recipe: Recipe) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
@@ -147,22 +146,26 @@ def images_of(groups: Iterable[ImageGroup]) -> list[Path]:
     return list(dict.fromkeys(path for group in groups for path in group.images))
 
 
-def fit_mapper(mapper: PrefixMapper, groups: Sequence[ImageGroup], features: FeatureCache | None) -> None:
-    """Show the features of the training images to a mapper that has to see them before the first step.
+def fit_mapper(
+    model: FrozenPrefixForConditionalGeneration, groups: Sequence[ImageGroup], features: FeatureCache | None
+) -> None:
+    """Show features of training images, evenly chosen, to a mapper that has to see them before the first step.
 
     Raises:
         ConfigError: for such a mapper without cached features.
     """
-    fit = getattr(mapper.body, "fit_inputs", None)
+    body = model.mapper.body
+    fit = getattr(body, "fit_inputs", None)
     if fit is None:
         return
     if features is None or not isinstance(groups, list):
         raise ConfigError(
-            f"model.mapper: {type(mapper.body).__name__} is fitted to the features of all training images; it needs "
+            f"model.mapper: {type(body).__name__} is fitted to the features of all training images; it needs "
             "data.feature_cache, and no streamed sources"
         )
     paths = images_of(groups)
-    some = paths[:: -(-len(paths) // MOST_IMAGES)]
+    most = max(1, MOST_TOKENS // model.vision_encoder.num_tokens)
+    some = paths[:: -(-len(paths) // most)]
     fit(torch.from_numpy(features.get(features.keys_of(some)).astype(np.float32)))
 
 

@@ -150,7 +150,7 @@ class Trainer(BaseTrainer):
             self.augmentation = Augmentation(views, prepared.view_features, image_processor, self.recipe.seed)
         self.use_data({**groups, **unread}, prepared.features, train_features)
         if self.settings.init_from is None:
-            fit_mapper(self.model.mapper, self.train_groups, None if unread else train_features)
+            fit_mapper(self.model, self.train_groups, None if unread else train_features)
 
     def use_data(
         self,

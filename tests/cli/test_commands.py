@@ -182,7 +182,7 @@ def captioner(monkeypatch):
     calls = []
 
     class Fake:
-        def __init__(self, checkpoint, language_model, precision):
+        def __init__(self, checkpoint, language_model, precision, ensemble=()):
             if language_model is not None:
                 calls.append({"language_model": language_model, "precision": precision})
             if Path(checkpoint).name == "broken":

@@ -385,6 +385,14 @@ def test_predictions_lie_beside_the_checkpoint(tiny_checkpoint, shapes, tmp_path
     path.unlink()
 
 
+def test_more_metrics_score_the_same_predictions(tiny_checkpoint, shapes, monkeypatch):
+    monkeypatch.setattr(runs, "predict", saying("a"))
+    result = evaluate_checkpoint(tiny_checkpoint, task="caption", data=shapes, split="val", metrics=[])
+    path = Path(result["predictions"])
+    assert re.fullmatch(r"predictions_caption_shapes-[0-9a-f]{6}_val\.jsonl", path.name)
+    path.unlink()
+
+
 def test_a_folder_without_the_task_is_an_error(tiny_checkpoint, tmp_path):
     folder = write_shapes(tmp_path / "shapes")
     (folder / "qa.jsonl").unlink()

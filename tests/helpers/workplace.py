@@ -33,7 +33,6 @@ SMALLER = {
     r"tf_efficientnet_lite\d": "test_efficientnet",
     r"image_size: \d+": "image_size: 64",
     r"(hidden_dim|projection_dim|max_tokens): \d+": r"\1: 16",
-    r"components: \d+": "components: 2",
     r"trained_layers: \d+": "trained_layers: 2",
     r"(max_steps|validate_every|save_every): \d+": r"\1: 1",
     r"warmup_steps: \d+": "warmup_steps: 0",

@@ -127,3 +127,6 @@ def test_evaluation_and_command(tiny_checkpoint, other, captioner, joint, shapes
     failed = CliRunner().invoke(app, [*command, "--engine", "llama.cpp"])
     assert failed.exit_code == 2
     assert "--ensemble: llama.cpp runs one model" in failed.output
+    failed = CliRunner().invoke(app, [*command, "--evidence", "0"])
+    assert failed.exit_code == 2
+    assert "--evidence: it is that of one model" in failed.output

@@ -7,6 +7,7 @@ and best recall over the references. CIDEr-D: Vedantam et al. 2015, section 6, n
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -174,10 +175,7 @@ def word_precision(caption: str, references: CaptionReferences, key: str) -> flo
         [1.0, 0.5, 0.0]
     """
     most = references.max_counts[key]
-    words: Counts = {}
-    for ngram, count in _candidate(key, caption).counts.items():
-        if len(ngram) == 1:
-            words[ngram] = count
+    words: Counts = {(word,): count for word, count in Counter(_candidate(key, caption).words).items()}
     weights = references.weigh(words).weights
     total = sum(weights.values())
     right = [weight * min(1.0, most.get(word, 0) / words[word]) for word, weight in weights.items()]

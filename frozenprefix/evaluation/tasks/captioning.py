@@ -100,8 +100,12 @@ def evaluate_captions(captioner: Captioner, samples: Sequence[Sample], options: 
 
 
 CAPTION = EvaluationTask(
-    evaluate_captions, sample_task="caption", uses_train=lambda extra: True, takes_beams=True
-)  # fmt: skip
+    evaluate_captions,
+    sample_task="caption",
+    uses_train=lambda extra: True,
+    takes_beams=True,
+    scoring=("metrics", "clip_score"),
+)
 
 
 def _reranked(

@@ -19,13 +19,12 @@ from frozenprefix.data.caption_retriever import CaptionRetriever
 from frozenprefix.data.image_encoder import ImageEncoder, ImageInput
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.inference.captioner import (
-    CAPTIONER_REFUSES,
     Captioner,
     Generation,
     batched,
-    check_generate,
     images_per_group,
 )
+from frozenprefix.inference.generate_options import CAPTIONER_REFUSES, check_generate
 from frozenprefix.inference.llama_cpp.language_model import LlamaCppModel, Segment
 from frozenprefix.models.checkpoint import (
     check_identity,
@@ -78,6 +77,7 @@ class LlamaCppCaptioner(Captioner):
         self.processor = processor
         self.batch_size = llama.prompts
         self.retriever, self.reranker = retriever, None  # greedy search has nothing to choose from
+        self.ensemble = None
         self.encoder = ImageEncoder.from_model(prefixes, processor)
         self.ends = tuple(ends)
 

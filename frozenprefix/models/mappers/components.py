@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from frozenprefix.errors import DataError
 
-ROWS = 8192  # image tokens that the components are computed from, at most
-
 
 class PrincipalComponents(nn.Module):
     """The first principal components of standardised features, each with variance 1 over the training images.
 
-    From thousands of features a mapper learns a few hundred images by heart; components are found without looking at
-    the texts, so a few of them leave it only what images differ in most.
+    From thousands of features a mapper can learn a few hundred images by heart. Components are found without the
+    texts, so a few of them leave it only what images differ in most.
 
     Args:
         dim: width of the features; count: components that are kept.
@@ -46,7 +44,6 @@ class PrincipalComponents(nn.Module):
             DataError: for fewer image tokens than components.
         """
         rows = image_features.flatten(0, 1).to(self.mean)
-        rows = rows[:: -(-len(rows) // ROWS)]
         count = len(self.basis)
         if len(rows) <= count:
             raise DataError(
