@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field, PositiveFloat, ValidationError, Validati
 from frozenprefix.config.errors import collect_problems
 from frozenprefix.data.augmentation import AugmentationOptions, View
 from frozenprefix.data.cache_format import StorageDType
-from frozenprefix.data.caption_retriever import RetrievalOptions
 from frozenprefix.data.features import FeatureStorage
+from frozenprefix.data.retrieval_options import RetrievalOptions
 from frozenprefix.data.sources import SOURCES
 from frozenprefix.errors import ConfigError, Problem, SectionError, did_you_mean, shorten
 from frozenprefix.models.configuration import FusionConfig, LanguageModelConfig, MapperConfig

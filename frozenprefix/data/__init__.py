@@ -13,10 +13,11 @@ from frozenprefix.registry import lazy_exports
 if TYPE_CHECKING:
     from frozenprefix.data.cache import FeatureCache
     from frozenprefix.data.cache_writer import FeatureCacheWriter, encode_images
-    from frozenprefix.data.caption_retriever import CaptionRetriever, RetrievalOptions
+    from frozenprefix.data.caption_retriever import CaptionRetriever
     from frozenprefix.data.check import check_samples
     from frozenprefix.data.collation import Collator, StepDataset
     from frozenprefix.data.images import BadImages, find_images, load_image, to_image
+    from frozenprefix.data.retrieval_options import RetrievalOptions
     from frozenprefix.data.samplers import ImageStream
     from frozenprefix.data.samples import ImageGroup, Sample, group_by_images
     from frozenprefix.data.sources import SourceConfig, detect_sources, load_source, load_sources, open_source
@@ -51,7 +52,8 @@ __getattr__ = lazy_exports(
     {
         "cache": ("FeatureCache",),
         "cache_writer": ("FeatureCacheWriter", "encode_images"),
-        "caption_retriever": ("CaptionRetriever", "RetrievalOptions"),
+        "caption_retriever": ("CaptionRetriever",),
+        "retrieval_options": ("RetrievalOptions",),
         "check": ("check_samples",),
         "collation": ("Collator", "StepDataset"),
         "images": ("BadImages", "find_images", "load_image", "to_image"),

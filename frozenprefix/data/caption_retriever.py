@@ -1,13 +1,14 @@
 """Captions of similar training images, in the prompt or to choose among beams.
 
 In the prompt: SmallCap (Ramos et al. 2023), section 3. To choose by: consensus reranking (Devlin et al. 2015, "Language
-Models for Image Captioning: The Quirks and What Works", section 3.5).
+Models for Image Captioning: The Quirks and What Works", section 3.5). Both take the nearest images; here a ridge
+regression weighs all of them, unless `images` says how many are looked at.
 
     retriever = CaptionRetriever.from_samples(train_samples, cache, RetrievalOptions())
     samples = retriever.with_prompts(samples, ImageLookup.from_cache(cache), prompt="")
 
-Similar images are those with similar features of the model's own encoder; SmallCap uses a second model. An image never
-gets its own captions, whatever its file is called.
+Images are compared by features of the model's own encoder; SmallCap uses a second model. An image never gets its own
+captions, whatever its file is called.
 """
 
 from __future__ import annotations
@@ -18,85 +19,34 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pydantic import ConfigDict, Field
+from torch import Tensor
 from transformers.utils import cached_file
 
 from frozenprefix.data.cache import FeatureCache, image_key
 from frozenprefix.data.images import read_image
-from frozenprefix.data.neighbours import CaptionAgreement, CaptionVectors, NearestImages
+from frozenprefix.data.neighbours import CaptionVectors, NearestImages, RidgeWeights
+from frozenprefix.data.retrieval_options import RetrievalOptions
 from frozenprefix.data.samples import Sample
-from frozenprefix.errors import CheckpointError, DataError, Problem
-from frozenprefix.models.processing import IMAGE_TOKEN, FrozenPrefixProcessor, escape_any
-from frozenprefix.models.section import Section
+from frozenprefix.errors import CheckpointError, DataError
+from frozenprefix.models.processing import IMAGE_TOKEN
 from frozenprefix.models.vision.precomputed import feature_table
 from frozenprefix.utils import parse_json, read_text, write_text_atomic
 from frozenprefix.utils.tensors import load_tensors, save_tensors
 
-CAPTIONS_MARK = "{captions}"
 TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
 # marks of a prompt, which are removed from captions
 _MARKS = (IMAGE_TOKEN, "{question}")
-_IMAGES_AT_ONCE = 256
-_PROMPT_FIELDS = ("captions", "template")
+_IMAGES_AT_ONCE = 64
+_MAX_N = 4  # words of an n-gram, as in CIDEr
 
 Places = Sequence[str | PathLike[str]]
-
-
-class RetrievalOptions(Section):
-    """Options of retrieval: what for, number of images and captions, and their place in the prompt.
-
-    For the prompt those captions of the nearest images are taken that agree best with the others, at most one per
-    image. With captions of more images to choose from they fit better, but are more alike: on Flickr8k's validation
-    images (EfficientNet-Lite0) four captions have a mean CIDEr-D of 0.20 as the first ones of the 4 nearest images, and
-    of 0.36 as those that 15 agree on. To choose among beams (`use: rerank`) all captions of the nearest images count,
-    and none is shown; 8 images are a good number there.
-
-    Example:
-        >>> RetrievalOptions(template="Like: {captions}. ").prompt(["a dog", "a cat"], "Caption:")
-        'Like: a dog\\na cat. <image>Caption:'
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    use: Literal["prompt", "rerank"] = Field(
-        "prompt", description="prompt: captions stand in the prompt; rerank: of the beams, take the one that fits them"
-    )
-    images: int = Field(15, ge=1, description="nearest training images that are looked at")
-    captions: int = Field(4, ge=1, description="captions of them in the prompt, one a line, at most one per image")
-    template: str = Field(
-        f"Similar images:\n{CAPTIONS_MARK}\n",
-        description="text in front of the task's own prompt; the image follows it, unless it has an <image>",
-    )
-
-    def problems(self) -> list[Problem]:
-        problems = []
-        if self.use == "rerank":
-            fields = type(self).model_fields  # a resolved recipe has all keys
-            unused = [name for name in _PROMPT_FIELDS if getattr(self, name) != fields[name].default]
-            return [Problem("has no effect with use 'rerank'; remove it", (name,)) for name in unused]
-        if self.captions > self.images:
-            text = f"got {self.captions}, expected at most one for each of the {self.images} images"
-            problems.append(Problem(text, ("captions", "images")))
-        marks = {CAPTIONS_MARK: (1, 1), IMAGE_TOKEN: (0, 1), "{question}": (0, 0)}
-        if any(not low <= self.template.count(mark) <= high for mark, (low, high) in marks.items()):
-            text = f"got {self.template!r}, expected {CAPTIONS_MARK} once, and <image> at most once"
-            problems.append(Problem(text, ("template",)))
-        return problems
-
-    def prompt(self, captions: Sequence[str], prompt: str) -> str:
-        """A prompt with captions in front of it, and one `<image>`."""
-        front = self.template.replace(CAPTIONS_MARK, "\n".join(map(escape_any, captions)))
-        if IMAGE_TOKEN in front:
-            return front + prompt.replace(IMAGE_TOKEN, "")
-        return front + FrozenPrefixProcessor.with_image(prompt)
 
 
 @dataclass(frozen=True)
@@ -153,11 +103,11 @@ class CaptionRetriever:
         vectors: CaptionVectors | None = None,
     ):
         self.options, self.keys, self.captions, self.features = options, keys, captions, features
-        self._vectors = vectors or CaptionVectors.from_counts([[_counts(text) for text in texts] for texts in captions])
-        self._nearest = NearestImages(features)
+        self._vectors = vectors or self._counted
         self._row = {key: row for row, key in enumerate(keys)}
         self._texts = [text for texts in captions for text in texts]
-        self._starts = np.concatenate([[0], np.cumsum([len(texts) for texts in captions])])
+        self._sizes = np.array([len(texts) for texts in captions])
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
 
     @classmethod
     def from_samples(
@@ -184,18 +134,30 @@ class CaptionRetriever:
         return cls(options, keys, list(captions.values()), features)
 
     def __call__(self, features: ArrayLike, keys: Sequence[str]) -> list[list[str]]:
-        """Captions for images, those first that agree best with the others.
+        """Captions for images, those first that agree best with the prediction, or with those of the nearest images.
 
         Args:
             features: float[n, N, D_enc].
             keys: of the same images; captions of a training image with the same key are left out.
         """
-        return [self._agreeing(rows) for rows in self._similar(features, keys)]
+        pooled, own = _pooled(features), self._own(keys)
+        if self.options.images is not None:
+            return [self._agreeing(rows) for rows in self._nearest(pooled, self.options.images, exclude=own)]
+        chosen = []
+        for start in range(0, len(pooled), _IMAGES_AT_ONCE):
+            block = slice(start, start + _IMAGES_AT_ONCE)
+            weights = self._caption_weights(pooled[block], own[block])
+            scores = self._vectors.scores(self._vectors.weighted_sum(weights)).numpy()
+            chosen += [self._best(line, row) for line, row in zip(scores, own[block], strict=True)]
+        return chosen
 
     def agreement(
         self, texts: Sequence[Sequence[str]], features: ArrayLike, keys: Sequence[str]
     ) -> list[NDArray[np.float64]]:
-        """How well each text of an image agrees with all captions of similar images, 0 to 1: float[texts] each.
+        """How well each text of an image agrees with the captions that are predicted for it: float[texts] each.
+
+        The weighted mean of the texts' tf-idf cosines with all training captions, averaged over n-grams of one to four
+        words, about 0 to 1.
 
         Args:
             texts: any number for each image.
@@ -208,37 +170,58 @@ class CaptionRetriever:
             >>> retriever.agreement([["a cat", "a dog"]], [[[1.0, 0.1]]], ["a"])[0].round(2).tolist()
             [1.0, 0.0]
         """
-        scores = []
-        for written, rows in zip(texts, self._similar(features, keys), strict=True):
-            captions = [self._counts[row] for row in rows]
-            scores.append(
-                self._agreement([_counts(text) for text in written], [one for each in captions for one in each])
-            )
-        return scores
+        sums = self._counted.weighted_sum(self._caption_weights(_pooled(features), self._own(keys)))
+        columns = sums.T.contiguous()
+        return [
+            self._counted.similarity([_counts(text) for text in written], total)
+            for written, total in zip(texts, columns, strict=True)
+        ]
 
-    def _similar(self, features: ArrayLike, keys: Sequence[str]) -> list[NDArray[np.int64]]:
-        """The rows of the nearest images."""
-        own = [self._row.get(key) for key in keys]
-        return self._nearest(_pooled(features), self.options.images, exclude=own)
+    def _own(self, keys: Sequence[str]) -> list[int | None]:
+        return [self._row.get(key) for key in keys]
+
+    def _caption_weights(self, pooled: NDArray[np.float16], own: Sequence[int | None]) -> Tensor:
+        """The weight of every training caption, float32[n, captions]; those of an image sum to one."""
+        owner = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        if self.options.images is None:
+            return (self._ridge(pooled, exclude=own) / torch.from_numpy(self._sizes))[:, owner].float()
+        weights = torch.zeros(len(pooled), len(owner))
+        for line, rows in zip(weights, self._nearest(pooled, self.options.images, exclude=own), strict=True):
+            near = torch.from_numpy(np.isin(owner, rows))
+            line[near] = 1 / near.sum()
+        return weights
 
     @cached_property
-    def _counts(self) -> list[list[Counter[tuple[str, ...]]]]:
-        return [[_counts(text) for text in texts] for texts in self.captions]
+    def _ridge(self) -> RidgeWeights:
+        return RidgeWeights(self.features, self.options.ridge)
 
     @cached_property
-    def _agreement(self) -> CaptionAgreement:
-        return CaptionAgreement(self._counts)
+    def _nearest(self) -> NearestImages:
+        return NearestImages(self.features)
+
+    @cached_property
+    def _counted(self) -> CaptionVectors:
+        """Of all captions, with the n-grams to compare other texts by."""
+        return CaptionVectors.from_counts([[_counts(text) for text in texts] for texts in self.captions])
 
     def prompts(self, prompts: Sequence[str], features: ArrayLike, keys: Sequence[str]) -> list[str]:
         """Prompts with captions in front of them, one for each image; see `__call__`."""
         retrieved = self(features, keys)
         return [self.options.prompt(texts, prompt) for texts, prompt in zip(retrieved, prompts, strict=True)]
 
-    def with_prompts(self, samples: Sequence[Sample], lookup: ImageLookup, *, prompt: str) -> list[Sample]:
+    def with_prompts(
+        self,
+        samples: Sequence[Sample],
+        lookup: ImageLookup,
+        *,
+        prompt: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Sample]:
         """The samples; those of task "caption" with retrieved captions in `Sample.prompt`.
 
         Args:
             prompt: the task's own prompt, for samples without one.
+            progress: called with the numbers of images done and in all.
 
         Raises:
             DataError: for a caption sample with several images.
@@ -248,6 +231,8 @@ class CaptionRetriever:
         for start in range(0, len(paths), _IMAGES_AT_ONCE):
             block = paths[start : start + _IMAGES_AT_ONCE]
             captions |= zip(block, self(lookup.features(block), lookup.keys(block)), strict=True)
+            if progress is not None:
+                progress(len(captions), len(paths))
 
         prompted = []
         for sample in samples:
@@ -256,6 +241,20 @@ class CaptionRetriever:
                 sample = replace(sample, prompt=self.options.prompt(captions[sample.images[0]], own))
             prompted.append(sample)
         return prompted
+
+    def _best(self, scores: NDArray[np.float32], own: int | None) -> list[str]:
+        """Those captions with the highest scores, at most one of each image, no text twice, and none of its own."""
+        taken = {own}
+        chosen: dict[tuple[str, ...], str] = {}  # by words
+        for place in np.argsort(-scores, kind="stable"):
+            owner = int(np.searchsorted(self._starts, place, side="right")) - 1
+            words = tuple(_words(self._texts[place]))
+            if owner not in taken and words not in chosen:
+                taken.add(owner)
+                chosen[words] = self._texts[place]
+            if len(chosen) == self.options.captions:
+                break
+        return list(chosen.values())
 
     def _agreeing(self, rows: NDArray[np.int64]) -> list[str]:
         """Those captions of some images that agree best, at most one of each image, and no text twice."""
@@ -272,8 +271,7 @@ class CaptionRetriever:
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
-        options = self.options.model_dump(exclude={*_PROMPT_FIELDS} if self.options.use == "rerank" else None)
-        texts = {"options": options, "keys": list(self.keys), "captions": list(map(list, self.captions))}
+        texts = {"options": self.options.used(), "keys": list(self.keys), "captions": list(map(list, self.captions))}
         write_text_atomic(folder / TEXTS_FILE, json.dumps(texts, ensure_ascii=False))
         arrays = {
             "features": self.features,
@@ -327,10 +325,13 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 def _counts(text: str) -> Counter[tuple[str, ...]]:
-    """Single words and pairs: enough to compare captions, at half the size of four n-gram orders."""
-    words = re.findall(r"\w+", text.lower())
-    return Counter([*((word,) for word in words), *pairwise(words)])
+    words = _words(text)
+    return Counter(tuple(words[start : start + n]) for n in range(1, _MAX_N + 1) for start in range(len(words) - n + 1))
 
 
 def _pooled(features: ArrayLike) -> NDArray[np.float16]:

@@ -1,13 +1,17 @@
-"""Nearest images by their features, and how well their captions agree with each other."""
+"""Which images a new image is like, by their features, and how well captions agree with each other."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 _QUERIES_AT_ONCE = 256
 
@@ -55,6 +59,61 @@ class NearestImages:
         return rows
 
 
+class RidgeWeights:
+    """Weights of M images, to predict what a new image has as a weighted mean of what they have.
+
+    They are those of ridge regression from features to anything: captions' n-grams, for example. Features are
+    standardised and scaled to length one. The weights of an image sum to one, and some are negative: what an image is
+    not like says something too.
+
+    Args:
+        known: float[M, D].
+        ridge: the regularisation; the larger, the more equal are the weights.
+
+    Example:
+        >>> weights = RidgeWeights([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], ridge=0.1)
+        >>> weights([[0.9, 0.1]]).argmax().item()
+        0
+    """
+
+    def __init__(self, known: ArrayLike, ridge: float = 0.5):
+        features = torch.as_tensor(np.asarray(known, dtype=np.float32))
+        self._mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
+        self._scale = torch.where(spread > 0, spread, 1.0)
+        self._known = self._standard(features)
+        images, dim = self._known.shape
+        self._primal = dim <= images
+        # gram: [D, D] or [M, M], the smaller one
+        gram = self._known.T @ self._known if self._primal else self._known @ self._known.T
+        gram.diagonal().add_(ridge)
+        self._factor = torch.linalg.cholesky(gram)
+
+    def __call__(self, queries: ArrayLike, *, exclude: Sequence[int | None] | None = None) -> Tensor:
+        """float32[Q, M].
+
+        Args:
+            queries: float[Q, D].
+            exclude: for each query the row of the same image, or None. Its weight is 0, and the others are what they
+                would be without it.
+        """
+        features = self._standard(torch.as_tensor(np.asarray(queries, dtype=np.float32)))
+        if self._primal:
+            weights = torch.cholesky_solve(features.T, self._factor).T @ self._known.T
+        else:
+            weights = torch.cholesky_solve(self._known @ features.T, self._factor).T
+        shares = torch.full_like(weights, 1 / weights.shape[1])
+        for row, own in enumerate(exclude or ()):
+            if own is not None:
+                weights[row] /= 1 - weights[row, own]  # leave-one-out, exactly
+                weights[row, own] = 0.0
+                shares[row] = 1 / (weights.shape[1] - 1)
+                shares[row, own] = 0.0
+        return weights + (1 - weights.sum(dim=1, keepdim=True)) * shares
+
+    def _standard(self, features: Tensor) -> Tensor:
+        return torch.nn.functional.normalize((features - self._mean) / self._scale)
+
+
 def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
@@ -66,6 +125,7 @@ class CaptionVectors:
         columns: int[E], number of the n-gram.
         weights: float[E].
         starts: int[captions + 1].
+        idf: n-gram → inverse document frequency, in the order of `columns`; `similarity` needs it.
 
     Example:
         >>> counts = [[{("dog",): 1}], [{("dog",): 1, ("red",): 1}], [{("cat",): 1}]]
@@ -73,8 +133,14 @@ class CaptionVectors:
         [0.35, 0.35, 0.0]
     """
 
-    def __init__(self, columns: NDArray[np.integer], weights: NDArray[np.floating], starts: NDArray[np.integer]):
-        self.columns, self.weights, self.starts = columns, weights, starts
+    def __init__(
+        self,
+        columns: NDArray[np.integer],
+        weights: NDArray[np.floating],
+        starts: NDArray[np.integer],
+        idf: Mapping[tuple[str, ...], float] | None = None,
+    ):
+        self.columns, self.weights, self.starts, self.idf = columns, weights, starts, idf or {}
         self._sum = np.zeros(int(columns.max(initial=-1)) + 1)
 
     @classmethod
@@ -93,7 +159,7 @@ class CaptionVectors:
             columns.extend(column[ngram] for ngram in each)
             weights.extend(_unit_weights(each, idf).values())
             starts.append(len(columns))
-        return cls(np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts))
+        return cls(np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts), idf)
 
     def agreement(self, captions: NDArray[np.int64]) -> NDArray[np.float64]:
         """The summed similarity of each of `captions` (rows, int[C]) to the others: float[C]."""
@@ -107,39 +173,56 @@ class CaptionVectors:
         self._sum[columns] = 0.0
         return scores.round(12)  # equal captions differ by rounding errors only; the nearest must win
 
+    def weighted_sum(self, caption_weights: Tensor) -> Tensor:
+        """Weighted sums of all captions' vectors: float32[n-grams, Q].
 
-class CaptionAgreement:
-    """How well texts agree with captions: the mean cosine of their tf-idf vectors, as in `CaptionVectors`.
+        Args:
+            caption_weights: float32[Q, captions].
+        """
+        return self._matrices[1] @ caption_weights.T
 
-    Args:
-        counts: the n-grams of all captions of each image of a collection, for the document frequencies.
+    def scores(self, sums: Tensor) -> Tensor:
+        """The product of every caption's vector with weighted sums: float32[Q, captions]."""
+        return (self._matrices[0] @ sums).T
 
-    Example:
-        >>> dog, cat = {("a",): 1, ("dog",): 1}, {("a",): 1, ("cat",): 1}
-        >>> CaptionAgreement([[dog], [cat]])([dog, cat], [dog, dog, cat]).round(2).tolist()
-        [0.67, 0.33]
-    """
+    def similarity(self, texts: Sequence[Ngrams], total: Tensor) -> NDArray[np.float64]:
+        """The product of the vectors of other texts with one weighted sum, averaged over n: float[texts].
 
-    def __init__(self, counts: Sequence[Sequence[Ngrams]]):
-        self._idf = _inverse_frequencies(counts)
-        self._orders = max(map(len, self._idf), default=1)
-        self._rarest = math.log(max(1, len(counts)))
+        A sum of weights one makes it the weighted mean of cosines, with n-grams that no caption has as the rarest ones.
 
-    def __call__(self, texts: Sequence[Ngrams], captions: Sequence[Ngrams]) -> NDArray[np.float64]:
-        """float[texts], each from 0 to 1."""
-        total: defaultdict[tuple[str, ...], float] = defaultdict(float)
-        for caption in captions:
-            for ngram, weight in self._weights(caption).items():
-                total[ngram] += weight
-        scale = 1 / (self._orders * max(1, len(captions)))
-        agreements = [
-            scale * sum(weight * total.get(ngram, 0.0) for ngram, weight in self._weights(text).items())
-            for text in texts
-        ]
-        return np.array(agreements)
+        Args:
+            total: float32[n-grams].
 
-    def _weights(self, counts: Ngrams) -> dict[tuple[str, ...], float]:
-        return _unit_weights(counts, {ngram: self._idf.get(ngram, self._rarest) for ngram in counts})
+        Example:
+            >>> vectors = CaptionVectors.from_counts([[{("dog",): 1}], [{("cat",): 1}]])
+            >>> total = vectors.weighted_sum(torch.tensor([[0.75, 0.25]]))[:, 0]
+            >>> vectors.similarity([{("dog",): 1}, {("cow",): 1}], total).tolist()
+            [0.75, 0.0]
+        """
+        rarest = max(self.idf.values(), default=0.0)
+        orders = max(map(len, self.idf), default=1)
+        products = []
+        for counts in texts:
+            weights = _unit_weights(counts, {ngram: self.idf.get(ngram, rarest) for ngram in counts})
+            known = [ngram for ngram in weights if ngram in self._column]
+            values = total[[self._column[ngram] for ngram in known]].tolist()
+            products.append(sum(weights[ngram] * value for ngram, value in zip(known, values, strict=True)) / orders)
+        return np.array(products)
+
+    @cached_property
+    def _column(self) -> dict[tuple[str, ...], int]:
+        return {ngram: i for i, ngram in enumerate(self.idf)}
+
+    @cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """float32[captions, n-grams] and its transpose, sparse."""
+        captions = len(self.starts) - 1
+        owner = torch.from_numpy(np.repeat(np.arange(captions), np.diff(self.starts)))
+        places = torch.stack([owner, torch.from_numpy(self.columns.astype(np.int64))])
+        shape = (captions, len(self._sum))
+        weights = torch.from_numpy(self.weights.astype(np.float32))
+        matrix = torch.sparse_coo_tensor(places, weights, shape, check_invariants=False).coalesce()
+        return _fast_sparse(matrix), _fast_sparse(matrix.t().coalesce())
 
 
 def _inverse_frequencies(counts: Sequence[Sequence[Ngrams]]) -> dict[tuple[str, ...], float]:
@@ -159,3 +242,12 @@ def _unit_weights(counts: Ngrams, idf: Mapping[tuple[str, ...], float]) -> dict[
         ngram: count * idf[ngram] / math.sqrt(squares[len(ngram)]) if squares[len(ngram)] else 0.0
         for ngram, count in counts.items()
     }
+
+
+def _fast_sparse(matrix: Tensor) -> Tensor:
+    """The layout in which products with a dense matrix are fastest here: rows together need MKL."""
+    if not torch.backends.mkl.is_available():
+        return matrix
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return matrix.to_sparse_csr()

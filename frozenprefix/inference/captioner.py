@@ -31,7 +31,7 @@ from frozenprefix.utils import progress_bar
 
 T = TypeVar("T")
 
-LOG_PROB_WEIGHT = 0.05  # of a beam's mean log-probability beside its agreement with captions, which is from 0 to 1
+LOG_PROB_WEIGHT = 0.01  # of a beam's mean log-probability beside its agreement with captions, which is about 0 to 1
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Captioner:
             )
             processor = FrozenPrefixProcessor.from_pretrained(checkpoint)
             store = CaptionRetriever.load(checkpoint)
-            reranks = store is not None and store.options.use == "rerank"
-            retriever, reranker = (None, store) if reranks else (store, None)
+            retriever = store if store is not None and store.options.prompts else None
+            reranker = store if store is not None and store.options.reranks else None
             captioner = cls(model, processor, batch_size=batch_size, retriever=retriever, reranker=reranker)
         return captioner.together_with(ensemble) if ensemble else captioner
 
@@ -202,9 +202,9 @@ class Captioner:
     ) -> list[list[Generation]]:
         """As `generate_groups`, for groups with one image each.
 
-        A model that was trained with `data.retrieval.use: rerank` takes of the beams the one that agrees best with the
-        captions of similar training images, and among equals the likelier one. Greedy search and sampling have one text
-        to choose from.
+        A model that was trained with `data.retrieval.use: rerank` or `both` takes of the beams the one that agrees best
+        with the captions that similar training images predict, and among equals the likelier one. Greedy search and
+        sampling have one text to choose from.
 
         Args:
             features: float[n, N, D_enc] of the image files.

@@ -36,7 +36,7 @@ from frozenprefix.models.modeling import FrozenPrefixForConditionalGeneration
 from frozenprefix.models.processing import FrozenPrefixProcessor
 from frozenprefix.models.vision import build_vision_encoder
 from frozenprefix.models.vision.precomputed import feature_table
-from frozenprefix.utils import file_sha256
+from frozenprefix.utils import file_sha256, progress_bar
 from frozenprefix.utils.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -330,11 +330,12 @@ def add_similar_captions(prepared: PreparedImages, data: DataSection) -> Caption
     assert cache is not None  # a recipe without features is refused
     samples = {part: [s for group in groups for s in group.samples] for part, groups in prepared.groups.items()}
     retriever = CaptionRetriever.from_samples(samples["train"], cache, data.retrieval)
-    if data.retrieval.use == "rerank":
+    if not data.retrieval.prompts:
         return retriever
     lookup = ImageLookup.from_cache(cache)
     for part, listed in samples.items():
-        prompted = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"])
+        with progress_bar(f"retrieving captions ({part})") as update:
+            prompted = retriever.with_prompts(listed, lookup, prompt=data.prompts["caption"], progress=update)
         prepared.groups[part] = group_by_images(prompted)
     return retriever
 

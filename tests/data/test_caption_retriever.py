@@ -15,12 +15,11 @@ from frozenprefix.data.caption_retriever import (
     TEXTS_FILE,
     CaptionRetriever,
     ImageLookup,
-    RetrievalOptions,
     image_keys,
 )
 from frozenprefix.data.collation import Collator, prompt_of
 from frozenprefix.data.image_encoder import ImageEncoder
-from frozenprefix.data.neighbours import CaptionVectors, NearestImages
+from frozenprefix.data.retrieval_options import RetrievalOptions
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, ConfigError, DataError
 from frozenprefix.evaluation import evaluate_samples
@@ -72,25 +71,6 @@ LOOKUP = ImageLookup.from_cache(TABLE)
 # ── what is retrieved ──
 
 
-def test_nearest_images_are_those_with_the_largest_centred_cosine():
-    rng = np.random.default_rng(0)
-    known, queries = rng.normal(size=(2, 40, 6)) + 5
-    centred = [x - known.mean(0) for x in (queries, known)]
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in centred]
-    expected = np.argsort(-(unit[0] @ unit[1].T), axis=1)
-    nearest = NearestImages(known)
-    assert np.array_equal(nearest(queries, 5), expected[:, :5])
-    without = nearest(queries, 39, exclude=[row[0] for row in expected])
-    assert np.array_equal(without, expected[:, 1:])
-
-
-def test_agreement_is_the_cosine_with_the_other_captions():
-    # "b" in one of two images, "a" in both: the idf of "a" is 0, so only "b" and "c" count
-    vectors = CaptionVectors.from_counts([[{("a",): 1, ("b",): 1}, {("b",): 2, ("a",): 1}], [{("a",): 1, ("c",): 1}]])
-    assert vectors.agreement(np.array([0, 1, 2])).tolist() == [1, 1, 0]
-    assert vectors.agreement(np.array([0, 2])).tolist() == [0, 0]
-
-
 def test_one_caption_of_each_image_those_that_agree_first():
     retriever = CaptionRetriever.from_samples(DOGS, TABLE, OPTIONS)
     (found,) = retriever([[[1, 0, 0.1]]], ["n"])
@@ -110,6 +90,47 @@ def test_own_captions_are_left_out_also_under_another_name():
     for sample in (own, copy):
         assert not any(text in sample.prompt for text in DOGS[0].targets)
         assert any(text in sample.prompt for text in DOGS[1].targets)
+
+
+REGRESSION = RetrievalOptions(captions=2)
+
+
+def test_by_regression_those_first_that_agree_with_its_prediction():
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, REGRESSION)
+    (found,) = retriever([[[1, 0, 0.1]]], ["n"])
+    texts = [text for sample in DOGS for text in sample.targets]
+    (scores,) = retriever.agreement([texts], [[[1, 0, 0.1]]], ["n"])
+    assert found[0] == texts[scores.argmax()]
+    owner = {text: sample.id for sample in DOGS for text in sample.targets}
+    assert len({owner[text] for text in found}) == 2
+    assert not any("car" in text for text in found)
+    assert retriever([[[-1, 1, 0]]], ["n"])[0][0] in DOGS[3].targets
+
+
+def test_by_regression_own_captions_are_left_out():
+    retriever = CaptionRetriever.from_samples(DOGS, TABLE, REGRESSION)
+    features, keys = TABLE.get(["d", "d"]), ["n", "d"]
+    as_new, as_known = retriever(features, keys)
+    assert set(as_new) & set(DOGS[0].targets)
+    assert not set(as_known) & set(DOGS[0].targets)
+    new, known = retriever.agreement([["a brown dog runs"]] * 2, features, keys)
+    assert known[0] < new[0]
+
+
+def test_by_regression_no_wording_twice():
+    samples = [caption("dog", "A dog ."), caption("hound", "a dog"), caption("poodle", "a poodle"), DOGS[3]]
+    found = CaptionRetriever.from_samples(samples, TABLE, RetrievalOptions(captions=3))([[[1, 0, 0]]], ["n"])[0]
+    assert len(found) == 3
+    assert len({"A dog .", "a dog"} & set(found)) == 1
+
+
+def test_many_images_at_once_are_as_one_by_one():
+    rng = np.random.default_rng(0)
+    keys = [str(i) for i in range(150)]
+    captions = [[" ".join(rng.choice(list("abcdefgh"), 4)) for _ in range(2)] for _ in keys]
+    features = rng.normal(size=(150, 1, 5)).astype(np.float16)
+    retriever = CaptionRetriever(RetrievalOptions(), keys, captions, features[:, 0])
+    assert retriever(features, keys) == [retriever(features[[i]], [key])[0] for i, key in enumerate(keys)]
 
 
 def test_equal_images_are_one_entry():
@@ -202,6 +223,8 @@ def retrieving(tiny_recipe, folder: Path, *overrides: str, **more):
     ("override", "message"),
     [
         ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'images'"),
+        ("data.retrieval={images: 4, ridge: 0.1}", r"data\.retrieval\.ridge.*no effect with images"),
+        ("data.retrieval={ridge: 0}", r"data\.retrieval\.ridge.*expected more than 0"),
         ("data.retrieval={images: 2}", r"data\.retrieval\.captions: got 4, expected at most one for each of the 2"),
         ("data.retrieval={template: 'Like:'}", r"data\.retrieval\.template: got 'Like:', expected \{captions\} once"),
         ("data.retrieval={template: '{captions}{question}'}", r"data\.retrieval\.template"),
@@ -351,6 +374,18 @@ def test_training_leaves_the_datastore_in_its_checkpoints(tiny_recipe, tmp_path,
 
 
 # ── to choose among beams ──
+
+
+def test_both_in_the_prompt_and_to_choose_by(tiny_recipe, tmp_path, shapes):
+    recipe = tiny_recipe(tmp_path / "run", "data.retrieval={use: both, captions: 2, template: 'like {captions} '}")
+    captioner = Captioner.from_pretrained(train(recipe).best, device="cpu")
+    assert captioner.retriever is captioner.reranker
+    samples = [caption_of(shapes, name) for name in ("blue_circle", "blue_square")]
+    result = evaluate_samples(
+        captioner, samples, predictions=tmp_path / "p.jsonl", num_beams=3, max_new_tokens=3, train_samples=()
+    )
+    assert result["settings"]["rerank"] == {"ridge": 0.5}
+    assert "retrieval_only" in result["baselines"]
 
 
 def test_agreement_is_that_with_the_captions_of_similar_images():

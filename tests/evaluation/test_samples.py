@@ -49,7 +49,7 @@ def test_the_recipes_validation_data_are_evaluated(checkpoint, shapes):
 def test_the_recipes_training_data_serve_the_consensus(checkpoint):
     result = evaluate_checkpoint(checkpoint, task="caption", limit=2, num_beams=1)
     assert result["n"] == 2
-    assert set(result["baselines"]) == {"blind", "shuffled", "consensus"}
+    assert set(result["baselines"]) == {"blind", "shuffled", "consensus", "ridge"}
 
 
 def test_the_limit_counts_images_of_all_sources(checkpoint):

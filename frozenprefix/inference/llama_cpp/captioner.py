@@ -117,7 +117,7 @@ class LlamaCppCaptioner(Captioner):
             generation = checkpoint_generation_config(checkpoint) or SimpleNamespace(eos_token_id=None)
             ends = end_tokens(generation, processor.tokenizer)
             retriever = CaptionRetriever.load(checkpoint)
-            if retriever is not None and retriever.options.use == "rerank":
+            if retriever is not None and not retriever.options.prompts:
                 retriever = None
         return cls(prefixes, llama, processor, ends=ends, retriever=retriever)
 
