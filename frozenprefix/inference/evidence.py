@@ -25,6 +25,12 @@ from frozenprefix.models.packing import Target
 _TEXTS_AT_ONCE = 8
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]+")
 
+#: why there is no evidence for some models
+RETRIEVES = (
+    "this checkpoint was trained with the captions of similar images in its prompts, which say as much about an image "
+    "as its prefix; there is no prompt that fits the other images as well"
+)
+
 
 @dataclass(frozen=True)
 class Word:
@@ -122,10 +128,7 @@ class EvidenceScorer:
         if len(others) == 0:
             raise DataError("others: got no images; evidence compares an image with others, give some of the same kind")
         if captioner.retriever is not None:
-            raise ConfigError(
-                "evidence: this checkpoint was trained with the captions of similar images in its prompts, which say "
-                "as much about an image as its prefix; there is no prompt that fits the other images as well"
-            )
+            raise ConfigError(f"evidence: {RETRIEVES}")
         self.captioner = captioner
         with torch.inference_mode():
             features = captioner.encoder(others).to(captioner.model.device)

@@ -69,7 +69,7 @@ def make_workplace(folder: Path) -> Path:
             call(["train", f"recipes/{name}.yaml", "data.workers=0", "training.precision=fp32"])
     finally:
         os.chdir(here)
-    shutil.copytree(folder / "runs" / "flickr8k", folder / "runs" / "mine")
+    shutil.copytree(folder / "runs" / "mlp", folder / "runs" / "mine")
     return folder
 
 

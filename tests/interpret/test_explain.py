@@ -11,7 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from frozenprefix.cli.main import app
-from frozenprefix.errors import DataError
+from frozenprefix.data.caption_retriever import CaptionRetriever, image_keys
+from frozenprefix.data.retrieval_options import RetrievalOptions
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference import Captioner, EvidenceScorer
 from frozenprefix.inference.evidence import split_words, target_of
 from frozenprefix.interpret import Explainer, write_explanations
@@ -89,6 +91,21 @@ def test_an_image_among_equal_ones_is_no_evidence(captioner, files):
 def test_evidence_needs_other_images(captioner):
     with pytest.raises(DataError, match="others: got no images"):
         EvidenceScorer(captioner, [])
+
+
+def test_a_model_that_reads_similar_captions_gets_them_here_too(captioner, files):
+    features, keys = captioner.encoder(files[:3]), image_keys(captioner.model.vision_encoder, files[:3])
+    captions = [["a dog"], ["a cat"], ["a cow"]]
+    pooled = features.mean(dim=1).half().cpu().numpy()
+    store = CaptionRetriever(RetrievalOptions(captions=1), keys, captions, pooled)
+    reading = Captioner(captioner.model, captioner.processor, retriever=store)
+    explain = Explainer(reading, others=files[4:6])
+    explanation = explain(files[1], TEXT, heat_maps=False)
+    assert explanation.prompt == reading.caption_prompts([files[1]], features[1:2])[0] != "<image>"
+    assert "captions of similar images" in explanation.unavailable["evidence"]
+    assert explain(files[1], TEXT, prompt="It is", heat_maps=False).prompt == "<image>It is"
+    with Image.open(files[1]) as opened, pytest.raises(ConfigError, match="expected a file"):
+        explain(opened, TEXT)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isqrt
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from frozenprefix.data.image_encoder import ImageInput
-from frozenprefix.errors import DataError
+from frozenprefix.errors import ConfigError, DataError
 from frozenprefix.inference.captioner import Captioner
-from frozenprefix.inference.evidence import EvidenceScorer, Word, split_words, target_of
+from frozenprefix.inference.evidence import RETRIEVES, EvidenceScorer, Word, split_words, target_of
 from frozenprefix.inference.likelihood import token_log_likelihoods
 from frozenprefix.interpret.explain.attention import NotAvailable, attention_maps
 from frozenprefix.interpret.explain.explanation import Choice, ExplainedWord, Explanation, PrefixPosition
@@ -45,7 +46,8 @@ class Explainer:
     def __init__(self, captioner: Captioner, others: Sequence[ImageInput] | Tensor = (), *, nearest: int = 5):
         self.captioner = captioner
         self.nearest = nearest
-        self.scorer = EvidenceScorer(captioner, others) if len(others) else None
+        compares = len(others) > 0 and captioner.retriever is None
+        self.scorer = EvidenceScorer(captioner, others) if compares else None
 
     def __call__(
         self,
@@ -61,19 +63,21 @@ class Explainer:
 
         Args:
             text: that is explained; what the model writes, when not given.
-            prompt: before the text; by default the prompt of captions. `processor.prompt_for("vqa", question)` asks.
+            prompt: before the text; by default the prompt of captions, with retrieved ones for a model that was trained
+                with them, which needs a file. `processor.prompt_for("vqa", question)` asks.
             heat_maps: occlusion takes as many passes as the map has cells, attention a backward pass for each word.
             num_beams, max_new_tokens: of the model's own text.
 
         Raises:
             DataError: for a text, or a model's own one, without a word.
             BadImageError: for an image that cannot be read.
+            ConfigError: for an image that is no file, with a model that retrieves captions for its prompt.
         """
         captioner, model = self.captioner, self.captioner.model
-        prompt = captioner.processor.prompt_for("caption") if prompt is None else captioner.processor.with_image(prompt)
         with torch.no_grad():
             pixels = None if feature_table(model.vision_encoder) is not None else captioner.encoder.prepare(image)
             features = captioner.encoder([image]) if pixels is None else captioner.encoder.encode(pixels)
+        prompt = self._prompt(image, features) if prompt is None else captioner.processor.with_image(prompt)
         if text is None:
             options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
             text = captioner.generate([prompt], features, **options)[0].text.strip()
@@ -104,6 +108,18 @@ class Explainer:
             unavailable=unavailable,
         )
 
+    def _prompt(self, image: ImageInput, features: Tensor) -> str:
+        """The prompt of captions."""
+        captioner = self.captioner
+        if captioner.retriever is None:
+            return captioner.processor.prompt_for("caption")
+        if not isinstance(image, str | PathLike):
+            raise ConfigError(
+                f"image: got {type(image).__name__}, expected a file: this model reads captions of similar images, "
+                "which are found by the file's contents"
+            )
+        return captioner.caption_prompts([Path(image)], features)[0]
+
     @staticmethod
     def _words(
         words: Sequence[Word], choices: Sequence[Choice], evidence: Sequence[float] | None
@@ -116,6 +132,8 @@ class Explainer:
         return tuple(explained)
 
     def _evidence(self, prompt: str, text: str, features: Tensor) -> list[float | None]:
+        if self.captioner.retriever is not None:
+            raise NotAvailable(RETRIEVES)
         if self.scorer is None:
             raise NotAvailable("no other images were given to compare with")
         return [word.evidence for word in self.scorer([prompt], [text], features)[0]]
