@@ -17,8 +17,9 @@ import torch
 
 from frozenprefix import Captioner
 from frozenprefix.config import load_recipe
-from frozenprefix.data.caption_retriever import CaptionRetriever, RetrievalOptions
+from frozenprefix.data.caption_retriever import CaptionRetriever
 from frozenprefix.data.images import load_image
+from frozenprefix.data.retrieval_options import RetrievalOptions
 from frozenprefix.data.samples import Sample
 from frozenprefix.data.sources import load_source
 from frozenprefix.evaluation import evaluate_checkpoint
