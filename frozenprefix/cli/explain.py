@@ -54,7 +54,8 @@ def command(
 
     captioner = Captioner.from_pretrained(checkpoint, language_model=language_model, precision=precision.value)
     bad = BadImages()
-    features = other_images(captioner, checkpoint, images, others, num_others)
+    compares = captioner.retriever is None
+    features = other_images(captioner, checkpoint, images, others, num_others) if compares else ()
     explainer = Explainer(captioner, features)
     prompt = None if question is None else captioner.processor.prompt_for("vqa", question)
     explanations = []

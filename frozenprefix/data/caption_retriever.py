@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +30,7 @@ from transformers.utils import cached_file
 
 from frozenprefix.data.cache import FeatureCache, image_key
 from frozenprefix.data.images import read_image
-from frozenprefix.data.neighbours import CaptionVectors, NearestImages, RidgeWeights
+from frozenprefix.data.neighbours import CaptionVectors, NearestImages, RidgeWeights, ngram_counts
 from frozenprefix.data.retrieval_options import RetrievalOptions
 from frozenprefix.data.samples import Sample
 from frozenprefix.errors import CheckpointError, DataError
@@ -44,7 +43,6 @@ TEXTS_FILE, ARRAYS_FILE = "retrieval.json", "retrieval.safetensors"
 # marks of a prompt, which are removed from captions
 _MARKS = (IMAGE_TOKEN, "{question}")
 _IMAGES_AT_ONCE = 64
-_MAX_N = 4  # words of an n-gram, as in CIDEr
 
 Places = Sequence[str | PathLike[str]]
 
@@ -85,7 +83,8 @@ class CaptionRetriever:
         keys: of the M training images.
         captions: at least one of each image.
         features: float16[M, D_enc], the mean over each image's feature vectors.
-        vectors: of all captions, in order; computed when not given.
+        vectors: of all captions, in order; counted when not given, and always to choose among beams, which takes the
+            n-grams themselves.
 
     Example:
         >>> features = np.array([[1, 0], [0, 1]], np.float16)
@@ -103,11 +102,13 @@ class CaptionRetriever:
         vectors: CaptionVectors | None = None,
     ):
         self.options, self.keys, self.captions, self.features = options, keys, captions, features
-        self._vectors = vectors or self._counted
+        self._saved = None if options.reranks else vectors
         self._row = {key: row for row, key in enumerate(keys)}
         self._texts = [text for texts in captions for text in texts]
-        self._sizes = np.array([len(texts) for texts in captions])
-        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        sizes = np.array([len(texts) for texts in captions])
+        self._owner = np.repeat(np.arange(len(sizes)), sizes)  # the image of each caption
+        # of each caption in its image's weight
+        self._share = torch.from_numpy((1 / sizes)[self._owner].astype(np.float32))
 
     @classmethod
     def from_samples(
@@ -142,13 +143,15 @@ class CaptionRetriever:
         """
         pooled, own = _pooled(features), self._own(keys)
         if self.options.images is not None:
-            return [self._agreeing(rows) for rows in self._nearest(pooled, self.options.images, exclude=own)]
+            nearest = self._nearest(pooled, self.options.images, exclude=own)
+            return [self._one_of_each(self._agreeing(rows), None) for rows in nearest]
         chosen = []
         for start in range(0, len(pooled), _IMAGES_AT_ONCE):
             block = slice(start, start + _IMAGES_AT_ONCE)
             weights = self._caption_weights(pooled[block], own[block])
             scores = self._vectors.scores(self._vectors.weighted_sum(weights)).numpy()
-            chosen += [self._best(line, row) for line, row in zip(scores, own[block], strict=True)]
+            ranked = np.argsort(-scores, axis=1, kind="stable")
+            chosen += [self._one_of_each(line, row) for line, row in zip(ranked, own[block], strict=True)]
         return chosen
 
     def agreement(
@@ -170,11 +173,10 @@ class CaptionRetriever:
             >>> retriever.agreement([["a cat", "a dog"]], [[[1.0, 0.1]]], ["a"])[0].round(2).tolist()
             [1.0, 0.0]
         """
-        sums = self._counted.weighted_sum(self._caption_weights(_pooled(features), self._own(keys)))
-        columns = sums.T.contiguous()
+        sums = self._vectors.weighted_sum(self._caption_weights(_pooled(features), self._own(keys)))
         return [
-            self._counted.similarity([_counts(text) for text in written], total)
-            for written, total in zip(texts, columns, strict=True)
+            self._vectors.similarity([ngram_counts(_words(text)) for text in written], total)
+            for written, total in zip(texts, sums.T.contiguous(), strict=True)
         ]
 
     def _own(self, keys: Sequence[str]) -> list[int | None]:
@@ -182,12 +184,11 @@ class CaptionRetriever:
 
     def _caption_weights(self, pooled: NDArray[np.float16], own: Sequence[int | None]) -> Tensor:
         """The weight of every training caption, float32[n, captions]; those of an image sum to one."""
-        owner = np.repeat(np.arange(len(self._sizes)), self._sizes)
         if self.options.images is None:
-            return (self._ridge(pooled, exclude=own) / torch.from_numpy(self._sizes))[:, owner].float()
-        weights = torch.zeros(len(pooled), len(owner))
+            return self._ridge(pooled, exclude=own)[:, self._owner] * self._share
+        weights = torch.zeros(len(pooled), len(self._owner))
         for line, rows in zip(weights, self._nearest(pooled, self.options.images, exclude=own), strict=True):
-            near = torch.from_numpy(np.isin(owner, rows))
+            near = torch.from_numpy(np.isin(self._owner, rows))
             line[near] = 1 / near.sum()
         return weights
 
@@ -200,9 +201,9 @@ class CaptionRetriever:
         return NearestImages(self.features)
 
     @cached_property
-    def _counted(self) -> CaptionVectors:
-        """Of all captions, with the n-grams to compare other texts by."""
-        return CaptionVectors.from_counts([[_counts(text) for text in texts] for texts in self.captions])
+    def _vectors(self) -> CaptionVectors:
+        counts = ([ngram_counts(_words(text)) for text in texts] for texts in self.captions)
+        return self._saved or CaptionVectors.from_counts(list(counts))
 
     def prompts(self, prompts: Sequence[str], features: ArrayLike, keys: Sequence[str]) -> list[str]:
         """Prompts with captions in front of them, one for each image; see `__call__`."""
@@ -242,43 +243,34 @@ class CaptionRetriever:
             prompted.append(sample)
         return prompted
 
-    def _best(self, scores: NDArray[np.float32], own: int | None) -> list[str]:
-        """Those captions with the highest scores, at most one of each image, no text twice, and none of its own."""
+    def _one_of_each(self, ranked: Iterable[int], own: int | None) -> list[str]:
+        """The first captions of a ranking, at most one of each image, no wording twice, and none of its own."""
         taken = {own}
         chosen: dict[tuple[str, ...], str] = {}  # by words
-        for place in np.argsort(-scores, kind="stable"):
-            owner = int(np.searchsorted(self._starts, place, side="right")) - 1
-            words = tuple(_words(self._texts[place]))
+        for place in ranked:
+            text, owner = self._texts[place], int(self._owner[place])
+            words = tuple(_words(text)) or (text,)
             if owner not in taken and words not in chosen:
                 taken.add(owner)
-                chosen[words] = self._texts[place]
+                chosen[words] = text
             if len(chosen) == self.options.captions:
                 break
         return list(chosen.values())
 
-    def _agreeing(self, rows: NDArray[np.int64]) -> list[str]:
-        """Those captions of some images that agree best, at most one of each image, and no text twice."""
-        spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in rows]
-        candidates, owners = np.concatenate(spans), np.repeat(rows, [len(span) for span in spans])
-        owner_of: dict[str, int] = {}  # of each caption to show
-        for place in np.argsort(-self._vectors.agreement(candidates), kind="stable"):
-            text, owner = self._texts[candidates[place]], int(owners[place])
-            if text not in owner_of and owner not in owner_of.values():
-                owner_of[text] = owner
-            if len(owner_of) == self.options.captions:
-                break
-        return list(owner_of)
+    def _agreeing(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The captions of some images, those first that agree best with each other."""
+        candidates = np.concatenate([np.flatnonzero(self._owner == row) for row in rows])
+        return candidates[np.argsort(-self._vectors.agreement(candidates), kind="stable")]
 
     def save(self, folder: Path) -> None:
         """Write the datastore into a checkpoint folder, as JSON and safetensors."""
         texts = {"options": self.options.used(), "keys": list(self.keys), "captions": list(map(list, self.captions))}
         write_text_atomic(folder / TEXTS_FILE, json.dumps(texts, ensure_ascii=False))
-        arrays = {
-            "features": self.features,
-            "columns": self._vectors.columns.astype(np.int32),
-            "weights": self._vectors.weights.astype(np.float32),
-            "starts": self._vectors.starts.astype(np.int64),
-        }
+        arrays = {"features": self.features}
+        if not self.options.reranks:
+            arrays["columns"] = self._vectors.columns.astype(np.int32)
+            arrays["weights"] = self._vectors.weights.astype(np.float32)
+            arrays["starts"] = self._vectors.starts.astype(np.int64)
         save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
 
     @classmethod
@@ -303,13 +295,16 @@ class CaptionRetriever:
 
     @classmethod
     def _from_saved(cls, texts: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> CaptionRetriever:
-        keys, captions = texts["keys"], texts["captions"]
-        vectors = CaptionVectors(arrays["columns"], arrays["weights"], arrays["starts"])
-        sizes = (len(keys), len(captions), sum(map(len, captions)))
-        held = (len(arrays["features"]), len(arrays["features"]), len(vectors.starts) - 1)
+        options, keys, captions = RetrievalOptions(**texts["options"]), texts["keys"], texts["captions"]
+        sizes, held = [len(keys), len(captions)], [len(arrays["features"])] * 2
+        vectors = None
+        if not options.reranks:
+            vectors = CaptionVectors(arrays["columns"], arrays["weights"], arrays["starts"])
+            sizes.append(sum(map(len, captions)))
+            held.append(len(vectors.starts) - 1)
         if sizes != held:
-            raise ValueError(f"got keys, lists of captions and captions {sizes}, expected {held}")
-        return cls(RetrievalOptions(**texts["options"]), keys, captions, arrays["features"], vectors)
+            raise ValueError(f"got keys, lists of captions and captions {tuple(sizes)}, expected {tuple(held)}")
+        return cls(options, keys, captions, arrays["features"], vectors)
 
 
 def _image(sample: Sample) -> Path:
@@ -327,11 +322,6 @@ def _plain(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
-
-
-def _counts(text: str) -> Counter[tuple[str, ...]]:
-    words = _words(text)
-    return Counter(tuple(words[start : start + n]) for n in range(1, _MAX_N + 1) for start in range(len(words) - n + 1))
 
 
 def _pooled(features: ArrayLike) -> NDArray[np.float16]:

@@ -13,9 +13,20 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+MAX_N = 4  #: words of the longest n-gram, as in CIDEr
 _QUERIES_AT_ONCE = 256
 
 Ngrams = Mapping[tuple[str, ...], int]  #: n-gram of words → how often it occurs
+
+
+def ngram_counts(words: Sequence[str]) -> dict[tuple[str, ...], int]:
+    """How often each n-gram of one to four words occurs.
+
+    Example:
+        >>> ngram_counts(["a", "dog"])
+        {('a',): 1, ('dog',): 1, ('a', 'dog'): 1}
+    """
+    return dict(Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1)))
 
 
 class NearestImages:
@@ -126,6 +137,7 @@ class CaptionVectors:
         weights: float[E].
         starts: int[captions + 1].
         idf: n-gram → inverse document frequency, in the order of `columns`; `similarity` needs it.
+        rarest: the inverse document frequency of an n-gram that is in no caption.
 
     Example:
         >>> counts = [[{("dog",): 1}], [{("dog",): 1, ("red",): 1}], [{("cat",): 1}]]
@@ -139,8 +151,10 @@ class CaptionVectors:
         weights: NDArray[np.floating],
         starts: NDArray[np.integer],
         idf: Mapping[tuple[str, ...], float] | None = None,
+        rarest: float = 0.0,
     ):
-        self.columns, self.weights, self.starts, self.idf = columns, weights, starts, idf or {}
+        self.columns, self.weights, self.starts = columns, weights, starts
+        self.idf, self.rarest = idf or {}, rarest
         self._sum = np.zeros(int(columns.max(initial=-1)) + 1)
 
     @classmethod
@@ -159,7 +173,8 @@ class CaptionVectors:
             columns.extend(column[ngram] for ngram in each)
             weights.extend(_unit_weights(each, idf).values())
             starts.append(len(columns))
-        return cls(np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts), idf)
+        arrays = np.array(columns, dtype=np.int64), np.array(weights, dtype=np.float64), np.array(starts)
+        return cls(*arrays, idf, math.log(max(1, len(counts))))
 
     def agreement(self, captions: NDArray[np.int64]) -> NDArray[np.float64]:
         """The summed similarity of each of `captions` (rows, int[C]) to the others: float[C]."""
@@ -199,19 +214,21 @@ class CaptionVectors:
             >>> vectors.similarity([{("dog",): 1}, {("cow",): 1}], total).tolist()
             [0.75, 0.0]
         """
-        rarest = max(self.idf.values(), default=0.0)
-        orders = max(map(len, self.idf), default=1)
         products = []
         for counts in texts:
-            weights = _unit_weights(counts, {ngram: self.idf.get(ngram, rarest) for ngram in counts})
+            weights = _unit_weights(counts, {ngram: self.idf.get(ngram, self.rarest) for ngram in counts})
             known = [ngram for ngram in weights if ngram in self._column]
             values = total[[self._column[ngram] for ngram in known]].tolist()
-            products.append(sum(weights[ngram] * value for ngram, value in zip(known, values, strict=True)) / orders)
-        return np.array(products)
+            products.append(sum(weights[ngram] * value for ngram, value in zip(known, values, strict=True)))
+        return np.array(products) / self._orders
 
     @cached_property
     def _column(self) -> dict[tuple[str, ...], int]:
         return {ngram: i for i, ngram in enumerate(self.idf)}
+
+    @cached_property
+    def _orders(self) -> int:
+        return max(map(len, self.idf), default=1)
 
     @cached_property
     def _matrices(self) -> tuple[Tensor, Tensor]:

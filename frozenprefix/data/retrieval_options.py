@@ -30,7 +30,7 @@ class RetrievalOptions(Section):
     model_config = ConfigDict(frozen=True)
 
     use: Literal["prompt", "rerank", "both"] = Field(
-        "prompt", description="prompt: captions stand in the prompt; rerank: of the beams, take the one that fits them"
+        "prompt", description="prompt: captions stand in the prompt; rerank: they choose among the beams; both"
     )
     ridge: float = Field(0.5, gt=0, description="regularisation of the regression that weighs the training images")
     images: int | None = Field(

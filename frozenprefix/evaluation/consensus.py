@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from frozenprefix.data.neighbours import CaptionVectors, NearestImages
+from frozenprefix.data.neighbours import CaptionVectors, NearestImages, ngram_counts
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.ptb import ptb_tokenize
-from frozenprefix.evaluation.metrics.references import ngram_counts
 
 
 def consensus_captions(

@@ -157,14 +157,6 @@ def test_refuses_what_cannot_be_retrieved_from():
 # ── the prompt ──
 
 
-def test_where_the_image_stands():
-    texts = ["a dog", "a cat"]
-    assert OPTIONS.prompt(texts, "This:") == "Like: a dog\na cat\n<image>This:"
-    assert OPTIONS.prompt(texts, "See <image>:") == "Like: a dog\na cat\nSee <image>:"
-    first = RetrievalOptions(template="<image>Like: {captions}.")
-    assert first.prompt(texts, "<image>This:") == "<image>Like: a dog\na cat.This:"
-
-
 def test_captions_cannot_break_the_prompt(tiny_checkpoint):
     processor = Captioner.from_pretrained(tiny_checkpoint, device="cpu").processor
     odd = ["{captions} {0} {x", "a <image> {question}\nof } it"]
@@ -217,30 +209,6 @@ def test_a_damaged_datastore_is_named(tmp_path):
 def retrieving(tiny_recipe, folder: Path, *overrides: str, **more):
     section = 'data.retrieval={images: 2, captions: 2, template: "like {captions} "}'
     return tiny_recipe(folder, section, *overrides, **more)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.retrieval={image: 4}", r"data\.retrieval\.image.*did you mean 'images'"),
-        ("data.retrieval={images: 4, ridge: 0.1}", r"data\.retrieval\.ridge.*no effect with images"),
-        ("data.retrieval={ridge: 0}", r"data\.retrieval\.ridge.*expected more than 0"),
-        ("data.retrieval={images: 2}", r"data\.retrieval\.captions: got 4, expected at most one for each of the 2"),
-        ("data.retrieval={template: 'Like:'}", r"data\.retrieval\.template: got 'Like:', expected \{captions\} once"),
-        ("data.retrieval={template: '{captions}{question}'}", r"data\.retrieval\.template"),
-    ],
-)
-def test_recipe_refuses(tiny_recipe, tmp_path, override, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        tiny_recipe(tmp_path, override)
-    assert len(error.value.problems) == 1
-
-
-def test_recipe_needs_features(tiny_recipe, tmp_path):
-    with pytest.raises(ConfigError) as error:
-        retrieving(tiny_recipe, tmp_path, "data.feature_cache=off")
-    (line,) = error.value.problems
-    assert line.startswith("data.feature_cache: got 'off', expected 'auto' or a folder with data.retrieval")
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,13 @@ def test_products_with_weighted_sums(monkeypatch, mkl):
     assert vectors.similarity(texts, sums[:, 0]) == pytest.approx((weights @ dense @ dense.T)[0] / 2, abs=1e-6)
 
 
+def test_an_unknown_word_is_as_rare_as_one_in_a_single_image():
+    vectors = CaptionVectors.from_counts([[{("dog",): 1}], [{("dog",): 1}], [{("cat",): 1}], [{("cat",): 1}]])
+    total = vectors.weighted_sum(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))[:, 0]
+    # the idf of "dog" is log 2, of "owl" log 4
+    assert vectors.similarity([{("dog",): 1, ("owl",): 1}], total) == pytest.approx([5**-0.5])
+
+
 def test_unknown_words_make_a_text_less_similar():
     vectors = CaptionVectors.from_counts(COUNTS)
     total = vectors.weighted_sum(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))[:, 0]

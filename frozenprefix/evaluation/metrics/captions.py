@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from frozenprefix.data.neighbours import MAX_N
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.diversity import repetition
 from frozenprefix.evaluation.metrics.ids import check_same_ids
-from frozenprefix.evaluation.metrics.references import MAX_N, Caption, CaptionReferences, Counts, TfIdf
+from frozenprefix.evaluation.metrics.references import Caption, CaptionReferences, Counts, TfIdf
 
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0

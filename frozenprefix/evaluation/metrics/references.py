@@ -8,19 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from frozenprefix.data.neighbours import MAX_N, ngram_counts
 from frozenprefix.errors import DataError
 from frozenprefix.evaluation.metrics.ptb import ptb_tokenize
 
 logger = logging.getLogger(__name__)
 
-MAX_N = 4
 Ngram = tuple[str, ...]
 Counts = dict[Ngram, int]
-
-
-def ngram_counts(words: Sequence[str]) -> Counts:
-    """Return how often each n-gram of one to four words occurs."""
-    return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
 
 
 @dataclass(frozen=True)
